@@ -1,0 +1,250 @@
+"""From a Python function to machine code that is called from Python, kept on disk.
+
+``kernel`` compiles a function of int64 and float64 arguments with Numba, hands the result to LLVM for the chosen instruction
+set, and keeps the object file. A later process loads that file through llvmlite alone: Numba is not even imported.
+
+The cache is code, so it is trusted only if nobody else could have written it: the folder and the files belong to the
+user and only the user can write there; each file starts with the digest of the rest. The key of a file covers every source
+file of the CPU kernels, the compiler's versions and the instruction set, so a change anywhere rebuilds.
+
+Environment: ``FASTNN_CACHE_DIR`` (default ``~/.cache/fastnn``); an empty value keeps nothing on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from . import threads
+from .host import simd
+
+_MAGIC = b"fastnn-kernel-1\n"
+_lock = threading.RLock()
+
+
+def cache_dir() -> Path | None:
+    """Where object files are kept, or None when the user turned the disk cache off."""
+    named = os.environ.get("FASTNN_CACHE_DIR")
+    if named is not None:
+        return Path(named).expanduser() if named else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnn"
+
+
+@cache
+def sources_digest() -> str:
+    """One digest over all that machine code depends on: these sources, the compiler and the instruction set."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((simd(), threads.LAUNCHER, version("numba"), version("llvmlite"), sys.platform)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _private(info: os.stat_result) -> bool:
+    """Whether only this user can have written the file or folder."""
+    if os.name != "posix":
+        return True  # the profile folder of Windows is private by its access list
+    return info.st_uid == os.geteuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@cache
+def _folder(where: Path | None) -> Path | None:
+    """The folder to keep objects in, made private; None (with a warning) where that cannot be had."""
+    if where is None:
+        return None
+    folder = where / sources_digest()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for d in (folder, where):
+            if not _private(d.stat()):
+                warnings.warn(f"fastnn: the kernel cache {d} can be written by others or belongs to somebody else; it is not "
+                              "used and kernels are built in memory. Set FASTNN_CACHE_DIR to a private folder.", stacklevel=2)
+                return None
+    except OSError as error:
+        warnings.warn(f"fastnn: the kernel cache {folder} cannot be used ({error.strerror}); kernels are built in memory. "
+                      "Set FASTNN_CACHE_DIR to a folder that can be written.", stacklevel=2)
+        return None
+    return folder
+
+
+def _read(path: Path) -> bytes | None:
+    """The object in ``path``; None if it is missing, foreign or damaged (then it is built again)."""
+    try:
+        with path.open("rb") as file:
+            if not _private(os.fstat(file.fileno())):
+                return None
+            data = file.read()
+    except OSError:  # not there, or not readable: both mean that it has to be built
+        return None
+    head, digest, code = data[: len(_MAGIC)], data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
+    return code if head == _MAGIC and hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Write whole or not at all: several processes may fill the cache at once."""
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    try:
+        temporary.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
+        temporary.replace(path)
+    except OSError as error:  # a full or read-only disk costs the next process a compilation, not this one its result
+        warnings.warn(f"fastnn: could not keep a kernel in {path.parent}: {error.strerror}", stacklevel=2)
+
+
+# Compiling -----------------------------------------------------------------------------------------------------------
+
+
+def target_machine() -> llvm.TargetMachine:
+    s = simd()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=s.cpu, features=s.features, opt=3, reloc="pic", codemodel="default")
+
+
+def _compile(name: str, function: Callable[..., Any], signature: str) -> tuple[bytes, Callable[[], str]]:
+    """The object file of a kernel and a function that gives its assembly."""
+    from llvmlite import ir
+    from numba.core import types
+    from numba.core.codegen import AOTCPUCodegen
+    from numba.core.compiler import Flags, compile_extra
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.registry import cpu_target
+
+    with global_compiler_lock:
+        codegen = AOTCPUCodegen(name)
+        codegen._tm = target_machine()
+        context = cpu_target.target_context.subtarget(aot_mode=True)
+        context._internal_codegen = codegen
+        library = codegen.create_library(name)
+        flags = Flags()
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        flags.error_model = "numpy"
+        args = tuple({"i": types.int64, "f": types.float64}[c] for c in signature)
+        result = compile_extra(cpu_target.typing_context, context, function, args, types.none, flags, {}, library=library)
+
+        # The function that Python calls: METH_FASTCALL arguments to registers, the GIL released around the kernel.
+        i32, i64, f64, pointer = ir.IntType(32), ir.IntType(64), ir.DoubleType(), ir.IntType(8).as_pointer()
+        module = library.create_ir_module("entry")
+        inner = ir.Function(module, context.call_conv.get_function_type(types.none, args), result.fndesc.llvm_func_name)
+        entry = ir.Function(module, ir.FunctionType(pointer, [pointer, pointer.as_pointer(), i64]), name)
+
+        def extern(symbol: str, result_type: Any, *argument_types: Any) -> Any:
+            return ir.Function(module, ir.FunctionType(result_type, argument_types), "fastnn_" + symbol)
+
+        builder = ir.IRBuilder(entry.append_basic_block())
+        bad_call = extern("PyErr_BadArgument", i32)
+        with builder.if_then(builder.icmp_signed("!=", entry.args[2], i64(len(args))), likely=False):
+            builder.call(bad_call, [])
+            builder.ret(ir.Constant(pointer, None))
+        as_int, as_float = extern("PyLong_AsLongLong", i64, pointer), extern("PyFloat_AsDouble", f64, pointer)
+        values = []
+        for k, c in enumerate(signature):
+            item = builder.load(builder.gep(entry.args[1], [i64(k)]))
+            values.append(builder.call(as_int if c == "i" else as_float, [item]))
+        failed = builder.call(extern("PyErr_Occurred", pointer), [])
+        with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(failed, i64), i64(0)), likely=False):
+            builder.ret(ir.Constant(pointer, None))
+        state = builder.call(extern("PyEval_SaveThread", pointer), [])
+        context.call_conv.call_function(builder, inner, types.none, args, values)
+        builder.call(extern("PyEval_RestoreThread", ir.VoidType(), pointer), [state])
+        builder.ret(builder.call(extern("none", pointer), []))
+        library.add_ir_module(module)
+        library.finalize()
+        for fn in library.get_defined_functions():
+            if fn.name != name:
+                fn.linkage = "internal"
+        final = library._final_module
+        return codegen._tm.emit_object(final), lambda: codegen._tm.emit_assembly(final)
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+class _MethodDef(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p)]
+
+
+_METH_FASTCALL = 0x0080
+
+
+@cache
+def _engine() -> llvm.ExecutionEngine:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    for symbol in ("PyErr_BadArgument", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyErr_Occurred", "PyEval_SaveThread",
+                   "PyEval_RestoreThread", "Py_IncRef"):
+        llvm.add_symbol("fastnn_" + symbol, ctypes.cast(getattr(ctypes.pythonapi, symbol), ctypes.c_void_p).value)
+    threads.add_symbols()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+    none = f"inttoptr (i64 {id(None)} to ptr)"
+    module = llvm.parse_assembly("declare void @fastnn_Py_IncRef(ptr)\n"
+                                 f"define ptr @fastnn_none() {{ call void @fastnn_Py_IncRef(ptr {none}) ret ptr {none} }}")
+    engine.add_module(module)
+    engine.finalize_object()
+    llvm.add_symbol("fastnn_none", engine.get_function_address("fastnn_none"))
+    return engine
+
+
+_alive: list[Any] = []  # method definitions are referred to by address for as long as the process lives
+
+
+def _load(name: str, code: bytes) -> Callable[..., None]:
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    definition = _MethodDef(name.encode(), engine.get_function_address(name), _METH_FASTCALL, None)
+    _alive.append(definition)
+    new = ctypes.pythonapi.PyCFunction_NewEx
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return new(ctypes.addressof(definition), None, None)
+
+
+class Kernel:
+    """A kernel that is built, or loaded from the cache, at its first call.
+
+    Args:
+        name: unique among all kernels, specialisation included.
+        signature: one letter an argument: ``i`` for int64 (sizes, byte strides, addresses), ``f`` for float64.
+        make: returns the Python function to compile; called (and Numba imported) only if the cache has no object.
+    """
+
+    registry: dict[str, Kernel] = {}
+
+    def __init__(self, name: str, signature: str, make: Callable[[], Callable[..., Any]]) -> None:
+        self.name, self.signature, self.make = f"fastnn_{name}", signature, make
+        Kernel.registry[name] = self
+
+    def __call__(self, *args: Any) -> None:
+        self.load()(*args)
+
+    def load(self) -> Callable[..., None]:
+        """The callable itself; the instance's own ``__call__`` is only the way there."""
+        found = self.__dict__.get("_function")
+        if found is None:
+            with _lock:
+                found = self.__dict__.get("_function")
+                if found is None:
+                    folder = _folder(cache_dir())
+                    path = folder / f"{self.name}.o" if folder else None
+                    code = _read(path) if path else None
+                    if code is None:
+                        code, _ = _compile(self.name, self.make(), self.signature)
+                        if path:
+                            _write(path, code)
+                    found = self._function = _load(self.name, code)
+        return found
+
+    def assembly(self) -> str:
+        """The kernel's assembly, freshly compiled: to read what the compiler made of it."""
+        return _compile(self.name, self.make(), self.signature)[1]()

@@ -1,0 +1,79 @@
+"""One parallel region a call, in the thread pool that torch already runs.
+
+``parallel(n, body, args)`` inside a kernel runs ``body(thread, threads, *args)`` on up to n threads at once and returns when
+all have; body reads the true number of threads from its second argument. With n = 1 nothing but a call happens: no
+pool is touched, which is what a forked child relies on.
+
+On Linux torch's pool is libgomp's: a region entered through ``GOMP_parallel`` costs about a microsecond, several Python threads
+may enter at once, and no second pool competes with torch's for the cores. Elsewhere a pool of Python threads serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+#: "gomp" or "python": how parallel regions are launched on this platform. ``FASTNN_LAUNCHER`` overrides.
+LAUNCHER = os.environ.get("FASTNN_LAUNCHER") or ("gomp" if sys.platform == "linux" else "python")
+if LAUNCHER not in ("gomp", "python"):
+    raise ValueError(f"FASTNN_LAUNCHER is {LAUNCHER!r}; allowed: 'gomp', 'python'")
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def count() -> int:
+    """Threads that a kernel may use now: torch's number; 1 in a process that was forked from one that used the pool."""
+    import torch
+
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _torch_gomp() -> ctypes.CDLL:
+    """The libgomp that torch has loaded (a second copy would be a second pool)."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line}
+    torch_own = [p for p in paths if "torch" in p] or sorted(paths)
+    return ctypes.CDLL(torch_own[0] if torch_own else "libgomp.so.1")
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def _run_in_python_threads(body: int, data: int, n: int) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    function = _BODY(body)  # ctypes releases the GIL around the call
+    with ThreadPoolExecutor(n) as pool:
+        for job in [pool.submit(function, data, t, n) for t in range(n)]:
+            job.result()
+
+
+_alive: list[Any] = []
+
+
+def add_symbols() -> None:
+    """Give LLVM's linker the functions that compiled kernels refer to."""
+    import llvmlite.binding as llvm
+
+    if LAUNCHER == "gomp":
+        import torch  # noqa: F401  # loads the libgomp that we look for
+
+        gomp = _torch_gomp()
+        symbols: dict[str, Any] = {s: getattr(gomp, s) for s in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
+    else:
+        symbols = {"python_parallel": ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+            _run_in_python_threads)}
+    _alive.extend(symbols.values())
+    for name, function in symbols.items():
+        llvm.add_symbol("fastnn_" + name, ctypes.cast(function, ctypes.c_void_p).value)

@@ -1,0 +1,27 @@
+"""Scratch memory for one kernel call: aligned, kept for the next call of the same Python thread, in huge pages if there are any."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+
+_PAGE = 2 << 20
+_local = threading.local()
+
+
+def workspace(size: int) -> int:
+    """The address of at least ``size`` bytes, aligned to a page. Valid until this thread asks again."""
+    if size > getattr(_local, "size", 0):
+        rounded = -(-size // _PAGE) * _PAGE
+        block = mmap.mmap(-1, rounded + _PAGE)  # room to start at a huge page's border
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        _local.block, _local.size, _local.address = block, rounded, -(-start // _PAGE) * _PAGE
+    return _local.address if size else 0
+
+
+def release() -> None:
+    """Give this thread's scratch memory back."""
+    _local.__dict__.clear()
