@@ -1,0 +1,144 @@
+"""Products: square, linear layers of real models, attention scores, matrix–vector, tiny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Case, random, together
+
+# (in, out) of linear layers, after the models that have them.
+LAYERS = {
+    "bert_attention": (768, 768),
+    "bert_up": (768, 3072),
+    "bert_down": (3072, 768),
+    "llama_projection": (4096, 4096),
+}
+
+
+def _numpy_product(a: Any, b: Any) -> Any:
+    """a @ b; like every provider's, an output of a megabyte and more comes from torch's allocator."""
+    import numpy as np
+
+    batch = a.shape[:-2]
+    shape = (*batch, a.shape[-2], *b.shape[len(batch) + 1:]) if a.ndim > 1 else b.shape[1:]
+    size = int(np.prod(shape)) * a.itemsize
+    if size < 1 << 20:
+        return np.matmul(a, b)
+    return np.matmul(a, b, out=torch.empty(shape, dtype=torch.from_numpy(a).dtype).numpy())
+
+
+def _numpy_linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    y = _numpy_product(x, weight.T)
+    if bias is not None:
+        y += bias
+    return y
+
+
+def square(n: int, **extra: Any) -> Case:
+    return Case("matmul", f"square/{n}", together(random(n, n, seed=1), random(n, n, seed=2)),
+                torch=lambda F, a, b: F.matmul(a, b), numpy=_numpy_product, flops=2 * n**3, passes=((2 * n * n, n * n),),
+                magnitude=lambda F, a, b: F.matmul(a, b), **extra)
+
+
+def linear(layer: str, m: int, activation: str | None = None, group: str = "linear", grad: bool = False, **extra: Any) -> Case:
+    """y = act(x Wᵀ + b) of a named layer with m rows."""
+    k, n = LAYERS[layer]
+
+    def plain(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w, b)
+
+    def with_gelu(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, w, b))
+
+    def fused(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w, b, activation="gelu")
+
+    return Case("matmul", f"{group}/{layer}/{m}",
+                together(random(m, k, seed=1, grad=grad), random(n, k, seed=2, scale=k**-0.5, grad=grad),
+                         random(n, seed=3, scale=0.1, grad=grad)),
+                torch=with_gelu if activation else plain, ours=fused if activation else None,
+                numpy=None if activation else _numpy_linear,
+                flops=2 * m * n * k * (3 if grad else 1), passes=((m * k + n * k + n, m * n),), magnitude=plain, **extra)
+
+
+def bmm(name: str, batch: int, m: int, k: int, n: int, transposed: bool = False, **extra: Any) -> Case:
+    """Batched products of attention: scores q kᵀ (k transposed by a view) or the context p v."""
+    def run(F: Any, a: Tensor, b: Tensor) -> Tensor:
+        return F.bmm(a, b.transpose(1, 2) if transposed else b)
+
+    def with_numpy(a: Any, b: Any) -> Any:
+        return _numpy_product(a, b.transpose(0, 2, 1) if transposed else b)
+
+    b_shape = (batch, n, k) if transposed else (batch, k, n)
+    return Case("matmul", f"bmm/{name}/{batch}x{m}x{k}x{n}", together(random(batch, m, k, seed=1), random(*b_shape, seed=2)),
+                torch=run, numpy=with_numpy, flops=2 * batch * m * n * k,
+                passes=((batch * (m * k + n * k), batch * m * n),), magnitude=run, **extra)
+
+
+def vector(name: str, n: int, k: int, **extra: Any) -> Case:
+    """Matrix times vector."""
+    return Case("matmul", f"mv/{name}/{n}x{k}", together(random(n, k, seed=1), random(k, seed=2)),
+                torch=lambda F, a, x: F.mv(a, x), numpy=_numpy_product, passes=((n * k + k + n, 0),),
+                magnitude=lambda F, a, x: F.mv(a, x), **extra)
+
+
+def row(name: str, k: int, n: int, **extra: Any) -> Case:
+    """A linear layer on one row: what a model does for each token that it generates."""
+    def run(F: Any, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w)
+
+    return Case("matmul", f"mv/linear_{name}/1x{k}x{n}", together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
+                torch=run, numpy=_numpy_linear, passes=((n * k + k + n, 0),), magnitude=run, **extra)
+
+
+def small(n: int, **extra: Any) -> Case:
+    return square(n, **extra).on(name=f"small/{n}", goals={"numpy": 1.0, "torch": 2.0})
+
+
+def call_overhead() -> Case:
+    """An 8×8 linear layer: only the cost of the call."""
+    def run(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w, b)
+
+    return Case("matmul", "call/linear/8x8", together(random(8, 8, seed=1), random(8, 8, seed=2), random(8, seed=3)),
+                torch=run, numpy=_numpy_linear, magnitude=run, goals={"torch": 1 / 1.5}, quick=True)
+
+
+_SQUARE = {"limit": 0.9, "best": 1.03}
+_FUSED = {"best": 1.0, "mean": 1.25}
+_VECTOR = {"limit": 0.9}
+_BFLOAT16 = {"torch": 1.0, "float32": 1.7}
+
+CASES = [
+    square(512, goals=_SQUARE, quick=True),
+    square(1024, goals=_SQUARE, quick=True),
+    square(2048, goals=_SQUARE),
+    square(4096, goals=_SQUARE),
+    square(1024, goals=_BFLOAT16, dtypes=(torch.bfloat16,), quick=True),
+    square(2048, goals=_BFLOAT16, dtypes=(torch.bfloat16,)),
+    *(linear(layer, m, "gelu", "linear_gelu", goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
+             quick=(layer, m) in {("bert_up", 8), ("bert_up", 128), ("bert_down", 32), ("llama_projection", 32)})
+      for layer in LAYERS for m in (8, 32, 128, 512)),
+    *(linear(layer, m, goals={"best": 1.0}, quick=(layer, m) == ("bert_up", 128)) for layer in LAYERS for m in (32, 128)),
+    vector("square", 4096, 4096, goals=_VECTOR, quick=True),
+    row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
+    row("gpt2_up", 768, 3072, goals=_VECTOR),
+    row("gpt2_vocabulary", 768, 50257, goals=_VECTOR),
+    *(small(n, quick=n in (16, 64, 128)) for n in (8, 16, 32, 48, 64, 96, 128)),
+    bmm("bert_scores", 96, 128, 64, 128, transposed=True, goals={"best": 1.2}, quick=True),
+    bmm("bert_context", 96, 128, 128, 64, goals={"best": 1.2}, quick=True),
+    bmm("vit_b_scores", 96, 197, 64, 197, transposed=True, goals={"best": 1.2}),
+    bmm("vit_b_context", 96, 197, 197, 64, goals={"best": 1.2}),
+    bmm("gpt2_scores", 12, 1024, 64, 1024, transposed=True, goals={"best": 1.2}),
+    bmm("gpt2_context", 12, 1024, 1024, 64, goals={"best": 1.2}),
+    bmm("minilm_scores", 768, 32, 32, 32, transposed=True, goals={"best": 1.2}),
+    *(linear(layer, m, None, "linear_train", grad=True, mode="train", goals={"best": 1.1},
+             quick=(layer, m) == ("bert_up", 128))
+      for layer in ("bert_attention", "bert_up", "bert_down") for m in (128, 512)),
+    linear("bert_up", 128, None, "linear_backward", grad=True, mode="backward", goals={"best": 1.1}).on(
+        flops=4 * 128 * 768 * 3072),
+    call_overhead(),
+]

@@ -1,0 +1,367 @@
+"""What this machine can do at most: multiply-adds a second, and bytes read or copied a second.
+
+The loops are LLVM text, compiled by llvmlite for the host with its widest vectors; they share no code with the kernels that
+they judge. Each is started on torch's own OpenMP pool where there is one (a start costs a microsecond), else on Python
+threads, so a limit includes the same start-up that every provider pays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+#: Vector loads a step of the memory loops.
+STEP = 8
+_PAUSE = 0.03
+
+
+def _features() -> dict[str, bool]:
+    import llvmlite.binding as llvm
+
+    return dict(llvm.get_host_cpu_features())
+
+
+@cache
+def vector_bytes() -> int:
+    """Width of the host's widest vectors in bytes."""
+    has = _features()
+    return 64 if has.get("avx512f") else 32 if has.get("avx2") else 16
+
+
+def has_bf16_dot() -> bool:
+    """True where the CPU multiplies pairs of bfloat16 into float32 (avx512_bf16)."""
+    return bool(_features().get("avx512bf16"))
+
+
+# The loops. Every function takes one block of int64: [next part, parts, steps a part, addresses…]; a thread takes parts until
+# none is left, so it does not matter how many threads the runtime really starts.
+
+_FRAME = """
+define void @{name}(ptr %d) {{
+entry:
+  %p1 = getelementptr i64, ptr %d, i64 1
+  %parts = load i64, ptr %p1
+  %p2 = getelementptr i64, ptr %d, i64 2
+  %steps = load i64, ptr %p2
+  %p3 = getelementptr i64, ptr %d, i64 3
+  %a = load ptr, ptr %p3
+  %p4 = getelementptr i64, ptr %d, i64 4
+  %b = load ptr, ptr %p4
+  %p5 = getelementptr i64, ptr %d, i64 5
+  %out = load ptr, ptr %p5
+  br label %next
+next:
+  %part = atomicrmw add ptr %d, i64 1 monotonic
+  %more = icmp slt i64 %part, %parts
+  br i1 %more, label %start, label %done
+start:
+{start}
+  br label %loop
+loop:
+  %i = phi i64 [ 0, %start ], [ %i1, %loop ]
+{loop}
+  %i1 = add i64 %i, 1
+  %again = icmp slt i64 %i1, %steps
+  br i1 %again, label %loop, label %finish
+finish:
+{finish}
+  br label %next
+done:
+  ret void
+}}
+"""
+
+
+def _fma_text(dtype: torch.dtype) -> tuple[str, int]:
+    """A loop of independent multiply-adds on accumulators that stay in registers; also its operations a step."""
+    width = vector_bytes()
+    chains = 24 if width == 64 else 12  # two pipes of latency 4 or 5 need ten; the register file has 32 or 16
+    if dtype == torch.bfloat16:
+        acc, arg, flops = "<16 x float>", "<32 x bfloat>", 64
+        call = "@llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> {c}, <32 x bfloat> %x, <32 x bfloat> %y)"
+        declare = "declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)"
+    else:
+        scalar, size = ("double", 8) if dtype == torch.float64 else ("float", 4)
+        lanes = width // size
+        acc = arg = f"<{lanes} x {scalar}>"
+        flops = 2 * lanes
+        # Without an FMA instruction llvm.fma is a call of the C library: the limit is then multiply and add.
+        fused = _features().get("fma") or vector_bytes() == 16 and "aarch64" in _triple()
+        name = f"@llvm.{'fma' if fused else 'fmuladd'}.v{lanes}f{size * 8}"
+        call = f"{name}({acc} %x, {acc} %y, {acc} {{c}})"
+        declare = f"declare {acc} {name}({acc}, {acc}, {acc})"
+    start = [f"  %x = load {arg}, ptr %a, align 8", f"  %y = load {arg}, ptr %b, align 8"]
+    loop, body, finish = [], [], []
+    for n in range(chains):
+        start += [f"  %s{n}p = getelementptr {acc}, ptr %a, i64 {n + 1}", f"  %s{n} = load {acc}, ptr %s{n}p, align 8"]
+        loop.append(f"  %c{n} = phi {acc} [ %s{n}, %start ], [ %r{n}, %loop ]")
+        body.append(f"  %r{n} = call {acc} " + call.format(c=f"%c{n}"))
+        # Every accumulator is stored, to the part's own place, so none is dead.
+        finish += [f"  %o{n}i = mul i64 %part, {chains}", f"  %o{n}j = add i64 %o{n}i, {n}",
+                   f"  %o{n}p = getelementptr {acc}, ptr %out, i64 %o{n}j", f"  store {acc} %r{n}, ptr %o{n}p, align 8"]
+    text = declare + _FRAME.format(name="fma", start="\n".join(start), loop="\n".join(loop + body), finish="\n".join(finish))
+    return text, flops * chains
+
+
+def _memory_text(sources: int, store: str, streams: int) -> str:
+    """Reads one or two arrays; writes their xor (``store``: "plain" or "stream", past the caches) or keeps only a checksum.
+
+    A part is cut in ``streams`` that are walked side by side, since some memories serve several streams faster than one.
+    """
+    lanes = vector_bytes() // 4
+    vec, step = f"<{lanes} x i32>", STEP // streams
+    start = [f"  %stream = mul i64 %steps, {step * vector_bytes()}", f"  %size = mul i64 %stream, {streams}",
+             "  %begin = mul i64 %part, %size"]
+    phis, body, finish = [], [], []
+    end = ""
+    for s in range(streams):
+        start += [f"  %f{s} = mul i64 %stream, {s}", f"  %o{s} = add i64 %begin, %f{s}"]
+        body += [f"  %k{s} = mul i64 %i, {step * vector_bytes()}", f"  %q{s} = add i64 %o{s}, %k{s}"]
+        for u in range(step):
+            n = s * step + u
+            value = f"%va{n}"
+            body.append(f"  %w{n} = add i64 %q{s}, {u * vector_bytes()}")
+            for array in "ab"[:sources]:
+                body += [f"  %p{array}{n} = getelementptr i8, ptr %{array}, i64 %w{n}",
+                         f"  %v{array}{n} = load {vec}, ptr %p{array}{n}, align {vector_bytes()}"]
+            if sources == 2:
+                body.append(f"  %x{n} = xor {vec} %va{n}, %vb{n}")
+                value = f"%x{n}"
+            if store:
+                hint = ", !nontemporal !0" if store == "stream" else ""
+                body += [f"  %po{n} = getelementptr i8, ptr %out, i64 %w{n}",
+                         f"  store {vec} {value}, ptr %po{n}, align {vector_bytes()}{hint}"]
+            else:
+                phis.append(f"  %c{n} = phi {vec} [ zeroinitializer, %start ], [ %r{n}, %loop ]")
+                body.append(f"  %r{n} = xor {vec} %c{n}, {value}")
+    if not store:
+        for n in range(1, STEP):
+            finish.append(f"  %t{n} = xor {vec} {f'%t{n - 1}' if n > 1 else '%r0'}, %r{n}")
+        finish += [f"  %ti = getelementptr {vec}, ptr %out, i64 %part", f"  store {vec} %t{STEP - 1}, ptr %ti, align 4"]
+    if store == "stream":
+        end = "\n!0 = !{i32 1}\n"
+    return _FRAME.format(name="memory", start="\n".join(start), loop="\n".join(phis + body), finish="\n".join(finish)) + end
+
+
+_engines: list[object] = []  # compiled code lives as long as its engine
+
+
+def _triple() -> str:
+    import llvmlite.binding as llvm
+
+    return str(llvm.get_process_triple())
+
+
+def _machine() -> object:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    # LLVM would split 512-bit vectors in two on many CPUs without this.
+    features = llvm.get_host_cpu_features().flatten() + (",-prefer-256-bit" if vector_bytes() == 64 else "")
+    return llvm.Target.from_triple(_triple()).create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2)
+
+
+def assembly(text: str) -> str:
+    """The machine code of a loop, to be read."""
+    import llvmlite.binding as llvm
+
+    machine = _machine()
+    return str(machine.emit_assembly(llvm.parse_assembly(text)))  # type: ignore[attr-defined]
+
+
+def _compile(text: str, name: str) -> int:
+    import llvmlite.binding as llvm
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine())
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(name))
+
+
+@cache
+def _fma(dtype: torch.dtype) -> tuple[int, int]:
+    text, flops = _fma_text(dtype)
+    return _compile(text, "fma"), flops
+
+
+@cache
+def _memory(sources: int, store: str, streams: int) -> int:
+    return _compile(_memory_text(sources, store, streams), "memory")
+
+
+# Starting them on several threads --------------------------------------------------------------------------------------
+
+
+@cache
+def _gomp() -> Callable[[int, int, int], None] | None:
+    """``GOMP_parallel`` of the libgomp that torch has loaded; None where torch has another runtime."""
+    if sys.platform != "linux":
+        return None
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    if not paths:
+        return None
+    parallel = ctypes.CDLL(sorted(paths)[0]).GOMP_parallel
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return lambda function, data, threads: parallel(function, data, threads, 0)
+
+
+def launch(function: int, data: ctypes.Array[ctypes.c_int64], threads: int) -> None:
+    """Run ``function(data)`` on so many threads; ``data[0]`` counts the parts that have been taken."""
+    data[0] = 0
+    address = ctypes.addressof(data)
+    gomp = _gomp()
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+    if threads == 1:
+        call(address)
+    elif gomp is not None:
+        gomp(function, address, threads)
+    else:
+        crew = [threading.Thread(target=call, args=(address,)) for _ in range(threads - 1)]
+        for member in crew:
+            member.start()
+        call(address)
+        for member in crew:
+            member.join()
+
+
+def _quick_fifth(samples: list[float]) -> float:
+    """The time that one call in five beats."""
+    return sorted(samples)[len(samples) // 5]
+
+
+def _repeat(call: Callable[[], object], seconds: float, least: int = 5) -> list[float]:
+    """Times of repeated calls, after a pause (pools that spin) and two discarded ones."""
+    time.sleep(_PAUSE)
+    call()
+    call()
+    samples: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(samples) < least or time.perf_counter() < stop:
+        begin = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin)
+    return samples
+
+
+# The limits ------------------------------------------------------------------------------------------------------------
+
+
+def fma_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type whose arithmetic limits a product in ``dtype``: bfloat16 has instructions of its own on some CPUs."""
+    if dtype == torch.bfloat16 and has_bf16_dot():
+        return torch.bfloat16
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fma(dtype: torch.dtype, threads: int, seconds: float = 0.1) -> float:
+    """Floating-point operations a second (a multiply-add counts as two) on so many threads."""
+    function, flops = _fma(fma_dtype(dtype))
+    source = torch.full((64 * 64,), 1e-3 if dtype != torch.bfloat16 else 0.0)
+    if fma_dtype(dtype) == torch.float64:
+        source = source.double()
+    sink = torch.empty(64 * 64 * threads, dtype=torch.float64)
+    steps = 200_000
+    data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), source.data_ptr(), sink.data_ptr())
+    return threads * steps * flops / _quick_fifth(_repeat(lambda: launch(function, data, threads), seconds))
+
+
+def _buffer(size: int) -> torch.Tensor:
+    """Memory whose address suits every vector."""
+    room = torch.empty(size + 64, dtype=torch.uint8)
+    return room[-room.data_ptr() % 64:]
+
+
+def _block(threads: int, size: int) -> tuple[int, int]:
+    """Steps a part and bytes that are really walked, for ``size`` bytes cut in a part a thread."""
+    steps = max(1, size // threads // (STEP * vector_bytes()))
+    return steps, steps * threads * STEP * vector_bytes()
+
+
+def read(size: int, threads: int, seconds: float = 0.05) -> float:
+    """Bytes a second when ``size`` bytes are read again and again by all threads; the best of several access patterns."""
+    steps, walked = _block(threads, size)
+    source, sink = _buffer(walked), _buffer(4096 * threads)
+    source.fill_(1)
+    data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), 0, sink.data_ptr())
+    return max(walked / _quick_fifth(_repeat(lambda: launch(_memory(1, "", streams), data, threads), seconds))
+               for streams in (1, 2, 4, 8))
+
+
+def copy(size: int, threads: int, sources: int = 1, fresh: bool = True, seconds: float = 0.05) -> float:
+    """Bytes a second, reads and writes together, when ``size`` bytes are written from one or two arrays of that size.
+
+    With ``fresh`` each call allocates its output by ``torch.empty``, as an operator that returns a new tensor must; the best
+    of plain and streaming stores, and of ``torch.clone``.
+    """
+    steps, walked = _block(threads, size)
+    inputs = [_buffer(walked).fill_(1) for _ in range(sources)]
+    old = _buffer(walked)
+    data = (ctypes.c_int64 * 6)(0, threads, steps, inputs[0].data_ptr(), inputs[-1].data_ptr(), old.data_ptr())
+    rates = []
+    for store in ("plain", "stream"):
+        for streams in (1, 4):
+            function = _memory(sources, store, streams)
+
+            def call(function: int = function) -> object:
+                out = _buffer(walked) if fresh else old
+                data[5] = out.data_ptr()
+                launch(function, data, threads)
+                return out
+
+            rates.append(walked * (sources + 1) / _quick_fifth(_repeat(call, seconds)))
+    if fresh and sources == 1:
+        rates.append(walked * 2 / _quick_fifth(_repeat(inputs[0].clone, seconds)))
+    return max(rates)
+
+
+class Limits:
+    """The limits of one run for one number of threads: measured when first asked for, and the best of all measurements kept."""
+
+    def __init__(self, threads: int, seconds: float = 0.05) -> None:
+        self.threads, self.seconds = threads, seconds
+        self._fma: dict[torch.dtype, float] = {}
+        self._memory: dict[tuple[int, int], float] = {}
+
+    def fma(self, dtype: torch.dtype) -> float:
+        """Operations a second."""
+        kind = fma_dtype(dtype)
+        if kind not in self._fma:
+            self.refresh_fma(dtype)
+        return self._fma[kind]
+
+    def refresh_fma(self, dtype: torch.dtype) -> float:
+        """Measure again; returns this measurement, which is lower when the clock has slowed or a neighbour is at work."""
+        rate = fma(dtype, self.threads, self.seconds)
+        kind = fma_dtype(dtype)
+        self._fma[kind] = max(rate, self._fma.get(kind, 0.0))
+        return rate
+
+    def memory(self, reads: int, writes: int, again: bool = False) -> float:
+        """Seconds that moving so many bytes takes at least, each read or written once; with ``again``, measured anew.
+
+        Where next to nothing is written, the measure is reading; else a copy (of one array, or of two into one).
+        """
+        total = reads + writes
+        if writes * 8 < reads:
+            key = _round(total), 0
+        else:
+            key = _round(writes), 2 if reads > 1.5 * writes else 1
+        if again or key not in self._memory:
+            size, sources = key
+            rate = copy(size, self.threads, sources, seconds=self.seconds) if sources else read(size, self.threads, self.seconds)
+            self._memory[key] = max(rate, self._memory.get(key, 0.0))
+        return total / self._memory[key]
+
+
+def _round(size: int) -> int:
+    """``size`` to three binary digits, upwards, so that like cases share a measurement."""
+    step = 1 << max(0, size.bit_length() - 3)
+    return -(-size // step) * step

@@ -1,0 +1,321 @@
+"""One benchmark run: for each case the check, then the stopwatch, then the arithmetic; and the results as they come."""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn._numerics import Error, error
+
+from . import peers as peer_module
+from .cases import Case, cases
+from .limits import Limits
+from .peers import OURS, TORCH, Job, Peer, Work, as_work
+from .timing import Neighbours, Times, load_average, measure
+
+#: A case is called unsteady from these on: spread of the samples, share of other processes, loss of clock speed.
+SPREAD, SHARE, DRIFT = 0.25, 0.05, 0.07
+#: Products that read less are not limited by memory.
+_CACHED = 4 << 20
+
+
+@dataclass
+class Record:
+    """One case and provider. Times are in seconds and None where nothing was timed: see ``correct`` and ``missing``.
+
+    Attributes:
+        correct: within the error rule; None if the provider is missing.
+        rate: operations or bytes a second in units of 10⁹, as ``unit`` says.
+        limit: what limits the case on this machine ("fma", "read" or "copy"); ``limit_fraction`` is how near this comes.
+        ratio: the best peer's time over this one's: above 1, this provider is faster than the best peer (never above 1 for a peer).
+        error_ulp: largest error against the float64 reference; torch_error_ulp: PyTorch's own.
+        missing: why this provider did not take part.
+        served_by: which kernel of ours did the work.
+        notes: what makes the numbers doubtful.
+    """
+
+    family: str
+    case: str
+    dtype: str
+    threads: int
+    mode: str
+    provider: str
+    correct: bool | None = None
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    runs: int = 0
+    rate: float | None = None
+    unit: str | None = None
+    limit: str | None = None
+    limit_fraction: float | None = None
+    ratio: float | None = None
+    error_ulp: float | None = None
+    torch_error_ulp: float | None = None
+    missing: str | None = None
+    served_by: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def select(families: Iterable[str], dtype: torch.dtype | None = None, pattern: str | None = None,
+           quick: bool = False) -> list[tuple[Case, torch.dtype]]:
+    """The cases to run. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``.
+
+    Raises:
+        ValueError: an unknown family, or no case is left.
+    """
+    chosen = {}
+    for family in families:
+        for case in cases(family):
+            wanted = (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
+            if wanted:
+                for kind in (dtype,) if dtype else case.dtypes:
+                    chosen.setdefault((family, case.name, case.mode, kind), (case, kind))
+    if not chosen:
+        raise ValueError(f"no case matches {pattern!r} in: {', '.join(families)}")
+    return list(chosen.values())
+
+
+# Correctness -----------------------------------------------------------------------------------------------------------
+
+
+def _widen(value: Any, absolute: bool = False) -> Any:
+    """A float64 leaf of the same value (or magnitude); integers and the rest as they are."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    wide = value.detach().double()
+    return (wide.abs() if absolute else wide).requires_grad_(value.requires_grad)
+
+
+def reference(job: Job, absolute: bool = False) -> tuple[Tensor, ...]:
+    """The results in float64; with ``absolute`` of the magnitudes, where the case says how."""
+    function = job.case.magnitude if absolute else job.case.torch
+    assert function is not None
+    wide = Job(job.case, tuple(_widen(v, absolute) for v in job.inputs), _widen(job.grad, absolute), job.threads)
+    return as_work(wide, lambda *inputs: function(TORCH, *inputs))()
+
+
+def check(job: Job, works: dict[str, Work]) -> dict[str, tuple[Error, bool]]:
+    """Each provider's error and whether the error rule accepts it; PyTorch's own is the yardstick."""
+    true = reference(job)
+    scales = reference(job, absolute=True) if job.case.magnitude else (None,) * len(true)
+
+    def worst(results: tuple[Any, ...], yardstick: tuple[Tensor, ...] | None) -> Error:
+        total = Error()
+        for n, result in enumerate(results):
+            tensor = result if isinstance(result, Tensor) else torch.from_numpy(result)
+            total += error(tensor, true[n], scales[n], None if yardstick is None else yardstick[n])
+        return total
+
+    yardstick = as_work(job, lambda *inputs: job.case.torch(TORCH, *inputs))()
+    torch_error = worst(yardstick, None)
+    verdicts = {}
+    for name, work in works.items():
+        found = worst(work(), yardstick)
+        verdicts[name] = found, found.within(torch_error)
+    verdicts[""] = torch_error, True
+    return verdicts
+
+
+# The limits of a case --------------------------------------------------------------------------------------------------
+
+
+def limit_of(case: Case, dtype: torch.dtype, limits: Limits, again: bool = False) -> tuple[str, float] | None:
+    """What limits a case, and the seconds that it takes at that limit: arithmetic or memory, whichever takes longer.
+
+    With ``again`` memory is measured once more, and the better of the measurements counts.
+    """
+    size = dtype.itemsize
+    bounds = []
+    if case.flops:
+        bounds.append((case.flops / limits.fma(dtype), "fma"))
+    moved = [(reads * size, writes * size) for reads, writes in case.passes]
+    if moved and (not case.flops or sum(map(sum, moved)) > _CACHED):
+        name = "read" if all(writes * 8 < reads for reads, writes in moved) else "copy"
+        bounds.append((sum(limits.memory(*one, again=again) for one in moved), name))
+    if not bounds:
+        return None
+    seconds, name = max(bounds)
+    return name, seconds
+
+
+def fill(records: list[Record], times: dict[str, Times], case: Case, dtype: torch.dtype,
+         limit: tuple[str, float] | None) -> None:
+    """The arithmetic: rates, fractions of the limit, ratios to the best peer."""
+    peers = [t.median for name, t in times.items() if name != OURS]
+    for record in records:
+        if record.provider not in times:
+            continue
+        t = times[record.provider]
+        record.median, record.p20, record.p80, record.runs = t.median, t.p20, t.p80, t.runs
+        work, record.unit = (case.flops, "GFLOP/s") if case.flops else (case.bytes(dtype), "GB/s")
+        record.rate = work / t.median / 1e9 if work else None
+        if limit:
+            record.limit, record.limit_fraction = limit[0], limit[1] / t.median
+        if peers:
+            record.ratio = min(peers) / t.median
+        if t.spread > SPREAD:
+            record.notes.append(f"spread {t.spread:.0%}")
+        if record.limit_fraction and record.limit_fraction > 1.05:
+            record.notes.append("faster than the limit that was measured: the limit was disturbed")
+
+
+# The run ---------------------------------------------------------------------------------------------------------------
+
+
+def _served_by(work: Work) -> str | None:
+    """Which kernels did our work."""
+    import fastnn
+
+    with fastnn.trace() as calls:
+        work()
+    names = dict.fromkeys(f"{c.op}: {c.backend}" + (f" ({c.reason})" if c.reason else "") for c in calls)
+    return "; ".join(names) or None
+
+
+def _available_memory() -> int | None:
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+
+
+def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], limits: Limits,
+                 seconds: float) -> list[Record]:
+    """Check and time one case with every provider that can do it."""
+    records = [Record(case.family, case.name, dtype_name(dtype), threads, case.mode, peer.name,
+                      missing=peer.missing(case, dtype, threads)) for peer in providers]
+    available = _available_memory()
+    needed = 5 * 8 * sum(map(sum, case.passes))  # the float64 reference and its intermediates
+    if available is not None and needed > available:
+        for record in records:
+            record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
+        return records
+    inputs = case.make(dtype)
+    with torch.set_grad_enabled(case.mode != "forward"), ExitStack() as settings:
+        grad = None
+        if case.mode != "forward":
+            with torch.no_grad():
+                out = case.torch(TORCH, *inputs)
+            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+        job = Job(case, inputs, grad, threads)
+        works: dict[str, Work] = {}
+        for peer, record in zip(providers, records, strict=True):
+            if record.missing:
+                continue
+            settings.enter_context(peer.settings(threads))
+            try:
+                work = peer.prepare(job)
+                work()
+            except Exception as problem:  # a provider that fails is a finding about it, not the end of the run
+                reason = str(problem).strip().split("\n")[0]
+                if peer.name == OURS:
+                    record.correct = False
+                record.missing = f"{type(problem).__name__}: {reason}"[:300]
+                continue
+            works[peer.name] = work
+            if peer.name == OURS:
+                record.served_by = _served_by(work)
+        verdicts = check(job, works)
+        torch_error = verdicts.pop("")[0]
+        for record in records:
+            if record.provider in verdicts:
+                found, record.correct = verdicts[record.provider]
+                record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
+                if found.specials > torch_error.specials:
+                    record.notes.append(f"{found.specials} NaN or infinite values where the reference has none, or the reverse")
+        gc.collect()
+        # A red case prints no speed, and a peer with wrong results is no peer.
+        right = {name: work for name, work in works.items() if verdicts[name][1]}
+        limit_of(case, dtype, limits)
+        neighbours = Neighbours()
+        times = measure(right, seconds)
+        share = neighbours.share()
+        now = limits.refresh_fma(dtype)
+        drift = 1 - now / limits.fma(dtype)
+        fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True))
+    for record in records:
+        if share is not None and share > SHARE:
+            record.notes.append(f"others used {share:.0%} of the machine")
+        if drift > DRIFT:
+            record.notes.append(f"the clock was {drift:.0%} slower than at its best")
+    return records
+
+
+def available_peers(names: Iterable[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
+    """The providers that can be imported, and why the others cannot."""
+    there, missing = [], {}
+    for kind in peer_module.PEERS:
+        if names is not None and kind.name not in names:
+            continue
+        try:
+            there.append(kind())
+        except ImportError as problem:
+            missing[kind.name] = str(problem)
+    return there, missing
+
+
+def header(limits: Limits, providers: list[Peer], missing: dict[str, str]) -> dict[str, Any]:
+    """Machine, versions, limits and method of a run."""
+    from fastnn import _info
+
+    from . import limits as measured
+
+    one = Limits(1)
+    size = 64 << 20
+    kinds = [torch.float32, torch.float64] + ([torch.bfloat16] if measured.has_bf16_dot() else [])
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv[1:],
+        "machine": _info.machine(),
+        "versions": _info.versions(),
+        "threads": limits.threads,
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"))},
+        "providers": {p.name: p.version for p in providers},
+        "missing": missing,
+        "load_average": load_average(),
+        "limits": {
+            "fma_gflops_one_core": {dtype_name(k): one.fma(k) / 1e9 for k in kinds},
+            "fma_gflops": {dtype_name(k): limits.fma(k) / 1e9 for k in kinds},
+            "read_gbs_64MiB": measured.read(size, limits.threads) / 1e9,
+            "copy_gbs_64MiB_new_output": measured.copy(size, limits.threads) / 1e9,
+            "copy_gbs_64MiB_same_output": measured.copy(size, limits.threads, fresh=False) / 1e9,
+        },
+        "method": "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each after "
+                  "a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider allocates its "
+                  "output anew in each call, and so do the copies that memory-bound cases are compared with.",
+    }
+
+
+def run(chosen: list[tuple[Case, torch.dtype]], threads: int, seconds: float, providers: list[Peer],
+        done: Callable[[Case, torch.dtype, list[Record]], None], limits: Limits | None = None) -> None:
+    """Measure the chosen cases one after the other; ``done`` gets each as soon as it is finished."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    limits = limits or Limits(threads)
+    try:
+        for case, dtype in chosen:
+            done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds))
+            gc.collect()
+            time.sleep(0)
+    finally:
+        torch.set_num_threads(before)

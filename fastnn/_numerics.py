@@ -1,0 +1,79 @@
+"""The error rule that verify, bench and the tests share.
+
+Errors are counted in ulp: units in the last place that the output's dtype has at the reference value. For a sum of products
+the place is that of the sum of magnitudes (the reference run on absolute values): with cancellation the result itself
+can be arbitrarily smaller than what any order of summation could resolve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: An error of so many ulp is allowed whatever PyTorch's own error is.
+FLOOR = 4.0
+_BLOCK = 1 << 22
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbouring numbers of ``dtype`` at float64 ``values`` (subnormal numbers included)."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values.abs().clamp(info.tiny, info.max))  # magnitude = mantissa · 2^exponent, mantissa ≥ 0.5
+    return torch.exp2((exponent - 1).double()) * info.eps
+
+
+@dataclass
+class Error:
+    """How far a result is from its reference: the largest and the root-mean-square error in ulp, and mismatched specials.
+
+    ``specials`` counts the places where one side is NaN or infinite and the other is not the same.
+    """
+
+    worst: float = 0.0
+    square_sum: float = 0.0
+    count: int = 0
+    specials: int = 0
+
+    @property
+    def rms(self) -> float:
+        return (self.square_sum / self.count) ** 0.5 if self.count else 0.0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(max(self.worst, other.worst), self.square_sum + other.square_sum, self.count + other.count,
+                     self.specials + other.specials)
+
+    def within(self, yardstick: Error, floor: float = FLOOR) -> bool:
+        """The rule: at most twice the yardstick's (PyTorch's) largest error plus a floor, and no special value more lost."""
+        return self.specials <= yardstick.specials and self.worst <= 2 * yardstick.worst + floor
+
+
+def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardstick: Tensor | None = None) -> Error:
+    """The error of ``result`` against a float64 ``reference`` of the same shape, in ulp of ``result``'s dtype.
+
+    Args:
+        scale: magnitudes (float64, same shape) at which the ulp is taken where they exceed the reference.
+        yardstick: PyTorch's own result; where it is NaN or infinite and the reference is not (an overflow on the way, say), the
+            same value is accepted of us.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if result.shape != reference.shape:
+        raise ValueError(f"result has shape {tuple(result.shape)}, the reference {tuple(reference.shape)}")
+    total = Error()
+    flat = [None if t is None else t.detach().reshape(-1).split(_BLOCK) for t in (result, reference, scale, yardstick)]
+    for n, out in enumerate(flat[0] or ()):
+        ref, size, other = (None if t is None else t[n] for t in flat[1:])
+        assert ref is not None
+        rounded = ref.to(out.dtype)
+        same = (out == rounded) | (out.isnan() & rounded.isnan())
+        if other is not None:
+            same |= ((out == other) & ~other.isfinite()) | (out.isnan() & other.isnan())
+        finite = out.isfinite() & rounded.isfinite()
+        at = ref.abs() if size is None else torch.maximum(ref.abs(), size)
+        distance = ((out.double() - ref).abs() / ulp(at, out.dtype))[finite]
+        total += Error(float(distance.max()) if distance.numel() else 0.0, float((distance * distance).sum()),
+                       distance.numel(), int((~finite & ~same).sum()))
+    return total

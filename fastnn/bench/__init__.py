@@ -1,0 +1,7 @@
+"""The benchmark: ``python -m fastnn bench``. Its files are in the top-level folder ``bench/``, found as those of ``kernels/`` are."""
+
+from pathlib import Path
+
+_checkout = Path(__file__).resolve().parents[2] / "bench"
+if _checkout.is_dir():
+    __path__.append(str(_checkout))
