@@ -1,0 +1,39 @@
+# make demo and make test do all their own set-up: a .venv with the versions of constraints.txt.
+# To have pip use another index, set its own variables, e.g.
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo      (Linux: the small CPU build of torch)
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick lint bench-quick clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+demo: $(INSTALLED)  ## two real models before and after fastnn.replace(): a table, a plot and a report in report/
+	$(RUN) examples/demo.py
+
+test: $(INSTALLED)  ## every test
+	$(RUN) -m pytest
+
+test-quick: $(INSTALLED)  ## the tests that are not slow: under two minutes
+	$(RUN) -m pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+bench-quick: $(INSTALLED)  ## the benchmark's short form
+	$(RUN) -m fastnn bench --quick
+
+clean:  ## remove the environment and everything that was made
+	rm -rf $(VENV) build report *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench]'
+	@touch $@
