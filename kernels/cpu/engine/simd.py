@@ -20,8 +20,8 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
 from numba.core.datamodel import PrimitiveModel, register_default
-from numba.core.imputils import lower_builtin, lower_cast, lower_constant
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core.imputils import lower_builtin, lower_cast, lower_constant, lower_getattr_generic
+from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
 from numba.core.typing.typeof import typeof_impl
 from numba.extending import intrinsic
 
@@ -63,6 +63,21 @@ register_default(StaticType)(type("StaticModel", (PrimitiveModel,), {
 @lower_constant(StaticType)
 def _static_constant(context: Any, builder: ir.IRBuilder, ty: Any, value: Any) -> Any:
     return context.get_dummy_value()
+
+
+@infer_getattr
+class _StaticAttributes(AttributeTemplate):
+    """Integer attributes of a Static object are int64 constants in a kernel: ``elem.size``, ``elem.lanes``."""
+
+    key = StaticType
+
+    def generic_resolve(self, ty: StaticType, attr: str) -> Any:
+        return types.int64 if isinstance(getattr(ty.value, attr, None), int) else None
+
+
+@lower_getattr_generic(StaticType)
+def _static_attribute(context: Any, builder: ir.IRBuilder, ty: StaticType, value: Any, attr: str) -> Any:
+    return i64(getattr(ty.value, attr))
 
 
 class Vector(types.Type):
@@ -111,13 +126,14 @@ FLOAT64 = Elem("float64", f64, 8, types.float64)
 BFLOAT16 = Elem("bfloat16", i16, 2, types.float32)
 FLOAT16 = Elem("float16", f16, 2, types.float32)
 INT32 = Elem("int32", i32, 4, types.int32)
+UINT16 = Elem("uint16", i16, 2, types.int32)  # zero-extended on load
 INT64 = Elem("int64", i64, 8, types.int64)
-ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, INT64)}
+ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, UINT16, INT64)}
 
 
 def compute_elem(elem: Elem) -> Elem:
     """The element type that ``elem`` is computed in: itself, or float32 for the half types."""
-    return FLOAT32 if elem.size == 2 else elem
+    return FLOAT32 if elem in (FLOAT16, BFLOAT16) else elem
 
 
 # LLVM helpers --------------------------------------------------------------------------------------------------------
@@ -160,7 +176,7 @@ def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
         wide = builder.zext(raw, ir.VectorType(i32, elem.lanes))
         sixteen = ir.Constant(wide.type, [16] * elem.lanes)
         return builder.bitcast(builder.shl(wide, sixteen), ir.VectorType(f32, elem.lanes))
-    return raw
+    return builder.zext(raw, elem.vector.llvm) if elem.name == "uint16" else raw
 
 
 def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
@@ -542,30 +558,19 @@ def maximum(typingctx, a, b):
     return (a if isinstance(a, Vector) else b)(a, b), codegen
 
 
-@intrinsic
-def transpose_square(typingctx, rows):
-    """transpose_square(tuple of L vectors of L lanes) -> the L columns, by log2(L) rounds of two-input shuffles"""
-    vec, n = rows.dtype, len(rows)
-
-    def codegen(context, builder, sig, args):
-        cur = cgutils.unpack_tuple(builder, args[0], n)
-        index = ir.VectorType(i32, n)
-        step = 1
-        while step < n:
-            # Exchange blocks of `step` lanes between row i and row i + step.
-            low = [(j if not j & step else n + j - step) for j in range(n)]
-            high = [(j + step if not j & step else n + j) for j in range(n)]
-            new = list(cur)
-            for i in range(n):
-                if not i & step:
-                    a, b = cur[i], cur[i + step]
-                    new[i] = builder.shuffle_vector(a, b, ir.Constant(index, low))
-                    new[i + step] = builder.shuffle_vector(a, b, ir.Constant(index, high))
-            cur = new
-            step *= 2
-        return context.make_tuple(builder, sig.return_type, cur)
-    out = types.UniTuple(vec, n)
-    return out(rows), codegen
+def transpose_vectors(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
+    """The columns of L vectors of L lanes, by log2(L) rounds of two-input shuffles."""
+    n = len(rows)
+    index = ir.VectorType(i32, n)
+    step = 1
+    while step < n:  # exchange blocks of `step` lanes between row i and row i + step
+        low = ir.Constant(index, [j if not j & step else n + j - step for j in range(n)])
+        high = ir.Constant(index, [j + step if not j & step else n + j for j in range(n)])
+        for i in (i for i in range(n) if not i & step):
+            a, b = rows[i], rows[i + step]
+            rows[i], rows[i + step] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+        step *= 2
+    return rows
 
 
 @lower_cast(types.Number, Vector)

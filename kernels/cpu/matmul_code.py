@@ -1,0 +1,196 @@
+"""Matrix products, as compiled: blocking around the register tile, packing, epilogue, and the memory-bound vector products.
+
+Imported only when a kernel has to be built. Sizes are in elements, strides in bytes, addresses are int64.
+
+The loop nest (Goto & van de Geijn 2008; van Zee & van de Geijn, "BLIS", ACM TOMS 41(3), 2015) without the packing of A: the
+tile broadcasts A's elements straight from its rows, so A needs a copy only if it has to be converted or its columns are far
+apart. B is packed panel by panel just before its first use, once for keeps (``pack_weight``), or not at all when the
+product is too small to repay it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .engine.pack import packer, pair_packer
+from .engine.region import parallel
+from .engine.simd import ELEMS, FLOAT32, compute_elem, fma, inline, load, load_n, load_scalar, maximum_fast, outline, reduce_add, spread
+from .engine.simd import store, store_n, store_scalar
+from .engine.tile import Tile, multiply, tile_size
+
+ROWS, VECS = tile_size()
+
+
+@inline
+def activate(p, act, v, p0, p1):
+    return maximum_fast(v, 0.0)
+
+
+def _tiles(p: Any, pairs: bool) -> Any:
+    """run(rows, vecs, masked, …): the tile of that size. Rows are 8, 4, 2 or 1 (those that the machine's tile allows)."""
+    sizes = [r for r in (8, 4, 2, 1) if r <= ROWS]
+    grid = {(r, v, m): Tile(p, r, v, masked=m, pairs=pairs) for r in sizes for v in (1, 2, 3) for m in (False, True)}
+
+    def rows_function(r: int) -> Any:
+        t1, t2, t3 = (grid[r, v, False] for v in (1, 2, 3))
+        m1, m2, m3 = (grid[r, v, True] for v in (1, 2, 3))
+
+        @outline
+        def run(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
+            if last == 0:
+                if vecs == 3:
+                    multiply(t3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+                elif vecs == 2:
+                    multiply(t2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+                else:
+                    multiply(t1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+            elif vecs == 3:
+                multiply(m3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+            elif vecs == 2:
+                multiply(m2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+            else:
+                multiply(m1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+        return run
+
+    run1, run2, run4 = rows_function(1), rows_function(2), rows_function(4)
+    run8 = rows_function(8) if ROWS == 8 else run4
+
+    @inline
+    def run(rows, vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
+        if rows == 8:
+            run8(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+        elif rows == 4:
+            run4(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+        elif rows == 2:
+            run2(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+        else:
+            run1(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+    return run
+
+
+def product(elem_name: str, pairs: bool) -> Any:
+    """The blocked product C = act(alpha · A B + bias + beta · R), for one dtype; see ``matmul.PRODUCT`` for the arguments."""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    lanes, pb = p.lanes, p.bytes
+    unit = 4 if pairs else p.size  # bytes of one k of packed A and of one lane of packed B
+    a_width = max(lanes, ROWS)
+    half = e is not p
+    run = _tiles(p, pairs)
+    pack = pair_packer() if pairs else packer(e)
+    scratch_row = VECS * pb
+
+    @inline
+    def finish(rows, vecs, last, src, src_row, c, c_row, alpha, beta, res, res_m, res_n, act, p0, p1):
+        """The epilogue of one tile, from where the tile left it (C itself or scratch) to C."""
+        for i in range(rows):
+            for j in range(vecs):
+                n = last if last > 0 and j == vecs - 1 else lanes
+                v = load_n(p, src + i * src_row + j * pb, n) * alpha
+                if res != 0:
+                    r = res + i * res_m + j * lanes * res_n
+                    if res_n == 0:
+                        v = fma(spread(p, load_scalar(e, r)), beta, v)
+                    else:
+                        v = fma(load_n(e, r, n), beta, v)
+                if act != 0:
+                    v = activate(p, act, v, p0, p1)
+                store_n(e, c + i * c_row + j * lanes * e.size, v, n)
+
+    @outline
+    def block(m0, m1, q0, q1, cut, n, k, a, a_m, a_k, b, b_k, b_n, packed, direct,
+              c, c_m, bias, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
+        """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be."""
+        vectors = (n + lanes - 1) // lanes
+        v0 = q0 * vectors // cut
+        depth = (k + 1) // 2 if pairs else k  # what the tile counts as k
+        scratch = ws
+        a_block = ws + ROWS * scratch_row
+        b_block = a_block + (((mc + a_width - 1) // a_width * a_width) * kc * unit if pack_a else 0)
+        b_step = 2 if pairs else 1
+        k0 = 0
+        while True:
+            kn = min(kc, depth - k0)
+            final = k0 + kn >= depth
+            for mb in range(m0, m1, mc):
+                mn = min(mc, m1 - mb)
+                if pack_a:
+                    for i in range(0, mn, a_width):
+                        ks = min(kn * b_step, k - k0 * b_step)
+                        pack(a + (mb + i) * a_m + k0 * b_step * a_k, a_m, a_k, min(a_width, mn - i), ks,
+                             a_block + i * kn * unit, a_width)
+                for q in range(q0, q1):
+                    first = q * vectors // cut
+                    vecs = (q + 1) * vectors // cut - first
+                    col = first * lanes
+                    cols = min(vecs * lanes, n - col)
+                    last = cols - (vecs - 1) * lanes if cols < vecs * lanes else 0
+                    if direct:
+                        bp = b + k0 * b_k + col * b_n
+                        bk = b_k
+                    else:
+                        bk = vecs * lanes * unit
+                        if packed != 0:
+                            bp = packed + (first * lanes * depth + k0 * vecs * lanes) * unit
+                        else:
+                            bp = b_block + (first - v0) * lanes * kn * unit
+                            if mb == m0:
+                                ks = min(kn * b_step, k - k0 * b_step)
+                                pack(b + k0 * b_step * b_k + col * b_n, b_n, b_k, cols, ks, bp, vecs * lanes)
+                    i = 0
+                    while i < mn:
+                        rows = 8 if ROWS == 8 and mn - i >= 8 else 4 if mn - i >= 4 else 2 if mn - i >= 2 else 1
+                        cp = c + (mb + i) * c_m + col * e.size
+                        if pack_a:
+                            ap = a_block + (i // a_width * a_width * kn + i % a_width) * unit
+                            ar, ak = unit, a_width * unit
+                        else:
+                            ap = a + (mb + i) * a_m + k0 * b_step * a_k
+                            ar, ak = a_m, a_k * b_step
+                        if k0 > 0:
+                            init, init_row = cp, c_m
+                        else:
+                            init, init_row = (bias + col * p.size if bias != 0 else 0), 0
+                        rp = res + (mb + i) * res_m + col * res_n if res != 0 else 0
+                        if half:
+                            run(rows, vecs, 0, kn, ap, ar, ak, bp, bk, init, init_row, scratch, scratch_row)
+                            finish(rows, vecs, last, scratch, scratch_row, cp, c_m, alpha, beta,
+                                   rp, res_m, res_n, act, p0, p1)
+                        else:
+                            run(rows, vecs, last, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m)
+                            if epilogue and final:
+                                finish(rows, vecs, last, cp, c_m, cp, c_m, alpha, beta,
+                                       rp, res_m, res_n, act, p0, p1)
+                        i += rows
+            k0 += kn
+            if final:
+                break
+
+    @inline
+    def body(t, nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
+             c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws, ws_size):
+        units = (m + ROWS - 1) // ROWS
+        for task in range(tasks * t // nt, tasks * (t + 1) // nt):
+            batch = task // (tm * tn)
+            rest = task - batch * (tm * tn)
+            mi = rest // tn
+            ni = rest - mi * tn
+            if table != 0:
+                ao, bo = load_scalar(I64, table + batch * 24), load_scalar(I64, table + batch * 24 + 8)
+                ro = load_scalar(I64, table + batch * 24 + 16)
+            else:
+                ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
+            m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
+            ri = res + ro if res != 0 else 0
+            block(m0, m1, cut * ni // tn, cut * (ni + 1) // tn, cut, n, k,
+                  a + ao, a_m, a_k, b + bo, b_k, b_n, packed, direct, c + batch * c_b, c_m, bias, alpha, beta,
+                  ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
+
+    I64 = ELEMS["int64"]
+
+    def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
+               c, c_b, c_m, bias, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size, alpha, beta, p0, p1):
+        parallel(nt, body, (tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
+                            c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+                            pack_a, ws, ws_size))
+    return kernel
