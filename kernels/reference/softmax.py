@@ -1,0 +1,116 @@
+"""Softmax and the losses as plain maths: what the fast kernels must equal. Differentiable any number of times."""
+
+import torch
+from torch import Tensor
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    return torch.exp(log_softmax(input, dim))
+
+
+def log_softmax(input: Tensor, dim: int) -> Tensor:
+    return input - torch.logsumexp(input, dim, keepdim=True)
+
+
+def softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    return output * (grad - (grad * output).sum(dim, keepdim=True))
+
+
+def log_softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    return grad - torch.exp(output) * grad.sum(dim, keepdim=True)
+
+
+def _reduce(loss: Tensor, reduction: str, total: Tensor | float | int) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() / total if reduction == "mean" else loss.sum()
+
+
+def _classes_last(t: Tensor) -> Tensor:
+    """(C) and (N, C, d1, …) with the classes moved to the last dimension."""
+    return t if t.dim() == 1 else t.movedim(1, -1)
+
+
+def _classes_back(t: Tensor) -> Tensor:
+    return t if t.dim() == 1 else t.movedim(-1, 1)
+
+
+def _target_weights(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> Tensor:
+    """q in loss = -Σ q·log p, classes last: the target as a distribution, smoothed, times the class weights."""
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if target.is_floating_point():
+        q = _classes_last(target)
+    else:
+        kept = target != ignore_index
+        q = torch.nn.functional.one_hot(torch.where(kept, target, 0), classes).to(input.dtype) * kept.unsqueeze(-1)
+    total = q.sum(-1, keepdim=True) if not target.is_floating_point() else 1.0
+    q = q * (1 - smoothing) + smoothing / classes * total
+    return q if weight is None else q * weight
+
+
+def _mean_over(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor | float:
+    """What reduction="mean" divides by: the rows for probabilities, else the summed weights of the target classes."""
+    if target.is_floating_point():
+        return target.numel() / max(1, input.shape[0 if input.dim() == 1 else 1])
+    kept = target != ignore_index
+    each = torch.ones_like(target, dtype=input.dtype) if weight is None else weight[torch.where(kept, target, 0)]
+    return (each * kept).sum()
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the log-sum-exp of each row (float32 or wider)."""
+    x = _classes_last(input)
+    q = _target_weights(input, target, weight, ignore_index, label_smoothing)
+    lse = torch.logsumexp(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
+    logs = x - lse.unsqueeze(-1).to(x.dtype)
+    loss = -torch.where(q == 0, torch.zeros_like(logs), q * logs).sum(-1)
+    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), lse
+
+
+def cross_entropy_backward(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    q = _target_weights(input, target, weight, ignore_index, label_smoothing)
+    p = torch.softmax(_classes_last(input), -1)  # not from lse, so that the second derivative sees it
+    scale = grad / _mean_over(input, target, weight, ignore_index) if reduction == "mean" else grad
+    return _classes_back(scale.unsqueeze(-1) * (p * q.sum(-1, keepdim=True) - q))
+
+
+def nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    q = _target_weights(input, target, weight, ignore_index, 0.0)
+    x = _classes_last(input)
+    loss = -torch.where(q == 0, torch.zeros_like(x), q * x).sum(-1)
+    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index))
+
+
+def nll_loss_backward(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    q = _target_weights(input, target, weight, ignore_index, 0.0)
+    scale = grad / _mean_over(input, target, weight, ignore_index) if reduction == "mean" else grad
+    return _classes_back(-scale.unsqueeze(-1) * q)
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduce((input - target) ** 2, reduction, input.numel())
+
+
+def mse_loss_backward(grad: Tensor, input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    scale = grad / input.numel() if reduction == "mean" else grad
+    return scale * 2 * (input - target)
