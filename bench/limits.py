@@ -208,7 +208,7 @@ def _gomp() -> Callable[[int, int, int], None] | None:
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     if not paths:
         return None
-    parallel = ctypes.CDLL(sorted(paths)[0]).GOMP_parallel
+    parallel = ctypes.CDLL(min(paths, key=lambda path: ("torch" not in path, path))).GOMP_parallel  # torch's own copy first
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return lambda function, data, threads: parallel(function, data, threads, 0)
 

@@ -7,20 +7,17 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastnn._numerics import TORCH
+
 from .cases import Case, Inputs
 
 OURS = "fastnn"
 
-
-#: torch's functions and torch.nn.functional's under one roof; where both have a name, the latter's.
-TORCH = SimpleNamespace(**{name: value for module in (torch, torch.nn.functional) for name, value in vars(module).items()
-                           if callable(value) and not name.startswith("_")})
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn._numerics import Error, error
+from fastnn._numerics import TORCH, Error, error, results, widen
 
 from . import peers as peer_module
 from .cases import Case, cases
 from .limits import Limits
-from .peers import OURS, TORCH, Job, Peer, Work, as_work
+from .peers import OURS, Job, Peer, Work
 from .timing import Neighbours, Times, load_average, measure
 
 #: A case is called unsteady from these on: spread of the samples, share of other processes, loss of clock speed.
@@ -98,42 +98,18 @@ def select(families: Iterable[str], dtype: torch.dtype | None = None, pattern: s
 # Correctness -----------------------------------------------------------------------------------------------------------
 
 
-def _widen(value: Any, absolute: bool = False) -> Any:
-    """A float64 leaf of the same value (or magnitude); integers and the rest as they are."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    wide = value.detach().double()
-    return (wide.abs() if absolute else wide).requires_grad_(value.requires_grad)
+def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
+    """PyTorch's own error, which is the yardstick, and each provider's."""
+    inputs, grad = [widen(v) for v in job.inputs], widen(job.grad)
+    true = results(lambda *values: job.case.torch(TORCH, *values), inputs, grad)
+    scales = job.case.scale(inputs, grad) if job.case.scale else (None,) * len(true)
+    yardstick = results(lambda *values: job.case.torch(TORCH, *values), job.inputs, job.grad)
 
+    def worst(found: tuple[Any, ...], other: tuple[Tensor | None, ...]) -> Error:
+        tensors = [t if isinstance(t, Tensor) else torch.from_numpy(t) for t in found]
+        return sum((error(*four) for four in zip(tensors, true, scales, other, strict=True)), Error())
 
-def reference(job: Job, absolute: bool = False) -> tuple[Tensor, ...]:
-    """The results in float64; with ``absolute`` of the magnitudes, where the case says how."""
-    function = job.case.magnitude if absolute else job.case.torch
-    assert function is not None
-    wide = Job(job.case, tuple(_widen(v, absolute) for v in job.inputs), _widen(job.grad, absolute), job.threads)
-    return as_work(wide, lambda *inputs: function(TORCH, *inputs))()
-
-
-def check(job: Job, works: dict[str, Work]) -> dict[str, tuple[Error, bool]]:
-    """Each provider's error and whether the error rule accepts it; PyTorch's own is the yardstick."""
-    true = reference(job)
-    scales = reference(job, absolute=True) if job.case.magnitude else (None,) * len(true)
-
-    def worst(results: tuple[Any, ...], yardstick: tuple[Tensor, ...] | None) -> Error:
-        total = Error()
-        for n, result in enumerate(results):
-            tensor = result if isinstance(result, Tensor) else torch.from_numpy(result)
-            total += error(tensor, true[n], scales[n], None if yardstick is None else yardstick[n])
-        return total
-
-    yardstick = as_work(job, lambda *inputs: job.case.torch(TORCH, *inputs))()
-    torch_error = worst(yardstick, None)
-    verdicts = {}
-    for name, work in works.items():
-        found = worst(work(), yardstick)
-        verdicts[name] = found, found.within(torch_error)
-    verdicts[""] = torch_error, True
-    return verdicts
+    return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
 
 
 # The limits of a case --------------------------------------------------------------------------------------------------
@@ -235,17 +211,17 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
             works[peer.name] = work
             if peer.name == OURS:
                 record.served_by = _served_by(work)
-        verdicts = check(job, works)
-        torch_error = verdicts.pop("")[0]
+        torch_error, errors = check(job, works)
         for record in records:
-            if record.provider in verdicts:
-                found, record.correct = verdicts[record.provider]
+            if record.provider in errors:
+                found = errors[record.provider]
+                record.correct = found.within(torch_error)
                 record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
                 if found.specials > torch_error.specials:
                     record.notes.append(f"{found.specials} NaN or infinite values where the reference has none, or the reverse")
         gc.collect()
         # A red case prints no speed, and a peer with wrong results is no peer.
-        right = {name: work for name, work in works.items() if verdicts[name][1]}
+        right = {name: work for name, work in works.items() if errors[name].within(torch_error)}
         limit_of(case, dtype, limits)
         neighbours = Neighbours()
         times = measure(right, seconds)

@@ -7,10 +7,19 @@ can be arbitrarily smaller than what any order of summation could resolve.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+#: torch's functions and torch.nn.functional's under one roof; where both have a name, the latter's.
+TORCH: Any = SimpleNamespace(**{name: value for module in (torch, torch.nn.functional) for name, value in vars(module).items()
+                                if callable(value) and not name.startswith("_")})
+#: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or None).
+Scale = Callable[[Sequence[Any], Tensor | None], tuple[Tensor, ...]]
 
 #: An error of so many ulp is allowed whatever PyTorch's own error is.
 FLOOR = 4.0
@@ -77,3 +86,42 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
         total += Error(float(distance.max()) if distance.numel() else 0.0, float((distance * distance).sum()),
                        distance.numel(), int((~finite & ~same).sum()))
     return total
+
+
+# References and scales -------------------------------------------------------------------------------------------------
+
+
+def widen(value: Any, absolute: bool = False) -> Any:
+    """A float64 leaf of a tensor's values (or magnitudes) that requires a gradient if the tensor does; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    wide = value.detach().double()
+    return (wide.abs() if absolute else wide).requires_grad_(value.requires_grad)
+
+
+def results(function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+    """The output, or with ``grad`` the gradients of all inputs that require one."""
+    if grad is None:
+        with torch.no_grad():
+            return (function(*inputs),)
+    with torch.enable_grad():
+        leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        return torch.autograd.grad(function(*inputs), leaves, grad)
+
+
+def sum_of_magnitudes(function: Callable[..., Tensor]) -> Scale:
+    """The scale of sums of products: the same function (its linear part, called with torch's functions) of absolute values."""
+    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+        return results(lambda *values: function(TORCH, *values), [widen(v, absolute=True) for v in inputs], widen(grad, absolute=True))
+    return scale
+
+
+def softmax_scale(log: bool, dim: int = -1) -> Scale:
+    """For the gradient of softmax, y (g - Σ g y), and of log_softmax, g - y Σ g: the same with every term positive."""
+    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+        x = inputs[0].detach()
+        if grad is None:
+            return (torch.log_softmax(x, dim).abs() + x.abs() if log else torch.zeros_like(x),)
+        y, g = torch.softmax(x, dim), grad.abs()
+        return (g + y * g.sum(dim, keepdim=True) if log else y * (g + (g * y).sum(dim, keepdim=True)),)
+    return scale

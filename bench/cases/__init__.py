@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._numerics import Scale
+
 Inputs = tuple[Any, ...]
 
 
@@ -32,7 +34,7 @@ class Case:
         passes: (elements read, elements written) of each pass over memory that nobody can avoid.
         mode: forward (no gradients), backward (of a forward done before), train (both).
         dtypes: those of the default run.
-        magnitude: the work without its pointwise part: run on absolute inputs it gives the scale that errors are counted at.
+        scale: the magnitudes at which errors are counted where the results themselves may cancel (see fastnn._numerics).
         goals: what the project wants: "limit" (fraction of it), "best" (ratio to the best peer), a peer's name (ratio to it),
             "mean" (geometric mean of "best" over the group), "float32" (ratio to our own float32 time).
         quick: part of ``--quick``.
@@ -48,7 +50,7 @@ class Case:
     passes: tuple[tuple[int, int], ...] = ()
     mode: str = "forward"
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    magnitude: Callable[..., Tensor] | None = None
+    scale: Scale | None = None
     goals: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._numerics import sum_of_magnitudes
+
 from . import Case, random, together
 
 # (in, out) of linear layers, after the models that have them.
@@ -40,7 +42,7 @@ def _numpy_linear(x: Any, weight: Any, bias: Any = None) -> Any:
 def square(n: int, **extra: Any) -> Case:
     return Case("matmul", f"square/{n}", together(random(n, n, seed=1), random(n, n, seed=2)),
                 torch=lambda F, a, b: F.matmul(a, b), numpy=_numpy_product, flops=2 * n**3, passes=((2 * n * n, n * n),),
-                magnitude=lambda F, a, b: F.matmul(a, b), **extra)
+                scale=sum_of_magnitudes(lambda F, a, b: F.matmul(a, b)), **extra)
 
 
 def linear(layer: str, m: int, activation: str | None = None, group: str = "linear", grad: bool = False, **extra: Any) -> Case:
@@ -61,7 +63,7 @@ def linear(layer: str, m: int, activation: str | None = None, group: str = "line
                          random(n, seed=3, scale=0.1, grad=grad)),
                 torch=with_gelu if activation else plain, ours=fused if activation else None,
                 numpy=None if activation else _numpy_linear,
-                flops=2 * m * n * k * (3 if grad else 1), passes=((m * k + n * k + n, m * n),), magnitude=plain, **extra)
+                flops=2 * m * n * k * (3 if grad else 1), passes=((m * k + n * k + n, m * n),), scale=sum_of_magnitudes(plain), **extra)
 
 
 def bmm(name: str, batch: int, m: int, k: int, n: int, transposed: bool = False, **extra: Any) -> Case:
@@ -75,14 +77,14 @@ def bmm(name: str, batch: int, m: int, k: int, n: int, transposed: bool = False,
     b_shape = (batch, n, k) if transposed else (batch, k, n)
     return Case("matmul", f"bmm/{name}/{batch}x{m}x{k}x{n}", together(random(batch, m, k, seed=1), random(*b_shape, seed=2)),
                 torch=run, numpy=with_numpy, flops=2 * batch * m * n * k,
-                passes=((batch * (m * k + n * k), batch * m * n),), magnitude=run, **extra)
+                passes=((batch * (m * k + n * k), batch * m * n),), scale=sum_of_magnitudes(run), **extra)
 
 
 def vector(name: str, n: int, k: int, **extra: Any) -> Case:
     """Matrix times vector."""
     return Case("matmul", f"mv/{name}/{n}x{k}", together(random(n, k, seed=1), random(k, seed=2)),
                 torch=lambda F, a, x: F.mv(a, x), numpy=_numpy_product, passes=((n * k + k + n, 0),),
-                magnitude=lambda F, a, x: F.mv(a, x), **extra)
+                scale=sum_of_magnitudes(lambda F, a, x: F.mv(a, x)), **extra)
 
 
 def row(name: str, k: int, n: int, **extra: Any) -> Case:
@@ -91,7 +93,7 @@ def row(name: str, k: int, n: int, **extra: Any) -> Case:
         return F.linear(x, w)
 
     return Case("matmul", f"mv/linear_{name}/1x{k}x{n}", together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
-                torch=run, numpy=_numpy_linear, passes=((n * k + k + n, 0),), magnitude=run, **extra)
+                torch=run, numpy=_numpy_linear, passes=((n * k + k + n, 0),), scale=sum_of_magnitudes(run), **extra)
 
 
 def small(n: int, **extra: Any) -> Case:
@@ -104,7 +106,7 @@ def call_overhead() -> Case:
         return F.linear(x, w, b)
 
     return Case("matmul", "call/linear/8x8", together(random(8, 8, seed=1), random(8, 8, seed=2), random(8, seed=3)),
-                torch=run, numpy=_numpy_linear, magnitude=run, goals={"torch": 1 / 1.5}, quick=True)
+                torch=run, numpy=_numpy_linear, scale=sum_of_magnitudes(run), goals={"torch": 1 / 1.5}, quick=True)
 
 
 _SQUARE = {"limit": 0.9, "best": 1.03}

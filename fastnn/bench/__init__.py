@@ -3,5 +3,5 @@
 from pathlib import Path
 
 _checkout = Path(__file__).resolve().parents[2] / "bench"
-if _checkout.is_dir():
+if _checkout.is_dir() and (_checkout.parent / "pyproject.toml").is_file():
     __path__.append(str(_checkout))

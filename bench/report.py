@@ -1,0 +1,219 @@
+"""How results are shown and kept: lines as they come, a summary against the goals, JSON, plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cases import Case
+from .peers import OURS
+from .run import Record, dtype_name
+
+_SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+# The lines of a run ----------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """One line a case, printed when it is finished."""
+
+    def __init__(self, console: Console, providers: Sequence[str]) -> None:
+        self.console = console
+        self.peers = [name for name in providers if name != OURS]
+        self._width = [38, 9, 5, 9, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+
+    def head(self) -> None:
+        """What the columns mean."""
+        names = ["case", "mode", "dtype", OURS, "rate", "of limit", *self.peers, "best", "error (torch)"]
+        self.console.print(Text(self._row(names), style="bold"))
+
+    def _row(self, cells: Iterable[str]) -> str:
+        first, *rest = (cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(cells, self._width, strict=False)))
+        return " ".join([first, *rest])
+
+    def case(self, records: Sequence[Record]) -> None:
+        """The line of one case, and one more for each thing that a reader must know of it."""
+        by = {r.provider: r for r in records}
+        ours = by.get(OURS)
+        main = ours if ours and ours.median else next((r for r in records if r.median), records[0])
+        cells = [main.case, main.mode, _SHORT.get(main.dtype, main.dtype), duration(ours.median if ours else None),
+                 f"{main.rate:.4g} {main.unit}" if main.rate else "–",
+                 f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–"]
+        for peer in self.peers:
+            r = by.get(peer)
+            if r is None or r.median is None:
+                cells.append("red" if r and r.correct is False else "missing")
+            elif ours and ours.median:
+                cells.append(f"{r.median / ours.median:.2f}×")
+            else:
+                cells.append(duration(r.median))
+        cells.append(f"{ours.ratio:.2f}×" if ours and ours.ratio else "–")
+        cells.append(f"{main.error_ulp:.3g} ({main.torch_error_ulp:.3g})" if main.error_ulp is not None else "–")
+        red = any(r.correct is False for r in records)
+        slower = bool(ours and ours.ratio and ours.ratio < 1)
+        self.console.print(Text(self._row(cells), style="red" if red else "yellow" if slower else ""))
+        for r in records:
+            if r.correct is False:
+                why = r.missing or f"error {r.error_ulp:.4g} ulp where torch has {r.torch_error_ulp:.4g}: no speed is reported"
+                self.console.print(Text(f"  RED {r.provider}: {why}", style="red"))
+            elif r.missing and r.provider == OURS:
+                self.console.print(Text(f"  {r.provider} is missing: {r.missing}", style="yellow"))
+        notes = dict.fromkeys(f"{'' if sum(n in q.notes for q in records) == len(records) else r.provider + ': '}{n}"
+                              for r in records for n in r.notes)
+        if notes:
+            self.console.print(Text("  unsteady: " + "; ".join(notes), style="dim"))
+        if ours and ours.served_by and "torch" in ours.served_by:
+            self.console.print(Text(f"  served by {ours.served_by}", style="dim"))
+
+
+def print_header(console: Console, header: dict[str, Any]) -> None:
+    """The machine, its limits, and how the numbers are made."""
+    m, limits = header["machine"], header["limits"]
+    fma = ", ".join(f"{_SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)" for k, v in limits["fma_gflops"].items())
+    console.print(f"[bold]{m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
+                  + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v), highlight=False)
+    console.print(f"limits: multiply-add {fma} GFLOP/s; 64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy "
+                  f"{limits['copy_gbs_64MiB_same_output']:.0f}, copy into new memory {limits['copy_gbs_64MiB_new_output']:.0f} GB/s",
+                  highlight=False)
+    console.print(header["method"], style="dim")
+    if header["load_average"] is not None and header["load_average"] > 0.5:
+        console.print(f"The machine is not idle: load average {header['load_average']:.2f} before the run.", style="yellow")
+    for name, why in header["missing"].items():
+        console.print(f"{name} is missing: {why}", style="yellow")
+
+
+# The summary -----------------------------------------------------------------------------------------------------------
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean of logarithms."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _reached(goal: str, ours: Record, peers: dict[str, Record], all_ours: dict[tuple[str, str, str], Record]) -> float | None:
+    """What a case reached of one goal; None where the run did not measure it."""
+    if goal == "limit":
+        return ours.limit_fraction
+    if goal in ("best", "mean"):
+        return ours.ratio
+    if goal == "float32":
+        other = all_ours.get((ours.case, ours.mode, "float32"))
+    else:
+        other = peers.get(goal)
+    return other.median / ours.median if other and other.median and ours.median else None
+
+
+def summary(chosen: Sequence[tuple[Case, torch.dtype]], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """For each group of cases and each of its goals: the wish, what was reached (worst and geometric mean), and the worst case."""
+    all_ours = {(r.case, r.mode, r.dtype): r for r in records if r.provider == OURS}
+    rows: dict[tuple[str, str, str, str, float], list[tuple[float, str]]] = {}
+    for case, dtype in chosen:
+        ours = all_ours.get((case.name, case.mode, dtype_name(dtype)))
+        if ours is None:
+            continue
+        peers = {r.provider: r for r in records if (r.case, r.mode, r.dtype) == (ours.case, ours.mode, ours.dtype)}
+        for goal, wish in case.goals.items():
+            value = _reached(goal, ours, peers, all_ours)
+            if value is not None:
+                rows.setdefault((case.group, case.mode, ours.dtype, goal, wish), []).append((value, case.name))
+    result = []
+    for (group, mode, dtype_, goal, wish), values in rows.items():
+        mean = geometric_mean([v for v, _ in values])
+        worst, where = min(values)
+        result.append({"group": group, "mode": mode, "dtype": dtype_, "goal": goal, "wish": wish, "mean": mean, "worst": worst,
+                       "worst_case": where, "cases": len(values), "reached": (mean if goal == "mean" else worst) >= wish})
+    return result
+
+
+_GOALS = {"limit": "of the limit", "best": "× the best peer", "mean": "× the best peer, geometric mean", "float32": "× our float32"}
+
+
+def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(title="What was reached", title_justify="left")
+    for name in ("group", "mode", "dtype", "goal", "geometric mean", "worst", "worst case", ""):
+        table.add_column(name, justify="right" if name in ("geometric mean", "worst") else "left")
+    for r in rows:
+        table.add_row(f"{r['group']} ({r['cases']})", r["mode"], r["dtype"],
+                      f"≥ {r['wish']:.3g} {_GOALS.get(r['goal'], '× ' + r['goal'])}",
+                      f"{r['mean']:.2f}", f"{r['worst']:.2f}", r["worst_case"],
+                      "[green]reached[/]" if r["reached"] else "[red]not yet[/]")
+    console.print(table)
+
+
+# Files -----------------------------------------------------------------------------------------------------------------
+
+
+def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
+    """Write all results so far; the file is whole at any moment."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps({"headers": list(headers), "records": [r.asdict() for r in records]}, indent=1, allow_nan=False,
+                                    ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def plot(folder: Path, header: dict[str, Any], records: Sequence[Record]) -> list[Path]:
+    """A PNG a family and number of threads: for each case, how many times faster we are than each peer.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for family, threads in dict.fromkeys((r.family, r.threads) for r in records):
+        ours = [r for r in records if (r.family, r.threads, r.provider) == (family, threads, OURS) and r.median]
+        if not ours:
+            continue
+        times = {(r.case, r.mode, r.dtype, r.provider): r.median for r in records if r.threads == threads and r.median}
+        names = list(dict.fromkeys(r.provider for r in records if r.provider != OURS))
+        height = 0.8 / max(1, len(names))
+        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.34 * len(ours)), layout="constrained")
+        for n, name in enumerate(names):
+            at, values = [], []
+            for row, r in enumerate(ours):
+                peer = times.get((r.case, r.mode, r.dtype, name))
+                if peer and r.median:
+                    at.append(row + (n - (len(names) - 1) / 2) * height)
+                    values.append(peer / r.median)
+            axes.barh(at, values, height, label=name)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_yticks(range(len(ours)), [f"{r.case}  {'' if r.mode == 'forward' else r.mode + ' '}{_SHORT.get(r.dtype, r.dtype)}"
+                                           + (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "") for r in ours],
+                        fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axes.set_xlabel("times faster than the peer (median of the same run)")
+        axes.set_title(f"{family}: {header['machine']['cpu']}, {threads} threads, torch {header['versions']['torch']}", fontsize=9)
+        axes.legend(fontsize=8)
+        path = folder / f"{family}-{threads}threads.png"
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
+        written.append(path)
+    return written
