@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
 
         has = llvm.get_host_cpu_features()
         facts["cpu_llvm"] = llvm.get_host_cpu_name()
-        facts["features"] = sorted(name for name, there in has.items() if there)
+        facts["features"] = " ".join(sorted(name for name, there in has.items() if there))
     if installed("numba"):
         from .kernels.cpu.engine import host
 
@@ -83,3 +83,60 @@ def versions() -> dict[str, str | None]:
 
     found: dict[str, str | None] = {"fastnn": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {name: installed(name) for name in ("numpy", "numba", "llvmlite", *(e for e in EXTRAS if e != "numba"))}
+
+
+def _size(number: int | None) -> str:
+    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number and number >= one:
+            return f"{number / one:.3g} {unit}"
+    return f"{number or 0} B"
+
+
+def cache() -> dict[str, Any]:
+    """The kernel cache: its folder, the number of kernels in it and their size."""
+    from .kernels.cpu.engine import build
+
+    folder = build.cache_dir()
+    files = [f for f in folder.rglob("*.o") if f.is_file()] if folder and folder.is_dir() else []
+    return {"folder": str(folder) if folder else None, "kernels": len(files), "bytes": sum(f.stat().st_size for f in files)}
+
+
+def text() -> str:
+    """The report of ``python -m fastnn info``, to be pasted into a bug report."""
+    import torch
+
+    facts, found = machine(), versions()
+    lines = [f"fastnn {found['fastnn']}, Python {found['python']}, torch {found['torch']}", ""]
+
+    def row(name: str, value: object) -> None:
+        lines.append(f"{name + ':':<12} {value}")
+
+    row("system", facts["os"])
+    row("CPU", f"{facts['cpu']}, {facts['cores']} cores, {_size(facts['memory'])} of memory"
+        + (f"; LLVM calls it {facts['cpu_llvm']}" if "cpu_llvm" in facts else ""))
+    if facts["affinity"] is not None and len(facts["affinity"]) != facts["cores"]:
+        row("affinity", f"this process may use only cores {facts['affinity']}")
+    if "caches" in facts:
+        row("caches", ", ".join(f"{name.upper()} {_size(size)}" for name, size in facts["caches"].items()))
+        row("SIMD", f"{facts['simd']['name']}, vectors of {facts['simd']['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
+        row("features", facts["features"])
+    launcher = f"; kernels start through {_launcher()}" if installed("numba") else ""
+    row("threads", f"{torch.get_num_threads()} (torch.get_num_threads()){launcher}")
+    row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
+    if installed("numba"):
+        kept = cache()
+        row("cache", f"{kept['folder']}: {kept['kernels']} kernels, {_size(kept['bytes'])}" if kept["folder"]
+            else "off (FASTNN_CACHE_DIR is empty)")
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"))}
+    row("environment", ", ".join(f"{k}={v}" for k, v in settings.items()) or "nothing set that matters here")
+    lines += ["", "Optional packages"]
+    for package, brings in EXTRAS.items():
+        there = installed(package)
+        lines.append(f"  {package:<14} {there or 'missing':<10} {brings}")
+    return "\n".join(lines)
+
+
+def _launcher() -> str:
+    from .kernels.cpu.engine import threads
+
+    return {"gomp": "torch's own OpenMP pool (GOMP_parallel)", "python": "Python threads"}[threads.LAUNCHER]
