@@ -1,71 +1,302 @@
-"""Matrix products on the CPU: which kernel serves a call, and how the work is cut."""
+"""Matrix products on the CPU: which kernel serves a call, and how the work is cut.
+
+Four kernels, written in ``matmul_code``: ``product`` (the blocked product), ``rows_dot`` and ``rows_sum`` (a matrix and a few
+vectors: memory sets the pace, so the matrix is read once, in place), and ``pack`` (a weight into panels, for keeps).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .engine import threads
+from .engine import packed, threads
+from .engine.activation_codes import CODES
 from .engine.build import Kernel
 from .engine.host import caches, simd
 from .engine.workspace import workspace
 
+
+class Format(NamedTuple):
+    """What the host has to know of the kernels of one dtype; sizes in bytes."""
+
+    name: str
+    size: int  # of an element in memory
+    unit: int  # of a packed element: float32 for the half types, a pair where the CPU multiplies pairs of bfloat16
+    lanes: int
+    rows: int
+    vecs: int
+    half: bool
+    pairs: bool
+
+
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
+_SERIAL = 1 << 20  # operations below which a second thread costs more than it brings
+_SMALL_WEIGHT = 4096  # elements below which packing anew is cheaper than looking the packed weight up
 
 
 @cache
-def _shape(name: str) -> tuple[int, int, int, bool, int, int]:
-    """(lanes, rows, vecs, pairs, bytes of a packed lane, memory size) of the kernels for a dtype."""
+def _format(dtype: torch.dtype) -> Format:
     s = simd()
-    size = {"float32": 4, "float64": 8}.get(name, 2)
+    size = dtype.itemsize
     unit = max(4, size)
-    rows = 8 if s.registers == 32 else 4
-    return s.width // unit, rows, 3, name == "bfloat16" and s.bf16_dot, unit, size
+    return Format(_NAMES[dtype], size, unit, s.width // unit, 8 if s.registers == 32 else 4, 3, size == 2,
+                  dtype is torch.bfloat16 and s.bf16_dot)
 
 
-def _make_product(name: str) -> Callable[[], Callable[..., Any]]:
+def _kernel(kind: str, dtype: torch.dtype, signature: str, *flags: str) -> Kernel:
     def make() -> Callable[..., Any]:
-        from .matmul_code import product
+        from . import matmul_code
 
-        return product(name, _shape(name)[3])
-    return make
-
-
-_PRODUCT = {name: Kernel(f"product_{name}", "i" * 34 + "f" * 4, _make_product(name)) for name in _NAMES.values()}
+        f = _format(dtype)
+        return getattr(matmul_code, kind)(f.name, *(getattr(f, flag) for flag in flags))
+    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
 
 
-def _cut(n: int, lanes: int, vecs: int, parts: int) -> int:
-    """Panels that n columns are cut into: at most ``vecs`` vectors each, their number a multiple of ``parts`` if it can be."""
-    vectors = -(-n // lanes)
-    return min(vectors, -(-max(1, -(-vectors // vecs)) // parts) * parts)
+_PRODUCT = {d: _kernel("product", d, "i" * 34 + "f" * 4, "pairs") for d in _NAMES}
+_ROWS_DOT = {d: _kernel("rows_dot", d, "i" * 21 + "f" * 4) for d in _NAMES}
+_ROWS_SUM = {d: _kernel("rows_sum", d, "i" * 15 + "f" * 4) for d in _NAMES}
+_PACK = {d: _kernel("pack_weight", d, "i" * 8, "pairs") for d in _NAMES}
 
 
-def gemm(out: Tensor, a: Tensor, b: Tensor, nt: int, bias=None, packed: int = 0, cut: int = 0, direct: int = 0, mc=0, kc=0, act=0):
-    name = _NAMES[a.dtype]
-    lanes, rows, vecs, pairs, unit, size = _shape(name)
-    m, k = a.shape[-2:]
-    n = b.shape[-1]
-    batch = 1 if a.dim() == 2 else a.shape[0]
-    tn = nt if batch == 1 else 1
-    tm = 1
-    cut = cut or _cut(n, lanes, vecs, tn)
-    mc = mc or 192
-    half = size == 2
-    pack_a = int(half and (not pairs or k % 2 == 1 or a.stride(-1) != 1))
-    depth = (k + 1) // 2 if pairs else k
-    kc = max(1, depth if half else (kc or 512))
-    ws_size = 64 * 1024 + (mc + 16) * kc * unit * pack_a + (0 if packed or direct else (-(-n // lanes) + vecs) * lanes * kc * unit)
-    ws_size = -(-ws_size // 4096) * 4096
-    ws = workspace(ws_size * nt)
-    _PRODUCT[name].load()(
-        nt, batch * tm * tn, tm, tn, 0, m, n, k,
-        a.data_ptr(), a.stride(0) * size if batch > 1 else 0, a.stride(-2) * size, a.stride(-1) * size,
-        b.data_ptr(), b.stride(0) * size if batch > 1 else 0, b.stride(-2) * size, b.stride(-1) * size,
-        packed, cut, direct, out.data_ptr(), m * n * size, n * size, 0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, act, int(act>0),
-        mc, kc, pack_a, ws, ws_size, 1.0, 0.0, 0.0, 0.0)
-    return out
+@cache
+def _blocks(f: Format) -> tuple[int, int]:
+    """(rows of A, depth) of a block: a panel of B takes a quarter of L2, a block of A three eighths."""
+    l2 = caches().l2
+    depth = max(64, l2 // 4 // (f.vecs * f.lanes * f.unit) // 64 * 64)
+    return max(f.rows, l2 * 3 // 8 // (depth * f.unit) // f.rows * f.rows), depth
+
+
+def _panels(f: Format, n: int, parts: int) -> int:
+    """Panels that n columns are cut into: at most ``vecs`` vectors each, their number a multiple of ``parts`` where it can be."""
+    vectors = -(-n // f.lanes)
+    return min(vectors, -(-max(1, -(-vectors // f.vecs)) // parts) * parts)
+
+
+def _grid(f: Format, batch: int, m: int, n: int, nt: int) -> tuple[int, int]:
+    """How many ways to divide the rows and the columns of each product among nt threads."""
+    if batch >= 4 * nt or batch % nt == 0:
+        return 1, 1
+    columns = max(1, -(-n // f.lanes) // f.vecs)
+    for tn in range(nt, 0, -1):
+        if nt % tn == 0 and tn <= columns:
+            return min(nt // tn, -(-m // f.rows)), tn
+    return 1, 1
+
+
+class Epilogue(NamedTuple):
+    """act(alpha · A B + bias + beta · residual); the residual's strides are in elements and it has the output's shape."""
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    act: int = 0
+    p0: float = 0.0
+    p1: float = 0.0
+
+
+_PLAIN = Epilogue()
+
+
+def _batched(t: Tensor, batch: torch.Size) -> Tensor:
+    return t.expand(*batch, *t.shape[-2:]) if t.dim() - 2 != len(batch) or t.shape[:-2] != batch else t
+
+
+def _offsets(t: Tensor | None, batch: torch.Size) -> Tensor:
+    """Byte offsets of the matrices of a broadcast batch."""
+    offset = torch.zeros(batch, dtype=torch.int64)
+    if t is not None:
+        for d, size in enumerate(batch):
+            steps = torch.arange(size, dtype=torch.int64) * (t.stride(d) * t.itemsize)
+            offset += steps.reshape(-1, *(1,) * (len(batch) - 1 - d))
+    return offset.reshape(-1)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: Tensor | None = None) -> None:
+    """out[…, m, n] = epilogue(a[…, m, k] @ b[…, k, n]); batch dimensions broadcast; out is contiguous.
+
+    ``weight`` is the tensor whose transpose b is, if its packing may be kept.
+    """
+    m, n = out.shape[-2:]
+    k = a.shape[-1]
+    if out.numel() == 0:
+        return
+    f = _format(a.dtype)
+    size = f.size
+    res = e.residual
+    batch = out.shape[:-2]
+    count = out.numel() // (m * n)
+    if count > 1 and b.dim() == 2 and a.is_contiguous() and (res is None or res.is_contiguous()):
+        # One matrix on the right: the batch is only more rows.
+        a, out, m, count, batch = a.view(-1, k), out.view(-1, n), m * count, 1, batch[:0]
+        res = res.view(-1, n) if res is not None else None
+    table = 0
+    a_b = b_b = r_b = 0
+    if count > 1:
+        a, b = _batched(a, batch), _batched(b, batch)
+        if len(batch) == 1:
+            a_b, b_b, r_b = a.stride(0) * size, b.stride(0) * size, 0 if res is None else res.stride(0) * size
+        elif not (a.is_contiguous() and b.is_contiguous() and (res is None or res.is_contiguous())):
+            offsets = torch.stack([_offsets(a, batch), _offsets(b, batch), _offsets(res, batch)], 1)
+            table = offsets.data_ptr()
+        else:
+            a_b, b_b, r_b = m * k * size, k * n * size, m * n * size
+    a_m, a_k = a.stride(-2) * size, a.stride(-1) * size
+    b_k, b_n = b.stride(-2) * size, b.stride(-1) * size
+    r = r_m = r_n = 0
+    if res is not None:
+        r, r_m, r_n = res.data_ptr(), res.stride(-2) * size, res.stride(-1) * size
+        if r_n not in (0, size):
+            res = res.contiguous()
+            return _multiply(out, a, b, e._replace(residual=res), weight)
+    bias = 0 if e.bias is None else e.bias.data_ptr()
+    scalars = (e.alpha, e.beta, e.p0, e.p1)
+    ap, bp, cp = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    work = 2 * count * m * n * k
+    nt = 1 if work < _SERIAL else threads.count()
+
+    # A matrix and a vector, or few enough vectors that reading the matrix is most of the work.
+    if k > 0 and table == 0:
+        if m <= 4 and (b_k == size or k == 1) and (a_k == size or k == 1):
+            return _ROWS_DOT[a.dtype](nt, count, m, n, k, bp, b_b, b_n, ap, a_b, a_m, cp, m * n * size, n * size,
+                                      bias, r, r_b, r_m, r_n, e.act, workspace(nt * _SCRATCH), *scalars)
+        if n == 1 and bias == 0 and r == 0 and (b_k == size or k == 1):
+            if a_k == size:
+                return _ROWS_DOT[a.dtype](nt, count, 1, m, k, ap, a_b, a_m, bp, b_b, 0, cp, m * size, 0,
+                                          0, 0, 0, 0, 0, e.act, workspace(nt * _SCRATCH), *scalars)
+            if a_m == size and count == 1:
+                return _rows_sum(out, nt, m, k, ap, a_k, bp, b_k, e, bias, 0, 0)
+        if m == 1 and b_n == size and count == 1:
+            return _rows_sum(out, nt, n, k, bp, b_k, ap, a_k, e, bias, r, r_n)
+
+    tm, tn = _grid(f, count, m, n, nt) if nt > 1 else (1, 1)
+    if tm * tn < nt and count == 1 and k >= 4096 and e is _PLAIN and not f.half:
+        return _split_k(out, a, b, nt)
+    keep = None
+    if weight is not None and k * n >= _SMALL_WEIGHT:
+        keep = _kept(f, weight, n, k, b_k, b_n)
+    direct = keep is None and b_n == size and not f.half and (m <= 64 or k * n * size <= caches().l2 // 2)
+    cut = keep.cut if keep is not None else _panels(f, n, tn)
+    depth = (k + 1) // 2 if f.pairs else k
+    mc, kc = _blocks(f)
+    if f.half:  # the sums stay in float32 until they are whole
+        kc = depth
+        mc = max(f.rows, caches().l2 * 3 // 8 // (max(1, kc) * f.unit) // f.rows * f.rows)
+    elif depth > 0:
+        kc = -(-depth // -(-depth // kc))
+    kc = max(1, kc)
+    pack_a = f.half and (not f.pairs or k % 2 == 1 or a_k != 2)
+    need = _SCRATCH
+    if pack_a:
+        need += (mc + 2 * f.lanes) * kc * f.unit
+    if keep is None and not direct:
+        need += (-(-n // f.lanes) // tn + 2 * f.vecs) * f.lanes * kc * f.unit
+    need = -(-need // 4096) * 4096
+    _PRODUCT[a.dtype](
+        nt, count * tm * tn, tm, tn, table, m, n, k, ap, a_b, a_m, a_k, bp, b_b, b_k, b_n,
+        _aligned(keep.buffer) if keep is not None else 0, cut, int(direct), cp, m * n * size, n * size,
+        bias, r, r_b, r_m, r_n, e.act, int(e.act > 0 or r != 0 or e.alpha != 1.0), mc, kc, int(pack_a), workspace(need * nt), need,
+        *scalars)
+
+
+def _rows_sum(out: Tensor, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, e: Epilogue, bias: int, r: int,
+              r_n: int) -> None:
+    """out[n] = epilogue(Σ x[k] · w[k, :]); x = 0: the sum of the rows."""
+    f = _format(out.dtype)
+    row = -(-n * f.unit // 64) * 64 + 64
+    split = n < f.lanes * 4 * nt and k > n
+    _ROWS_SUM[out.dtype](nt, int(split), n, k, w, w_k, x, x_k, out.data_ptr(), bias, r, r_n, e.act,
+                         workspace(row * nt), row, e.alpha, e.beta, e.p0, e.p1)
+
+
+def _split_k(out: Tensor, a: Tensor, b: Tensor, parts: int) -> None:
+    """A small output and a long sum: each thread sums a stretch of k, and the stretches are added in their order."""
+    m, n, k = *out.shape, a.shape[-1]
+    stretch = k // parts
+    rest = k - parts * stretch
+    sums = torch.empty(parts + (rest > 0), m, n, dtype=out.dtype)
+    whole = parts * stretch
+    _multiply(sums[:parts], a[:, :whole].unflatten(1, (parts, stretch)).transpose(0, 1), b[:whole].unflatten(0, (parts, stretch)))
+    if rest:
+        _multiply(sums[parts], a[:, whole:], b[whole:])
+    _rows_sum(out, 1, m * n, len(sums), sums.data_ptr(), m * n * out.itemsize, 0, 0, _PLAIN, 0, 0, 0)
+
+
+def _aligned(buffer: Tensor | None) -> int:
+    assert buffer is not None
+    return -(-buffer.data_ptr() // 64) * 64
+
+
+def _kept(f: Format, weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> Any:
+    if weight.is_inference() or (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    cut = _panels(f, n, threads.count())
+    depth = (k + 1) // 2 if f.pairs else k
+
+    def pack(buffer: Tensor) -> int:
+        _PACK[weight.dtype](threads.count(), n, k, weight.data_ptr(), b_k, b_n, cut, _aligned(buffer))
+        return cut
+    return packed.get(weight, -(-n // f.lanes) * f.lanes * depth * f.unit, pack)
+
+
+# The operators -------------------------------------------------------------------------------------------------------
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """None if the kernels here serve the call, else why not."""
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    first = tensors[0]
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"the tensor is on {t.device}, this kernel computes on the CPU"
+        if t.dtype is not first.dtype:
+            return f"mixed dtypes ({first.dtype} and {t.dtype})"
+        if t.layout is not torch.strided:
+            return f"layout {t.layout}"
+        if t.is_neg() or t.is_conj():
+            return "a lazily negated or conjugated tensor"
+    if first.dtype not in _NAMES:
+        return f"dtype {first.dtype}; this kernel serves {', '.join(_NAMES.values())}"
+    return None
+
+
+def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
+    """out = input @ other, as torch.matmul: vectors, matrices and broadcast batches."""
+    if input.dim() == 1:
+        input, out = input.unsqueeze(0), out.unsqueeze(-2 if other.dim() > 1 else 0)
+    if other.dim() == 1:
+        other, out = other.unsqueeze(-1), out.unsqueeze(-1)
+    _multiply(out, input, other)
+
+
+def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> None:
+    """out = beta · input + alpha · mat1 @ mat2; with beta 0 the input is ignored, NaN and all."""
+    _multiply(out, mat1, mat2, Epilogue(residual=input.expand(out.shape) if beta != 0 else None, alpha=alpha, beta=beta))
+
+
+def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
+    """out = act(input Wᵀ + bias + residual). W's packing is kept while gradients are off."""
+    if weight.dim() == 1:
+        weight = weight.unsqueeze(0)
+        out = out.unsqueeze(-1)
+        residual = residual.unsqueeze(-1) if residual is not None else None
+    if input.dim() == 1:
+        input, out = input.unsqueeze(0), out.unsqueeze(0)
+        residual = residual.unsqueeze(0) if residual is not None else None
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    if bias is not None and bias.numel() != weight.shape[0]:  # (1,): torch broadcasts it
+        bias = bias.expand(weight.shape[0]).contiguous()
+    if residual is not None:
+        residual = residual.expand(out.shape)
+    e = _PLAIN if bias is None and residual is None and activation is None else Epilogue(
+        bias, residual, act=CODES[activation] if activation is not None else 0)
+    _multiply(out, input, weight.t(), e, weight)
+
+
+KERNELS: dict[str, Callable[..., None]] = {"matmul": matmul, "addmm": addmm, "linear": linear}

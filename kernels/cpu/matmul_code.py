@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .engine.dot import Dot, dot, row_adder
 from .engine.pack import packer, pair_packer
 from .engine.region import parallel
-from .engine.simd import ELEMS, FLOAT32, compute_elem, fma, inline, load, load_n, load_scalar, maximum_fast, outline, reduce_add, spread
-from .engine.simd import store, store_n, store_scalar
+from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, maximum_fast, outline, spread, store_n
 from .engine.tile import Tile, multiply, tile_size
 
 ROWS, VECS = tile_size()
@@ -68,6 +68,31 @@ def _tiles(p: Any, pairs: bool) -> Any:
     return run
 
 
+def _epilogue(e: Elem) -> Any:
+    """The last step of every product: C = act(alpha · S + bias + beta · R), from the sums S to the output."""
+    p = compute_elem(e)
+    lanes = p.lanes
+
+    @outline
+    def finish(rows, vecs, last, src, src_row, c, c_row, alpha, bias, beta, res, res_m, res_n, act, p0, p1):
+        for i in range(rows):
+            for j in range(vecs):
+                n = last if last > 0 and j == vecs - 1 else lanes
+                v = load_n(p, src + i * src_row + j * p.bytes, n) * alpha
+                if bias != 0:
+                    v = v + load_n(e, bias + j * e.bytes, n)
+                if res != 0:
+                    r = res + i * res_m + j * lanes * res_n
+                    if res_n == 0:
+                        v = fma(spread(p, load_scalar(e, r)), beta, v)
+                    else:
+                        v = fma(load_n(e, r, n), beta, v)
+                if act != 0:
+                    v = activate(p, act, v, p0, p1)
+                store_n(e, c + i * c_row + j * e.bytes, v, n)
+    return finish
+
+
 def product(elem_name: str, pairs: bool) -> Any:
     """The blocked product C = act(alpha · A B + bias + beta · R), for one dtype; see ``matmul.PRODUCT`` for the arguments."""
     e = ELEMS[elem_name]
@@ -78,24 +103,8 @@ def product(elem_name: str, pairs: bool) -> Any:
     half = e is not p
     run = _tiles(p, pairs)
     pack = pair_packer() if pairs else packer(e)
+    finish = _epilogue(e)
     scratch_row = VECS * pb
-
-    @inline
-    def finish(rows, vecs, last, src, src_row, c, c_row, alpha, beta, res, res_m, res_n, act, p0, p1):
-        """The epilogue of one tile, from where the tile left it (C itself or scratch) to C."""
-        for i in range(rows):
-            for j in range(vecs):
-                n = last if last > 0 and j == vecs - 1 else lanes
-                v = load_n(p, src + i * src_row + j * pb, n) * alpha
-                if res != 0:
-                    r = res + i * res_m + j * lanes * res_n
-                    if res_n == 0:
-                        v = fma(spread(p, load_scalar(e, r)), beta, v)
-                    else:
-                        v = fma(load_n(e, r, n), beta, v)
-                if act != 0:
-                    v = activate(p, act, v, p0, p1)
-                store_n(e, c + i * c_row + j * lanes * e.size, v, n)
 
     @outline
     def block(m0, m1, q0, q1, cut, n, k, a, a_m, a_k, b, b_k, b_n, packed, direct,
@@ -153,13 +162,14 @@ def product(elem_name: str, pairs: bool) -> Any:
                             init, init_row = (bias + col * p.size if bias != 0 else 0), 0
                         rp = res + (mb + i) * res_m + col * res_n if res != 0 else 0
                         if half:
-                            run(rows, vecs, 0, kn, ap, ar, ak, bp, bk, init, init_row, scratch, scratch_row)
-                            finish(rows, vecs, last, scratch, scratch_row, cp, c_m, alpha, beta,
+                            run(rows, vecs, 0, kn, ap, ar, ak, bp, bk, 0, 0, scratch, scratch_row)
+                            bias_at = bias + col * e.size if bias != 0 else 0
+                            finish(rows, vecs, last, scratch, scratch_row, cp, c_m, alpha, bias_at, beta,
                                    rp, res_m, res_n, act, p0, p1)
                         else:
                             run(rows, vecs, last, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m)
                             if epilogue and final:
-                                finish(rows, vecs, last, cp, c_m, cp, c_m, alpha, beta,
+                                finish(rows, vecs, last, cp, c_m, cp, c_m, alpha, 0, beta,
                                        rp, res_m, res_n, act, p0, p1)
                         i += rows
             k0 += kn
@@ -176,8 +186,8 @@ def product(elem_name: str, pairs: bool) -> Any:
             mi = rest // tn
             ni = rest - mi * tn
             if table != 0:
-                ao, bo = load_scalar(I64, table + batch * 24), load_scalar(I64, table + batch * 24 + 8)
-                ro = load_scalar(I64, table + batch * 24 + 16)
+                ao, bo = load_scalar(INT64, table + batch * 24), load_scalar(INT64, table + batch * 24 + 8)
+                ro = load_scalar(INT64, table + batch * 24 + 16)
             else:
                 ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
             m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
@@ -186,11 +196,149 @@ def product(elem_name: str, pairs: bool) -> Any:
                   a + ao, a_m, a_k, b + bo, b_k, b_n, packed, direct, c + batch * c_b, c_m, bias, alpha, beta,
                   ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
 
-    I64 = ELEMS["int64"]
-
     def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
                c, c_b, c_m, bias, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size, alpha, beta, p0, p1):
         parallel(nt, body, (tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
                             c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
                             pack_a, ws, ws_size))
+    return kernel
+
+
+def rows_dot(elem_name: str) -> Any:
+    """y[v, r] = epilogue(Σ_k W[r, k] · x[v, k]) with both read along k: a matrix and one or a few vectors."""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    finish = _epilogue(e)
+    chunk = 64  # results that wait for the epilogue
+    row = chunk * p.size
+    d81, d11, d42, d12, d44, d14 = (Dot(e, r, v) for r, v in ((8, 1), (1, 1), (4, 2), (1, 2), (4, 4), (1, 4)))
+
+    @inline
+    def body(t, nt, batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
+             act, p0, p1, ws):
+        scratch = ws + t * 8 * row
+        chunks = (n + chunk - 1) // chunk
+        for task in range(batches * chunks * t // nt, batches * chunks * (t + 1) // nt):
+            batch = task // chunks
+            r0 = (task - batch * chunks) * chunk
+            rn = min(chunk, n - r0)
+            wp, cp = w + batch * w_b + r0 * w_n, c + batch * c_b + r0 * e.size
+            for m0 in range(0, m, 8):
+                mn = min(8, m - m0)
+                r = 0
+                while r < rn:
+                    v = 0
+                    step = 1
+                    while v < mn:
+                        many = 4 if mn - v >= 4 else 2 if mn - v >= 2 else 1
+                        y = scratch + v * row + r * p.size
+                        xp = x + batch * x_b + (m0 + v) * x_m
+                        wr = wp + r * w_n
+                        if many == 4:
+                            if rn - r >= 4:
+                                dot(d44, k, wr, w_n, xp, x_m, y, row)
+                            else:
+                                dot(d14, k, wr, w_n, xp, x_m, y, row)
+                        elif many == 2:
+                            if rn - r >= 4:
+                                dot(d42, k, wr, w_n, xp, x_m, y, row)
+                            else:
+                                dot(d12, k, wr, w_n, xp, x_m, y, row)
+                        elif mn == 1 and rn - r >= 8:
+                            dot(d81, k, wr, w_n, xp, x_m, y, row)
+                        else:
+                            dot(d11, k, wr, w_n, xp, x_m, y, row)
+                            if mn > 1 and rn - r >= 4:  # keep step with the four rows of the wider shapes
+                                dot(d11, k, wr + w_n, w_n, xp, x_m, y + p.size, row)
+                                dot(d11, k, wr + 2 * w_n, w_n, xp, x_m, y + 2 * p.size, row)
+                                dot(d11, k, wr + 3 * w_n, w_n, xp, x_m, y + 3 * p.size, row)
+                        v += many
+                    if mn == 1:
+                        step = 8 if rn - r >= 8 else 1
+                    else:
+                        step = 4 if rn - r >= 4 else 1
+                    r += step
+                vecs = (rn + p.lanes - 1) // p.lanes
+                last = rn - (vecs - 1) * p.lanes
+                rp = res + batch * res_b + m0 * res_m + r0 * res_n if res != 0 else 0
+                bp = bias + r0 * e.size if bias != 0 else 0
+                finish(mn, vecs, last, scratch, row, cp + m0 * c_m, c_m, alpha, bp, beta, rp, res_m, res_n, act, p0, p1)
+
+    def kernel(nt, batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, res, res_b, res_m, res_n, act, ws,
+               alpha, beta, p0, p1):
+        parallel(nt, body, (batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
+                            act, p0, p1, ws))
+    return kernel
+
+
+def rows_sum(elem_name: str) -> Any:
+    """y = epilogue(Σ_k x[k] · W[k, :]) with W's rows read whole; without x the plain sum of the rows.
+
+    The columns are divided among the threads, or the rows if the columns are few; then thread 0's share of the work is
+    also to add up the threads' sums, in their order.
+    """
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    finish = _epilogue(e)
+    add_rows, add_sums = row_adder(e), row_adder(p)
+
+    @inline
+    def clear(y, n):
+        for j in range((n + p.lanes - 1) // p.lanes):
+            store_n(p, y + j * p.bytes, spread(p, 0.0), min(p.lanes, n - j * p.lanes))
+
+    @inline
+    def by_columns(t, nt, n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws):
+        vectors = (n + p.lanes - 1) // p.lanes
+        j0 = vectors * t // nt * p.lanes
+        jn = min(n, vectors * (t + 1) // nt * p.lanes) - j0
+        if jn > 0:
+            y = ws + j0 * p.size
+            clear(y, jn)
+            add_rows(k, jn, w + j0 * e.size, w_k, x, x_k, y)
+            vecs = (jn + p.lanes - 1) // p.lanes
+            rp = res + j0 * res_n if res != 0 else 0
+            bp = bias + j0 * e.size if bias != 0 else 0
+            finish(1, vecs, jn - (vecs - 1) * p.lanes, y, 0, c + j0 * e.size, 0, alpha, bp, beta, rp, 0, res_n, act, p0, p1)
+
+    @inline
+    def by_rows(t, nt, n, k, w, w_k, x, x_k, ws, ws_row):
+        y = ws + t * ws_row
+        clear(y, n)
+        k0 = k * t // nt
+        xp = x + k0 * x_k if x != 0 else 0
+        add_rows(k * (t + 1) // nt - k0, n, w + k0 * w_k, w_k, xp, x_k, y)
+
+    def kernel(nt, split_rows, n, k, w, w_k, x, x_k, c, bias, res, res_n, act, ws, ws_row, alpha, beta, p0, p1):
+        if split_rows:
+            for t in range(nt):  # a thread that the pool does not grant leaves zeros
+                clear(ws + t * ws_row, n)
+            parallel(nt, by_rows, (n, k, w, w_k, x, x_k, ws, ws_row))
+            add_sums(nt - 1, n, ws + ws_row, ws_row, 0, 0, ws)
+            vecs = (n + p.lanes - 1) // p.lanes
+            finish(1, vecs, n - (vecs - 1) * p.lanes, ws, 0, c, 0, alpha, bias, beta, res, 0, res_n, act, p0, p1)
+        else:
+            parallel(nt, by_columns, (n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws))
+    return kernel
+
+
+def pack_weight(elem_name: str, pairs: bool) -> Any:
+    """All of B in panels, for keeps: the layout that ``product`` reads with ``packed``."""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    unit = 4 if pairs else p.size
+    pack = pair_packer() if pairs else packer(e)
+
+    @inline
+    def body(t, nt, n, k, b, b_k, b_n, cut, dst):
+        vectors = (n + p.lanes - 1) // p.lanes
+        depth = (k + 1) // 2 if pairs else k
+        for q in range(cut * t // nt, cut * (t + 1) // nt):
+            first = q * vectors // cut
+            vecs = (q + 1) * vectors // cut - first
+            col = first * p.lanes
+            pack(b + col * b_n, b_n, b_k, min(vecs * p.lanes, n - col), k, dst + col * depth * unit, vecs * p.lanes)
+
+    def kernel(nt, n, k, b, b_k, b_n, cut, dst):
+        parallel(nt, body, (n, k, b, b_k, b_n, cut, dst))
     return kernel

@@ -1,0 +1,182 @@
+"""Streams: products that read each element of a matrix once, so that memory sets their pace.
+
+``dot``: rows · vectors scalar products at once, for matrices whose rows lie along the summed index; each element of W that is
+loaded serves ``vectors`` right-hand sides. ``add_rows``: y += Σ_k x[k] · W[k, :], for matrices whose rows lie across it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .simd import (
+    Elem,
+    Static,
+    compute_elem,
+    fma,
+    i32,
+    i64,
+    llvm_call,
+    load,
+    load_n,
+    load_scalar,
+    load_vector,
+    outline,
+    spread,
+    store,
+    store_n,
+)
+
+
+class Dot(Static):
+    """rows of W times ``vectors`` right-hand sides; W and the right-hand sides in ``elem``, the results in the compute type."""
+
+    def __init__(self, elem: Elem, rows: int, vectors: int) -> None:
+        self.elem, self.rows, self.vectors = elem, rows, vectors
+
+    def __repr__(self) -> str:
+        return f"{self.elem}:{self.rows}x{self.vectors}"
+
+
+def _sum_lanes(builder: ir.IRBuilder, value: Any) -> Any:
+    lanes = value.type.count
+    while lanes > 1:
+        lanes //= 2
+        low, high = (ir.Constant(ir.VectorType(i32, lanes), list(range(o, o + lanes))) for o in (0, lanes))
+        undefined = ir.Constant(value.type, ir.Undefined)
+        value = builder.fadd(builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high))
+    return builder.extract_element(value, i32(0))
+
+
+def _define(module: ir.Module, d: Dot) -> ir.Function:
+    name = "fastnn_dot_" + "".join(c if c.isalnum() else "_" for c in repr(d))
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 7), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    k, w, w_row, x, x_row, y, y_row = function.args
+    e, p = d.elem, compute_elem(d.elem)
+    vt = p.vector.llvm
+    zero = ir.Constant(vt, [0.0] * p.lanes)
+    grid = [(r, v) for r in range(d.rows) for v in range(d.vectors)]
+
+    def step(wp: Any, xp: Any, acc: list[Any], n: Any) -> list[Any]:
+        xs = [load_vector(builder, e, builder.add(xp, builder.mul(x_row, i64(v))), n) for v in range(d.vectors)]
+        new = []
+        for r in range(d.rows):
+            wr = load_vector(builder, e, builder.add(wp, builder.mul(w_row, i64(r))), n)
+            new += [llvm_call(builder, "llvm.fma", vt, [wr, xs[v], acc[r * d.vectors + v]]) for v in range(d.vectors)]
+        return new
+
+    whole = builder.ashr(k, i64(e.lanes.bit_length() - 1))
+    rest = builder.and_(k, i64(e.lanes - 1))
+    entry = builder.block
+    loop, tail, masked, done = (builder.append_basic_block(s) for s in ("loop", "tail", "masked", "done"))
+    builder.cbranch(builder.icmp_signed(">", whole, i64(0)), loop, tail)
+
+    builder.position_at_end(loop)
+    count, wp, xp = (builder.phi(i64) for _ in range(3))
+    acc = [builder.phi(vt) for _ in grid]
+    new = step(wp, xp, acc, None)
+    left = builder.sub(count, i64(1))
+    for phi, first, following in [(count, whole, left), (wp, w, builder.add(wp, i64(e.bytes))), (xp, x, builder.add(xp, i64(e.bytes))),
+                                  *((a, zero, n) for a, n in zip(acc, new, strict=True))]:
+        phi.add_incoming(first, entry)
+        phi.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed(">", left, i64(0)), loop, tail)
+
+    builder.position_at_end(tail)
+    so_far = []
+    for n in new:
+        phi = builder.phi(vt)
+        phi.add_incoming(zero, entry)
+        phi.add_incoming(n, loop)
+        so_far.append(phi)
+    builder.cbranch(builder.icmp_signed(">", rest, i64(0)), masked, done)
+    builder.position_at_end(masked)
+    at = builder.mul(whole, i64(e.bytes))
+    more = step(builder.add(w, at), builder.add(x, at), so_far, rest)
+    builder.branch(done)
+    builder.position_at_end(done)
+    for (r, v), a, b in zip(grid, so_far, more, strict=True):
+        phi = builder.phi(vt)
+        phi.add_incoming(a, tail)
+        phi.add_incoming(b, masked)
+        so_far[r * d.vectors + v] = phi
+    for (r, v), total in zip(grid, so_far, strict=True):
+        address = builder.add(y, builder.add(builder.mul(y_row, i64(v)), i64(r * p.size)))
+        builder.store(_sum_lanes(builder, total), builder.inttoptr(address, p.memory.as_pointer()))
+    builder.ret_void()
+    return function
+
+
+@intrinsic
+def dot(typingctx, shape, k, w, w_row, x, x_row, y, y_row):
+    """dot(shape, k, w, w_row, x, x_row, y, y_row): y[v][r] = Σ_k w[r][k] · x[v][k]; row strides in bytes."""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        builder.call(_define(builder.module, shape.value), args[1:])
+        return context.get_dummy_value()
+    return types.none(shape, *(types.int64,) * 7), codegen
+
+
+@cache
+def row_adder(e: Elem) -> Any:
+    """add_rows(k, n, w, w_row, x, x_step, y): y[0:n] += Σ x[i] · w[i][0:n]; x = 0 stands for ones. y in the compute type."""
+    p = compute_elem(e)
+
+    @outline
+    def add_rows(k, n, w, w_row, x, x_step, y):
+        one = spread(p, 1.0)
+        i = 0
+        while i < k:
+            rows = 8 if k - i >= 8 else 1
+            a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = one
+            if x != 0:
+                a0 = spread(p, load_scalar(e, x + i * x_step))
+                if rows == 8:
+                    a1 = spread(p, load_scalar(e, x + (i + 1) * x_step))
+                    a2 = spread(p, load_scalar(e, x + (i + 2) * x_step))
+                    a3 = spread(p, load_scalar(e, x + (i + 3) * x_step))
+                    a4 = spread(p, load_scalar(e, x + (i + 4) * x_step))
+                    a5 = spread(p, load_scalar(e, x + (i + 5) * x_step))
+                    a6 = spread(p, load_scalar(e, x + (i + 6) * x_step))
+                    a7 = spread(p, load_scalar(e, x + (i + 7) * x_step))
+            r = w + i * w_row
+            if rows == 8:
+                for j in range(n // e.lanes):
+                    q = r + j * e.bytes
+                    s = fma(load(e, q), a0, load(p, y + j * p.bytes))
+                    s = fma(load(e, q + w_row), a1, s)
+                    s = fma(load(e, q + 2 * w_row), a2, s)
+                    s = fma(load(e, q + 3 * w_row), a3, s)
+                    t = load(e, q + 4 * w_row) * a4
+                    t = fma(load(e, q + 5 * w_row), a5, t)
+                    t = fma(load(e, q + 6 * w_row), a6, t)
+                    t = fma(load(e, q + 7 * w_row), a7, t)
+                    store(p, y + j * p.bytes, s + t)
+                j = n // e.lanes
+                m = n - j * e.lanes
+                if m > 0:
+                    q, z = r + j * e.bytes, y + j * p.bytes
+                    s = fma(load_n(e, q, m), a0, load_n(p, z, m))
+                    s = fma(load_n(e, q + w_row, m), a1, s)
+                    s = fma(load_n(e, q + 2 * w_row, m), a2, s)
+                    s = fma(load_n(e, q + 3 * w_row, m), a3, s)
+                    t = load_n(e, q + 4 * w_row, m) * a4
+                    t = fma(load_n(e, q + 5 * w_row, m), a5, t)
+                    t = fma(load_n(e, q + 6 * w_row, m), a6, t)
+                    t = fma(load_n(e, q + 7 * w_row, m), a7, t)
+                    store_n(p, z, s + t, m)
+            else:
+                for j in range((n + e.lanes - 1) // e.lanes):
+                    m = min(n - j * e.lanes, e.lanes)
+                    z = y + j * p.bytes
+                    store_n(p, z, fma(load_n(e, r + j * e.bytes, m), a0, load_n(p, z, m)), m)
+            i += rows
+    return add_rows

@@ -1,0 +1,122 @@
+"""Operands that were packed once and are kept: a small store keyed by tensor, dropped when the tensor changes or dies.
+
+A tensor's version counter tells that it changed, and its address and strides that it was given other storage. A write through
+``tensor.data`` or a NumPy view is invisible to the version counter; so a sample of the elements, taken again at each
+look-up, must still read the same. ``clear`` drops everything.
+
+Environment: ``FASTNN_PACK_MB``, the most that the store may hold (default: an eighth of the memory; 0 turns it off).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 16
+
+
+def _default_limit() -> int:
+    named = os.environ.get("FASTNN_PACK_MB")
+    if named is not None:
+        return int(named) << 20
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    except (AttributeError, ValueError, OSError):  # not POSIX: no such question can be asked
+        return 1 << 30
+
+
+class _Entry:
+    __slots__ = ("version", "address", "layout", "sample", "flat", "buffer", "cut")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.version, self.address, self.layout = tensor._version, tensor.data_ptr(), (tensor.shape, tensor.stride())
+        self.buffer: Tensor | None = None
+        self.cut = 0
+        # A view for sampling that shares the storage but not the tensor's life: it must not keep the weight alive.
+        step = max(1, tensor.numel() // _SAMPLES)
+        self.sample = tensor.detach().reshape(-1)[::step][:_SAMPLES].clone()
+        self.flat = step
+
+
+_entries: OrderedDict[int, tuple[weakref.ref[Tensor], _Entry]] = OrderedDict()
+_lock = threading.RLock()
+_limit: int | None = None
+_bytes = 0
+
+
+def limit(megabytes: int | None = None) -> int:
+    """Set (if given) and return the most that the store may hold, in MiB. 0 turns keeping off and drops what is kept."""
+    global _limit
+    if megabytes is not None:
+        _limit = megabytes << 20
+        with _lock:
+            _shrink(_limit)
+    return (_default_limit() if _limit is None else _limit) >> 20
+
+
+def held() -> int:
+    """Bytes that the store holds now."""
+    return _bytes
+
+
+def clear() -> None:
+    """Drop every packed operand."""
+    with _lock:
+        _shrink(0)
+        _entries.clear()
+
+
+def _drop(key: int) -> None:
+    global _bytes
+    with _lock:
+        found = _entries.pop(key, None)
+        if found is not None and found[1].buffer is not None:
+            _bytes -= found[1].buffer.nbytes
+
+
+def _shrink(most: int) -> None:
+    while _bytes > most:
+        _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
+
+
+def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | None:
+    """The kept packing of ``tensor``, made by ``pack(buffer) -> cut`` at the second sight of it (a parameter's first).
+
+    None at a temporary's first sight, or where ``size`` bytes would not fit the limit: then the caller packs for this call only.
+    """
+    global _bytes, _limit
+    key = id(tensor)
+    found = _entries.get(key)
+    if found is not None:
+        entry = found[1]
+        if (found[0]() is tensor and entry.version == tensor._version and entry.address == tensor.data_ptr()
+                and entry.layout == (tensor.shape, tensor.stride())
+                and torch.equal(tensor.detach().reshape(-1)[:: entry.flat][:_SAMPLES], entry.sample)):
+            if entry.buffer is not None:
+                return entry
+        else:
+            _drop(key)
+            found = None
+    if _limit is None:
+        _limit = _default_limit()
+    if size > _limit:
+        return None
+    with _lock:
+        if found is None:
+            entry = _Entry(tensor)
+            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), entry)
+            if not isinstance(tensor, torch.nn.Parameter):
+                return None
+        _shrink(_limit - size)
+        buffer = torch.empty(size + 64, dtype=torch.uint8)
+        entry.cut = pack(buffer)
+        entry.buffer = buffer
+        _bytes += buffer.nbytes
+        _entries.move_to_end(key)
+    return entry
