@@ -1,0 +1,210 @@
+"""Two real models before and after ``fastnn.replace``: the same numbers, and the time of both. Run by ``make demo``.
+
+Prints a table, writes ``report/demo.md`` and ``report/demo.png``, and exits with 1 if a check on the numbers fails.
+"""
+
+import copy
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import digits
+import embeddings
+import fastnn
+from fastnn._info import machine
+from fastnn.bench.report import duration
+from fastnn.bench.timing import Times, measure
+
+PROVIDERS = TORCH, COMPILED, FASTNN = "torch", "torch.compile", "fastnn"
+REPORT = Path(__file__).resolve().parents[1] / "report"
+STEPS = 50
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A statement about the numbers that must hold."""
+
+    what: str
+    value: str
+    limit: str
+    holds: bool
+
+
+@dataclass
+class Result:
+    """What one model showed."""
+
+    model: str
+    report: Any  # of fastnn.replace
+    checks: list[Check] = field(default_factory=list)
+    times: dict[str, Mapping[str, Times]] = field(default_factory=dict)  # by work, then by provider
+    notes: list[str] = field(default_factory=list)
+
+
+def run_digits(step: Step) -> tuple[Result, dict[str, list[float]]]:
+    """Train the classifier twice from the same seed; the result and both loss curves."""
+    step("digits: training with torch.nn")
+    data = digits.digits()
+    fresh = {TORCH: digits.classifier(), FASTNN: digits.classifier()}
+    result = Result("digits MLP", fastnn.replace(fresh[FASTNN]))
+    trained = copy.deepcopy(fresh)
+    losses = {TORCH: digits.train(trained[TORCH], data)}
+    step("digits: training with fastnn (the first time, kernels are built)")
+    losses[FASTNN] = digits.train(trained[FASTNN], data)
+
+    apart = max(abs(a - b) for a, b in zip(losses[TORCH][:STEPS], losses[FASTNN][:STEPS]))
+    result.checks.append(Check(f"loss curves apart, first {STEPS} steps", f"{apart:.1e}", "≤ 1e-4", apart <= 1e-4))
+    for name, model in trained.items():
+        share = digits.accuracy(model, data)
+        result.checks.append(Check(f"test accuracy, {name}", f"{share:.2%}", "≥ 97%", share >= 0.97))
+
+    step("digits: timing")
+
+    def training(name: str) -> Callable[[], object]:
+        return lambda: digits.train(copy.deepcopy(fresh[name]), data, epochs=5)
+
+    def inference(name: str) -> Callable[[], object]:
+        model = trained[name].eval()
+        return torch.inference_mode()(lambda: model(data.train_x))
+
+    result.times["digits: 5 epochs of training"] = measure({name: training(name) for name in fresh}, seconds=2.0)
+    result.times["digits: inference, 1,437 images"] = measure({name: inference(name) for name in fresh}, seconds=1.0)
+    return result, losses
+
+
+def run_sentences(step: Step) -> Result:
+    """Embed the sentences with the pretrained model as it comes, compiled, and replaced."""
+    step("sentences: loading the model")
+    model, tokens = embeddings.embedder()
+    replaced = copy.deepcopy(model)
+    models: dict[str, Callable[..., torch.Tensor]] = {TORCH: model, FASTNN: replaced}
+    sentences, length = tokens["input_ids"].shape
+    result = Result("MiniLM sentence embeddings", fastnn.replace(replaced))
+    step("sentences: embedding")
+    expected = embeddings.embed(model, tokens)
+    apart = (embeddings.embed(replaced, tokens) - expected).abs().max().item()
+    result.checks.append(Check("largest difference of embeddings", f"{apart:.1e}", "≤ 1e-5", apart <= 1e-5))
+
+    step("sentences: torch.compile")
+    compiled = torch.compile(copy.deepcopy(model))
+    try:
+        embeddings.embed(compiled, tokens)
+        models[COMPILED] = compiled
+    except Exception as error:  # it needs a C++ compiler, which fastnn does not
+        result.notes.append(f"torch.compile could not serve here: {str(error).splitlines()[0]}")
+
+    step("sentences: timing")
+    calls = {name: (lambda m=m: embeddings.embed(m, tokens)) for name, m in models.items()}
+    result.times[f"sentences: {sentences} × {length} tokens"] = measure(calls, seconds=6.0, rounds=6)
+    return result
+
+
+def kinds(modules: list[str]) -> str:
+    """'Linear × 36, GELU'"""
+    return ", ".join(f"{name} × {n}" if n > 1 else name for name, n in Counter(modules).most_common())
+
+
+def replaced_and_left(result: Result) -> str:
+    """One line: what fastnn serves in this model, what it does not, and why."""
+    left: dict[str, list[str]] = {}
+    for _, cls, reason in result.report.left:
+        left.setdefault(reason, []).append(cls)
+    why = "; ".join(f"{kinds(classes)} ({reason})" for reason, classes in left.items())
+    done = kinds([cls for _, cls in result.report.replaced])
+    return f"{result.model}: replaced {done or 'nothing'}; left {why or 'nothing'}."
+
+
+def speed_table(results: list[Result]) -> Table:
+    table = Table(title="Time: median, and how far the 20th and the 80th percentile are apart", title_justify="left")
+    table.add_column("work")
+    for column in (*PROVIDERS, "over torch", "over compile"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for work, times in result.times.items():
+            cells = [f"{duration(t.median)} ±{t.spread / 2:.0%}" if (t := times.get(n)) else "–" for n in PROVIDERS]
+            ours = times[FASTNN].median
+            ratios = [f"{t.median / ours:.2f}×" if (t := times.get(n)) else "–" for n in PROVIDERS if n != FASTNN]
+            table.add_row(work, *cells, *ratios)
+    return table
+
+
+def check_table(results: list[Result]) -> Table:
+    table = Table(title="Numbers", title_justify="left")
+    for column in ("model", "check", "value", "limit", ""):
+        table.add_column(column)
+    for result in results:
+        for c in result.checks:
+            mark = "[green]holds" if c.holds else "[bold red]FAILS"
+            table.add_row(result.model, c.what, c.value, c.limit, mark)
+    return table
+
+
+def plot(results: list[Result], losses: dict[str, list[float]], file: Path) -> None:
+    """Loss curves, their difference, and a group of bars for each piece of work."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    works = [(work, times) for result in results for work, times in result.times.items()]
+    fig, (curves, gap, *bars) = plt.subplots(1, 2 + len(works), figsize=(4 * (2 + len(works)), 4), layout="constrained")
+    curves.plot(losses[TORCH], color="tab:gray", lw=3, label=TORCH)
+    curves.plot(losses[FASTNN], color="tab:orange", lw=1, label=FASTNN)
+    curves.set(title="digits: training loss", xlabel="step", yscale="log")
+    curves.legend()
+    apart = [abs(a - b) for a, b in zip(losses[TORCH], losses[FASTNN])]
+    gap.plot(apart, color="tab:orange")
+    gap.plot([0, STEPS], [1e-4, 1e-4], color="tab:red", label=f"limit, first {STEPS} steps")
+    gap.set(title="difference of the losses", xlabel="step", yscale="log")
+    gap.legend()
+    colors = {TORCH: "tab:gray", FASTNN: "tab:orange", COMPILED: "tab:blue"}
+    for axis, (work, times) in zip(bars, works):
+        heights = [t.median * 1e3 for t in times.values()]
+        spread = [
+            [(t.median - t.p20) * 1e3 for t in times.values()],
+            [(t.p80 - t.median) * 1e3 for t in times.values()],
+        ]
+        drawn = axis.bar(list(times), heights, yerr=spread, color=[colors[name] for name in times], capsize=4)
+        axis.bar_label(drawn, fmt="%.3g", label_type="center")
+        axis.set(title=work, ylabel="ms, less is better")
+    fig.savefig(file, dpi=110)
+
+
+def main() -> int:
+    console = Console(record=True)
+    console.width = max(console.width, 110)  # the saved report is as wide, also when the output is a pipe
+    console.print(
+        f"fastnn {fastnn.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{machine()['cpu']}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    shown = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=shown, transient=True, refresh_per_second=1) as progress:
+        task = progress.add_task("starting")
+        trained, losses = run_digits(lambda text: progress.update(task, description=text))
+        results = [trained, run_sentences(lambda text: progress.update(task, description=text))]
+
+    console.print(speed_table(results), check_table(results), sep="\n")
+    for result in results:
+        console.print(replaced_and_left(result), *result.notes, sep="\n")
+    REPORT.mkdir(exist_ok=True)
+    plot(results, losses, REPORT / "demo.png")
+    text = console.export_text()
+    (REPORT / "demo.md").write_text(f"# fastnn demo\n\n```\n{text}```\n\n![plot](demo.png)\n", encoding="utf-8")
+    console.print(f"\nReport: {REPORT / 'demo.md'}, plot: {REPORT / 'demo.png'}")
+    return 0 if all(check.holds for result in results for check in result.checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
