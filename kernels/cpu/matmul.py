@@ -233,7 +233,7 @@ def _aligned(buffer: Tensor | None) -> int:
 
 
 def _kept(f: Format, weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> Any:
-    if weight.is_inference() or (weight.requires_grad and torch.is_grad_enabled()):
+    if weight.is_inference() or not weight.is_contiguous():
         return None
     cut = _panels(f, n, threads.count())
     depth = (k + 1) // 2 if f.pairs else k

@@ -9,6 +9,7 @@ Environment: ``FASTNN_PACK_MB``, the most that the store may hold (default: an e
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -18,7 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SAMPLES = 16
+from .build import Kernel
+from .workspace import workspace
+
+_SAMPLES = 32
 
 
 def _default_limit() -> int:
@@ -31,17 +35,35 @@ def _default_limit() -> int:
         return 1 << 30
 
 
+def _make_sample() -> Callable[..., object]:
+    from .simd import INT64, load_scalar, store_scalar
+
+    def sample(address, step, count, out):
+        total = 0
+        for i in range(count):
+            total = total * 1000003 + load_scalar(INT64, address + i * step)
+        store_scalar(INT64, out, total)
+    return sample
+
+
+_SAMPLE = Kernel("packed_sample", "iiii", _make_sample)
+
+
+def _sample(tensor: Tensor) -> int:
+    """A number that changes if any of a few elements, spread over the tensor, changes."""
+    out = workspace(8)
+    words = tensor.nbytes // 8
+    _SAMPLE(tensor.data_ptr(), words // _SAMPLES * 8, min(_SAMPLES, words), out)
+    return ctypes.c_int64.from_address(out).value
+
+
 class _Entry:
-    __slots__ = ("version", "address", "layout", "sample", "flat", "buffer", "cut")
+    __slots__ = ("version", "address", "layout", "sample", "buffer", "cut")
 
     def __init__(self, tensor: Tensor) -> None:
         self.version, self.address, self.layout = tensor._version, tensor.data_ptr(), (tensor.shape, tensor.stride())
         self.buffer: Tensor | None = None
-        self.cut = 0
-        # A view for sampling that shares the storage but not the tensor's life: it must not keep the weight alive.
-        step = max(1, tensor.numel() // _SAMPLES)
-        self.sample = tensor.detach().reshape(-1)[::step][:_SAMPLES].clone()
-        self.flat = step
+        self.cut = self.sample = 0
 
 
 _entries: OrderedDict[int, tuple[weakref.ref[Tensor], _Entry]] = OrderedDict()
@@ -86,9 +108,10 @@ def _shrink(most: int) -> None:
 
 
 def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | None:
-    """The kept packing of ``tensor``, made by ``pack(buffer) -> cut`` at the second sight of it (a parameter's first).
+    """The kept packing of a contiguous ``tensor``, made by ``pack(buffer) -> cut`` when it is seen a second time unchanged.
 
-    None at a temporary's first sight, or where ``size`` bytes would not fit the limit: then the caller packs for this call only.
+    None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
+    would not fit the limit: then the caller packs for this call only.
     """
     global _bytes, _limit
     key = id(tensor)
@@ -97,7 +120,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | No
         entry = found[1]
         if (found[0]() is tensor and entry.version == tensor._version and entry.address == tensor.data_ptr()
                 and entry.layout == (tensor.shape, tensor.stride())
-                and torch.equal(tensor.detach().reshape(-1)[:: entry.flat][:_SAMPLES], entry.sample)):
+                and (entry.buffer is None or entry.sample == _sample(tensor))):
             if entry.buffer is not None:
                 return entry
         else:
@@ -107,16 +130,16 @@ def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | No
         _limit = _default_limit()
     if size > _limit:
         return None
+    if found is None:
+        with _lock:
+            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), _Entry(tensor))
+        return None
     with _lock:
-        if found is None:
-            entry = _Entry(tensor)
-            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), entry)
-            if not isinstance(tensor, torch.nn.Parameter):
-                return None
         _shrink(_limit - size)
         buffer = torch.empty(size + 64, dtype=torch.uint8)
-        entry.cut = pack(buffer)
+        entry.cut, entry.sample = pack(buffer), _sample(tensor)
         entry.buffer = buffer
         _bytes += buffer.nbytes
-        _entries.move_to_end(key)
+        if key in _entries:
+            _entries.move_to_end(key)
     return entry
