@@ -215,13 +215,13 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
         for record in records:
             if record.provider in errors:
                 found = errors[record.provider]
-                record.correct = found.within(torch_error)
+                record.correct = found.within(torch_error, dtype)
                 record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
                 if found.specials > torch_error.specials:
                     record.notes.append(f"{found.specials} NaN or infinite values where the reference has none, or the reverse")
         gc.collect()
         # A red case prints no speed, and a peer with wrong results is no peer.
-        right = {name: work for name, work in works.items() if errors[name].within(torch_error)}
+        right = {name: work for name, work in works.items() if errors[name].within(torch_error, dtype)}
         limit_of(case, dtype, limits)
         neighbours = Neighbours()
         times = measure(right, seconds)

@@ -2,7 +2,8 @@
 
 Errors are counted in ulp: units in the last place that the output's dtype has at the reference value. For a sum of products
 the place is that of the sum of magnitudes (the reference run on absolute values): with cancellation the result itself
-can be arbitrarily smaller than what any order of summation could resolve.
+can be arbitrarily smaller than what any order of summation could resolve. The 16-bit types are summed in float32, so there the
+magnitudes count with float32's precision.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TORCH: Any = SimpleNamespace(**{name: value for module in (torch, torch.nn.funct
 #: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or None).
 Scale = Callable[[Sequence[Any], Tensor | None], tuple[Tensor, ...]]
 
-#: An error of so many ulp is allowed whatever PyTorch's own error is.
+#: An error of so many ulp is allowed whatever PyTorch's own error is; half of it in the 16-bit types, which are rounded
+#: once at the end of float32 arithmetic.
 FLOOR = 4.0
 _BLOCK = 1 << 22
 
@@ -53,9 +55,15 @@ class Error:
         return Error(max(self.worst, other.worst), self.square_sum + other.square_sum, self.count + other.count,
                      self.specials + other.specials)
 
-    def within(self, yardstick: Error, floor: float = FLOOR) -> bool:
+    def within(self, yardstick: Error, dtype: torch.dtype) -> bool:
         """The rule: at most twice the yardstick's (PyTorch's) largest error plus a floor, and no special value more lost."""
+        floor = FLOOR / 2 if dtype.itemsize == 2 else FLOOR
         return self.specials <= yardstick.specials and self.worst <= 2 * yardstick.worst + floor
+
+
+def _summed_finer(dtype: torch.dtype) -> float:
+    """How much finer than ``dtype`` its sums are: 1, or for the 16-bit types float32's eps over theirs."""
+    return torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.itemsize == 2 else 1.0
 
 
 def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardstick: Tensor | None = None) -> Error:
@@ -79,9 +87,9 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
         rounded = ref.to(out.dtype)
         same = (out == rounded) | (out.isnan() & rounded.isnan())
         if other is not None:
-            same |= ((out == other) & ~other.isfinite()) | (out.isnan() & other.isnan())
+            same |= (out == other) | (out.isnan() & other.isnan())
         finite = out.isfinite() & rounded.isfinite()
-        at = ref.abs() if size is None else torch.maximum(ref.abs(), size)
+        at = ref.abs() if size is None else torch.maximum(ref.abs(), size * _summed_finer(out.dtype))
         distance = ((out.double() - ref).abs() / ulp(at, out.dtype))[finite]
         total += Error(float(distance.max()) if distance.numel() else 0.0, float((distance * distance).sum()),
                        distance.numel(), int((~finite & ~same).sum()))
@@ -117,11 +125,17 @@ def sum_of_magnitudes(function: Callable[..., Tensor]) -> Scale:
 
 
 def softmax_scale(log: bool, dim: int = -1) -> Scale:
-    """For the gradient of softmax, y (g - Σ g y), and of log_softmax, g - y Σ g: the same with every term positive."""
+    """For softmax and log_softmax along ``dim``.
+
+    An exponential magnifies what its argument has lost: exp(x - max) is counted at 1 + max - x times its value. log_softmax is a
+    difference, of x - max and a logarithm near or above 0; the gradients y (g - Σ g y) and g - y Σ g are others.
+    """
     def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
         x = inputs[0].detach()
+        below = x.amax(dim, keepdim=True) - x
+        y = torch.softmax(x, dim) * (1 + below)
         if grad is None:
-            return (torch.log_softmax(x, dim).abs() + x.abs() if log else torch.zeros_like(x),)
-        y, g = torch.softmax(x, dim), grad.abs()
+            return (1 + below if log else y,)
+        g = grad.abs()
         return (g + y * g.sum(dim, keepdim=True) if log else y * (g + (g * y).sum(dim, keepdim=True)),)
     return scale

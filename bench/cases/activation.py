@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from fastnn._numerics import sum_of_magnitudes
+from fastnn.verify import POINTWISE
 
 from . import Case, random, together
 
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "relu": lambda F, x: F.relu(x),
-    "leaky_relu": lambda F, x: F.leaky_relu(x, 0.01),
-    "relu6": lambda F, x: F.relu6(x),
-    "elu": lambda F, x: F.elu(x),
-    "gelu": lambda F, x: F.gelu(x),
-    "gelu_tanh": lambda F, x: F.gelu(x, approximate="tanh"),
-    "silu": lambda F, x: F.silu(x),
-    "mish": lambda F, x: F.mish(x),
-    "sigmoid": lambda F, x: F.sigmoid(x),
-    "tanh": lambda F, x: F.tanh(x),
-    "hardswish": lambda F, x: F.hardswish(x),
-    "hardsigmoid": lambda F, x: F.hardsigmoid(x),
-    "hardtanh": lambda F, x: F.hardtanh(x),
-    "softplus": lambda F, x: F.softplus(x),
-}
-#: Their derivative is a function of the output in torch: the least traffic is the same.
 SIZES = {"bert_base": (4096, 768), "bert_base_up": (4096, 3072)}
 
 
@@ -35,7 +18,7 @@ def forward(name: str, model: str, **extra: Any) -> Case:
     rows, columns = SIZES[model]
     n = rows * columns
     return Case("activation", f"{name}/{model}/{rows}x{columns}", together(random(rows, columns, seed=1, scale=2.0)),
-                torch=FUNCTIONS[name], passes=((n, n),), **extra)
+                torch=POINTWISE[name].torch, scale=POINTWISE[name].magnitudes, passes=((n, n),), **extra)
 
 
 def backward(name: str, model: str, **extra: Any) -> Case:
@@ -71,7 +54,7 @@ _QUICK = ("relu", "gelu", "silu", "tanh")
 
 CASES = [
     *(forward(name, model, goals=_goals(name), quick=name in _QUICK and model == "bert_base")
-      for model in SIZES for name in FUNCTIONS),
-    *(backward(name, model, goals=_goals(name), quick=name == "gelu" and model == "bert_base") for model in SIZES for name in FUNCTIONS),
+      for model in SIZES for name in POINTWISE),
+    *(backward(name, model, goals=_goals(name), quick=name == "gelu" and model == "bert_base") for model in SIZES for name in POINTWISE),
     *(make("bert_base", mode, goals=_goals("")) for make in (prelu, glu) for mode in ("forward", "backward")),
 ]
