@@ -1,0 +1,203 @@
+"""Which kernel serves a call, and why not: the registry, the user's choice of a backend, and the trace of calls.
+
+A backend is named by the `backend=` argument of a function, else by ``with fastnn.backend(name):``, else by the
+environment variable ``FASTNN_BACKEND`` (read at import), else ``"auto"``: the first kernel that accepts, else torch.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "cpu", "gpu", "torch", "reference")
+_DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that its kernels work on
+
+Kernel = Callable[..., None]  # (out, *args): writes the result into out, a tensor or a tuple of them
+Predicate = Callable[..., str | None]  # (op, *args): None if the kernel serves the call, else the reason why not
+
+
+class Op(Protocol):
+    name: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One traced call: the op, its tensors and other arguments, who served it and, if not the first choice, why."""
+
+    op: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    options: tuple[Any, ...]
+    backend: str
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        shapes = ", ".join("×".join(map(str, shape)) or "scalar" for shape in self.shapes)
+        dtypes = "/".join(sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes}))
+        options = "".join(f", {option}" for option in self.options)
+        return f"{self.op}({shapes}; {dtypes}{options}) → {self.kernel}" + (f": {self.reason}" if self.reason else "")
+
+
+_choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=os.environ.get("FASTNN_BACKEND") or None)
+_traces: list[list[Call]] = []
+_tables: dict[str, dict[str, tuple[Kernel | None, Predicate]]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
+_cpu = _tables["cpu"]
+
+
+def validate(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(map(repr, NAMES))}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Inside ``with fastnn.backend(name):`` calls are served by this backend, in this thread or task.
+
+    Raises ValueError for an unknown name; the calls inside raise RuntimeError where the backend is not installed
+    or has no kernel for them.
+    """
+    token = _choice.set(validate(name))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@contextmanager
+def trace() -> Iterator[list[Call]]:
+    """``with fastnn.trace() as calls:`` lists every call made inside, in all threads: op, shapes, kernel, reason."""
+    calls: list[Call] = []
+    _traces.append(calls)
+    try:
+        yield calls
+    finally:
+        _traces[:] = [other for other in _traces if other is not calls]
+
+
+def record(op: str, args: Sequence[Any], backend: str, kernel: str, reason: str) -> None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
+    options = tuple(a for a in args if not isinstance(a, Tensor) and a is not None and a != ())
+    call = Call(op, shapes, dtypes, options, backend, kernel, reason)
+    for calls in list(_traces):
+        calls.append(call)
+
+
+def select(op: Op, args: tuple[Any, ...], on_cpu: bool, backend: str | None = None) -> Kernel | None:
+    """The kernel for this call, or None where torch's own implementation serves it.
+
+    Raises RuntimeError if a backend was named that is not installed or refuses the call.
+    """
+    named = backend or _choice.get()
+    if named is None and on_cpu:  # the usual case, kept short: every eager call pays for it
+        kernel, supports = _cpu.get(op.name) or _load("cpu", op)
+        reason = supports(op.name, *args)
+        if not _traces:
+            return kernel if reason is None else None
+    elif named is None or validate(named) in ("auto", "cpu", "gpu"):
+        serving = named if named in _tables else ("cpu" if on_cpu else "gpu")
+        kernel, reason = _offer(serving, op, args)
+        if reason is not None and named not in (None, "auto"):
+            raise RuntimeError(_cannot(op.name, named, reason))
+    elif named == "reference":
+        kernel, reason = partial(_write_reference, op), None
+    else:
+        kernel, reason = None, "backend 'torch' was named"
+    if reason is not None:
+        kernel = None
+    if _traces:
+        served = "torch" if kernel is None else "reference" if named == "reference" else "cpu" if on_cpu else "gpu"
+        record(op.name, args, served, _label(op, kernel), reason or "")
+    return kernel
+
+
+def torch_serves(op: str, args: Sequence[Any], backend: str | None, reason: str) -> None:
+    """Note that only torch's own implementation can serve this call; an error if another backend was named."""
+    named = backend or _choice.get()
+    if named not in (None, "auto", "torch") and validate(named):
+        raise RuntimeError(_cannot(op, named, reason))
+    if _traces:
+        record(op, args, "torch", f"torch {op}", reason)
+
+
+def record_reference(op: Op, args: Sequence[Any], reason: str) -> None:
+    if _traces:
+        record(op.name, args, "reference", f"fastnn.kernels.reference.{op.family}.{op.name}", reason)
+
+
+def context() -> str | None:
+    """The backend that context or environment names."""
+    return _choice.get()
+
+
+def chosen(backend: str | None) -> str:
+    """The backend that argument, context and environment name."""
+    return validate(backend or _choice.get() or "auto")
+
+
+def forget() -> None:
+    """Look the kernel modules up again at their next call."""
+    for table in _tables.values():
+        table.clear()
+
+
+def _cannot(op: str, named: str | None, reason: str) -> str:
+    return f"{op}(): backend={named!r} cannot serve this call: {reason}. Use backend='auto' to let torch serve it."
+
+
+def _offer(backend: str, op: Op, args: tuple[Any, ...]) -> tuple[Kernel | None, str | None]:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    for t in tensors:
+        if t.device.type != _DEVICE[backend]:
+            return None, f"no {backend} kernel takes tensors on device {str(t.device)!r}"
+    kernel, supports = _tables[backend].get(op.name) or _load(backend, op)
+    return kernel, supports(op.name, *args)
+
+
+def _load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
+    """Import the family's kernel module, and note its kernel and predicate for the op."""
+    module = f"fastnn.kernels.{backend}.{op.family}"
+    try:
+        kernels = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        reason = f"the {backend} kernels for {op.family} are not installed ({missing})"
+        if backend == "cpu":
+            warnings.warn(f"fastnn: {reason}; torch serves instead", RuntimeWarning, stacklevel=4)
+        found: tuple[Kernel | None, Predicate] = (None, lambda op, *args: reason)
+    else:
+        kernel = kernels.KERNELS.get(op.name)
+        none = f"there is no {backend} kernel for {op.name}"
+        found = (kernel, kernels.supports) if kernel is not None else (None, lambda op, *args: none)
+    _tables[backend][op.name] = found
+    return found
+
+
+def reference(op: Op) -> Callable[..., Any]:
+    """The op as plain, differentiable PyTorch maths."""
+    return getattr(importlib.import_module(f"fastnn.kernels.reference.{op.family}"), op.name)
+
+
+def _write_reference(op: Op, out: Tensor | tuple[Tensor, ...], *args: Any) -> None:
+    with torch.no_grad():
+        result = reference(op)(*args)
+    for target, value in zip(out, result, strict=True) if isinstance(out, tuple) else [(out, result)]:
+        target.copy_(value)
+
+
+def _label(op: Op, kernel: Kernel | None) -> str:
+    if kernel is None:
+        return f"torch {op.name}"
+    if isinstance(kernel, partial):
+        return f"fastnn.kernels.reference.{op.family}.{op.name}"
+    return f"{kernel.__module__}.{getattr(kernel, '__qualname__', op.name)}"

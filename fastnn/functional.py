@@ -1,0 +1,386 @@
+"""torch.nn.functional's and torch's names, signatures, defaults and errors, served by fastnn's kernels.
+
+Every function also takes, by keyword, `backend` ("auto", "cpu", "gpu", "torch" or "reference": see fastnn.backend).
+Floating dtypes (float32, float64, bfloat16, float16) on dense tensors have kernels; whatever else torch accepts is
+served by torch, and `fastnn.trace()` says why. Errors are of torch's types: RuntimeError for shapes and dtypes that do
+not match, IndexError for a dimension or class out of range, ValueError for an unknown name, TypeError for a non-tensor.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from . import backends
+from .ops import activation as _activation
+from .ops import matmul as _matmul
+from .ops import softmax as _softmax
+
+__all__ = [
+    "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu", "relu6",
+    "sigmoid", "silu", "softmax", "softplus", "tanh",
+]  # fmt: skip
+
+_matmul_op, _addmm_op, _linear_op = _matmul.matmul, _matmul.addmm, _matmul.linear
+_activation_op = _activation.activation
+
+
+# Matrix products
+
+
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Matrix product of two tensors, by torch.matmul's rules for vectors, batches and broadcasting.
+
+    input (…, M, K) or (K), other (…, K, N) or (K), of one dtype → (…, M, N). `out` may overlap an input.
+    """
+    if out is not None:
+        return _matmul_op.into(out, input, other, backend=backend)
+    return _matmul_op(input, other, backend=backend)
+
+
+def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """input (M, K) @ mat2 (K, N) → (M, N)."""
+    _need_dims("mm", 2, input=input, mat2=mat2)
+    return matmul(input, mat2, out=out, backend=backend)
+
+
+def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """input (B, M, K) @ mat2 (B, K, N) → (B, M, N); the batch is not broadcast."""
+    _need_dims("bmm", 3, input=input, mat2=mat2)
+    if input.shape[0] != mat2.shape[0]:
+        raise RuntimeError(f"bmm(): mat2 must have input's batch size {input.shape[0]}, got shape {tuple(mat2.shape)}")
+    return matmul(input, mat2, out=out, backend=backend)
+
+
+def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """input (M, K) @ vec (K) → (M)."""
+    _need_dims("mv", 2, input=input)
+    _need_dims("mv", 1, vec=vec)
+    if torch.is_autocast_enabled("cpu"):  # torch's autocast leaves mv alone on the CPU
+        with torch.autocast("cpu", enabled=False):
+            return matmul(input, vec, out=out, backend=backend)
+    return matmul(input, vec, out=out, backend=backend)
+
+
+def addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """beta·input + alpha·(mat1 @ mat2): mat1 (M, K), mat2 (K, N), input expandable to (M, N) → (M, N)."""
+    _need_dims("addmm", 2, mat1=mat1, mat2=mat2)
+    return _add_product("addmm", input, mat1, mat2, beta, alpha, out, backend)
+
+
+def baddbmm(
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """beta·input + alpha·(batch1 @ batch2): (B, M, K), (B, K, N), input expandable to (B, M, N) → (B, M, N)."""
+    _need_dims("baddbmm", 3, batch1=batch1, batch2=batch2)
+    return _add_product("baddbmm", input, batch1, batch2, beta, alpha, out, backend)
+
+
+def _add_product(
+    op: str,
+    input: Tensor,
+    left: Tensor,
+    right: Tensor,
+    beta: float,
+    alpha: float,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    if isinstance(beta, complex) or isinstance(alpha, complex) or input.dtype not in _activation.FLOATING:
+        backends.torch_serves(op, (input, left, right), backend, f"dtype {input.dtype} has no fastnn kernel")
+        return getattr(torch, op)(input, left, right, beta=beta, alpha=alpha, out=out)
+    if out is not None:
+        return _addmm_op.into(out, input, left, right, beta, alpha, backend=backend)
+    return _addmm_op(input, left, right, beta, alpha, backend=backend)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """activation(input @ weightᵀ + bias + residual).
+
+    input (…, in_features), weight (out_features, in_features), bias (out_features) → (…, out_features).
+    residual has the output's shape; activation is "relu", "relu6", "gelu", "gelu_tanh", "silu", "mish", "sigmoid",
+    "tanh", "hardswish", "hardsigmoid" or None (ValueError otherwise). Both are part of the product's last step, except
+    where gradients are needed: then the activation is a step of its own, because its backward needs its input.
+    """
+    if activation is not None and torch.is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
+        if activation not in _matmul.FUSED:
+            _linear_op.check(input, weight, bias, residual, activation)
+        z = _linear_op(input, weight, bias, residual, None, backend=backend)
+        return _activation_op(z, activation, (), backend=backend)
+    return _linear_op(input, weight, bias, residual, activation, backend=backend)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _need_dims(op: str, dims: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != dims:
+            kind = ("", "a vector", "a matrix", "a batch of matrices (3 dimensions)")[dims]
+            raise RuntimeError(f"{op}(): {name} must be {kind}, got shape {tuple(tensor.shape)}")
+
+
+# Activations
+
+
+def _elementwise(
+    name: str,
+    input: Tensor,
+    params: tuple[float, ...] = (),
+    inplace: bool = False,
+    backend: str | None = None,
+    by_torch: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    if inplace and by_torch is not None:
+        backends.torch_serves(name, (input,), backend, "inplace=True changes the input, which fastnn's kernels never do")
+        return by_torch(input, *params, inplace=True)
+    return _activation_op(input, name, params, backend=backend)
+
+
+def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """max(input, 0), elementwise."""
+    return _elementwise("relu", input, (), inplace, backend, F.relu)
+
+
+def leaky_relu(
+    input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, backend: str | None = None
+) -> Tensor:
+    """input where positive, else negative_slope·input."""
+    return _elementwise("leaky_relu", input, (negative_slope,), inplace, backend, F.leaky_relu)
+
+
+def relu6(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """input clamped to [0, 6]."""
+    return _elementwise("relu6", input, (), inplace, backend, F.relu6)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """input where positive, else alpha·(exp(input) - 1). Clevert et al. 2015."""
+    return _elementwise("elu", input, (alpha,), inplace, backend, F.elu)
+
+
+def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
+    """input·Φ(input), or with approximate="tanh" the tanh form. Hendrycks & Gimpel 2016, section 2."""
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"gelu(): approximate argument must be either none or tanh, got {approximate!r}")
+    return _elementwise("gelu" if approximate == "none" else "gelu_tanh", input, backend=backend)
+
+
+def silu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """input·sigmoid(input)."""
+    return _elementwise("silu", input, (), inplace, backend, F.silu)
+
+
+def mish(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """input·tanh(softplus(input)). Misra 2019."""
+    return _elementwise("mish", input, (), inplace, backend, F.mish)
+
+
+def sigmoid(input: Tensor, *, backend: str | None = None) -> Tensor:
+    """1 / (1 + exp(-input))."""
+    return _elementwise("sigmoid", input, backend=backend)
+
+
+def tanh(input: Tensor, *, backend: str | None = None) -> Tensor:
+    """Hyperbolic tangent."""
+    return _elementwise("tanh", input, backend=backend)
+
+
+def hardswish(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """input·relu6(input + 3) / 6. Howard et al. 2019 (MobileNetV3), section 5.2."""
+    return _elementwise("hardswish", input, (), inplace, backend, F.hardswish)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
+    """relu6(input + 3) / 6."""
+    return _elementwise("hardsigmoid", input, (), inplace, backend, F.hardsigmoid)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False, *, backend: str | None = None
+) -> Tensor:
+    """input clamped to [min_val, max_val]. ValueError if min_val is greater than max_val."""
+    if min_val > max_val:
+        raise ValueError(f"hardtanh(): min_val cannot be greater than max_val, got {min_val} and {max_val}")
+    return _elementwise("hardtanh", input, (min_val, max_val), inplace, backend, F.hardtanh)
+
+
+def softplus(input: Tensor, beta: float = 1, threshold: float = 20, *, backend: str | None = None) -> Tensor:
+    """log(1 + exp(beta·input)) / beta, and input itself where beta·input exceeds threshold."""
+    return _elementwise("softplus", input, (beta, threshold), backend=backend)
+
+
+def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """input where positive, else weight·input: weight has 1 element or one a channel (dimension 1). He et al. 2015."""
+    return _activation.prelu(input, weight, backend=backend)
+
+
+def glu(input: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:
+    """a·sigmoid(b), where a and b are the halves of input along dim. Dauphin et al. 2016."""
+    return _activation.glu(input, dim, backend=backend)
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Zero each element with probability p and scale the rest by 1/(1-p); the input itself if not training.
+
+    Whether element i is kept is a function of (seed, i) only, and the backward repeats it. Without a seed one is drawn
+    from torch's default generator, so torch.manual_seed repeats the run (torch's own dropout draws other elements).
+    """
+    if p < 0.0 or p > 1.0:
+        raise ValueError(f"dropout(): p is a probability and has to be between 0 and 1, but got {p}")
+    if not training:
+        return F.dropout(input, p, False, inplace)
+    if inplace:
+        return _torch_dropout(input, p, inplace, seed, backend, "inplace=True changes the input, which no kernel here does")
+    if seed is None:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return _torch_dropout(input, p, inplace, seed, backend, "a traced call cannot draw a new seed each time")
+        if backends.chosen(backend) == "torch" or input.dtype not in _activation.FLOATING:
+            return _torch_dropout(input, p, inplace, seed, backend, "torch was named, or has the only kernel")
+        seed = int(torch.randint(2**63 - 1, ()))
+    return _activation.dropout(input, p, seed, backend=backend)
+
+
+def _torch_dropout(input: Tensor, p: float, inplace: bool, seed: int | None, backend: str | None, reason: str) -> Tensor:
+    if seed is not None:
+        raise RuntimeError(f"dropout(): seed={seed} cannot be honoured: {reason}. Leave out seed or inplace.")
+    backends.torch_serves("dropout", (input,), backend, reason)
+    return F.dropout(input, p, True, inplace)
+
+
+# Softmax and losses
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """exp(input) / Σ exp(input) along dim, computed in dtype if given. IndexError if dim is out of range."""
+    if dim is None:
+        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+    return _softmax.softmax(input if dtype is None else input.to(dtype), dim, backend=backend)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """log(softmax(input)) along dim, computed in dtype if given. IndexError if dim is out of range."""
+    if dim is None:
+        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return _softmax.log_softmax(input if dtype is None else input.to(dtype), dim, backend=backend)
+
+
+def _reduction_name(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    _softmax.check_reduction(op, reduction)
+    return reduction
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross entropy between unnormalised logits and a target, without storing the probabilities.
+
+    input (C), (N, C) or (N, C, d1, …); target: class indices (int64) of shape (), (N) or (N, d1, …), or class
+    probabilities of input's shape; weight (C). → a scalar, or with reduction="none" one loss a row.
+    Raises IndexError for a class index outside [0, C) that is not ignore_index.
+    """
+    reduction = _reduction_name("cross_entropy", size_average, reduce, reduction)
+    return _softmax.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, backend=backend)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Negative log-likelihood of log-probabilities: shapes and errors as cross_entropy, class indices only."""
+    reduction = _reduction_name("nll_loss", size_average, reduce, reduction)
+    return _softmax.nll_loss(input, target, weight, ignore_index, reduction, backend=backend)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean (or sum, or each) of (input - target)², broadcast, with torch's warning if the shapes differ."""
+    reduction = _reduction_name("mse_loss", size_average, reduce, reduction)
+    if weight is not None:
+        backends.torch_serves("mse_loss", (input, target, weight), backend, "a weight has no fastnn kernel")
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+    if target.shape != input.shape:
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
+            stacklevel=2,
+        )
+        input, target = torch.broadcast_tensors(input, target)
+    return _softmax.mse_loss(input, target, reduction, backend=backend)

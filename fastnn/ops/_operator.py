@@ -1,0 +1,270 @@
+"""The one mechanism that makes an operator: what is said about an op here, once, serves eager calls, autograd,
+torch.compile, export, torch.func and autocast.
+
+An eager call on plain tensors goes straight to a kernel, because the dispatcher costs more than a small product.
+Everything that traces (torch.compile, export, fake tensors, dispatch modes) meets the same op as ``torch.ops.fastnn.*``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    is_grad_enabled,
+)
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
+
+from fastnn import backends
+
+FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+PLAIN = frozenset({Tensor, Parameter})  # types whose memory a kernel may touch: nothing is overridden
+_library = torch.library.Library("fastnn", "DEF")
+
+
+class Operator:
+    """One op. Calling it runs it, differentiably where an input requires a gradient.
+
+    schema    arguments and results in torch.library's language, the tensors first; `backend` is added to it.
+    family    the file in kernels/<backend>/ that has its kernels, and in kernels/reference/ its plain maths.
+    check     raises torch's error types for bad arguments; returns why only torch can serve them, or None.
+    allocate  the outputs, not yet written: what a kernel writes into, and what tracing sees.
+    torch     torch's own implementation.
+    save      (ctx, args, out): keeps what backward needs. Only where the op has a backward.
+    backward  (ctx, grad): a gradient or None for each argument, made of operators.
+    autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
+    inspect   raises for bad values inside the tensors (a check that has to read them).
+    extra     outputs after the first exist for the backward only: computes them where torch serves the first.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        family: str,
+        *,
+        check: Callable[..., str | None],
+        allocate: Callable[..., Any],
+        torch: Callable[..., Any],
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        autocast: str | None = None,
+        inspect: Callable[..., None] | None = None,
+        extra: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        self.family = family
+        self.check = check
+        self.allocate = allocate
+        self.torch = torch
+        self.save = save
+        self.backward = backward
+        self.autocast = autocast
+        self.inspect = inspect
+        self.extra = extra
+        arguments = schema[schema.index("(") + 1 : schema.index(")")].split(",")
+        self.tensors = sum(argument.strip().startswith("Tensor") for argument in arguments)
+        self.arity = len(arguments)
+        self.overload = self._register(schema)
+
+    def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
+        """The result; written into `out` where a kernel can do so, else apart from it."""
+        if is_dynamo_compiling():
+            return self._compiled(args, backend)
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None:
+            return self._by_torch(args, backend, "torch.func, forward-mode AD and torch.jit need torch's own ops")
+        on_cpu, differentiate, grad_mode = True, False, is_grad_enabled()
+        for tensor in args[: self.tensors]:
+            if type(tensor) in PLAIN:
+                if not tensor.is_cpu or tensor.is_neg():
+                    on_cpu = False
+                if grad_mode and tensor.requires_grad:
+                    differentiate = True
+            elif tensor is not None:
+                return self._unusual(tensor, args, backend)
+        if _len_torch_dispatch_stack():
+            return self._visible(self.overload(*args, backend=backend))
+        if self.autocast and _is_any_autocast_enabled():
+            args = self._cast(args)
+        reason = self.check(*args)
+        if reason is not None:
+            return self._by_torch(args, backend, reason)
+        if differentiate and self.backward is None:
+            return self._by_reference(args)
+        kernel = backends.select(self, args, on_cpu, backend)
+        if kernel is None:
+            return self.torch(*args)
+        if differentiate:
+            return self._visible(_Differentiable.apply(*args, self, kernel, backend or backends.context()))
+        if self.inspect is not None:
+            self.inspect(*args)
+        result = self.allocate(*args)
+        if out is not None and _may_be_written(out, result, args):
+            result = out
+        kernel(result, *args)
+        return result if self.extra is None else result[0]
+
+    def into(self, out: Tensor, *args: Any, backend: str | None = None) -> Tensor:
+        """Write the result into `out`, which torch's rules for `out=` may resize. Never aliased to an argument."""
+        if is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, out)):
+            raise RuntimeError(
+                f"{self.name}(): functions with out=... arguments don't support automatic differentiation, "
+                "but one of the arguments requires grad."
+            )
+        result = self(*args, backend=backend, out=out)
+        if result is out:
+            return out
+        if result.dtype != out.dtype or result.device != out.device:
+            raise RuntimeError(
+                f"{self.name}(): out must have dtype {result.dtype} on {result.device}, got {out.dtype} on {out.device}"
+            )
+        return torch.add(result, 0, out=out)  # resizes, and warns, by torch's own rule
+
+    def _visible(self, out: Any) -> Any:
+        return out if self.extra is None else out[0]
+
+    def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
+        if backends.chosen(backend) == "reference":
+            return self._by_reference(args, reason)
+        backends.torch_serves(self.name, args, backend, reason)
+        return self.torch(*args)
+
+    def _by_reference(self, args: tuple[Any, ...], reason: str = "the gradient of a gradient is plain maths") -> Any:
+        backends.record_reference(self, args, reason)
+        return self._visible(backends.reference(self)(*args))
+
+    def _compiled(self, args: tuple[Any, ...], backend: str | None) -> Any:
+        """The call as torch.compile's front end sees it: an opaque op in the graph, or torch's own."""
+        if _are_functorch_transforms_active() or backend == "torch":
+            return self.torch(*args)
+        return self._visible(self.overload(*args, backend=backend))
+
+    def _unusual(self, tensor: Any, args: tuple[Any, ...], backend: str | None) -> Any:
+        """An argument whose type is not plain: a tracer's tensor meets the op, any other subclass torch's own."""
+        kind = type(tensor)
+        if not isinstance(tensor, Tensor):
+            position = next(i for i, a in enumerate(args) if a is tensor)
+            argument = self.overload._schema.arguments[position].name
+            raise TypeError(
+                f"{self.name}(): argument '{argument}' (position {position + 1}) must be Tensor, not {kind.__name__}"
+            )
+        if kind.__module__.startswith("torch._subclasses"):
+            return self._visible(self.overload(*args, backend=backend))
+        return self._by_torch(args, backend, f"{kind.__name__} is a subclass of Tensor")
+
+    def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What autocast does to the arguments of torch's op of this kind."""
+        if not torch.is_autocast_enabled("cpu"):
+            return args
+        dtype = torch.get_autocast_dtype("cpu") if self.autocast == "lower" else torch.float32
+        return tuple(
+            a.to(dtype) if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64 else a
+            for a in args
+        )
+
+    def fake(self, *args: Any, backend: str | None = None) -> Any:
+        """The outputs' shapes, dtypes and strides: what tracing computes with."""
+        return self._all_by_torch(args) if self.check(*args) else self.allocate(*args)
+
+    def execute(self, *args: Any, backend: str | None = None) -> Any:
+        """The op below autograd, for the dispatcher: outputs have the strides that `fake` promised."""
+        reason = self.check(*args)
+        if reason is not None:
+            backends.torch_serves(self.name, args, backend, reason)
+            return self._all_by_torch(args)
+        on_cpu = all(a.is_cpu and not a.is_neg() for a in args if isinstance(a, Tensor))
+        kernel = backends.select(self, args, on_cpu, backend)
+        if kernel is not None:
+            return self._launch(kernel, args)
+        promised, result = self.allocate(*args), self._all_by_torch(args)
+        if isinstance(result, tuple):
+            return tuple(_with_strides_of(p, r, args) for p, r in zip(promised, result, strict=True))
+        return _with_strides_of(promised, result, args)
+
+    def differentiable(self, *args: Any, backend: str | None = None) -> Any:
+        """The op with autograd, for the dispatcher."""
+        if self.check(*args) is not None:
+            return self._all_by_torch(args)
+        if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if self.backward is None:
+                return backends.reference(self)(*args)
+            return _Differentiable.apply(*args, self, None, backend)
+        with _AutoDispatchBelowAutograd():
+            return self.overload(*args, backend=backend)
+
+    def autocasting(self, *args: Any, backend: str | None = None) -> Any:
+        """The op under autocast, for the dispatcher."""
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            return self.overload(*self._cast(args), backend=backend)
+
+    def _all_by_torch(self, args: tuple[Any, ...]) -> Any:
+        return self.torch(*args) if self.extra is None else (self.torch(*args), self.extra(*args))
+
+    def _launch(self, kernel: backends.Kernel, args: tuple[Any, ...]) -> Any:
+        if self.inspect is not None:
+            self.inspect(*args)
+        out = self.allocate(*args)
+        kernel(out, *args)
+        return out
+
+    def _register(self, schema: str) -> Any:
+        """Make the op known to torch's dispatcher, for everything that traces."""
+        _library.define(schema.replace(")", ", *, str? backend=None)", 1), tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self.execute, "CompositeExplicitAutograd")
+        _library.impl(self.name, self.differentiable, "Autograd")
+        if self.autocast:
+            _library.impl(self.name, self.autocasting, "AutocastCPU")
+        torch.library.register_fake(f"fastnn::{self.name}", self.fake, lib=_library)
+        return getattr(torch.ops.fastnn, self.name).default
+
+
+def _may_be_written(out: Tensor, expected: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a kernel can write into the caller's `out`: laid out as expected, and no argument's memory."""
+    return (
+        type(out) in PLAIN
+        and out.dtype == expected.dtype
+        and out.device == expected.device
+        and out.shape == expected.shape
+        and out.stride() == expected.stride()
+        and not out.is_neg()
+        and all(not isinstance(a, Tensor) or a.untyped_storage()._cdata != out.untyped_storage()._cdata for a in args)
+    )
+
+
+def _with_strides_of(promised: Tensor, result: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """An op's result must have the strides that its fake had, and may be no argument's alias."""
+    if result.stride() == promised.stride() and not any(result is a for a in args):
+        return result
+    return promised.copy_(result)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Any operator with a backward. One old-style forward: a separate setup_context costs 12 µs a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *packed: Any) -> Any:
+        *args, op, kernel, backend = packed
+        # The dispatcher's route comes without a kernel: the op below autograd then chooses it.
+        if kernel is not None:
+            out = op._launch(kernel, tuple(args))
+        else:
+            with _AutoDispatchBelowAutograd():
+                out = op.overload(*args, backend=backend)
+        ctx.op, ctx.backend = op, backend
+        op.save(ctx, args, out)
+        if op.extra is not None:
+            ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        grad = grads[0]
+        return (*ctx.op.backward(ctx, grad), None, None, None)

@@ -1,0 +1,255 @@
+"""Matrix products: matmul (mm, bmm, mv and vectors are the same op), addmm (and baddbmm), linear."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._operator import FLOATING, Operator
+from .activation import PARAMETERLESS, activation_backward, apply_torch, no_kernel_for
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+
+def _same_dtype(op: str, **tensors: Tensor | None) -> None:
+    first = next(iter(tensors))
+    expected = tensors[first].dtype  # type: ignore[union-attr]
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != expected:
+            raise RuntimeError(f"{op}(): {name} must have the same dtype as {first}, {expected}, got {tensor.dtype}")
+
+
+def _broadcast(op: str, a: torch.Size, b: torch.Size) -> torch.Size:
+    """The batch dimensions of a product."""
+    if a == b or not b:
+        return a
+    if not a:
+        return b
+    try:
+        return torch.broadcast_shapes(a, b)
+    except RuntimeError:
+        raise RuntimeError(
+            f"{op}(): batch dimensions of other must broadcast with those of input, {tuple(a)}, got {tuple(b)}"
+        ) from None
+
+
+# matmul
+
+
+def _check_matmul(input: Tensor, other: Tensor) -> str | None:
+    a, b = input.shape, other.shape
+    if not a or not b:
+        raise RuntimeError(
+            f"matmul(): both input and other must be at least 1-dimensional, got shapes {tuple(a)} and {tuple(b)}"
+        )
+    inner = b[0] if len(b) == 1 else b[-2]
+    if a[-1] != inner:
+        raise RuntimeError(
+            f"matmul(): shapes cannot be multiplied ({tuple(a)} and {tuple(b)}): the last dimension of input, {a[-1]}, "
+            f"must equal the {'only' if len(b) == 1 else 'second last'} dimension of other, {inner}"
+        )
+    if len(a) > 2 and len(b) > 2:
+        _broadcast("matmul", a[:-2], b[:-2])
+    if input.dtype is not other.dtype:
+        _same_dtype("matmul", input=input, other=other)
+    return no_kernel_for(input.dtype)
+
+
+def _allocate_matmul(input: Tensor, other: Tensor) -> Tensor:
+    a, b = input.shape, other.shape
+    if len(a) == 2 and len(b) == 2:
+        return input.new_empty(a[0], b[1])
+    batch = _broadcast("matmul", a[:-2], b[:-2])
+    return input.new_empty((*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ())))
+
+
+def _save_matmul(ctx: Any, args: Any, out: Tensor) -> None:
+    input, other = args
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, other if ctx.needs_input_grad[0] else None)
+    ctx.shapes = input.shape, other.shape
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    input, other = ctx.saved_tensors
+    a, b = ctx.shapes
+    if len(a) == 1:
+        grad = grad.unsqueeze(-2 if len(b) > 1 else -1)
+    if len(b) == 1:
+        grad = grad.unsqueeze(-1)
+    grad_input = grad_other = None
+    if ctx.needs_input_grad[0]:
+        other = other.unsqueeze(-1) if len(b) == 1 else other
+        if len(a) <= 2 and len(b) > 2:  # every batch adds to the same matrix: one product
+            grad_input = matmul(grad.movedim(-2, 0).flatten(1), other.mT.flatten(0, -2), backend=ctx.backend).reshape(a)
+        else:
+            grad_input = matmul(grad, other.mT, backend=ctx.backend).sum_to_size((1, *a) if len(a) == 1 else a).reshape(a)
+    if ctx.needs_input_grad[1]:
+        input = input.unsqueeze(0) if len(a) == 1 else input
+        if len(b) <= 2:  # likewise
+            grad_other = matmul(input.flatten(0, -2).mT, grad.flatten(0, -2), backend=ctx.backend).reshape(b)
+        else:
+            grad_other = matmul(input.mT, grad, backend=ctx.backend).sum_to_size(b)
+    return grad_input, grad_other
+
+
+matmul = Operator(
+    "matmul(Tensor input, Tensor other) -> Tensor",
+    "matmul",
+    check=_check_matmul,
+    allocate=_allocate_matmul,
+    torch=torch.matmul,
+    save=_save_matmul,
+    backward=_matmul_backward,
+    autocast="lower",
+)
+
+
+# addmm and baddbmm
+
+
+def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> str | None:
+    dims = mat1.dim()
+    op = "addmm" if dims == 2 else "baddbmm"
+    if dims not in (2, 3) or mat2.dim() != dims:
+        raise RuntimeError(f"{op}(): mat1 and mat2 must both be matrices, or both batches of them, got {_both(mat1, mat2)}")
+    if mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
+        raise RuntimeError(f"{op}(): mat1 and mat2 shapes cannot be multiplied: {_both(mat1, mat2)}")
+    _same_dtype(op, input=input, mat1=mat1, mat2=mat2)
+    shape = (*mat1.shape[:-1], mat2.shape[-1])
+    if input.dim() > dims or any(n not in (1, m) for n, m in zip(reversed(input.shape), reversed(shape))):
+        raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
+    return no_kernel_for(input.dtype)
+
+
+def _both(mat1: Tensor, mat2: Tensor) -> str:
+    return f"{_shape(mat1)} and {_shape(mat2)}"
+
+
+def _torch_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    if not (input.is_floating_point() or input.is_complex()):  # torch refuses a float factor for integers
+        beta, alpha = (int(f) if f == int(f) else f for f in (beta, alpha))
+    return (torch.addmm if mat1.dim() == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
+
+
+def _save_addmm(ctx: Any, args: Any, out: Tensor) -> None:
+    input, mat1, mat2, ctx.beta, ctx.alpha = args
+    ctx.save_for_backward(mat1 if ctx.needs_input_grad[2] else None, mat2 if ctx.needs_input_grad[1] else None)
+    ctx.shape = input.shape
+
+
+def _addmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    mat1, mat2 = ctx.saved_tensors
+    needs_input, needs_mat1, needs_mat2 = ctx.needs_input_grad[:3]
+    grad_input = grad.sum_to_size(ctx.shape) * ctx.beta if needs_input else None
+    grad_mat1 = matmul(grad, mat2.mT, backend=ctx.backend) if needs_mat1 else None
+    grad_mat2 = matmul(mat1.mT, grad, backend=ctx.backend) if needs_mat2 else None
+    if ctx.alpha != 1:
+        grad_mat1, grad_mat2 = (None if g is None else g * ctx.alpha for g in (grad_mat1, grad_mat2))
+    return grad_input, grad_mat1, grad_mat2, None, None
+
+
+addmm = Operator(
+    "addmm(Tensor input, Tensor mat1, Tensor mat2, float beta, float alpha) -> Tensor",
+    "matmul",
+    check=_check_addmm,
+    allocate=lambda input, mat1, mat2, beta, alpha: mat1.new_empty((*mat1.shape[:-1], mat2.shape[-1])),
+    torch=_torch_addmm,
+    save=_save_addmm,
+    backward=_addmm_backward,
+    autocast="lower",
+)
+
+
+# linear
+
+FUSED = frozenset({None, *PARAMETERLESS})  # the activations that linear can end with
+
+
+def _check_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> str | None:
+    a, w, dtype = input.shape, weight.shape, input.dtype
+    if len(w) != 2 or not a:
+        if len(w) != 1 or not a:
+            raise RuntimeError(
+                f"linear(): input must have at least 1 dimension and weight 2 (or 1), got {tuple(a)} and {tuple(w)}"
+            )
+        if a[-1] == w[0]:
+            return "a weight of one dimension is a matrix–vector product for torch"
+    if a[-1] != w[-1]:
+        raise RuntimeError(
+            f"linear(): input and weight shapes cannot be multiplied: the last dimension of input {tuple(a)} "
+            f"must equal in_features of weight {tuple(w)}, {w[-1]}, got {a[-1]}"
+        )
+    if activation not in FUSED:
+        allowed = ", ".join(sorted(PARAMETERLESS))
+        raise ValueError(f"linear(): activation got {activation!r}, allowed are None, {allowed}")
+    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+        _same_dtype("linear", input=input, weight=weight, bias=bias)
+    if residual is not None:
+        _same_dtype("linear", input=input, residual=residual)
+        if residual.shape != (*a[:-1], w[0]):
+            raise RuntimeError(f"linear(): residual must have the output's shape {(*a[:-1], w[0])}, got {_shape(residual)}")
+    if bias is not None and bias.shape != w[:1]:
+        shape = (*a[:-1], w[0])
+        if bias.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(shape))):
+            raise RuntimeError(f"linear(): bias must have shape ({w[0]},) for weight {tuple(w)}, got {_shape(bias)}")
+        return "a bias that is not a vector of out_features is broadcast by torch"
+    return None if dtype in FLOATING else no_kernel_for(dtype)
+
+
+def _allocate_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _torch_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    z = torch.nn.functional.linear(input, weight, bias)
+    if residual is not None:
+        z = z + residual
+    return z if activation is None else apply_torch(z, activation, [])
+
+
+def _save_linear(ctx: Any, args: Any, out: Tensor) -> None:
+    input, weight, bias, residual, ctx.activation = args
+    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    if ctx.activation is not None:  # the backward computes the product again, for the activation's slope
+        ctx.save_for_backward(input, weight, bias, residual)
+    else:
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight = ctx.saved_tensors[:2]
+    if ctx.activation is not None:
+        z = linear(*ctx.saved_tensors, None, backend=ctx.backend)
+        grad = activation_backward(grad, z, ctx.activation, [], backend=ctx.backend)
+    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
+    grad_input = grad_weight = grad_bias = None
+    if needs_input:
+        grad_input = matmul(rows, weight, backend=ctx.backend).reshape(*grad.shape[:-1], weight.shape[1])
+    if needs_weight:
+        inputs = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+        grad_weight = matmul(rows.mT, inputs, backend=ctx.backend)
+    if needs_bias:
+        grad_bias = rows.sum(0)
+    return grad_input, grad_weight, grad_bias, grad if needs_residual else None, None
+
+
+linear = Operator(
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation) -> Tensor",
+    "matmul",
+    check=_check_linear,
+    allocate=_allocate_linear,
+    torch=_torch_linear,
+    save=_save_linear,
+    backward=_linear_backward,
+    autocast="lower",
+)

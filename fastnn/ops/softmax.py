@@ -1,0 +1,294 @@
+"""Softmax, log-softmax and the losses, each with its backward.
+
+cross_entropy keeps each row's log-sum-exp for its backward, so that the probabilities are never stored.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnn.kernels.reference import softmax as reference
+
+from ._operator import Operator
+from .activation import aten, check_dim, no_kernel_for
+
+REDUCTIONS = ("none", "mean", "sum")  # at the index that aten calls them by
+
+
+# softmax and log_softmax
+
+
+def _make(name: str) -> tuple[Operator, Operator]:
+    """softmax or log_softmax, and its backward from its output."""
+
+    def check(input: Tensor, dim: int) -> str | None:
+        check_dim(name, input.dim(), dim)
+        return no_kernel_for(input.dtype)
+
+    def check_backward(grad: Tensor, output: Tensor, dim: int) -> str | None:
+        check_dim(name, output.dim(), dim)
+        if grad.shape != output.shape or grad.dtype != output.dtype:
+            raise RuntimeError(
+                f"{name}_backward(): grad must have the shape and dtype of output, {tuple(output.shape)} and "
+                f"{output.dtype}, got {tuple(grad.shape)} and {grad.dtype}"
+            )
+        return no_kernel_for(output.dtype)
+
+    def allocate(input: Tensor, dim: int) -> Tensor:
+        return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+    def save(ctx: Any, args: Any, out: Tensor) -> None:
+        ctx.dim = args[1]
+        ctx.save_for_backward(out)
+
+    forward = Operator(
+        f"{name}(Tensor input, int dim) -> Tensor",
+        "softmax",
+        check=check,
+        allocate=allocate,
+        torch=getattr(torch, name),
+        save=save,
+        backward=lambda ctx, grad: (backward(grad, *ctx.saved_tensors, ctx.dim, backend=ctx.backend), None),
+    )
+    from_output = getattr(aten, f"_{name}_backward_data")
+    backward = Operator(
+        f"{name}_backward(Tensor grad, Tensor output, int dim) -> Tensor",
+        "softmax",
+        check=check_backward,
+        allocate=lambda grad, output, dim: allocate(output, dim),
+        torch=lambda grad, output, dim: from_output(grad, output, dim, output.dtype),
+    )
+    return forward, backward
+
+
+softmax, softmax_backward = _make("softmax")
+log_softmax, log_softmax_backward = _make("log_softmax")
+
+
+# cross_entropy and nll_loss
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}(): {reduction} is not a valid value for reduction, allowed are {', '.join(REDUCTIONS)}")
+
+
+def _rows(input: Tensor) -> list[int]:
+    """The shape of the rows that a loss classifies: (N, d1, …), or () for a single one."""
+    return [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+
+
+def _classes(input: Tensor) -> int:
+    return input.shape[1 if input.dim() > 1 else 0]
+
+
+def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> str | None:
+    """What cross_entropy and nll_loss ask of their arguments alike."""
+    check_reduction(op, reduction)
+    if input.dim() == 0:
+        raise ValueError(f"{op}(): input must have 1 or more dimensions, (C), (N, C) or (N, C, d1, …), got a scalar")
+    classes, rows = _classes(input), _rows(input)
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise RuntimeError(
+            f"{op}(): weight tensor should be defined for all {classes} classes of input or none, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    if not target.is_floating_point():
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}")
+        if list(target.shape) != rows:
+            batch = input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]
+            raise (ValueError if batch else RuntimeError)(
+                f"{op}(): target of class indices must have shape {tuple(rows)} for input {tuple(input.shape)}, "
+                f"got {tuple(target.shape)}"
+            )
+        if target.dtype == torch.uint8:
+            return "target of dtype uint8 has no fastnn kernel"
+    if weight is not None and weight.dtype != input.dtype:
+        raise RuntimeError(f"{op}(): weight must have input's dtype {input.dtype}, got {weight.dtype}")
+    return no_kernel_for(input.dtype)
+
+
+def _inspect_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError if a class index is out of range."""
+    if target.is_floating_point() or target.numel() == 0:
+        return
+    low, high = (int(bound) for bound in target.aminmax())
+    if low < 0 or high >= classes:  # allowed only for the index to ignore
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            raise IndexError(
+                f"{op}(): Target {int(wrong[0])} is out of bounds: target must be in [0, {classes}) or equal "
+                f"ignore_index, {ignore_index}"
+            )
+
+
+def _check_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> str | None:
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"cross_entropy(): label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"cross_entropy(): Expected floating point type for target with class probabilities, got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(f"cross_entropy(): ignore_index is for class indices, not probabilities: got {ignore_index}")
+    elif target.is_floating_point():
+        raise RuntimeError(
+            f"cross_entropy(): target of class probabilities must have input's shape {tuple(input.shape)}, or dtype "
+            f"torch.int64 for class indices, got {tuple(target.shape)} and {target.dtype}"
+        )
+    reason = _check_loss("cross_entropy", input, target, weight, reduction)
+    if reason is None and target.is_floating_point():
+        if target.dtype != input.dtype:
+            return "class probabilities of another dtype than input are promoted by torch"
+        if target.requires_grad:
+            return "class probabilities that require a gradient are differentiated by torch"
+    return reason
+
+
+def _allocate_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(input)
+    loss = input.new_empty(rows if reduction == "none" else [])
+    return loss, input.new_empty(rows, dtype=_wide(input))
+
+
+def _wide(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def _save_cross_entropy(ctx: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+    input, target, weight, *ctx.rest = args
+    ctx.save_for_backward(input, target, weight, out[1])
+
+
+def _cross_entropy_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_input = cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.rest, backend=ctx.backend)
+    return grad_input, None, None, None, None, None
+
+
+cross_entropy = Operator(
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction, float label_smoothing)"
+    " -> (Tensor, Tensor)",
+    "softmax",
+    check=_check_cross_entropy,
+    inspect=lambda input, target, weight, ignore_index, *_: _inspect_indices(
+        "cross_entropy", target, _classes(input), ignore_index
+    ),
+    allocate=_allocate_cross_entropy,
+    torch=lambda input, target, weight, ignore_index, reduction, label_smoothing: F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    ),
+    extra=lambda input, *_: torch.logsumexp(input.to(_wide(input)), 1 if input.dim() > 1 else 0),
+    save=_save_cross_entropy,
+    backward=_cross_entropy_gradient,
+    autocast="float32",
+)
+
+cross_entropy_backward = Operator(
+    "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor lse, int ignore_index,"
+    " str reduction, float label_smoothing) -> Tensor",
+    "softmax",
+    check=lambda grad, input, target, weight, lse, ignore_index, reduction, label_smoothing: _check_cross_entropy(
+        input, target, weight, ignore_index, reduction, label_smoothing
+    ),
+    allocate=lambda grad, input, *_: input.new_empty(input.shape),
+    torch=reference.cross_entropy_backward,
+)
+
+
+def _check_nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> str | None:
+    if target.is_floating_point():
+        raise RuntimeError(f"nll_loss(): target must hold class indices, of dtype torch.int64, got {target.dtype}")
+    return _check_loss("nll_loss", input, target, weight, reduction)
+
+
+def _save_nll_loss(ctx: Any, args: Any, out: Tensor) -> None:
+    input, target, weight, *ctx.rest = args
+    ctx.save_for_backward(input, target, weight)
+
+
+nll_loss = Operator(
+    "nll_loss(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction) -> Tensor",
+    "softmax",
+    check=_check_nll_loss,
+    inspect=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
+        "nll_loss", target, _classes(input), ignore_index
+    ),
+    allocate=lambda input, target, weight, ignore_index, reduction: input.new_empty(
+        _rows(input) if reduction == "none" else []
+    ),
+    torch=lambda input, target, weight, ignore_index, reduction: F.nll_loss(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction
+    ),
+    save=_save_nll_loss,
+    backward=lambda ctx, grad: (
+        nll_loss_backward(grad, *ctx.saved_tensors, *ctx.rest, backend=ctx.backend),
+        *[None] * 4,
+    ),
+    autocast="float32",
+)
+
+nll_loss_backward = Operator(
+    "nll_loss_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction)"
+    " -> Tensor",
+    "softmax",
+    check=lambda grad, *args: _check_nll_loss(*args),
+    allocate=lambda grad, input, *_: input.new_empty(input.shape),
+    torch=reference.nll_loss_backward,
+)
+
+
+# mse_loss
+
+
+def _check_mse_loss(input: Tensor, target: Tensor, reduction: str) -> str | None:
+    check_reduction("mse_loss", reduction)
+    if input.shape != target.shape:
+        raise RuntimeError(
+            f"mse_loss(): target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if input.dtype != target.dtype:
+        return "input and target of different dtypes are promoted by torch"
+    return no_kernel_for(input.dtype)
+
+
+def _save_mse_loss(ctx: Any, args: Any, out: Tensor) -> None:
+    input, target, ctx.reduction = args
+    ctx.save_for_backward(input, target)
+
+
+def _mse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_input = mse_loss_backward(grad, *ctx.saved_tensors, ctx.reduction, backend=ctx.backend)
+    needs_input, needs_target = ctx.needs_input_grad[:2]
+    return grad_input if needs_input else None, -grad_input if needs_target else None, None
+
+
+mse_loss = Operator(
+    "mse_loss(Tensor input, Tensor target, str reduction) -> Tensor",
+    "softmax",
+    check=_check_mse_loss,
+    allocate=lambda input, target, reduction: torch.empty_like(input) if reduction == "none" else input.new_empty([]),
+    torch=lambda input, target, reduction: aten.mse_loss(input, target, REDUCTIONS.index(reduction)),
+    save=_save_mse_loss,
+    backward=_mse_gradients,
+    autocast="float32",
+)
+
+mse_loss_backward = Operator(
+    "mse_loss_backward(Tensor grad, Tensor input, Tensor target, str reduction) -> Tensor",
+    "softmax",
+    check=lambda grad, input, target, reduction: _check_mse_loss(input, target, reduction),
+    allocate=lambda grad, input, target, reduction: torch.empty_like(input),
+    torch=lambda grad, input, target, reduction: aten.mse_loss_backward(
+        grad, input, target, REDUCTIONS.index(reduction)
+    ),
+)

@@ -1,0 +1,158 @@
+"""One line that makes a model use fastnn: `replace(model)`, its inverse `restore(model)`, and the block `use()`."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import backends, functional
+from .nn import REPLACEMENTS
+from .ops._operator import PLAIN
+
+_ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
+
+
+class Entry(NamedTuple):
+    name: str
+    class_name: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `replace` did: which modules it switched, which it left and why. str() is a readable summary."""
+
+    replaced: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)} modules, left {len(self.left)}"]
+        for (class_name, reason), count in Counter((e.class_name, e.reason) for e in self.replaced).most_common():
+            lines.append(f"  {count:4d} × {class_name:<20} {reason}".rstrip())
+        for (class_name, reason), count in Counter((e.class_name, e.reason) for e in self.left).most_common():
+            lines.append(f"  {count:4d} × {class_name:<20} left: {reason}")
+        return "\n".join(lines)
+
+
+def replace(model: nn.Module, backend: str | None = None) -> Report:
+    """Switch every module of exactly a torch.nn class that fastnn has, in place, to fastnn's class.
+
+    Parameters, buffers, hooks, references and state_dicts stay what they are; a shared module is switched once; a
+    second call changes nothing more. `backend` names the backend of the replaced modules (ValueError if unknown).
+    Modules of other classes are left, and the report says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    if backend is not None:
+        backends.validate(backend)
+    report = Report()
+    for name, module in model.named_modules():
+        class_name = type(module).__name__
+        if type(module) in _ORIGINALS:
+            report.replaced.append(Entry(name, class_name, "already fastnn's"))
+        elif (reason := _why_left(module)) is not None:
+            report.left.append(Entry(name, class_name, reason))
+            continue
+        elif type(module) in REPLACEMENTS:
+            module.__class__ = REPLACEMENTS[type(module)]
+            report.replaced.append(Entry(name, class_name, ""))
+        else:
+            continue
+        if backend is not None:
+            module.__dict__["backend"] = backend
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Switch every fastnn module of the model back to torch.nn's class; returns the model."""
+    for module in model.modules():
+        if type(module) in _ORIGINALS:
+            module.__dict__.pop("backend", None)
+            module.__class__ = _ORIGINALS[type(module)]
+    return model
+
+
+def _why_left(module: nn.Module) -> str | None:
+    """Why a layer is not switched; None for those that are, and for containers, which compute nothing themselves."""
+    kind = type(module)
+    if kind in REPLACEMENTS:
+        if "forward" in module.__dict__:
+            return "its forward is overridden on the instance"
+        own = [name for name in ("weight", "bias") if name in module.__dict__]
+        if own:
+            return f"its {own[0]} is computed, not a parameter (an old-style parametrisation such as weight_norm)"
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter) not in PLAIN:
+                return f"its {name} is a {type(parameter).__name__}, a subclass of Tensor"
+        return None
+    if hasattr(module, "parametrizations"):
+        return "parametrised: its weight is computed at each call"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: its shapes are not known before its first call"
+    if "quantized" in kind.__module__ or "torch.ao" in kind.__module__:
+        return "quantised"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit"
+    base = next((base for base in kind.__mro__[1:] if base in REPLACEMENTS), None)
+    if base is not None:
+        return f"a subclass of torch.nn.{base.__name__}: only exact types are switched"
+    if not any(True for _ in module.children()) or module._parameters:
+        if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return f"no fastnn kernel for {kind.__name__}"
+    return None
+
+
+# use(): torch's functions and methods, and what serves them here
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(input, weight, bias)
+
+
+def _softmax_method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.softmax(input, dim, dtype=None) in terms of the functional, which has _stacklevel in between."""
+
+    def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return function(input, dim, dtype=dtype)
+
+    return softmax
+
+
+def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
+    served: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for name in functional.__all__:
+        ours = getattr(functional, name)
+        if hasattr(torch_functional, name):
+            served[getattr(torch_functional, name)] = ours
+    for name in ("matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "relu", "sigmoid", "tanh", "prelu"):
+        ours = getattr(functional, name)
+        served[getattr(torch, name)] = ours
+        served[getattr(Tensor, name)] = ours
+    for name in ("softmax", "log_softmax"):
+        ours = _softmax_method(getattr(functional, name))
+        served[getattr(torch, name)] = ours
+        served[getattr(Tensor, name)] = ours
+    served[Tensor.__matmul__] = functional.matmul
+    served[Tensor.__rmatmul__] = lambda other, input: functional.matmul(input, other)
+    served[torch_functional.linear] = _linear
+    return served
+
+
+class use(TorchFunctionMode):
+    """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
+    by fastnn.functional, in this thread. Dropout is: see fastnn.functional.dropout for what it draws."""
+
+    _table: dict[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if use._table is None:
+            use._table = _served()
+        # torch switches this mode off while it is here, so what fastnn itself asks of torch does not come back.
+        return use._table.get(func, func)(*args, **(kwargs or {}))
