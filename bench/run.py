@@ -107,7 +107,7 @@ def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
 
     def worst(found: tuple[Any, ...], other: tuple[Tensor | None, ...]) -> Error:
         tensors = [t if isinstance(t, Tensor) else torch.from_numpy(t) for t in found]
-        return sum((error(*four) for four in zip(tensors, true, scales, other, strict=True)), Error())
+        return sum((error(*four, forward=grad is None) for four in zip(tensors, true, scales, other, strict=True)), Error())
 
     return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
 
@@ -160,9 +160,9 @@ def fill(records: list[Record], times: dict[str, Times], case: Case, dtype: torc
 
 def _served_by(work: Work) -> str | None:
     """Which kernels did our work."""
-    import fastnn
+    from fastnn import backends
 
-    with fastnn.trace() as calls:
+    with backends.trace() as calls:
         work()
     names = dict.fromkeys(f"{c.op}: {c.backend}" + (f" ({c.reason})" if c.reason else "") for c in calls)
     return "; ".join(names) or None

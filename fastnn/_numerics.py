@@ -2,8 +2,8 @@
 
 Errors are counted in ulp: units in the last place that the output's dtype has at the reference value. For a sum of products
 the place is that of the sum of magnitudes (the reference run on absolute values): with cancellation the result itself
-can be arbitrarily smaller than what any order of summation could resolve. The 16-bit types are summed in float32, so there the
-magnitudes count with float32's precision.
+can be arbitrarily smaller than what any order of summation could resolve. In a forward, 16-bit types are summed in float32,
+so there the magnitudes count with float32's precision; a backward starts from what the forward rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,30 @@ from torch import Tensor
 #: torch's functions and torch.nn.functional's under one roof; where both have a name, the latter's.
 TORCH: Any = SimpleNamespace(**{name: value for module in (torch, torch.nn.functional) for name, value in vars(module).items()
                                 if callable(value) and not name.startswith("_")})
+
+
+def _careful_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """torch.matmul with every product in memory and summed by cascade: more exact than any BLAS, and slow."""
+    left = a.unsqueeze(0) if a.dim() == 1 else a
+    right = b.unsqueeze(1) if b.dim() == 1 else b
+    out = (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+    out = out.squeeze(-2) if a.dim() == 1 else out
+    return out.squeeze(-1) if b.dim() == 1 else out
+
+
+def _careful_addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    return beta * c + alpha * _careful_matmul(a, b)
+
+
+def _careful_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = _careful_matmul(x, weight.mT)
+    return y if bias is None else y + bias
+
+
+#: The same with products that can judge float64 ones (of small matrices).
+CAREFUL: Any = SimpleNamespace(**vars(TORCH) | {
+    "matmul": _careful_matmul, "mm": _careful_matmul, "bmm": _careful_matmul, "mv": _careful_matmul,
+    "addmm": _careful_addmm, "baddbmm": _careful_addmm, "linear": _careful_linear})
 #: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or None).
 Scale = Callable[[Sequence[Any], Tensor | None], tuple[Tensor, ...]]
 
@@ -61,18 +85,15 @@ class Error:
         return self.specials <= yardstick.specials and self.worst <= 2 * yardstick.worst + floor
 
 
-def _summed_finer(dtype: torch.dtype) -> float:
-    """How much finer than ``dtype`` its sums are: 1, or for the 16-bit types float32's eps over theirs."""
-    return torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.itemsize == 2 else 1.0
-
-
-def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardstick: Tensor | None = None) -> Error:
+def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardstick: Tensor | None = None,
+          forward: bool = False) -> Error:
     """The error of ``result`` against a float64 ``reference`` of the same shape, in ulp of ``result``'s dtype.
 
     Args:
         scale: magnitudes (float64, same shape) at which the ulp is taken where they exceed the reference.
         yardstick: PyTorch's own result; where it is NaN or infinite and the reference is not (an overflow on the way, say), the
             same value is accepted of us.
+        forward: whether the result is a forward's.
 
     Raises:
         ValueError: the shapes differ.
@@ -80,6 +101,7 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
     if result.shape != reference.shape:
         raise ValueError(f"result has shape {tuple(result.shape)}, the reference {tuple(reference.shape)}")
     total = Error()
+    fineness = torch.finfo(torch.float32).eps / torch.finfo(result.dtype).eps if forward and result.dtype.itemsize == 2 else 1.0
     flat = [None if t is None else t.detach().reshape(-1).split(_BLOCK) for t in (result, reference, scale, yardstick)]
     for n, out in enumerate(flat[0] or ()):
         ref, size, other = (None if t is None else t[n] for t in flat[1:])
@@ -89,7 +111,7 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
         if other is not None:
             same |= (out == other) | (out.isnan() & other.isnan())
         finite = out.isfinite() & rounded.isfinite()
-        at = ref.abs() if size is None else torch.maximum(ref.abs(), size * _summed_finer(out.dtype))
+        at = ref.abs() if size is None else torch.maximum(ref.abs(), size * fineness)
         distance = ((out.double() - ref).abs() / ulp(at, out.dtype))[finite]
         total += Error(float(distance.max()) if distance.numel() else 0.0, float((distance * distance).sum()),
                        distance.numel(), int((~finite & ~same).sum()))
