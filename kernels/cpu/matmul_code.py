@@ -12,38 +12,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from .engine.activations import apply
 from .engine.dot import Dot, dot, row_adder
+from .engine.host import simd
 from .engine.pack import packer, pair_packer
 from .engine.region import parallel
-from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, maximum_fast, outline, spread, store_n
+from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, outline, spread, store_n
 from .engine.tile import Tile, multiply, tile_size
 
 ROWS, VECS = tile_size()
 
 
-@inline
-def activate(p, act, v, p0, p1):
-    return maximum_fast(v, 0.0)
-
-
 def _tiles(p: Any, pairs: bool) -> Any:
-    """run(rows, vecs, masked, …): the tile of that size. Rows are 8, 4, 2 or 1 (those that the machine's tile allows)."""
+    """run(rows, vecs, last, …): the tile of that size; ``last`` > 0 says how many lanes of its last vector exist.
+
+    Rows are 8, 4, 2 or 1, as the machine's tile allows. Where a masked load costs nothing (AVX-512) there are masked tiles only.
+    """
     sizes = [r for r in (8, 4, 2, 1) if r <= ROWS]
-    grid = {(r, v, m): Tile(p, r, v, masked=m, pairs=pairs) for r in sizes for v in (1, 2, 3) for m in (False, True)}
+    cheap_masks = simd().name == "avx512"
+    grid = {(r, v, m): Tile(p, r, v, masked=m or cheap_masks, pairs=pairs) for r in sizes for v in (1, 2, 3) for m in (False, True)}
 
     def rows_function(r: int) -> Any:
         t1, t2, t3 = (grid[r, v, False] for v in (1, 2, 3))
         m1, m2, m3 = (grid[r, v, True] for v in (1, 2, 3))
 
-        @outline
+        @inline
         def run(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
-            if last == 0:
+            if last == 0 or cheap_masks:
+                n = last if last > 0 else p.lanes
                 if vecs == 3:
-                    multiply(t3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+                    multiply(t3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
                 elif vecs == 2:
-                    multiply(t2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+                    multiply(t2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
                 else:
-                    multiply(t1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, 0)
+                    multiply(t1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
             elif vecs == 3:
                 multiply(m3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
             elif vecs == 2:
@@ -88,7 +90,7 @@ def _epilogue(e: Elem) -> Any:
                     else:
                         v = fma(load_n(e, r, n), beta, v)
                 if act != 0:
-                    v = activate(p, act, v, p0, p1)
+                    v = apply(act, v, p0, p1)
                 store_n(e, c + i * c_row + j * e.bytes, v, n)
     return finish
 

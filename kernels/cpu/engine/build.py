@@ -107,31 +107,55 @@ def _write(path: Path, code: bytes) -> None:
 
 
 def target_machine() -> llvm.TargetMachine:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     s = simd()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(cpu=s.cpu, features=s.features, opt=3, reloc="pic", codemodel="default")
 
 
-def _compile(name: str, function: Callable[..., Any], signature: str) -> tuple[bytes, Callable[[], str]]:
+def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: str) -> tuple[bytes, Callable[[], str]]:
     """The object file of a kernel and a function that gives its assembly."""
     from llvmlite import ir
     from numba.core import types
-    from numba.core.codegen import AOTCPUCodegen
+    from numba.core.codegen import AOTCodeLibrary, AOTCPUCodegen
     from numba.core.compiler import Flags, compile_extra
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.registry import cpu_target
 
+    class PartLibrary(AOTCodeLibrary):
+        """A helper of the kernel: linked into it and optimised there, so neither optimised nor made runnable by itself."""
+
+        def _optimize_final_module(self) -> None:
+            pass
+
+        def get_pointer_to_function(self, name: str) -> int:
+            return 1  # Numba asks for an address to call the helper from Python, which nobody does
+
+    class PartCodegen(AOTCPUCodegen):
+        _library_class = PartLibrary
+
+        def set_env(self, env_name: str, env: Any) -> None:
+            pass
+
     with global_compiler_lock:
-        codegen = AOTCPUCodegen(name)
-        codegen._tm = target_machine()
-        context = cpu_target.target_context.subtarget(aot_mode=True)
+        machine = target_machine()
+        codegen, parts = AOTCPUCodegen(name), PartCodegen(name + "_parts")
+        codegen._tm = parts._tm = machine
+        numba_context = cpu_target.target_context
+        context = numba_context.subtarget(aot_mode=True)
         context._internal_codegen = codegen
         library = codegen.create_library(name)
         flags = Flags()
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         flags.error_model = "numpy"
         args = tuple({"i": types.int64, "f": types.float64}[c] for c in signature)
-        result = compile_extra(cpu_target.typing_context, context, function, args, types.none, flags, {}, library=library)
+        numba_codegen = numba_context._internal_codegen
+        numba_context._internal_codegen = parts
+        try:
+            result = compile_extra(cpu_target.typing_context, context, function(), args, types.none, flags, {}, library=library)
+        finally:
+            numba_context._internal_codegen = numba_codegen
 
         # The function that Python calls: METH_FASTCALL arguments to registers, the GIL released around the kernel.
         i32, i64, f64, pointer = ir.IntType(32), ir.IntType(64), ir.DoubleType(), ir.IntType(8).as_pointer()
@@ -180,8 +204,6 @@ _METH_FASTCALL = 0x0080
 
 @cache
 def _engine() -> llvm.ExecutionEngine:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
     for symbol in ("PyErr_BadArgument", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyErr_Occurred", "PyEval_SaveThread",
                    "PyEval_RestoreThread", "Py_IncRef"):
         llvm.add_symbol("fastnn_" + symbol, ctypes.cast(getattr(ctypes.pythonapi, symbol), ctypes.c_void_p).value)
@@ -239,7 +261,7 @@ class Kernel:
                     path = folder / f"{self.name}.o" if folder else None
                     code = _read(path) if path else None
                     if code is None:
-                        code, _ = _compile(self.name, self.make(), self.signature)
+                        code, _ = _compile(self.name, self.make, self.signature)
                         if path:
                             _write(path, code)
                     found = self._function = _load(self.name, code)
@@ -247,4 +269,4 @@ class Kernel:
 
     def assembly(self) -> str:
         """The kernel's assembly, freshly compiled: to read what the compiler made of it."""
-        return _compile(self.name, self.make(), self.signature)[1]()
+        return _compile(self.name, self.make, self.signature)[1]()

@@ -73,7 +73,7 @@ def _splat_a(builder: ir.IRBuilder, tile: Tile, address: Any) -> Any:
 
 
 def _load_b(builder: ir.IRBuilder, tile: Tile, address: Any, n: Any) -> Any:
-    if tile.pairs:
+    if tile.pairs:  # packed panels only, so never cut short
         vector = builder.load(builder.inttoptr(address, ir.VectorType(i32, tile.elem.lanes).as_pointer()))
         vector.align = 4
         return vector
