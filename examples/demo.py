@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +21,8 @@ import embeddings
 import fastnn
 from fastnn._info import machine
 from fastnn.bench.report import duration
-from fastnn.bench.timing import Times, measure
+from fastnn.bench.timing import Neighbours, Times, measure
+from fastnn.replace import Report
 
 PROVIDERS = TORCH, COMPILED, FASTNN = "torch", "torch.compile", "fastnn"
 REPORT = Path(__file__).resolve().parents[1] / "report"
@@ -46,10 +46,18 @@ class Result:
     """What one model showed."""
 
     model: str
-    report: Any  # of fastnn.replace
+    report: Report
     checks: list[Check] = field(default_factory=list)
     times: dict[str, Mapping[str, Times]] = field(default_factory=dict)  # by work, then by provider
     notes: list[str] = field(default_factory=list)
+
+    def time(self, work: str, calls: Mapping[str, Callable[[], object]], seconds: float) -> None:
+        """Time the calls in turn, so many seconds each, and note when the machine had other work."""
+        neighbours = Neighbours()
+        self.times[work] = measure(calls, seconds)
+        share = neighbours.share()
+        if share is not None and share > 0.1:
+            self.notes.append(f"{work}: other processes used {share:.0%} of the cores meanwhile, so these times say little.")
 
 
 def run_digits(step: Step) -> tuple[Result, dict[str, list[float]]]:
@@ -78,8 +86,8 @@ def run_digits(step: Step) -> tuple[Result, dict[str, list[float]]]:
         model = trained[name].eval()
         return torch.inference_mode()(lambda: model(data.train_x))
 
-    result.times["digits: 5 epochs of training"] = measure({name: training(name) for name in fresh}, seconds=2.0)
-    result.times["digits: inference, 1,437 images"] = measure({name: inference(name) for name in fresh}, seconds=1.0)
+    result.time("digits: 5 epochs of training", {name: training(name) for name in fresh}, seconds=3.0)
+    result.time("digits: inference, 1,437 images", {name: inference(name) for name in fresh}, seconds=1.0)
     return result, losses
 
 
@@ -106,7 +114,7 @@ def run_sentences(step: Step) -> Result:
 
     step("sentences: timing")
     calls = {name: (lambda m=m: embeddings.embed(m, tokens)) for name, m in models.items()}
-    result.times[f"sentences: {sentences} × {length} tokens"] = measure(calls, seconds=6.0, rounds=6)
+    result.time(f"sentences: {sentences} × {length} tokens", calls, seconds=6.0)
     return result
 
 
@@ -118,10 +126,10 @@ def kinds(modules: list[str]) -> str:
 def replaced_and_left(result: Result) -> str:
     """One line: what fastnn serves in this model, what it does not, and why."""
     left: dict[str, list[str]] = {}
-    for _, cls, reason in result.report.left:
-        left.setdefault(reason, []).append(cls)
+    for entry in result.report.left:
+        left.setdefault(entry.reason, []).append(entry.class_name)
     why = "; ".join(f"{kinds(classes)} ({reason})" for reason, classes in left.items())
-    done = kinds([cls for _, cls in result.report.replaced])
+    done = kinds([entry.class_name for entry in result.report.replaced])
     return f"{result.model}: replaced {done or 'nothing'}; left {why or 'nothing'}."
 
 

@@ -1,0 +1,50 @@
+"""The examples' claims about numbers, without their timing."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastnn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+
+def test_digits_train_alike() -> None:
+    import digits
+
+    data = digits.digits()
+    theirs = digits.classifier()
+    ours = copy.deepcopy(theirs)
+    report = fastnn.replace(ours)
+    assert len(report.replaced) >= 6  # three linear layers, two activations, the loss
+    with fastnn.trace() as calls:
+        digits.accuracy(ours, data)
+    assert any(call.backend == "cpu" for call in calls)
+
+    expected, losses = digits.train(theirs, data), digits.train(ours, data)
+    torch.testing.assert_close(losses[:50], expected[:50], rtol=0, atol=1e-4)
+    assert losses != expected, "the same bits throughout: nothing was replaced"
+    assert digits.accuracy(ours, data) >= 0.97
+    assert digits.accuracy(theirs, data) >= 0.97
+
+
+@pytest.mark.slow
+def test_sentence_embeddings_stay() -> None:
+    import embeddings
+
+    model, tokens = embeddings.embedder()
+    assert len(tokens["input_ids"]) >= 64
+    replaced = copy.deepcopy(model)
+    report = fastnn.replace(replaced)
+    assert len(report.replaced) >= 36  # the linear layers
+    expected, got = embeddings.embed(model, tokens), embeddings.embed(replaced, tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(got, expected), "the same bits throughout: nothing was replaced"
+    # The numbers mean something: the two sentences on happy families are each other's nearest.
+    alike = (got @ got.T).fill_diagonal_(0)
+    first, second = (i for i, s in enumerate(embeddings.sentences()) if "happy families" in s.lower())
+    assert alike[first].argmax() == second
+    assert alike[second].argmax() == first
