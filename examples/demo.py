@@ -57,7 +57,7 @@ class Result:
         self.times[work] = measure(calls, seconds)
         share = neighbours.share()
         if share is not None and share > 0.1:
-            self.notes.append(f"{work}: other processes used {share:.0%} of the cores meanwhile, so these times say little.")
+            self.notes.append(f"{work}: other processes used {share:.0%} of the cores, so these times say little.")
 
 
 def run_digits(step: Step) -> tuple[Result, dict[str, list[float]]]:
