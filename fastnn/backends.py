@@ -49,9 +49,9 @@ class Call:
 
 
 _choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=os.environ.get("FASTNN_BACKEND") or None)
-_traces: list[list[Call]] = []
-_tables: dict[str, dict[str, tuple[Kernel | None, Predicate]]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
-_cpu = _tables["cpu"]
+traces: list[list[Call]] = []
+tables: dict[str, dict[str, tuple[Kernel | None, Predicate]]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
+context = _choice.get  # the backend that `with backend(…)` or the environment names
 
 
 def validate(name: str) -> str:
@@ -78,11 +78,11 @@ def backend(name: str) -> Iterator[None]:
 def trace() -> Iterator[list[Call]]:
     """``with fastnn.trace() as calls:`` lists every call made inside, in all threads: op, shapes, kernel, reason."""
     calls: list[Call] = []
-    _traces.append(calls)
+    traces.append(calls)
     try:
         yield calls
     finally:
-        _traces[:] = [other for other in _traces if other is not calls]
+        traces[:] = [other for other in traces if other is not calls]
 
 
 def record(op: str, args: Sequence[Any], backend: str, kernel: str, reason: str) -> None:
@@ -90,65 +90,57 @@ def record(op: str, args: Sequence[Any], backend: str, kernel: str, reason: str)
     shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
     options = tuple(a for a in args if not isinstance(a, Tensor) and a is not None and a != ())
     call = Call(op, shapes, dtypes, options, backend, kernel, reason)
-    for calls in list(_traces):
+    for calls in list(traces):
         calls.append(call)
 
 
-def select(op: Op, args: tuple[Any, ...], on_cpu: bool, backend: str | None = None) -> Kernel | None:
+def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel | None:
     """The kernel for this call, or None where torch's own implementation serves it.
 
     Raises RuntimeError if a backend was named that is not installed or refuses the call.
     """
-    named = backend or _choice.get()
-    if named is None and on_cpu:  # the usual case, kept short: every eager call pays for it
-        kernel, supports = _cpu.get(op.name) or _load("cpu", op)
-        reason = supports(op.name, *args)
-        if not _traces:
-            return kernel if reason is None else None
-    elif named is None or validate(named) in ("auto", "cpu", "gpu"):
-        serving = named if named in _tables else ("cpu" if on_cpu else "gpu")
-        kernel, reason = _offer(serving, op, args)
-        if reason is not None and named not in (None, "auto"):
-            raise RuntimeError(_cannot(op.name, named, reason))
+    named = validate(backend or context() or "auto")
+    kernel: Kernel | None = None
+    reason: str | None = None
+    serving = named
+    if named == "torch":
+        reason = "backend 'torch' was named"
     elif named == "reference":
-        kernel, reason = partial(_write_reference, op), None
+        kernel = partial(_write_reference, op)
     else:
-        kernel, reason = None, "backend 'torch' was named"
-    if reason is not None:
-        kernel = None
-    if _traces:
-        served = "torch" if kernel is None else "reference" if named == "reference" else "cpu" if on_cpu else "gpu"
-        record(op.name, args, served, _label(op, kernel), reason or "")
+        serving = _backend_of(args) if named == "auto" else named
+        kernel, reason = _offer(serving, op, args)
+        if reason is not None:
+            if named != "auto":
+                raise RuntimeError(_cannot(op.name, named, reason))
+            kernel = None
+    if traces:
+        record(op.name, args, "torch" if kernel is None else serving, _label(op, kernel), reason or "")
     return kernel
 
 
 def torch_serves(op: str, args: Sequence[Any], backend: str | None, reason: str) -> None:
     """Note that only torch's own implementation can serve this call; an error if another backend was named."""
-    named = backend or _choice.get()
+    named = backend or context()
     if named not in (None, "auto", "torch") and validate(named):
         raise RuntimeError(_cannot(op, named, reason))
-    if _traces:
+    if traces:
         record(op, args, "torch", f"torch {op}", reason)
 
 
 def record_reference(op: Op, args: Sequence[Any], reason: str) -> None:
-    if _traces:
+    if traces:
         record(op.name, args, "reference", f"fastnn.kernels.reference.{op.family}.{op.name}", reason)
-
-
-def context() -> str | None:
-    """The backend that context or environment names."""
-    return _choice.get()
 
 
 def chosen(backend: str | None) -> str:
     """The backend that argument, context and environment name."""
-    return validate(backend or _choice.get() or "auto")
+    return validate(backend or context() or "auto")
 
 
 def forget() -> None:
     """Look the kernel modules up again at their next call."""
-    for table in _tables.values():
+    for table in tables.values():
         table.clear()
 
 
@@ -156,16 +148,28 @@ def _cannot(op: str, named: str | None, reason: str) -> str:
     return f"{op}(): backend={named!r} cannot serve this call: {reason}. Use backend='auto' to let torch serve it."
 
 
+def _backend_of(args: tuple[Any, ...]) -> str:
+    """The backend that the first tensor's device asks for."""
+    return "gpu" if next(a for a in args if isinstance(a, Tensor)).is_cuda else "cpu"
+
+
 def _offer(backend: str, op: Op, args: tuple[Any, ...]) -> tuple[Kernel | None, str | None]:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    for t in tensors:
-        if t.device.type != _DEVICE[backend]:
-            return None, f"no {backend} kernel takes tensors on device {str(t.device)!r}"
-    kernel, supports = _tables[backend].get(op.name) or _load(backend, op)
+    for a in args:
+        if isinstance(a, Tensor):
+            if a.device.type != _DEVICE[backend]:
+                return None, f"no {backend} kernel takes a tensor on device {str(a.device)!r}"
+            if not dense(a):
+                return None, "a sparse, packed or lazily negated tensor has no memory that a kernel could read"
+    kernel, supports = tables[backend].get(op.name) or load(backend, op)
     return kernel, supports(op.name, *args)
 
 
-def _load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
+def dense(t: Tensor) -> bool:
+    """Whether shape, strides and address say where the tensor's values are."""
+    return t.layout is torch.strided and not t.is_neg() and not t.is_conj() and not t._is_zerotensor()
+
+
+def load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
     """Import the family's kernel module, and note its kernel and predicate for the op."""
     module = f"fastnn.kernels.{backend}.{op.family}"
     try:
@@ -179,7 +183,7 @@ def _load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
         kernel = kernels.KERNELS.get(op.name)
         none = f"there is no {backend} kernel for {op.name}"
         found = (kernel, kernels.supports) if kernel is not None else (None, lambda op, *args: none)
-    _tables[backend][op.name] = found
+    tables[backend][op.name] = found
     return found
 
 

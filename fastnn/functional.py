@@ -25,8 +25,7 @@ __all__ = [
     "sigmoid", "silu", "softmax", "softplus", "tanh",
 ]  # fmt: skip
 
-_matmul_op, _addmm_op, _linear_op = _matmul.matmul, _matmul.addmm, _matmul.linear
-_activation_op = _activation.activation
+_matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
 
 
 # Matrix products
@@ -38,8 +37,8 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, backend: 
     input (…, M, K) or (K), other (…, K, N) or (K), of one dtype → (…, M, N). `out` may overlap an input.
     """
     if out is not None:
-        return _matmul_op.into(out, input, other, backend=backend)
-    return _matmul_op(input, other, backend=backend)
+        return _matmul.matmul.into(out, input, other, backend=backend)
+    return _matmul_call(input, other, backend=backend)
 
 
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -110,8 +109,8 @@ def _add_product(
         backends.torch_serves(op, (input, left, right), backend, f"dtype {input.dtype} has no fastnn kernel")
         return getattr(torch, op)(input, left, right, beta=beta, alpha=alpha, out=out)
     if out is not None:
-        return _addmm_op.into(out, input, left, right, beta, alpha, backend=backend)
-    return _addmm_op(input, left, right, beta, alpha, backend=backend)
+        return _matmul.addmm.into(out, input, left, right, beta, alpha, backend=backend)
+    return _matmul.addmm(input, left, right, beta, alpha, backend=backend)
 
 
 def linear(
@@ -132,10 +131,10 @@ def linear(
     """
     if activation is not None and torch.is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
         if activation not in _matmul.FUSED:
-            _linear_op.check(input, weight, bias, residual, activation)
-        z = _linear_op(input, weight, bias, residual, None, backend=backend)
-        return _activation_op(z, activation, (), backend=backend)
-    return _linear_op(input, weight, bias, residual, activation, backend=backend)
+            _matmul.linear.check(input, weight, bias, residual, activation)
+        z = _linear_call(input, weight, bias, residual, None, backend=backend)
+        return _activation_call(z, activation, (), backend=backend)
+    return _linear_call(input, weight, bias, residual, activation, backend=backend)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -163,7 +162,7 @@ def _elementwise(
     if inplace and by_torch is not None:
         backends.torch_serves(name, (input,), backend, "inplace=True changes the input, which fastnn's kernels never do")
         return by_torch(input, *params, inplace=True)
-    return _activation_op(input, name, params, backend=backend)
+    return _activation_call(input, name, params, backend=backend)
 
 
 def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
@@ -241,12 +240,12 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20, *, backend: 
 
 def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """input where positive, else weight·input: weight has 1 element or one a channel (dimension 1). He et al. 2015."""
-    return _activation.prelu(input, weight, backend=backend)
+    return _activation.prelu.call(input, weight, backend=backend)
 
 
 def glu(input: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:
     """a·sigmoid(b), where a and b are the halves of input along dim. Dauphin et al. 2016."""
-    return _activation.glu(input, dim, backend=backend)
+    return _activation.glu.call(input, dim, backend=backend)
 
 
 def dropout(
@@ -275,7 +274,7 @@ def dropout(
         if backends.chosen(backend) == "torch" or input.dtype not in _activation.FLOATING:
             return _torch_dropout(input, p, inplace, seed, backend, "torch was named, or has the only kernel")
         seed = int(torch.randint(2**63 - 1, ()))
-    return _activation.dropout(input, p, seed, backend=backend)
+    return _activation.dropout.call(input, p, seed, backend=backend)
 
 
 def _torch_dropout(input: Tensor, p: float, inplace: bool, seed: int | None, backend: str | None, reason: str) -> Tensor:
@@ -299,7 +298,7 @@ def softmax(
     """exp(input) / Σ exp(input) along dim, computed in dtype if given. IndexError if dim is out of range."""
     if dim is None:
         dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    return _softmax.softmax(input if dtype is None else input.to(dtype), dim, backend=backend)
+    return _softmax.softmax.call(input if dtype is None else input.to(dtype), dim, backend=backend)
 
 
 def log_softmax(
@@ -313,7 +312,7 @@ def log_softmax(
     """log(softmax(input)) along dim, computed in dtype if given. IndexError if dim is out of range."""
     if dim is None:
         dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return _softmax.log_softmax(input if dtype is None else input.to(dtype), dim, backend=backend)
+    return _softmax.log_softmax.call(input if dtype is None else input.to(dtype), dim, backend=backend)
 
 
 def _reduction_name(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -342,7 +341,7 @@ def cross_entropy(
     Raises IndexError for a class index outside [0, C) that is not ignore_index.
     """
     reduction = _reduction_name("cross_entropy", size_average, reduce, reduction)
-    return _softmax.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, backend=backend)
+    return _softmax.cross_entropy.call(input, target, weight, ignore_index, reduction, label_smoothing, backend=backend)
 
 
 def nll_loss(
@@ -358,7 +357,7 @@ def nll_loss(
 ) -> Tensor:
     """Negative log-likelihood of log-probabilities: shapes and errors as cross_entropy, class indices only."""
     reduction = _reduction_name("nll_loss", size_average, reduce, reduction)
-    return _softmax.nll_loss(input, target, weight, ignore_index, reduction, backend=backend)
+    return _softmax.nll_loss.call(input, target, weight, ignore_index, reduction, backend=backend)
 
 
 def mse_loss(
@@ -383,4 +382,4 @@ def mse_loss(
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)
-    return _softmax.mse_loss(input, target, reduction, backend=backend)
+    return _softmax.mse_loss.call(input, target, reduction, backend=backend)

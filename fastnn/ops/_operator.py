@@ -7,6 +7,7 @@ Everything that traces (torch.compile, export, fake tensors, dispatch modes) mee
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -30,16 +31,52 @@ FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float1
 PLAIN = frozenset({Tensor, Parameter})  # types whose memory a kernel may touch: nothing is overridden
 _library = torch.library.Library("fastnn", "DEF")
 
+# What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
+# kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
+_CALL = """\
+def {name}({args}, *, backend=None, out=None):
+    if not (
+        is_dynamo_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
+        {or_autocast}
+    ) and {all_plain}:
+        plan = check({args})
+        if (
+            type(plan) is not str
+            and (backend or context()) is None
+            and not traces
+            and {all_on_cpu}
+            and not (is_grad_enabled() and ({any_requires_grad}))
+        ):
+            kernel, supports = table.get("{name}") or load("cpu", op)
+            try:
+                if supports("{name}", {args}) is None:
+                    {inspect}
+                    result = {allocate}
+                    if out is not None and may_be_written(out, result, ({tensors},)):
+                        result = out
+                    kernel(result, {args})
+                    return result{visible}
+            except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
+                if all(t is None or dense(t) for t in ({tensors},)):
+                    raise
+    return op.general(({args},), backend, out)
+"""
+
 
 class Operator:
     """One op. Calling it runs it, differentiably where an input requires a gradient.
 
     schema    arguments and results in torch.library's language, the tensors first; `backend` is added to it.
     family    the file in kernels/<backend>/ that has its kernels, and in kernels/reference/ its plain maths.
-    check     raises torch's error types for bad arguments; returns why only torch can serve them, or None.
-    allocate  the outputs, not yet written: what a kernel writes into, and what tracing sees.
+    check     (*args) raises torch's error types for bad arguments; returns a str, why only torch can serve them, or
+              what `allocate` needs: by default the shape of the output.
+    allocate  (plan, *args): the outputs, not yet written: what a kernel writes into, and what tracing sees.
     torch     torch's own implementation.
-    save      (ctx, args, out): keeps what backward needs. Only where the op has a backward.
+    save      (ctx, args, out) keeps what backward needs. Only where the op has a backward.
     backward  (ctx, grad): a gradient or None for each argument, made of operators.
     autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
     inspect   raises for bad values inside the tensors (a check that has to read them).
@@ -51,9 +88,9 @@ class Operator:
         schema: str,
         family: str,
         *,
-        check: Callable[..., str | None],
-        allocate: Callable[..., Any],
+        check: Callable[..., Any],
         torch: Callable[..., Any],
+        allocate: Callable[..., Any] | None = None,
         save: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         autocast: str | None = None,
@@ -63,54 +100,19 @@ class Operator:
         self.name = schema[: schema.index("(")]
         self.family = family
         self.check = check
-        self.allocate = allocate
+        self.allocate = allocate or _by_shape
         self.torch = torch
         self.save = save
         self.backward = backward
         self.autocast = autocast
         self.inspect = inspect
         self.extra = extra
-        arguments = schema[schema.index("(") + 1 : schema.index(")")].split(",")
-        self.tensors = sum(argument.strip().startswith("Tensor") for argument in arguments)
-        self.arity = len(arguments)
         self.overload = self._register(schema)
+        self.call = self._write_call(allocate is None)
 
     def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
         """The result; written into `out` where a kernel can do so, else apart from it."""
-        if is_dynamo_compiling():
-            return self._compiled(args, backend)
-        if _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None:
-            return self._by_torch(args, backend, "torch.func, forward-mode AD and torch.jit need torch's own ops")
-        on_cpu, differentiate, grad_mode = True, False, is_grad_enabled()
-        for tensor in args[: self.tensors]:
-            if type(tensor) in PLAIN:
-                if not tensor.is_cpu or tensor.is_neg():
-                    on_cpu = False
-                if grad_mode and tensor.requires_grad:
-                    differentiate = True
-            elif tensor is not None:
-                return self._unusual(tensor, args, backend)
-        if _len_torch_dispatch_stack():
-            return self._visible(self.overload(*args, backend=backend))
-        if self.autocast and _is_any_autocast_enabled():
-            args = self._cast(args)
-        reason = self.check(*args)
-        if reason is not None:
-            return self._by_torch(args, backend, reason)
-        if differentiate and self.backward is None:
-            return self._by_reference(args)
-        kernel = backends.select(self, args, on_cpu, backend)
-        if kernel is None:
-            return self.torch(*args)
-        if differentiate:
-            return self._visible(_Differentiable.apply(*args, self, kernel, backend or backends.context()))
-        if self.inspect is not None:
-            self.inspect(*args)
-        result = self.allocate(*args)
-        if out is not None and _may_be_written(out, result, args):
-            result = out
-        kernel(result, *args)
-        return result if self.extra is None else result[0]
+        return self.call(*args, backend=backend, out=out)
 
     def into(self, out: Tensor, *args: Any, backend: str | None = None) -> Tensor:
         """Write the result into `out`, which torch's rules for `out=` may resize. Never aliased to an argument."""
@@ -119,7 +121,7 @@ class Operator:
                 f"{self.name}(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result = self(*args, backend=backend, out=out)
+        result = self.call(*args, backend=backend, out=out)
         if result is out:
             return out
         if result.dtype != out.dtype or result.device != out.device:
@@ -128,70 +130,63 @@ class Operator:
             )
         return torch.add(result, 0, out=out)  # resizes, and warns, by torch's own rule
 
-    def _visible(self, out: Any) -> Any:
-        return out if self.extra is None else out[0]
-
-    def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
-        if backends.chosen(backend) == "reference":
-            return self._by_reference(args, reason)
-        backends.torch_serves(self.name, args, backend, reason)
-        return self.torch(*args)
-
-    def _by_reference(self, args: tuple[Any, ...], reason: str = "the gradient of a gradient is plain maths") -> Any:
-        backends.record_reference(self, args, reason)
-        return self._visible(backends.reference(self)(*args))
-
-    def _compiled(self, args: tuple[Any, ...], backend: str | None) -> Any:
-        """The call as torch.compile's front end sees it: an opaque op in the graph, or torch's own."""
-        if _are_functorch_transforms_active() or backend == "torch":
-            return self.torch(*args)
-        return self._visible(self.overload(*args, backend=backend))
-
-    def _unusual(self, tensor: Any, args: tuple[Any, ...], backend: str | None) -> Any:
-        """An argument whose type is not plain: a tracer's tensor meets the op, any other subclass torch's own."""
-        kind = type(tensor)
-        if not isinstance(tensor, Tensor):
-            position = next(i for i, a in enumerate(args) if a is tensor)
-            argument = self.overload._schema.arguments[position].name
-            raise TypeError(
-                f"{self.name}(): argument '{argument}' (position {position + 1}) must be Tensor, not {kind.__name__}"
-            )
-        if kind.__module__.startswith("torch._subclasses"):
+    def general(self, args: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
+        """A call in any circumstances."""
+        if is_dynamo_compiling():  # an opaque op in the graph, or torch's own
+            if _are_functorch_transforms_active() or backend == "torch":
+                return self.torch(*args)
             return self._visible(self.overload(*args, backend=backend))
-        return self._by_torch(args, backend, f"{kind.__name__} is a subclass of Tensor")
-
-    def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What autocast does to the arguments of torch's op of this kind."""
-        if not torch.is_autocast_enabled("cpu"):
-            return args
-        dtype = torch.get_autocast_dtype("cpu") if self.autocast == "lower" else torch.float32
-        return tuple(
-            a.to(dtype) if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64 else a
-            for a in args
-        )
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None:
+            return self._by_torch(args, backend, "torch.func, forward-mode AD and torch.jit need torch's own ops")
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        for tensor, argument in zip(args, self.overload._schema.arguments):
+            kind = type(tensor)
+            if kind in PLAIN or "Tensor" not in str(argument.type) or tensor is None and "Optional" in str(argument.type):
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{self.name}(): argument '{argument.name}' must be Tensor, not {kind.__name__}")
+            if kind.__module__.startswith("torch._subclasses"):  # a tracer's tensor
+                return self._visible(self.overload(*args, backend=backend))
+            return self._by_torch(args, backend, f"{kind.__name__} is a subclass of Tensor")
+        if _len_torch_dispatch_stack():
+            return self._visible(self.overload(*args, backend=backend))
+        if self.autocast and _is_any_autocast_enabled():
+            args = self._cast(args)
+        plan = self.check(*args)
+        if type(plan) is str:
+            return self._by_torch(args, backend, plan)
+        differentiate = is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if differentiate and self.backward is None:
+            return self._by_reference(args, "the gradient of a gradient is plain maths")
+        kernel = backends.select(self, args, backend)
+        if kernel is None:
+            return self.torch(*args)
+        if differentiate:
+            return self._visible(_Differentiable.apply(*args, self, kernel, backend or backends.context()))
+        return self._visible(self._launch(kernel, plan, args, out))
 
     def fake(self, *args: Any, backend: str | None = None) -> Any:
         """The outputs' shapes, dtypes and strides: what tracing computes with."""
-        return self._all_by_torch(args) if self.check(*args) else self.allocate(*args)
+        plan = self.check(*args)
+        return self._all_by_torch(args) if type(plan) is str else self.allocate(plan, *args)
 
     def execute(self, *args: Any, backend: str | None = None) -> Any:
         """The op below autograd, for the dispatcher: outputs have the strides that `fake` promised."""
-        reason = self.check(*args)
-        if reason is not None:
-            backends.torch_serves(self.name, args, backend, reason)
+        plan = self.check(*args)
+        if type(plan) is str:
+            backends.torch_serves(self.name, args, backend, plan)
             return self._all_by_torch(args)
-        on_cpu = all(a.is_cpu and not a.is_neg() for a in args if isinstance(a, Tensor))
-        kernel = backends.select(self, args, on_cpu, backend)
+        kernel = backends.select(self, args, backend)
         if kernel is not None:
-            return self._launch(kernel, args)
-        promised, result = self.allocate(*args), self._all_by_torch(args)
+            return self._launch(kernel, plan, args)
+        promised, result = self.allocate(plan, *args), self._all_by_torch(args)
         if isinstance(result, tuple):
             return tuple(_with_strides_of(p, r, args) for p, r in zip(promised, result, strict=True))
         return _with_strides_of(promised, result, args)
 
     def differentiable(self, *args: Any, backend: str | None = None) -> Any:
         """The op with autograd, for the dispatcher."""
-        if self.check(*args) is not None:
+        if type(self.check(*args)) is str:
             return self._all_by_torch(args)
         if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             if self.backward is None:
@@ -205,15 +200,40 @@ class Operator:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
             return self.overload(*self._cast(args), backend=backend)
 
+    def _launch(self, kernel: backends.Kernel, plan: Any, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
+        if self.inspect is not None:
+            self.inspect(*args)
+        result = self.allocate(plan, *args)
+        if out is not None and _may_be_written(out, result, args):
+            result = out
+        kernel(result, *args)
+        return result
+
+    def _visible(self, out: Any) -> Any:
+        return out if self.extra is None else out[0]
+
     def _all_by_torch(self, args: tuple[Any, ...]) -> Any:
         return self.torch(*args) if self.extra is None else (self.torch(*args), self.extra(*args))
 
-    def _launch(self, kernel: backends.Kernel, args: tuple[Any, ...]) -> Any:
-        if self.inspect is not None:
-            self.inspect(*args)
-        out = self.allocate(*args)
-        kernel(out, *args)
-        return out
+    def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
+        if backends.chosen(backend) == "reference":
+            return self._by_reference(args, reason)
+        backends.torch_serves(self.name, args, backend, reason)
+        return self.torch(*args)
+
+    def _by_reference(self, args: tuple[Any, ...], reason: str) -> Any:
+        backends.record_reference(self, args, reason)
+        return self._visible(backends.reference(self)(*args))
+
+    def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What autocast does to the arguments of torch's op of this kind."""
+        if not torch.is_autocast_enabled("cpu"):
+            return args
+        dtype = torch.get_autocast_dtype("cpu") if self.autocast == "lower" else torch.float32
+        return tuple(
+            a.to(dtype) if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64 else a
+            for a in args
+        )
 
     def _register(self, schema: str) -> Any:
         """Make the op known to torch's dispatcher, for everything that traces."""
@@ -225,6 +245,56 @@ class Operator:
         torch.library.register_fake(f"fastnn::{self.name}", self.fake, lib=_library)
         return getattr(torch.ops.fastnn, self.name).default
 
+    def _write_call(self, by_shape: bool) -> Callable[..., Any]:
+        """The function of `_CALL` for this op."""
+        arguments = [a for a in self.overload._schema.arguments if not a.kwarg_only]
+        tensors = [(a.name, "Optional" in str(a.type)) for a in arguments if "Tensor" in str(a.type)]
+        args = ", ".join(a.name for a in arguments)
+
+        def each(condition: str, absent: str, join: str) -> str:
+            return join.join(
+                f"({name} is None or {condition.format(name)})" if optional and absent == "True"
+                else f"({name} is not None and {condition.format(name)})" if optional
+                else condition.format(name)
+                for name, optional in tensors
+            )  # fmt: skip
+
+        source = _CALL.format(
+            name=self.name,
+            args=args,
+            tensors=", ".join(name for name, _ in tensors),
+            or_autocast="or _is_any_autocast_enabled()" if self.autocast else "",
+            all_plain=each("type({}) in PLAIN", "True", " and "),
+            all_on_cpu=each("{0}.is_cpu and not {0}.is_neg()", "True", " and "),
+            any_requires_grad=each("{}.requires_grad", "False", " or "),
+            inspect=f"inspect({args})" if self.inspect else "",
+            allocate=f"{tensors[0][0]}.new_empty(*plan) if plan else {tensors[0][0]}.new_empty(())"
+            if by_shape
+            else f"allocate(plan, {args})",
+            visible="" if self.extra is None else "[0]",
+        )
+        filename = f"<fastnn operator {self.name}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        known = dict(
+            globals(),
+            op=self,
+            check=self.check,
+            allocate=self.allocate,
+            inspect=self.inspect,
+            context=backends.context,
+            traces=backends.traces,
+            table=backends.tables["cpu"],
+            load=backends.load,
+            dense=backends.dense,
+            may_be_written=_may_be_written,
+        )
+        exec(compile(source, filename, "exec"), known)
+        return known[self.name]
+
+
+def _by_shape(shape: Any, first: Tensor, *rest: Any) -> Tensor:
+    return first.new_empty(*shape) if shape else first.new_empty(())
+
 
 def _may_be_written(out: Tensor, expected: Tensor, args: tuple[Any, ...]) -> bool:
     """Whether a kernel can write into the caller's `out`: laid out as expected, and no argument's memory."""
@@ -234,7 +304,7 @@ def _may_be_written(out: Tensor, expected: Tensor, args: tuple[Any, ...]) -> boo
         and out.device == expected.device
         and out.shape == expected.shape
         and out.stride() == expected.stride()
-        and not out.is_neg()
+        and backends.dense(out)
         and all(not isinstance(a, Tensor) or a.untyped_storage()._cdata != out.untyped_storage()._cdata for a in args)
     )
 
@@ -252,10 +322,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *packed: Any) -> Any:
         *args, op, kernel, backend = packed
-        # The dispatcher's route comes without a kernel: the op below autograd then chooses it.
         if kernel is not None:
-            out = op._launch(kernel, tuple(args))
-        else:
+            out = op._launch(kernel, op.check(*args), tuple(args))
+        else:  # the dispatcher's route: the op below autograd chooses the kernel
             with _AutoDispatchBelowAutograd():
                 out = op.overload(*args, backend=backend)
         ctx.op, ctx.backend = op, backend
@@ -266,5 +335,4 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        grad = grads[0]
-        return (*ctx.op.backward(ctx, grad), None, None, None)
+        return (*ctx.op.backward(ctx, grads[0]), None, None, None)

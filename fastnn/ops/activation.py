@@ -38,7 +38,7 @@ def apply_torch(input: Tensor, name: str, params: Sequence[float]) -> Tensor:
 
 
 def no_kernel_for(dtype: torch.dtype) -> str | None:
-    """Why only torch can serve a dtype."""
+    """Why only torch can serve a dtype; None if a kernel might."""
     return None if dtype in FLOATING else f"dtype {dtype} has no fastnn kernel"
 
 
@@ -75,7 +75,7 @@ activation = Operator(
     "activation(Tensor input, str name, float[] params) -> Tensor",
     "activation",
     check=_check_activation,
-    allocate=lambda input, name, params: torch.empty_like(input),
+    allocate=lambda plan, input, name, params: torch.empty_like(input),
     torch=apply_torch,
     save=_save_activation,
     backward=lambda ctx, grad: (
@@ -89,7 +89,7 @@ activation_backward = Operator(
     "activation_backward(Tensor grad, Tensor input, str name, float[] params) -> Tensor",
     "activation",
     check=_check_activation_backward,
-    allocate=lambda grad, input, name, params: torch.empty_like(input),
+    allocate=lambda plan, grad, input, name, params: torch.empty_like(input),
     torch=lambda grad, input, name, params: _TORCH[name][2](grad, input, *params),
 )
 
@@ -126,7 +126,7 @@ prelu = Operator(
     "prelu(Tensor input, Tensor weight) -> Tensor",
     "activation",
     check=_check_prelu,
-    allocate=lambda input, weight: torch.empty_like(input),
+    allocate=lambda plan, input, weight: torch.empty_like(input),
     torch=torch.prelu,
     save=lambda ctx, args, out: ctx.save_for_backward(*args),
     backward=_prelu_gradients,
@@ -137,7 +137,7 @@ prelu_backward = Operator(
     "prelu_backward(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
     "activation",
     check=_check_prelu_backward,
-    allocate=lambda grad, input, weight: (torch.empty_like(input), torch.empty_like(weight)),
+    allocate=lambda plan, grad, input, weight: (torch.empty_like(input), torch.empty_like(weight)),
     torch=reference.prelu_backward,
 )
 
@@ -182,7 +182,7 @@ glu = Operator(
     "glu(Tensor input, int dim) -> Tensor",
     "activation",
     check=_check_glu,
-    allocate=lambda input, dim: input.new_empty(_halved(input, dim)),
+    allocate=lambda plan, input, dim: input.new_empty(_halved(input, dim)),
     torch=F.glu,
     save=_save_glu,
     backward=lambda ctx, grad: (glu_backward(grad, *ctx.saved_tensors, ctx.dim, backend=ctx.backend), None),
@@ -192,7 +192,7 @@ glu_backward = Operator(
     "glu_backward(Tensor grad, Tensor input, int dim) -> Tensor",
     "activation",
     check=_check_glu_backward,
-    allocate=lambda grad, input, dim: input.new_empty(input.shape),
+    allocate=lambda plan, grad, input, dim: input.new_empty(input.shape),
     torch=lambda grad, input, dim: aten.glu_backward(grad, input, dim),
 )
 
@@ -214,7 +214,7 @@ dropout = Operator(
     "dropout(Tensor input, float p, int seed) -> Tensor",
     "activation",
     check=_check_dropout,
-    allocate=lambda input, p, seed: torch.empty_like(input),
+    allocate=lambda plan, input, p, seed: torch.empty_like(input),
     torch=reference.dropout,  # torch's own draws other numbers: the seed would mean nothing
     save=_save_dropout,
     backward=lambda ctx, grad: (dropout(grad, ctx.p, ctx.seed, backend=ctx.backend), None, None),

@@ -1,5 +1,6 @@
 """Matrix products: matmul (mm, bmm, mv and vectors are the same op), addmm (and baddbmm), linear."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _broadcast(op: str, a: torch.Size, b: torch.Size) -> torch.Size:
 # matmul
 
 
-def _check_matmul(input: Tensor, other: Tensor) -> str | None:
+def _check_matmul(input: Tensor, other: Tensor) -> tuple[int, ...] | str:
     a, b = input.shape, other.shape
     if not a or not b:
         raise RuntimeError(
@@ -51,19 +52,13 @@ def _check_matmul(input: Tensor, other: Tensor) -> str | None:
             f"matmul(): shapes cannot be multiplied ({tuple(a)} and {tuple(b)}): the last dimension of input, {a[-1]}, "
             f"must equal the {'only' if len(b) == 1 else 'second last'} dimension of other, {inner}"
         )
-    if len(a) > 2 and len(b) > 2:
-        _broadcast("matmul", a[:-2], b[:-2])
     if input.dtype is not other.dtype:
         _same_dtype("matmul", input=input, other=other)
-    return no_kernel_for(input.dtype)
-
-
-def _allocate_matmul(input: Tensor, other: Tensor) -> Tensor:
-    a, b = input.shape, other.shape
+    if input.dtype not in FLOATING:
+        return no_kernel_for(input.dtype)
     if len(a) == 2 and len(b) == 2:
-        return input.new_empty(a[0], b[1])
-    batch = _broadcast("matmul", a[:-2], b[:-2])
-    return input.new_empty((*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ())))
+        return a[0], b[1]
+    return *_broadcast("matmul", a[:-2], b[:-2]), *a[-2:-1], *(b[-1:] if len(b) > 1 else ())
 
 
 def _save_matmul(ctx: Any, args: Any, out: Tensor) -> None:
@@ -99,7 +94,6 @@ matmul = Operator(
     "matmul(Tensor input, Tensor other) -> Tensor",
     "matmul",
     check=_check_matmul,
-    allocate=_allocate_matmul,
     torch=torch.matmul,
     save=_save_matmul,
     backward=_matmul_backward,
@@ -110,7 +104,7 @@ matmul = Operator(
 # addmm and baddbmm
 
 
-def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> str | None:
+def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> tuple[int, ...] | str:
     dims = mat1.dim()
     op = "addmm" if dims == 2 else "baddbmm"
     if dims not in (2, 3) or mat2.dim() != dims:
@@ -119,9 +113,9 @@ def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: 
         raise RuntimeError(f"{op}(): mat1 and mat2 shapes cannot be multiplied: {_both(mat1, mat2)}")
     _same_dtype(op, input=input, mat1=mat1, mat2=mat2)
     shape = (*mat1.shape[:-1], mat2.shape[-1])
-    if input.dim() > dims or any(n not in (1, m) for n, m in zip(reversed(input.shape), reversed(shape))):
+    if not _expandable(input.shape, shape):
         raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
-    return no_kernel_for(input.dtype)
+    return shape if input.dtype in FLOATING else no_kernel_for(input.dtype)
 
 
 def _both(mat1: Tensor, mat2: Tensor) -> str:
@@ -155,7 +149,6 @@ addmm = Operator(
     "addmm(Tensor input, Tensor mat1, Tensor mat2, float beta, float alpha) -> Tensor",
     "matmul",
     check=_check_addmm,
-    allocate=lambda input, mat1, mat2, beta, alpha: mat1.new_empty((*mat1.shape[:-1], mat2.shape[-1])),
     torch=_torch_addmm,
     save=_save_addmm,
     backward=_addmm_backward,
@@ -170,41 +163,47 @@ FUSED = frozenset({None, *PARAMETERLESS})  # the activations that linear can end
 
 def _check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
-) -> str | None:
+) -> tuple[int, ...] | str:
     a, w, dtype = input.shape, weight.shape, input.dtype
     if len(w) != 2 or not a:
-        if len(w) != 1 or not a:
-            raise RuntimeError(
-                f"linear(): input must have at least 1 dimension and weight 2 (or 1), got {tuple(a)} and {tuple(w)}"
-            )
-        if a[-1] == w[0]:
-            return "a weight of one dimension is a matrix–vector product for torch"
-    if a[-1] != w[-1]:
+        return _unusual_linear(a, w)
+    n, k = w
+    if a[-1] != k:
         raise RuntimeError(
             f"linear(): input and weight shapes cannot be multiplied: the last dimension of input {tuple(a)} "
-            f"must equal in_features of weight {tuple(w)}, {w[-1]}, got {a[-1]}"
+            f"must be the in_features of weight {tuple(w)}, {k}, got {a[-1]}"
         )
     if activation not in FUSED:
         allowed = ", ".join(sorted(PARAMETERLESS))
         raise ValueError(f"linear(): activation got {activation!r}, allowed are None, {allowed}")
-    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
-        _same_dtype("linear", input=input, weight=weight, bias=bias)
+    shape = (a[0], n) if len(a) == 2 else (*a[:-1], n)
+    if weight.dtype is not dtype:
+        _same_dtype("linear", input=input, weight=weight)
+    if bias is not None:
+        if bias.dtype is not dtype:
+            _same_dtype("linear", input=input, bias=bias)
+        if bias.shape != (n,):
+            if not _expandable(bias.shape, shape):
+                raise RuntimeError(f"linear(): bias must have shape ({n},) for weight {tuple(w)}, got {_shape(bias)}")
+            return "a bias that is not a vector of out_features is broadcast by torch"
     if residual is not None:
         _same_dtype("linear", input=input, residual=residual)
-        if residual.shape != (*a[:-1], w[0]):
-            raise RuntimeError(f"linear(): residual must have the output's shape {(*a[:-1], w[0])}, got {_shape(residual)}")
-    if bias is not None and bias.shape != w[:1]:
-        shape = (*a[:-1], w[0])
-        if bias.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(shape))):
-            raise RuntimeError(f"linear(): bias must have shape ({w[0]},) for weight {tuple(w)}, got {_shape(bias)}")
-        return "a bias that is not a vector of out_features is broadcast by torch"
-    return None if dtype in FLOATING else no_kernel_for(dtype)
+        if residual.shape != shape:
+            raise RuntimeError(f"linear(): residual must have the output's shape {shape}, got {_shape(residual)}")
+    return shape if dtype in FLOATING else no_kernel_for(dtype)
 
 
-def _allocate_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
-) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+def _unusual_linear(a: torch.Size, w: torch.Size) -> str:
+    if len(w) != 1 or a[-1:] != w:
+        raise RuntimeError(
+            "linear(): input must be (…, in_features) and weight (out_features, in_features) or (in_features), "
+            f"got {tuple(a)} and {tuple(w)}"
+        )
+    return "a weight of one dimension is served by torch"
+
+
+def _expandable(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to)))
 
 
 def _torch_linear(
@@ -247,7 +246,6 @@ linear = Operator(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation) -> Tensor",
     "matmul",
     check=_check_linear,
-    allocate=_allocate_linear,
     torch=_torch_linear,
     save=_save_linear,
     backward=_linear_backward,

@@ -36,7 +36,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
             )
         return no_kernel_for(output.dtype)
 
-    def allocate(input: Tensor, dim: int) -> Tensor:
+    def allocate(plan: None, input: Tensor, dim: int) -> Tensor:
         return torch.empty_like(input, memory_format=torch.contiguous_format)
 
     def save(ctx: Any, args: Any, out: Tensor) -> None:
@@ -57,7 +57,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
         f"{name}_backward(Tensor grad, Tensor output, int dim) -> Tensor",
         "softmax",
         check=check_backward,
-        allocate=lambda grad, output, dim: allocate(output, dim),
+        allocate=lambda plan, grad, output, dim: allocate(plan, output, dim),
         torch=lambda grad, output, dim: from_output(grad, output, dim, output.dtype),
     )
     return forward, backward
@@ -152,7 +152,7 @@ def _check_cross_entropy(
 
 
 def _allocate_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    plan: None, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(input)
     loss = input.new_empty(rows if reduction == "none" else [])
@@ -198,7 +198,7 @@ cross_entropy_backward = Operator(
     check=lambda grad, input, target, weight, lse, ignore_index, reduction, label_smoothing: _check_cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing
     ),
-    allocate=lambda grad, input, *_: input.new_empty(input.shape),
+    allocate=lambda plan, grad, input, *_: input.new_empty(input.shape),
     torch=reference.cross_entropy_backward,
 )
 
@@ -223,7 +223,7 @@ nll_loss = Operator(
     inspect=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
         "nll_loss", target, _classes(input), ignore_index
     ),
-    allocate=lambda input, target, weight, ignore_index, reduction: input.new_empty(
+    allocate=lambda plan, input, target, weight, ignore_index, reduction: input.new_empty(
         _rows(input) if reduction == "none" else []
     ),
     torch=lambda input, target, weight, ignore_index, reduction: F.nll_loss(
@@ -242,7 +242,7 @@ nll_loss_backward = Operator(
     " -> Tensor",
     "softmax",
     check=lambda grad, *args: _check_nll_loss(*args),
-    allocate=lambda grad, input, *_: input.new_empty(input.shape),
+    allocate=lambda plan, grad, input, *_: input.new_empty(input.shape),
     torch=reference.nll_loss_backward,
 )
 
@@ -276,7 +276,7 @@ mse_loss = Operator(
     "mse_loss(Tensor input, Tensor target, str reduction) -> Tensor",
     "softmax",
     check=_check_mse_loss,
-    allocate=lambda input, target, reduction: torch.empty_like(input) if reduction == "none" else input.new_empty([]),
+    allocate=lambda plan, input, target, reduction: torch.empty_like(input) if reduction == "none" else input.new_empty([]),
     torch=lambda input, target, reduction: aten.mse_loss(input, target, REDUCTIONS.index(reduction)),
     save=_save_mse_loss,
     backward=_mse_gradients,
@@ -287,7 +287,7 @@ mse_loss_backward = Operator(
     "mse_loss_backward(Tensor grad, Tensor input, Tensor target, str reduction) -> Tensor",
     "softmax",
     check=lambda grad, input, target, reduction: _check_mse_loss(input, target, reduction),
-    allocate=lambda grad, input, target, reduction: torch.empty_like(input),
+    allocate=lambda plan, grad, input, target, reduction: torch.empty_like(input),
     torch=lambda grad, input, target, reduction: aten.mse_loss_backward(
         grad, input, target, REDUCTIONS.index(reduction)
     ),
