@@ -1,8 +1,8 @@
 """Each activation and its gradient on compute vectors: what the activation kernels and the products' epilogues share.
 
 forward(v, p0, p1) is f(v); backward(g, v, p0, p1) is g f'(v). p0 and p1 are scalars, unused where the activation has no
-parameters. At ±Inf and NaN the results are torch's, but for gelu(+Inf): that is +Inf, where torch gives NaN or Inf by the tensor's
-size.
+parameters. At ±Inf and NaN the results are torch's, but for gelu(+Inf): that is +Inf, where torch gives NaN or Inf by
+the tensor's size.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def gelu_tanh(v, p0, p1):
 @inline
 def gelu_tanh_backward(g, v, p0, p1):
     square = v * v
-    s = logistic(v * fma(square, GELU_CUBIC, GELU_LINEAR))
-    return g * fma(v * (s * (1.0 - s)), fma(square, 3.0 * GELU_CUBIC, GELU_LINEAR), s)
+    s, slope = logistic_and_slope(v * fma(square, GELU_CUBIC, GELU_LINEAR))
+    return g * fma(v * slope, fma(square, 3.0 * GELU_CUBIC, GELU_LINEAR), s)
 
 
 @inline
@@ -116,14 +116,22 @@ def logistic(v):
 
 
 @inline
+def logistic_and_slope(v):
+    """sigmoid and its derivative"""
+    e = exp_below(-absolute(v))
+    r = 1.0 / (1.0 + e)
+    return select(v < 0.0, e, 1.0) * r, e * r * r
+
+
+@inline
 def silu(v, p0, p1):
     return v * logistic(v)
 
 
 @inline
 def silu_backward(g, v, p0, p1):
-    s = logistic(v)
-    return g * (s * fma(v, 1.0 - s, 1.0))
+    s, slope = logistic_and_slope(v)
+    return g * fma(v, slope, s)
 
 
 @inline
@@ -148,9 +156,7 @@ def sigmoid_forward(v, p0, p1):
 
 @inline
 def sigmoid_backward(g, v, p0, p1):
-    e = exp_below(-absolute(v))
-    d = 1.0 + e
-    return g * (e / (d * d))
+    return g * logistic_and_slope(v)[1]
 
 
 @inline

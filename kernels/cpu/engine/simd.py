@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from llvmlite import ir
@@ -134,6 +135,15 @@ ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, UINT16,
 def compute_elem(elem: Elem) -> Elem:
     """The element type that ``elem`` is computed in: itself, or float32 for the half types."""
     return FLOAT32 if elem in (FLOAT16, BFLOAT16) else elem
+
+
+def wide(elem: Elem, vectors: int) -> Elem:
+    """``elem`` with several vectors as one. Each operation on it becomes that many independent ones next to each other, which
+    hides the latency of long chains (a polynomial, say) better than out-of-order execution alone."""
+    result = copy(elem)
+    result.lanes, result.bytes = elem.lanes * vectors, elem.bytes * vectors
+    result.vector = Vector(elem.vector.elem, result.lanes)
+    return result
 
 
 # LLVM helpers --------------------------------------------------------------------------------------------------------

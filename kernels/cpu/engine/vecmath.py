@@ -132,19 +132,36 @@ ERF_ONE = Constant(4.0, 6.0)  # erf rounds to 1 from there on
 ERFC_FIT, ERFC_ZERO = Constant(10.1, 6.0), Constant(10.1, 27.4)  # where the fit ends; where erfc rounds to 0
 
 
-# Scaling by powers of two
-# -----------------------------------------------------------------------------------------------
+# Scaling by powers of two --------------------------------------------------------------------------------------------
+
+
+def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, first: int, lanes: int) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))))
+
+
+def _split(builder: ir.IRBuilder, v: Any, lanes: int) -> list[Any]:
+    """A wide vector's parts of so many lanes"""
+    return [_shuffle(builder, v, v, first, lanes) for first in range(0, v.type.count, lanes)]
+
+
+def _join(builder: ir.IRBuilder, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        parts = [_shuffle(builder, a, b, 0, 2 * a.type.count) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
 
 if simd().name == "avx512":
     @intrinsic
     def scale(typingctx, v, n):
         """scale(v, n) -> v · 2^n for whole n (a float vector), rounded once where the result is subnormal"""
+        lanes, kind = (16, "ps") if v.elem is types.float32 else (8, "pd")
+
         def codegen(context, builder, sig, args):
-            bits = ir.IntType(v.lanes)
-            kind = "ps" if v.elem is types.float32 else "pd"
-            current_rounding = ir.IntType(32)(4)
-            return llvm_call(builder, f"llvm.x86.avx512.mask.scalef.{kind}.512", v.llvm,
-                             [args[0], args[1], args[0], bits((1 << v.lanes) - 1), current_rounding], "")
+            full, current_rounding = ir.IntType(lanes)((1 << lanes) - 1), ir.IntType(32)(4)
+            parts = [llvm_call(builder, f"llvm.x86.avx512.mask.scalef.{kind}.512", a.type,
+                               [a, b, a, full, current_rounding], "")
+                     for a, b in zip(*(_split(builder, x, lanes) for x in args), strict=True)]
+            return _join(builder, parts)
         return v(v, n), codegen
 else:
     @inline
@@ -168,8 +185,7 @@ def _reduce(v):
     return n, fma(n, -of(LN2_LOW, v), r)
 
 
-# The functions
-# ----------------------------------------------------------------------------------------------------------
+# The functions -------------------------------------------------------------------------------------------------------
 
 
 @inline

@@ -1,0 +1,219 @@
+"""Activations, PReLU, GLU and dropout on the CPU: which elements lie where, and which kernel walks them.
+
+Tensors of any strides are walked in place where, once dimensions that lie behind each other are merged, at most three remain
+and all tensors have unit stride in the innermost; another tensor is first copied into the output's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import threads
+from .engine.activation_codes import PARAMETERS
+from .engine.build import Kernel
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SIGNATURE = "i" * 26 + "ff"
+_SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+_BLOCK = 4096  # elements, at least, that a thread takes at once
+
+Dims = list[tuple[int, list[int]]]  # size, and each tensor's stride
+
+
+@cache
+def _kernel(kind: str, dtype: torch.dtype, option: str | bool | None = None) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import activation_code
+
+        args = (_NAMES[dtype],) if option is None else (_NAMES[dtype], option)
+        return getattr(activation_code, kind)(*args)
+    suffix = "" if option is None else f"_{option}"
+    return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", _SIGNATURE, make).load()
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """None if the kernels serve this call, else why not."""
+    dtype = args[0].dtype
+    return None if dtype in _NAMES else f"dtype {dtype} has no kernel"
+
+
+def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Dims:
+    """The dimensions from the outermost to the innermost of the first tensor, those merged that all tensors can walk as one."""
+    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
+    dims: Dims = []
+    for d in order:
+        size, steps = shape[d], [s[d] for s in strides]
+        if dims and dims[-1][1] == [size * step for step in steps]:
+            dims[-1] = (dims[-1][0] * size, steps)
+        else:
+            dims.append((size, steps))
+    return dims or [(1, [1] * len(strides))]
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return strides[::-1]
+
+
+def _run(kernel: Callable[..., None], dims: Dims, inputs: Sequence[Tensor], outputs: Sequence[Tensor],
+         index: Sequence[int] = (0, 0, 0), ints: Sequence[int] = (0, 0, 0), floats: Sequence[float] = (0.0, 0.0)) -> None:
+    """Launch over at most three dims; their strides are listed in the order outputs, inputs."""
+    outer, rows, (n, _) = (*[(1, [0] * len(dims[0][1]))] * (3 - len(dims)), *dims)
+    total = outer[0] * rows[0] * n
+    nt = 1 if total * outputs[0].itemsize < _SERIAL else threads.count()
+    split = nt > 1 and outer[0] * rows[0] < 8 * nt
+    block = max(_BLOCK, -(-n // (8 * nt) // 64) * 64) if split else n
+    slots = []
+    for tensors, room, first in ((inputs, 3, len(outputs)), (outputs, 2, 0)):
+        for k in range(room):
+            t = tensors[k] if k < len(tensors) else None
+            if t is None:
+                slots += [0, 0, 0]
+            else:
+                slots += [t.data_ptr(), outer[1][first + k] * t.itemsize, rows[1][first + k] * t.itemsize]
+    kernel(outer[0], rows[0], n, block, nt, *slots, *index, *ints, *floats)
+
+
+def _like(out: Tensor, t: Tensor) -> Tensor:
+    """A copy of t in out's layout."""
+    return torch.empty_like(out, dtype=t.dtype).copy_(t)
+
+
+def _elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[Tensor], floats: Sequence[float]) -> None:
+    """Same-shaped tensors into an output that is dense, in whatever order its dimensions lie."""
+    if out.numel() == 0:
+        return
+    if out.is_contiguous() and all(t.is_contiguous() for t in inputs):
+        dims: Dims = [(out.numel(), [1] * (1 + len(inputs)))]
+    else:
+        dims = _merge(out.shape, [out.stride(), *(t.stride() for t in inputs)])
+        if len(dims) > 3 or dims[-1][1] != [1] * (1 + len(inputs)):
+            inputs = [t if t.stride() == out.stride() else _like(out, t) for t in inputs]
+            dims = [(out.numel(), [1] * (1 + len(inputs)))]
+    _run(kernel, dims, inputs, (out,), floats=floats)
+
+
+def _two(params: Sequence[float]) -> tuple[float, float]:
+    return (float(params[0]) if params else 0.0, float(params[1]) if len(params) > 1 else 0.0)
+
+
+def activation(out: Tensor, input: Tensor, name: str, params: Sequence[float]) -> None:
+    """out = f(input)"""
+    _elementwise(_kernel("activation", input.dtype, name), out, (input,), _two(params))
+
+
+def activation_backward(out: Tensor, grad: Tensor, input: Tensor, name: str, params: Sequence[float]) -> None:
+    """out = grad f'(input)"""
+    _elementwise(_kernel("activation_backward", input.dtype, name), out, (grad, input), _two(params))
+
+
+def _along_channels(weight: Tensor, like: Tensor) -> Tensor:
+    """PReLU's weight as a tensor of like's shape."""
+    if weight.numel() == 1 or like.dim() < 2:
+        return weight.reshape(()).expand(like.shape)
+    return weight.reshape(-1, *[1] * (like.dim() - 2)).expand(like.shape)
+
+
+def _prelu(kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor], weight: Tensor) -> None:
+    """The kernel with the weight along the elements of a row, or with one weight a row."""
+    shape, w = outputs[0].shape, _along_channels(weight, outputs[0])
+    dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+    *steps, w_step = dims[-1][1]
+    if len(dims) > 3 or set(steps) != {1} or w_step not in (0, 1):
+        tensors = [_like(outputs[0], t) for t in tensors]
+        dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+        if len(dims) > 3 or dims[-1][1][-1] not in (0, 1):
+            w = _like(outputs[0], w)
+            dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+    _run(_kernel(kind, weight.dtype, dims[-1][1][-1] == 0), dims, (*tensors, w), outputs)
+
+
+def prelu(out: Tensor, input: Tensor, weight: Tensor) -> None:
+    """out = input, times its channel's weight where negative"""
+    if out.numel():
+        _prelu("prelu", (input,), (out,), weight)
+
+
+def prelu_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor) -> None:
+    """(grad of input, grad of weight)"""
+    if not out[0].numel():
+        out[1].zero_()
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    share = torch.empty_like(out[0], dtype=wide)
+    _prelu("prelu_backward", (grad, input), (out[0], share), weight)
+    one = weight.numel() == 1 or input.dim() < 2
+    total = share.sum() if one else share.sum([d for d in range(input.dim()) if d != 1])
+    out[1].copy_(total.reshape(weight.shape))
+
+
+def _halves(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    size = t.shape[dim] // 2
+    return t.narrow(dim, 0, size), t.narrow(dim, size, size)
+
+
+def _glu(kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    dims = _merge(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
+    if len(dims) > 3 or set(dims[-1][1]) != {1}:
+        inputs = [t.contiguous() for t in inputs]
+        dims = _merge(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
+    _run(_kernel(kind, inputs[0].dtype), dims, inputs, outputs)
+
+
+def glu(out: Tensor, input: Tensor, dim: int) -> None:
+    """out = first half · sigmoid(second half)"""
+    if out.numel():
+        _glu("glu", _halves(input, dim), (out,))
+
+
+def glu_backward(out: Tensor, grad: Tensor, input: Tensor, dim: int) -> None:
+    """The gradient of both halves, in place in the two halves of out."""
+    if out.numel():
+        _glu("glu_backward", (grad, *_halves(input, dim)), _halves(out, dim))
+
+
+def _mix(h: int) -> int:
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
+    """out = input / (1 - p) where the 32 random bits of (seed, index) are at least p·2³², else 0.
+
+    The bits are mix(mix(low(index) + a) ^ b) with a = mix(low(seed) ^ mix(high(index))), b = mix(high(seed) + 0x9E3779B9), low
+    and high the halves of 64 bits, index row-major, and mix Wellons' hash: the same for any strides and number of threads.
+    """
+    threshold = round(p * 2**32)
+    if threshold >= 2**32:
+        out.zero_()
+        return
+    if not out.numel():
+        return
+    k = (seed & 0xFFFFFFFF, _mix(((seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF), threshold)
+    kernel, floats = _kernel("dropout", input.dtype), (1.0 / (1.0 - p), 0.0)
+    order = _row_major(out.shape)
+    dims = _merge(out.shape, [out.stride(), input.stride(), order])
+    if len(dims) > 3 or dims[-1][1][:2] != [1, 1] or dims[-1][1][2] >= 1 << 26:
+        contiguous = torch.empty_like(out, memory_format=torch.contiguous_format)
+        dense = contiguous if contiguous.stride() != out.stride() else out
+        _run(kernel, [(out.numel(), [1, 1, 1])], (input.contiguous(),), (dense,), (0, 0, 1), k, floats)
+        if dense is not out:
+            out.copy_(dense)
+        return
+    index = [0] * (3 - len(dims)) + [steps[2] for _, steps in dims]
+    _run(kernel, dims, (input,), (out,), index, k, floats)
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "activation": activation, "activation_backward": activation_backward, "prelu": prelu, "prelu_backward": prelu_backward,
+    "glu": glu, "glu_backward": glu_backward, "dropout": dropout,
+}
