@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastnn.verify import dtypes
+
 from . import report
 from .cases import Case, families
 from .limits import Limits
@@ -24,7 +26,7 @@ def main(arguments: Namespace) -> int:
     Raises:
         ValueError: an unknown family, dtype or number of threads, or no case is left.
     """
-    chosen = select(arguments.family or families(), _dtype(arguments.dtype), arguments.case, arguments.quick)
+    chosen = select(arguments.family or families(), dtypes(arguments.dtype)[0] if arguments.dtype else None, arguments.case, arguments.quick)
     threads = arguments.threads or [torch.get_num_threads()]
     if wrong := [n for n in threads if n < 1]:
         raise ValueError(f"--threads is {wrong[0]}; it must be 1 or more")
@@ -72,10 +74,3 @@ def main(arguments: Namespace) -> int:
     if arguments.json and records:
         console.print(f"saved {arguments.json}")
     return 130 if interrupted else int(any(r.correct is False for r in records))
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    allowed = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in allowed:
-        raise ValueError(f"--dtype is {name!r}; allowed: {', '.join(allowed)}")
-    return allowed[name] if name else None

@@ -114,6 +114,8 @@ def _reached(goal: str, ours: Record, peers: dict[str, Record], all_ours: dict[t
     """What a case reached of one goal; None where the run did not measure it."""
     if goal == "limit":
         return ours.limit_fraction
+    if goal == "seconds":
+        return ours.median
     if goal in ("best", "mean"):
         return ours.ratio
     if goal == "float32":
@@ -139,13 +141,14 @@ def summary(chosen: Sequence[tuple[Case, torch.dtype]], records: Sequence[Record
     result = []
     for (group, mode, dtype_, goal, wish), values in rows.items():
         mean = geometric_mean([v for v, _ in values])
-        worst, where = min(values)
+        worst, where = max(values) if goal == "seconds" else min(values)
         result.append({"group": group, "mode": mode, "dtype": dtype_, "goal": goal, "wish": wish, "mean": mean, "worst": worst,
-                       "worst_case": where, "cases": len(values), "reached": (mean if goal == "mean" else worst) >= wish})
+                       "worst_case": where, "cases": len(values), "reached": worst <= wish if goal == "seconds" else (mean if goal == "mean" else worst) >= wish})
     return result
 
 
-_GOALS = {"limit": "of the limit", "best": "× the best peer", "mean": "× the best peer, geometric mean", "float32": "× our float32"}
+_GOALS = {"limit": "of the limit", "best": "× the best peer", "mean": "× the best peer, geometric mean", "float32": "× our float32",
+          "seconds": "s"}
 
 
 def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -156,7 +159,7 @@ def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if name in ("geometric mean", "worst") else "left")
     for r in rows:
         table.add_row(f"{r['group']} ({r['cases']})", r["mode"], r["dtype"],
-                      f"≥ {r['wish']:.3g} {_GOALS.get(r['goal'], '× ' + r['goal'])}",
+                      f"{'≤' if r['goal'] == 'seconds' else '≥'} {r['wish']:.3g} {_GOALS.get(r['goal'], '× ' + r['goal'])}",
                       f"{r['mean']:.2f}", f"{r['worst']:.2f}", r["worst_case"],
                       "[green]reached[/]" if r["reached"] else "[red]not yet[/]")
     console.print(table)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 import gc
 import os
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -237,6 +239,31 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
     return records
 
 
+def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 5) -> list[Record]:
+    """A case whose samples are new processes: the programs of all providers in turn."""
+    records = [Record(case.family, case.name, "float32", threads, case.mode, peer.name,
+                      missing=None if peer.name in case.programs else "not part of this case") for peer in providers]
+    there = {r.provider: r for r in records if not r.missing}
+    samples: dict[str, list[float]] = {name: [] for name in there}
+    root = str(Path(import_module("fastnn").__file__ or "").parent.parent)
+    for _ in range(2 if case.cold else runs):
+        for name, record in there.items():
+            with TemporaryDirectory() as empty:
+                environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(threads)}
+                if case.cold:
+                    environment |= {"FASTNN_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty}
+                done = subprocess.run([sys.executable, "-c", case.programs[name]], cwd=empty, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                record.correct, record.missing = False, (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+                continue
+            seconds, right = done.stdout.split()
+            record.correct = right == "True" and record.correct is not False
+            samples[name].append(float(seconds))
+    times = {name: Times.of(values) for name, values in samples.items() if values and there[name].correct}
+    fill(records, times, case, torch.float32, None)
+    return records
+
+
 def available_peers(names: Iterable[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
     """The providers that can be imported, and why the others cannot."""
     there, missing = [], {}
@@ -290,8 +317,10 @@ def run(chosen: list[tuple[Case, torch.dtype]], threads: int, seconds: float, pr
     limits = limits or Limits(threads)
     try:
         for case, dtype in chosen:
-            done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds))
+            if case.programs:
+                done(case, dtype, measure_processes(case, threads, providers))
+            else:
+                done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds))
             gc.collect()
-            time.sleep(0)
     finally:
         torch.set_num_threads(before)

@@ -85,7 +85,8 @@ def versions() -> dict[str, str | None]:
     return found | {name: installed(name) for name in ("numpy", "numba", "llvmlite", *(e for e in EXTRAS if e != "numba"))}
 
 
-def _size(number: int | None) -> str:
+def size(number: int | None) -> str:
+    """A number of bytes for people."""
     for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if number and number >= one:
             return f"{number / one:.3g} {unit}"
@@ -112,12 +113,12 @@ def text() -> str:
         lines.append(f"{name + ':':<12} {value}")
 
     row("system", facts["os"])
-    row("CPU", f"{facts['cpu']}, {facts['cores']} cores, {_size(facts['memory'])} of memory"
+    row("CPU", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory'])} of memory"
         + (f"; LLVM calls it {facts['cpu_llvm']}" if "cpu_llvm" in facts else ""))
     if facts["affinity"] is not None and len(facts["affinity"]) != facts["cores"]:
         row("affinity", f"this process may use only cores {facts['affinity']}")
     if "caches" in facts:
-        row("caches", ", ".join(f"{name.upper()} {_size(size)}" for name, size in facts["caches"].items()))
+        row("caches", ", ".join(f"{name.upper()} {size(size)}" for name, size in facts["caches"].items()))
         row("SIMD", f"{facts['simd']['name']}, vectors of {facts['simd']['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
         row("features", facts["features"])
     launcher = f"; kernels start through {_launcher()}" if installed("numba") else ""
@@ -125,7 +126,7 @@ def text() -> str:
     row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
     if installed("numba"):
         kept = cache()
-        row("cache", f"{kept['folder']}: {kept['kernels']} kernels, {_size(kept['bytes'])}" if kept["folder"]
+        row("cache", f"{kept['folder']}: {kept['kernels']} kernels, {size(kept['bytes'])}" if kept["folder"]
             else "off (FASTNN_CACHE_DIR is empty)")
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"))}
     row("environment", ", ".join(f"{k}={v}" for k, v in settings.items()) or "nothing set that matters here")

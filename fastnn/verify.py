@@ -183,15 +183,15 @@ def run_check(check: Check, dtype: torch.dtype) -> Iterator[Line]:
             yield line
 
 
-def run(checks: Iterable[Check], dtypes: Iterable[torch.dtype], backend: str | None = None) -> Iterator[Line]:
+def run(chosen: Iterable[Check], kinds: Sequence[torch.dtype], backend: str | None = None) -> Iterator[Line]:
     """All lines of the checks in each dtype. With ``backend``, calls that it cannot serve turn red."""
     from . import backends
 
     with ExitStack() as stack:
         if backend:
             stack.enter_context(backends.backend(backend))
-        for check in checks:
-            for dtype in dtypes:
+        for check in chosen:
+            for dtype in kinds:
                 yield from run_check(check, dtype)
 
 
@@ -464,6 +464,17 @@ def checks(families: Iterable[str] = ()) -> list[Check]:
     return [check for name in names for check in CHECKS[name]()]
 
 
+def dtypes(name: str | None) -> list[torch.dtype]:
+    """The dtype of that name, or all.
+
+    Raises:
+        ValueError: there is no such dtype here.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
+    return [DTYPES[name]] if name else list(DTYPES.values())
+
+
 # The command -----------------------------------------------------------------------------------------------------------
 
 
@@ -482,18 +493,15 @@ def main(arguments: Namespace) -> int:
 
     from . import backends
 
-    if arguments.dtype and arguments.dtype not in DTYPES:
-        raise ValueError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPES)}")
     if arguments.backend:
         backends.validate(arguments.backend)
-    dtypes = [DTYPES[arguments.dtype]] if arguments.dtype else list(DTYPES.values())
     chosen = checks(arguments.family)
     console = Console()
     form = "{:<46} {:<9} {:<18} {:>9} {:>9} {:>10} {:>9}  {:<9} {}"
     console.print(Text(form.format("operator", "dtype", "what", "max ulp", "rms", "torch max", "rms", "by", "verdict"), style="bold"),
                   soft_wrap=True)
     lines = []
-    for line in run(chosen, dtypes, arguments.backend):
+    for line in run(chosen, dtypes(arguments.dtype), arguments.backend):
         lines.append(line)
         if line.good and arguments.failures:
             continue

@@ -36,8 +36,10 @@ class Case:
         dtypes: those of the default run.
         scale: the magnitudes at which errors are counted where the results themselves may cancel (see fastnn._numerics).
         goals: what the project wants: "limit" (fraction of it), "best" (ratio to the best peer), a peer's name (ratio to it),
-            "mean" (geometric mean of "best" over the group), "float32" (ratio to our own float32 time).
+            "mean" (geometric mean of "best" over the group), "float32" (ratio to our own float32 time), "seconds" (at most).
         quick: part of ``--quick``.
+        programs: for what only a new process can show, a program a provider that prints the seconds and whether the result was right;
+            ``cold``: each with an empty kernel cache.
     """
 
     family: str
@@ -53,6 +55,8 @@ class Case:
     scale: Scale | None = None
     goals: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
+    programs: Mapping[str, str] = field(default_factory=dict)
+    cold: bool = False
 
     @property
     def group(self) -> str:
