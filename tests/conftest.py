@@ -1,0 +1,61 @@
+"""Fixtures that every test may use."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+import fastnn
+from fastnn import backends
+
+hypothesis.settings.register_profile("fastnn", deadline=None, print_blob=True, max_examples=60)
+hypothesis.settings.load_profile("fastnn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels are compiled once for all tests and all runs, away from the user's own cache."""
+    if "FASTNN_CACHE_DIR" not in os.environ:
+        folder = config.cache.mkdir("kernels")  # type: ignore[union-attr]
+        folder.chmod(0o700)
+        os.environ["FASTNN_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, alone or in any order."""
+    torch.manual_seed(20)
+
+
+@pytest.fixture
+def calls() -> Iterator[list[backends.Call]]:
+    """The calls that the test makes, as fastnn.trace() lists them."""
+    with fastnn.trace() as traced:
+        yield traced
+
+
+@pytest.fixture
+def fresh_registry() -> Iterator[None]:
+    """Kernel modules are looked up anew in the test, and again after it."""
+    backends.forget()
+    yield
+    backends.forget()
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that torch hands out uninitialised is full of NaN: what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever number of threads a test sets, the next test has the old one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

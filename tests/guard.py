@@ -1,0 +1,222 @@
+"""CPU kernels between unreadable pages: one read or write past either end of an argument or a result is a crash.
+
+``Placed`` puts a tensor there. Run as a program (``python guard.py FAMILY DTYPE [FIRST]``) it takes every kernel of a family
+through its cases and prints one line before and one after each, so that whoever started it knows which case a crash was.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import itertools
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+PAGE = mmap.PAGESIZE
+
+
+def extent(t: Tensor) -> int:
+    """Elements from the first to the last that a tensor reaches, gaps included."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+
+
+def distinct(t: Tensor) -> Tensor:
+    """Without the repetitions of expanded dimensions: what can be written."""
+    return t[tuple(slice(0, 1 if s == 0 else n) for n, s in zip(t.shape, t.stride(), strict=True))]
+
+
+class Placed:
+    """A copy of a tensor, strides and all, whose first ("front") or last ("back") byte touches an unreadable page.
+
+    All memory around the elements is 0xFF, which is NaN in every floating dtype.
+    """
+
+    def __init__(self, source: Tensor, end: str) -> None:
+        size = extent(source) * source.itemsize
+        room = max(PAGE, -(-size // PAGE) * PAGE)
+        memory = mmap.mmap(-1, room + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for page in (start, start + PAGE + room):
+            if _libc.mprotect(page, PAGE, 0):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        self.readable = torch.frombuffer(memory, dtype=torch.uint8, offset=PAGE, count=room)  # keeps the mapping alive
+        self.readable.fill_(0xFF)
+        first = 0 if end == "front" else (room - size) // source.itemsize
+        self.tensor = self.readable.view(source.dtype).as_strided(source.shape, source.stride(), first)
+        distinct(self.tensor).copy_(distinct(source))
+        self.before = self.readable.clone()
+
+    def poison(self) -> None:
+        """Forget the values: an output that has not been written."""
+        self.readable.fill_(0xFF)
+        self.before.fill_(0xFF)
+
+    def changed(self) -> bool:
+        return not torch.equal(self.readable, self.before)
+
+    def changed_outside(self) -> bool:
+        """Whether anything but the tensor's own elements has changed."""
+        now = self.readable.clone()
+        first = self.tensor.data_ptr() - self.readable.data_ptr()
+        for t in (now, self.before):
+            distinct(t.view(self.tensor.dtype).as_strided(self.tensor.shape, self.tensor.stride(), first // self.tensor.itemsize)).zero_()
+        return not torch.equal(now, self.before)
+
+
+class Case(NamedTuple):
+    op: str
+    args: tuple[Any, ...]
+    calls: int = 1  # a weight is packed for keeps at the second call
+
+    def __str__(self) -> str:
+        return f"{self.op}({', '.join(f'{tuple(a.shape)}{a.stride()}' if isinstance(a, Tensor) else repr(a) for a in self.args)})"
+
+
+# Layouts: the same shape with other strides.
+
+
+def plain(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+def stepped(t: Tensor) -> Tensor:
+    return t.new_empty(*t.shape[:-1], 2 * t.shape[-1] + 1)[..., 1::2].copy_(t)
+
+
+LAYOUTS = (plain, transposed, stepped)
+
+
+def matmul_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    sizes = [(1, 1, 1), (1, 33, 17), (1, 300, 5), (2, 31, 65), (3, 7, 129), (5, 64, 1), (67, 19, 1), (7, 2, 3), (8, 16, 48), (9, 17, 49),
+             (13, 33, 97), (66, 5, 7), (6, 4099, 11), (70, 521, 391), (4, 0, 3)]
+    for (m, k, n), left, right in itertools.product(sizes, LAYOUTS, LAYOUTS):
+        yield Case("matmul", (left(random(m, k)), right(random(k, n))))
+    for left, right in itertools.product(LAYOUTS, LAYOUTS):
+        yield Case("matmul", (left(random(3, 5, 9)), right(random(3, 9, 17))))
+        yield Case("matmul", (left(random(2, 1, 6, 5)), right(random(1, 3, 5, 18))))
+        yield Case("matmul", (left(random(2, 6, 5)), right(random(5, 33))))
+        yield Case("matmul", (left(random(6, 5)), right(random(2, 5, 33))))
+        yield Case("matmul", (left(random(19)), right(random(19, 33))))
+        yield Case("matmul", (left(random(33, 19)), right(random(19))))
+        yield Case("matmul", (left(random(37)), right(random(37))))
+    for m, k, n in [(1, 65, 65), (3, 129, 67), (9, 71, 67), (17, 65, 99), (33, 130, 49)]:
+        for bias, residual, activation in itertools.product((False, True), (None, *LAYOUTS), (None, "relu", "gelu")):
+            yield Case("linear", (random(m, k), random(n, k), random(n) if bias else None,
+                                  residual(random(m, n)) if residual else None, activation), 3)
+    for left, right, added in itertools.product(LAYOUTS, LAYOUTS, LAYOUTS):
+        yield Case("addmm", (added(random(9, 50)), left(random(9, 17)), right(random(17, 50)), 0.5, 2.0))
+        yield Case("addmm", (added(random(1, 50)).expand(9, 50), left(random(9, 17)), right(random(17, 50)), 0.5, 2.0))
+        yield Case("addmm", (added(random(2, 5, 18)), left(random(2, 5, 7)), right(random(2, 7, 18)), 1.0, -1.0))
+
+
+SHAPES = [(1,), (15,), (16,), (17,), (64,), (67,), (3, 33), (5, 7, 9), (2, 3, 4, 5), (129, 67)]
+
+
+def activation_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
+
+    numbers = {"leaky_relu": [0.1], "elu": [1.5], "hardtanh": [-0.5, 0.7], "softplus": [2.0, 3.0]}
+    for shape, name, layout in itertools.product(SHAPES, PARAMETERS, LAYOUTS):
+        yield Case("activation", (layout(random(*shape)), name, numbers.get(name, [])))
+        for other in LAYOUTS:
+            yield Case("activation_backward", (other(random(*shape)), layout(random(*shape)), name, numbers.get(name, [])))
+    for shape, layout, other in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
+        for channels in {1, shape[1] if len(shape) > 1 else 1}:
+            yield Case("prelu", (layout(random(*shape)), random(channels)))
+            yield Case("prelu_backward", (other(random(*shape)), layout(random(*shape)), random(channels)))
+        yield Case("dropout", (layout(random(*shape)), 0.3, 17))
+        for dim in range(len(shape)):
+            double = [n * (1 + (d == dim)) for d, n in enumerate(shape)]
+            yield Case("glu", (layout(random(*double)), dim))
+            yield Case("glu_backward", (other(random(*shape)), layout(random(*double)), dim))
+
+
+def softmax_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    for shape, layout, other in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
+        x, g = random(*shape), random(*shape)
+        for dim in range(len(shape)):
+            if other is plain:
+                yield Case("softmax", (layout(x), dim))
+                yield Case("log_softmax", (layout(x), dim))
+            yield Case("softmax_backward", (other(g), layout(x.softmax(dim)), dim))
+            yield Case("log_softmax_backward", (other(g), layout(x.log_softmax(dim)), dim))
+        for reduction in ("none", "mean", "sum"):
+            yield Case("mse_loss", (layout(x), other(g), reduction))
+            grad = random(*shape) if reduction == "none" else random()
+            yield Case("mse_loss_backward", (grad, layout(x), other(g), reduction))
+    for shape, layout in itertools.product([(1,), (17,), (1, 1), (3, 5), (9, 67), (2, 33, 7), (2, 5, 3, 3)], LAYOUTS):
+        x = random(*shape)
+        classes = shape[min(1, len(shape) - 1)]
+        target = (random(*shape).abs() * 1e4).long().select(min(1, len(shape) - 1), 0) % classes
+        weights = random(classes).abs()
+        for reduction, weight in itertools.product(("none", "mean", "sum"), (None, weights)):
+            grad = random(*target.shape) if reduction == "none" else random()
+            soft = random(*shape).softmax(min(1, len(shape) - 1))
+            for wanted, smoothing in ((target, 0.0), (target, 0.1), (soft, 0.1)):
+                yield Case("cross_entropy", (layout(x), wanted, weight, 0 if classes > 1 else -100, reduction, smoothing))
+                wide = x.double() if x.dtype == torch.float64 else x.float()
+                lse = wide.logsumexp(min(1, len(shape) - 1))
+                yield Case("cross_entropy_backward",
+                           (grad, layout(x), wanted, weight, lse, 0 if classes > 1 else -100, reduction, smoothing))
+            if len(shape) > 1:
+                yield Case("nll_loss", (layout(x), target, weight, -100, reduction))
+                yield Case("nll_loss_backward", (grad, layout(x), target, weight, -100, reduction))
+
+
+CASES = {"matmul": matmul_cases, "activation": activation_cases, "softmax": softmax_cases}
+
+
+def run(family: str, dtype: torch.dtype, first: int) -> None:
+    """All cases from number ``first`` on, each between pages at both ends."""
+    kernels = importlib.import_module(f"fastnn.kernels.cpu.{family}")
+    importlib.import_module(f"fastnn.ops.{family}")
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    for number, case in enumerate(CASES[family](random)):
+        if number < first:
+            continue
+        if kernels.supports(case.op, *case.args) is not None:
+            continue
+        print("case", number, case, flush=True)
+        by_torch = getattr(torch.ops.fastnn, case.op)(*case.args, backend="torch")
+        wanted = by_torch if isinstance(by_torch, tuple) else (by_torch,)
+        for end in ("front", "back"):
+            placed = [Placed(a, end) if isinstance(a, Tensor) else a for a in case.args]
+            outs = [Placed(w, end) for w in wanted]
+            results = [o.tensor for o in outs]
+            for _ in range(case.calls):
+                for o in outs:
+                    o.poison()
+                args = [p.tensor if isinstance(p, Placed) else p for p in placed]
+                kernels.KERNELS[case.op](tuple(results) if isinstance(by_torch, tuple) else results[0], *args)
+                for result, want in zip(results, wanted, strict=True):
+                    if case.op != "dropout" and not torch.allclose(result.double(), want.double(), tolerance, tolerance, True):
+                        print("wrong", number, "result", end, flush=True)
+                    if case.op == "dropout" and result.isnan().any():
+                        print("wrong", number, "unwritten", end, flush=True)
+            if any(o.changed_outside() for o in outs):
+                print("wrong", number, "wrote outside the output", end, flush=True)
+            if any(p.changed() for p in placed if isinstance(p, Placed)):
+                print("wrong", number, "wrote into an argument", end, flush=True)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    run(sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -1,0 +1,79 @@
+"""No kernel touches memory outside its arguments and results; see guard.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from guard import LAYOUTS, PAGE, Placed
+
+HERE = Path(__file__).resolve().parent
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def guarded(family: str, dtype: str) -> list[str]:
+    """What went wrong, one line a case; after a crash the cases behind it run too."""
+    wrong: list[str] = []
+    first = finished = 0
+    while len(wrong) < 10:
+        done = subprocess.run([sys.executable, str(HERE / "guard.py"), family, dtype, str(first)], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE.parent)}, timeout=600)
+        lines = done.stdout.splitlines()
+        started = [line for line in lines if line.startswith("case ")]
+        names = {line.split()[1]: line for line in started}
+        wrong += [f"{line} of {names[line.split()[1]]}" for line in lines if line.startswith("wrong ")]
+        finished += len(started)
+        if done.returncode == 0 and lines[-1] == "done":
+            break
+        if not started:
+            return [f"exit {done.returncode} before the first case\n{done.stderr[-3000:]}"]
+        wrong.append(f"exit {done.returncode} in {started[-1]}\n{done.stderr[:1000]}")
+        first = int(started[-1].split()[1]) + 1
+    assert finished > 100, "hardly a case was run"
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["matmul", "activation", "softmax"])
+def test_nothing_outside_is_touched(family: str, dtype: str) -> None:
+    assert guarded(family, dtype) == []
+
+
+TOUCH = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from guard import Placed
+t = Placed(torch.arange(5.0), {end!r}).tensor
+address = t.data_ptr() + ({offset})
+import ctypes
+print("touching", flush=True)
+ctypes.memmove(ctypes.create_string_buffer(4), address, 1)
+print("survived")
+"""
+
+
+@pytest.mark.parametrize(("end", "offset", "survives"), [("front", -1, False), ("front", 0, True), ("back", 20, False), ("back", 19, True)])
+def test_the_pages_are_unreadable(end: str, offset: int, survives: bool) -> None:
+    code = TOUCH.format(here=str(HERE), end=end, offset=offset)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("touching")
+    assert ("survived" in done.stdout, done.returncode == 0) == (survives, survives)
+
+
+@pytest.mark.parametrize("end", ["front", "back"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_placed_keeps_values_and_strides(layout, end) -> None:  # type: ignore[no-untyped-def]
+    t = layout(torch.randn(5, 7))
+    placed = Placed(t, end)
+    assert torch.equal(placed.tensor, t)
+    assert placed.tensor.stride() == t.stride()
+    border = placed.tensor.data_ptr() if end == "front" else placed.tensor[-1, -1].data_ptr() + 4
+    assert border % PAGE == 0
+    assert not placed.changed_outside()
+    placed.tensor[2, 3] = 0.0
+    assert placed.changed()
+    assert not placed.changed_outside()
+    placed.readable[len(placed.readable) // 2] = 0
+    assert placed.changed_outside()
