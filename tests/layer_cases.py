@@ -1,0 +1,145 @@
+"""Calls that fastnn.functional and torch take alike, as data: every test of the layers runs over them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnn.functional
+
+
+@dataclass(frozen=True)
+class Case:
+    """`name(*tensors, **options)`: differentiable tensors of these shapes, each of another scale."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    theirs: Callable[..., Tensor] | None = None
+
+    def __str__(self) -> str:
+        shapes = "-".join("x".join(map(str, shape)) or "scalar" for shape in self.shapes)
+        options = "-".join(f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in self.options.items())
+        return f"{self.name}-{shapes}" + (f"-{options}" if options else "")
+
+    def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        made = [
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * (0.5 + i) + 0.1 * i).to(dtype)
+            for i, shape in enumerate(self.shapes)
+        ]
+        return [t.requires_grad_(grad) for t in made]
+
+    def ours(self, *tensors: Tensor, **more: Any) -> Tensor:
+        return getattr(fastnn.functional, self.name)(*tensors, **_in(tensors[0].dtype, self.options), **more)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        options = _in(tensors[0].dtype, self.options)
+        return (self.theirs or getattr(F, self.name, None) or getattr(torch, self.name))(*tensors, **options)
+
+
+def _in(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
+    """Floating tensors among the options follow the inputs' dtype."""
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+def _fused(name: str | None) -> Callable[..., Tensor]:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, **_: Any) -> Tensor:
+        z = F.linear(input, weight, bias)
+        if residual is not None:
+            z = z + residual
+        if name is None:
+            return z
+        return F.gelu(z, approximate="tanh") if name == "gelu_tanh" else getattr(F, name)(z)
+
+    return linear
+
+
+def _losses() -> list[Case]:
+    indices = torch.tensor([3, 0, 4, 3])
+    ignoring = torch.tensor([3, -100, 4, 3])
+    grid = torch.tensor([[1, 4], [0, -100], [2, 2]])
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5])
+    probabilities = torch.softmax(torch.linspace(-2, 3, 20).reshape(4, 5).cos(), 1)
+    cases = []
+    for reduction in ("mean", "sum", "none"):
+        cases += [
+            Case("cross_entropy", ((4, 5),), {"target": indices, "reduction": reduction}),
+            Case("cross_entropy", ((4, 5),), {"target": ignoring, "weight": weight, "reduction": reduction}),
+            Case(
+                "cross_entropy",
+                ((3, 5, 2),),
+                {"target": grid, "weight": weight, "reduction": reduction, "label_smoothing": 0.2},
+            ),
+            Case("cross_entropy", ((4, 5),), {"target": probabilities, "weight": weight, "reduction": reduction}),
+            Case("nll_loss", ((3, 5, 2),), {"target": grid, "weight": weight, "reduction": reduction}),
+            Case("nll_loss", ((4, 5),), {"target": ignoring, "reduction": reduction}),
+            Case("mse_loss", ((4, 3), (4, 3)), {"reduction": reduction}),
+        ]
+    cases += [
+        Case("cross_entropy", ((5,),), {"target": torch.tensor(2)}),
+        Case("cross_entropy", ((4, 5),), {"target": indices, "ignore_index": 3}),
+        Case("cross_entropy", ((4, 5),), {"target": probabilities, "label_smoothing": 0.1}),
+        Case("nll_loss", ((5,),), {"target": torch.tensor(2)}),
+    ]
+    return cases
+
+
+MATMUL = [
+    Case("matmul", ((5, 7), (7, 3))),
+    Case("matmul", ((7,), (7,))),
+    Case("matmul", ((7,), (7, 3))),
+    Case("matmul", ((5, 7), (7,))),
+    Case("matmul", ((3, 5, 7), (7, 4))),
+    Case("matmul", ((3, 5, 7), (7,))),
+    Case("matmul", ((5, 7), (3, 7, 4))),
+    Case("matmul", ((7,), (3, 7, 4))),
+    Case("matmul", ((2, 1, 5, 7), (3, 7, 4))),
+    Case("matmul", ((2, 3, 5, 7), (2, 3, 7, 4))),
+    Case("mm", ((5, 7), (7, 3))),
+    Case("bmm", ((3, 5, 7), (3, 7, 4))),
+    Case("mv", ((5, 7), (7,))),
+    Case("addmm", ((5, 3), (5, 7), (7, 3))),
+    Case("addmm", ((3,), (5, 7), (7, 3)), {"beta": 0.5, "alpha": -2.0}),
+    Case("addmm", ((5, 1), (5, 7), (7, 3)), {"beta": 0}),
+    Case("baddbmm", ((5, 4), (3, 5, 7), (3, 7, 4)), {"beta": 2, "alpha": 0.5}),
+    Case("linear", ((5, 7), (3, 7))),
+    Case("linear", ((5, 7), (3, 7), (3,))),
+    Case("linear", ((7,), (3, 7), (3,))),
+    Case("linear", ((2, 5, 7), (3, 7), (3,))),
+]
+ACTIVATION = [
+    *(
+        Case(name, ((4, 9),))
+        for name in "relu leaky_relu relu6 elu gelu silu mish sigmoid tanh hardswish hardsigmoid hardtanh softplus".split()
+    ),
+    Case("leaky_relu", ((3, 5, 2),), {"negative_slope": -0.2}),
+    Case("elu", ((3, 5, 2),), {"alpha": 1.7}),
+    Case("gelu", ((3, 5, 2),), {"approximate": "tanh"}),
+    Case("hardtanh", ((3, 5, 2),), {"min_val": -0.3, "max_val": 0.6}),
+    Case("softplus", ((3, 5, 2),), {"beta": 2.5, "threshold": 1.5}),
+    Case("prelu", ((4, 3), (1,))),
+    Case("prelu", ((2, 3, 5), (3,))),
+    Case("glu", ((4, 6),)),
+    Case("glu", ((4, 6, 3),), {"dim": -2}),
+    Case("glu", ((4, 6, 3),), {"dim": 0}),
+]
+SOFTMAX = [
+    *(Case(name, ((4, 5, 3),), {"dim": dim}) for name in ("softmax", "log_softmax") for dim in (0, 1, 2, -1)),
+    Case("softmax", ((7,),), {"dim": 0}),
+    Case("log_softmax", ((4, 5),), {"dim": -1, "dtype": torch.float64}),
+    Case("mse_loss", ((), ())),
+    *_losses(),
+]
+CASES = [*MATMUL, *ACTIVATION, *SOFTMAX]
+
+# what torch has no single call for
+FUSED = [
+    *(
+        Case("linear", ((5, 7), (3, 7), (3,)), {"activation": name}, _fused(name))
+        for name in ("relu", "relu6", "gelu", "gelu_tanh", "silu", "mish", "sigmoid", "tanh", "hardswish", "hardsigmoid")
+    ),
+]
