@@ -7,7 +7,7 @@ vectors: memory sets the pace, so the matrix is read once, in place), and ``pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Format(NamedTuple):
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
 _SERIAL = 1 << 20  # operations below which a second thread costs more than it brings
+_LONG = 4096  # a sum long enough to be worth dividing among threads
 _SMALL_WEIGHT = 4096  # elements below which packing anew is cheaper than looking the packed weight up
 
 
@@ -163,45 +164,59 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
     # A matrix and a vector, or few enough vectors that reading the matrix is most of the work.
     if k > 0 and table == 0:
         if m <= 4 and (b_k == size or k == 1) and (a_k == size or k == 1):
-            return _ROWS_DOT[a.dtype](nt, count, m, n, k, bp, b_b, b_n, ap, a_b, a_m, cp, m * n * size, n * size,
+            return _ROWS_DOT[a.dtype].run(nt, count, m, n, k, bp, b_b, b_n, ap, a_b, a_m, cp, m * n * size, n * size,
                                       bias, r, r_b, r_m, r_n, e.act, workspace(nt * _SCRATCH), *scalars)
         if n == 1 and bias == 0 and r == 0 and (b_k == size or k == 1):
             if a_k == size:
-                return _ROWS_DOT[a.dtype](nt, count, 1, m, k, ap, a_b, a_m, bp, b_b, 0, cp, m * size, 0,
+                return _ROWS_DOT[a.dtype].run(nt, count, 1, m, k, ap, a_b, a_m, bp, b_b, 0, cp, m * size, 0,
                                           0, 0, 0, 0, 0, e.act, workspace(nt * _SCRATCH), *scalars)
             if a_m == size and count == 1:
                 return _rows_sum(out, nt, m, k, ap, a_k, bp, b_k, e, bias, 0, 0)
         if m == 1 and b_n == size and count == 1:
             return _rows_sum(out, nt, n, k, bp, b_k, ap, a_k, e, bias, r, r_n)
 
-    tm, tn = _grid(f, count, m, n, nt) if nt > 1 else (1, 1)
-    if tm * tn < nt and count == 1 and k >= 4096 and e is _PLAIN and not f.half:
+    if nt > 1 and count == 1 and e is _PLAIN and not f.half and k >= _LONG and _splits_k(f, m, n, nt):
         return _split_k(out, a, b, nt)
-    keep = None
-    if weight is not None and k * n >= _SMALL_WEIGHT:
-        keep = _kept(f, weight, n, k, b_k, b_n)
-    direct = keep is None and b_n == size and not f.half and (m <= 64 or k * n * size <= caches().l2 // 2)
-    cut = keep.cut if keep is not None else _panels(f, n, tn)
-    depth = (k + 1) // 2 if f.pairs else k
+    keep = _kept(f, weight, n, k, b_k, b_n) if weight is not None and k * n >= _SMALL_WEIGHT else None
+    tm, tn, cut, direct, mc, kc, pack_a, need = _plan(a.dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
+    packed_b = 0
+    if keep is not None:
+        packed_b, cut = keep.address, keep.cut
+    _PRODUCT[a.dtype].run(
+        nt, count * tm * tn, tm, tn, table, m, n, k, ap, a_b, a_m, a_k, bp, b_b, b_k, b_n, packed_b, cut, direct,
+        cp, m * n * size, n * size, bias, r, r_b, r_m, r_n, e.act, int(e.act > 0 or r != 0 or e.alpha != 1.0), mc, kc, pack_a,
+        workspace(need * nt), need, *scalars)
+
+
+@lru_cache(4096)
+def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept: bool, b_rows: bool, a_rows: bool) -> tuple[int, ...]:
+    """(tm, tn, cut, direct, mc, kc, pack_a, bytes of scratch a thread): how a product of this shape is cut and packed.
+
+    ``b_rows``, ``a_rows``: the operand's elements lie next to each other along its last dimension.
+    """
+    f = _format(dtype)
+    tm, tn = _grid(f, count, m, n, nt) if nt > 1 else (1, 1)
+    depth = max(1, (k + 1) // 2 if f.pairs else k)
+    direct = not kept and b_rows and not f.half and (m <= 64 or k * n * f.size <= caches().l2 // 2)
     mc, kc = _blocks(f)
     if f.half:  # the sums stay in float32 until they are whole
         kc = depth
-        mc = max(f.rows, caches().l2 * 3 // 8 // (max(1, kc) * f.unit) // f.rows * f.rows)
-    elif depth > 0:
+        mc = max(f.rows, caches().l2 * 3 // 8 // (kc * f.unit) // f.rows * f.rows)
+    else:
         kc = -(-depth // -(-depth // kc))
-    kc = max(1, kc)
-    pack_a = f.half and (not f.pairs or k % 2 == 1 or a_k != 2)
+    pack_a = f.half and (not f.pairs or k % 2 == 1 or not a_rows)
     need = _SCRATCH
     if pack_a:
         need += (mc + 2 * f.lanes) * kc * f.unit
-    if keep is None and not direct:
+    if not (kept or direct):
         need += (-(-n // f.lanes) // tn + 2 * f.vecs) * f.lanes * kc * f.unit
-    need = -(-need // 4096) * 4096
-    _PRODUCT[a.dtype](
-        nt, count * tm * tn, tm, tn, table, m, n, k, ap, a_b, a_m, a_k, bp, b_b, b_k, b_n,
-        _aligned(keep.buffer) if keep is not None else 0, cut, int(direct), cp, m * n * size, n * size,
-        bias, r, r_b, r_m, r_n, e.act, int(e.act > 0 or r != 0 or e.alpha != 1.0), mc, kc, int(pack_a), workspace(need * nt), need,
-        *scalars)
+    return tm, tn, _panels(f, n, tn), int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096
+
+
+def _splits_k(f: Format, m: int, n: int, nt: int) -> bool:
+    """Whether the output has too few tiles to give each thread one."""
+    tm, tn = _grid(f, 1, m, n, nt)
+    return tm * tn < nt
 
 
 def _rows_sum(out: Tensor, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, e: Epilogue, bias: int, r: int,
@@ -210,7 +225,7 @@ def _rows_sum(out: Tensor, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_
     f = _format(out.dtype)
     row = -(-n * f.unit // 64) * 64 + 64
     split = n < f.lanes * 4 * nt and k > n
-    _ROWS_SUM[out.dtype](nt, int(split), n, k, w, w_k, x, x_k, out.data_ptr(), bias, r, r_n, e.act,
+    _ROWS_SUM[out.dtype].run(nt, int(split), n, k, w, w_k, x, x_k, out.data_ptr(), bias, r, r_n, e.act,
                          workspace(row * nt), row, e.alpha, e.beta, e.p0, e.p1)
 
 
@@ -227,19 +242,14 @@ def _split_k(out: Tensor, a: Tensor, b: Tensor, parts: int) -> None:
     _rows_sum(out, 1, m * n, len(sums), sums.data_ptr(), m * n * out.itemsize, 0, 0, _PLAIN, 0, 0, 0)
 
 
-def _aligned(buffer: Tensor | None) -> int:
-    assert buffer is not None
-    return -(-buffer.data_ptr() // 64) * 64
-
-
 def _kept(f: Format, weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> Any:
     if weight.is_inference() or not weight.is_contiguous():
         return None
     cut = _panels(f, n, threads.count())
     depth = (k + 1) // 2 if f.pairs else k
 
-    def pack(buffer: Tensor) -> int:
-        _PACK[weight.dtype](threads.count(), n, k, weight.data_ptr(), b_k, b_n, cut, _aligned(buffer))
+    def pack(address: int) -> int:
+        _PACK[weight.dtype].run(threads.count(), n, k, weight.data_ptr(), b_k, b_n, cut, address)
         return cut
     return packed.get(weight, -(-n // f.lanes) * f.lanes * depth * f.unit, pack)
 
@@ -249,19 +259,9 @@ def _kept(f: Format, weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> Any:
 
 def supports(op: str, *args: Any) -> str | None:
     """None if the kernels here serve the call, else why not."""
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    first = tensors[0]
-    for t in tensors:
-        if t.device.type != "cpu":
-            return f"the tensor is on {t.device}, this kernel computes on the CPU"
-        if t.dtype is not first.dtype:
-            return f"mixed dtypes ({first.dtype} and {t.dtype})"
-        if t.layout is not torch.strided:
-            return f"layout {t.layout}"
-        if t.is_neg() or t.is_conj():
-            return "a lazily negated or conjugated tensor"
-    if first.dtype not in _NAMES:
-        return f"dtype {first.dtype}; this kernel serves {', '.join(_NAMES.values())}"
+    dtype = args[0].dtype
+    if dtype not in _NAMES:
+        return f"dtype {dtype}; this kernel serves {', '.join(_NAMES.values())}"
     return None
 
 

@@ -245,27 +245,30 @@ class Kernel:
 
     def __init__(self, name: str, signature: str, make: Callable[[], Callable[..., Any]]) -> None:
         self.name, self.signature, self.make = f"fastnn_{name}", signature, make
+        self._function: Callable[..., None] | None = None
+        #: What hot paths call: the machine code itself once it is loaded.
+        self.run: Callable[..., None] = self._load_and_run
         Kernel.registry[name] = self
 
     def __call__(self, *args: Any) -> None:
-        self.load()(*args)
+        self.run(*args)
 
     def load(self) -> Callable[..., None]:
-        """The callable itself; the instance's own ``__call__`` is only the way there."""
-        found = self.__dict__.get("_function")
-        if found is None:
-            with _lock:
-                found = self.__dict__.get("_function")
-                if found is None:
-                    folder = _folder(cache_dir())
-                    path = folder / f"{self.name}.o" if folder else None
-                    code = _read(path) if path else None
-                    if code is None:
-                        code, _ = _compile(self.name, self.make, self.signature)
-                        if path:
-                            _write(path, code)
-                    found = self._function = _load(self.name, code)
-        return found
+        """Build the kernel or read it from the cache, unless it is there already; the machine code as a Python builtin."""
+        with _lock:
+            if self._function is None:
+                folder = _folder(cache_dir())
+                path = folder / f"{self.name}.o" if folder else None
+                code = _read(path) if path else None
+                if code is None:
+                    code, _ = _compile(self.name, self.make, self.signature)
+                    if path:
+                        _write(path, code)
+                self._function = self.run = _load(self.name, code)
+        return self._function
+
+    def _load_and_run(self, *args: Any) -> None:
+        self.load()(*args)
 
     def assembly(self) -> str:
         """The kernel's assembly, freshly compiled: to read what the compiler made of it."""

@@ -53,17 +53,19 @@ def _sample(tensor: Tensor) -> int:
     """A number that changes if any of a few elements, spread over the tensor, changes."""
     out = workspace(8)
     words = tensor.nbytes // 8
-    _SAMPLE(tensor.data_ptr(), words // _SAMPLES * 8, min(_SAMPLES, words), out)
+    _SAMPLE.run(tensor.data_ptr(), words // _SAMPLES * 8, min(_SAMPLES, words), out)
     return ctypes.c_int64.from_address(out).value
 
 
 class _Entry:
-    __slots__ = ("version", "address", "layout", "sample", "buffer", "cut")
+    """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
+
+    __slots__ = ("version", "origin", "shape", "sample", "buffer", "address", "cut")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.version, self.address, self.layout = tensor._version, tensor.data_ptr(), (tensor.shape, tensor.stride())
+        self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
         self.buffer: Tensor | None = None
-        self.cut = self.sample = 0
+        self.address = self.cut = self.sample = 0
 
 
 _entries: OrderedDict[int, tuple[weakref.ref[Tensor], _Entry]] = OrderedDict()
@@ -107,8 +109,8 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | None:
-    """The kept packing of a contiguous ``tensor``, made by ``pack(buffer) -> cut`` when it is seen a second time unchanged.
+def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> _Entry | None:
+    """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
 
     None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
     would not fit the limit: then the caller packs for this call only.
@@ -118,8 +120,8 @@ def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | No
     found = _entries.get(key)
     if found is not None:
         entry = found[1]
-        if (found[0]() is tensor and entry.version == tensor._version and entry.address == tensor.data_ptr()
-                and entry.layout == (tensor.shape, tensor.stride())
+        if (found[0]() is tensor and entry.version == tensor._version and entry.origin == tensor.data_ptr()
+                and entry.shape == tensor.shape
                 and (entry.buffer is None or entry.sample == _sample(tensor))):
             if entry.buffer is not None:
                 return entry
@@ -137,7 +139,8 @@ def get(tensor: Tensor, size: int, pack: Callable[[Tensor], int]) -> _Entry | No
     with _lock:
         _shrink(_limit - size)
         buffer = torch.empty(size + 64, dtype=torch.uint8)
-        entry.cut, entry.sample = pack(buffer), _sample(tensor)
+        entry.address = -(-buffer.data_ptr() // 64) * 64
+        entry.cut, entry.sample = pack(entry.address), _sample(tensor)
         entry.buffer = buffer
         _bytes += buffer.nbytes
         if key in _entries:

@@ -15,6 +15,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 #: "gomp" or "python": how parallel regions are launched on this platform. ``FASTNN_LAUNCHER`` overrides.
 LAUNCHER = os.environ.get("FASTNN_LAUNCHER") or ("gomp" if sys.platform == "linux" else "python")
 if LAUNCHER not in ("gomp", "python"):
@@ -34,8 +36,6 @@ if hasattr(os, "register_at_fork"):
 
 def count() -> int:
     """Threads that a kernel may use now: torch's number; 1 in a process that was forked from one that used the pool."""
-    import torch
-
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -67,8 +67,6 @@ def add_symbols() -> None:
     import llvmlite.binding as llvm
 
     if LAUNCHER == "gomp":
-        import torch  # noqa: F401  # loads the libgomp that we look for
-
         gomp = _torch_gomp()
         symbols: dict[str, Any] = {s: getattr(gomp, s) for s in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
     else:
