@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from fastnn.verify import dtypes
 from . import report
 from .cases import Case, families
 from .limits import Limits
+from .peers import Peer
 from .run import Record, available_peers, header, run, select
 
 SECONDS = {"quick": 0.25, "full": 1.0}
@@ -26,7 +28,12 @@ def main(arguments: Namespace) -> int:
     Raises:
         ValueError: an unknown family, dtype or number of threads, or no case is left.
     """
-    chosen = select(arguments.family or families(), dtypes(arguments.dtype)[0] if arguments.dtype else None, arguments.case, arguments.quick)
+    chosen = select(
+        arguments.family or families(),
+        dtypes(arguments.dtype)[0] if arguments.dtype else None,
+        arguments.case,
+        arguments.quick,
+    )
     threads = arguments.threads or [torch.get_num_threads()]
     if wrong := [n for n in threads if n < 1]:
         raise ValueError(f"--threads is {wrong[0]}; it must be 1 or more")
@@ -35,38 +42,23 @@ def main(arguments: Namespace) -> int:
     console = Console(width=None if os.isatty(1) else 170)
     seconds = SECONDS["quick" if arguments.quick else "full"]
     providers, missing = available_peers(arguments.providers)
-    headers, records, interrupted = [], [], False
+    headers: list[dict[str, Any]] = []
+    records: list[Record] = []
+    interrupted = False
     for count in threads:
         limits = Limits(count)
         headers.append(header(limits, providers, missing))
         report.print_header(console, headers[-1])
-        lines = report.Lines(console, [p.name for p in providers])
-        lines.head()
-        mine: list[Record] = []
-        bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       console=console, transient=True, auto_refresh=False)  # a refreshing thread would disturb the clock
-        with bar:
-            task = bar.add_task(chosen[0][0].name, total=len(chosen))
-            bar.refresh()
-            position = iter([*(case.name for case, _ in chosen[1:]), ""])
-
-            def done(case: Case, dtype: torch.dtype, new: list[Record]) -> None:
-                mine.extend(new)
-                records.extend(new)
-                lines.case(new)
-                if arguments.json:
-                    report.save_json(Path(arguments.json), headers, records)
-                bar.update(task, advance=1, description=next(position))
-                bar.refresh()
-
-            try:
-                run(chosen, count, seconds, providers, done, limits)
-            except KeyboardInterrupt:
-                interrupted = True
+        mine, interrupted = _run(
+            console, chosen, count, seconds, providers, limits, _Saver(arguments.json, headers, records)
+        )
         report.print_summary(console, report.summary(chosen, mine))
+        report.print_doubts(console, mine)
         if interrupted:
-            console.print(f"Interrupted: {len(mine)} of {len(chosen) * len(providers)} results"
-                          + (f", saved in {arguments.json}" if arguments.json else ""), style="yellow")
+            console.print(
+                f"Interrupted after {len({(r.case, r.mode, r.dtype) for r in mine})} of {len(chosen)} cases",
+                style="yellow",
+            )
             break
     if arguments.plot:
         for path in report.plot(Path(arguments.plot), headers[-1], records):
@@ -74,3 +66,58 @@ def main(arguments: Namespace) -> int:
     if arguments.json and records:
         console.print(f"saved {arguments.json}")
     return 130 if interrupted else int(any(r.correct is False for r in records))
+
+
+class _Saver:
+    """Keeps all records of all runs, and the file up to date."""
+
+    def __init__(self, path: str | None, headers: list[dict[str, Any]], records: list[Record]) -> None:
+        self.path, self.headers, self.records = path, headers, records
+
+    def __call__(self, new: list[Record], limits: Limits) -> None:
+        self.records += new
+        # The limits are those of the whole run: the best that was measured in it.
+        self.headers[-1]["limits"]["fma_gflops"] |= limits.known()
+        if self.path:
+            report.save_json(Path(self.path), self.headers, self.records)
+
+
+def _run(
+    console: Console,
+    chosen: list[tuple[Case, torch.dtype]],
+    threads: int,
+    seconds: float,
+    providers: list[Peer],
+    limits: Limits,
+    save: _Saver,
+) -> tuple[list[Record], bool]:
+    """The records of one number of threads, and whether the user has interrupted."""
+    lines = report.Lines(console, [p.name for p in providers])
+    lines.head()
+    mine: list[Record] = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+    )  # a refreshing thread would disturb the clock
+    with bar:
+        task = bar.add_task(chosen[0][0].name, total=len(chosen))
+        bar.refresh()
+        following = iter([*(case.name for case, _ in chosen[1:]), ""])
+
+        def done(case: Case, dtype: torch.dtype, new: list[Record]) -> None:
+            mine.extend(new)
+            lines.case(new)
+            save(new, limits)
+            bar.update(task, advance=1, description=next(following))
+            bar.refresh()
+
+        try:
+            run(chosen, threads, seconds, providers, done, limits)
+        except KeyboardInterrupt:
+            return mine, True
+    return mine, False

@@ -1,18 +1,19 @@
 """What this machine can do at most: multiply-adds a second, and bytes read or copied a second.
 
-The loops are LLVM text, compiled by llvmlite for the host with its widest vectors; they share no code with the kernels that
-they judge. Each is started on torch's own OpenMP pool where there is one (a start costs a microsecond), else on Python
-threads, so a limit includes the same start-up that every provider pays.
+The loops are LLVM text, compiled by llvmlite for the host with its widest vectors; they share no code with the
+kernels that they judge. Each is started on torch's own OpenMP pool where there is one (a start costs a microsecond),
+else on Python threads, so a limit includes the same start-up that every provider pays.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def has_bf16_dot() -> bool:
     return bool(_features().get("avx512bf16"))
 
 
-# The loops. Every function takes one block of int64: [next part, parts, steps a part, addresses…]; a thread takes parts until
-# none is left, so it does not matter how many threads the runtime really starts.
+# The loops. Every function takes one block of int64: [next part, parts, steps a part, addresses…]; a thread takes
+# parts until none is left, so it does not matter how many threads the runtime really starts.
 
 _FRAME = """
 define void @{name}(ptr %d) {{
@@ -93,7 +94,7 @@ def _fma_text(dtype: torch.dtype) -> tuple[str, int]:
         acc = arg = f"<{lanes} x {scalar}>"
         flops = 2 * lanes
         # Without an FMA instruction llvm.fma is a call of the C library: the limit is then multiply and add.
-        fused = _features().get("fma") or vector_bytes() == 16 and "aarch64" in _triple()
+        fused = _features().get("fma") or platform.machine().lower() in ("arm64", "aarch64")
         name = f"@llvm.{'fma' if fused else 'fmuladd'}.v{lanes}f{size * 8}"
         call = f"{name}({acc} %x, {acc} %y, {acc} {{c}})"
         declare = f"declare {acc} {name}({acc}, {acc}, {acc})"
@@ -104,21 +105,32 @@ def _fma_text(dtype: torch.dtype) -> tuple[str, int]:
         loop.append(f"  %c{n} = phi {acc} [ %s{n}, %start ], [ %r{n}, %loop ]")
         body.append(f"  %r{n} = call {acc} " + call.format(c=f"%c{n}"))
         # Every accumulator is stored, to the part's own place, so none is dead.
-        finish += [f"  %o{n}i = mul i64 %part, {chains}", f"  %o{n}j = add i64 %o{n}i, {n}",
-                   f"  %o{n}p = getelementptr {acc}, ptr %out, i64 %o{n}j", f"  store {acc} %r{n}, ptr %o{n}p, align 8"]
-    text = declare + _FRAME.format(name="fma", start="\n".join(start), loop="\n".join(loop + body), finish="\n".join(finish))
+        finish += [
+            f"  %o{n}i = mul i64 %part, {chains}",
+            f"  %o{n}j = add i64 %o{n}i, {n}",
+            f"  %o{n}p = getelementptr {acc}, ptr %out, i64 %o{n}j",
+            f"  store {acc} %r{n}, ptr %o{n}p, align 8",
+        ]
+    text = declare + _FRAME.format(
+        name="fma", start="\n".join(start), loop="\n".join(loop + body), finish="\n".join(finish)
+    )
     return text, flops * chains
 
 
 def _memory_text(sources: int, store: str, streams: int) -> str:
-    """Reads one or two arrays; writes their xor (``store``: "plain" or "stream", past the caches) or keeps only a checksum.
+    """Reads one or two arrays; writes their xor (``store``: "plain" or "stream", past the caches) or keeps only a
+    checksum.
 
-    A part is cut in ``streams`` that are walked side by side, since some memories serve several streams faster than one.
+    A part is cut in ``streams`` that are walked side by side, since some memories serve several streams faster than
+    one.
     """
     lanes = vector_bytes() // 4
     vec, step = f"<{lanes} x i32>", STEP // streams
-    start = [f"  %stream = mul i64 %steps, {step * vector_bytes()}", f"  %size = mul i64 %stream, {streams}",
-             "  %begin = mul i64 %part, %size"]
+    start = [
+        f"  %stream = mul i64 %steps, {step * vector_bytes()}",
+        f"  %size = mul i64 %stream, {streams}",
+        "  %begin = mul i64 %part, %size",
+    ]
     phis, body, finish = [], [], []
     end = ""
     for s in range(streams):
@@ -129,15 +141,19 @@ def _memory_text(sources: int, store: str, streams: int) -> str:
             value = f"%va{n}"
             body.append(f"  %w{n} = add i64 %q{s}, {u * vector_bytes()}")
             for array in "ab"[:sources]:
-                body += [f"  %p{array}{n} = getelementptr i8, ptr %{array}, i64 %w{n}",
-                         f"  %v{array}{n} = load {vec}, ptr %p{array}{n}, align {vector_bytes()}"]
+                body += [
+                    f"  %p{array}{n} = getelementptr i8, ptr %{array}, i64 %w{n}",
+                    f"  %v{array}{n} = load {vec}, ptr %p{array}{n}, align {vector_bytes()}",
+                ]
             if sources == 2:
                 body.append(f"  %x{n} = xor {vec} %va{n}, %vb{n}")
                 value = f"%x{n}"
             if store:
                 hint = ", !nontemporal !0" if store == "stream" else ""
-                body += [f"  %po{n} = getelementptr i8, ptr %out, i64 %w{n}",
-                         f"  store {vec} {value}, ptr %po{n}, align {vector_bytes()}{hint}"]
+                body += [
+                    f"  %po{n} = getelementptr i8, ptr %out, i64 %w{n}",
+                    f"  store {vec} {value}, ptr %po{n}, align {vector_bytes()}{hint}",
+                ]
             else:
                 phis.append(f"  %c{n} = phi {vec} [ zeroinitializer, %start ], [ %r{n}, %loop ]")
                 body.append(f"  %r{n} = xor {vec} %c{n}, {value}")
@@ -147,7 +163,10 @@ def _memory_text(sources: int, store: str, streams: int) -> str:
         finish += [f"  %ti = getelementptr {vec}, ptr %out, i64 %part", f"  store {vec} %t{STEP - 1}, ptr %ti, align 4"]
     if store == "stream":
         end = "\n!0 = !{i32 1}\n"
-    return _FRAME.format(name="memory", start="\n".join(start), loop="\n".join(phis + body), finish="\n".join(finish)) + end
+    return (
+        _FRAME.format(name="memory", start="\n".join(start), loop="\n".join(phis + body), finish="\n".join(finish))
+        + end
+    )
 
 
 _engines: list[object] = []  # compiled code lives as long as its engine
@@ -166,7 +185,9 @@ def _machine() -> object:
     llvm.initialize_native_asmprinter()
     # LLVM would split 512-bit vectors in two on many CPUs without this.
     features = llvm.get_host_cpu_features().flatten() + (",-prefer-256-bit" if vector_bytes() == 64 else "")
-    return llvm.Target.from_triple(_triple()).create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2)
+    return llvm.Target.from_triple(_triple()).create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=2
+    )
 
 
 def assembly(text: str) -> str:
@@ -197,7 +218,8 @@ def _memory(sources: int, store: str, streams: int) -> int:
     return _compile(_memory_text(sources, store, streams), "memory")
 
 
-# Starting them on several threads --------------------------------------------------------------------------------------
+# Starting them on several threads
+# --------------------------------------------------------------------------------------
 
 
 @cache
@@ -208,7 +230,9 @@ def _gomp() -> Callable[[int, int, int], None] | None:
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     if not paths:
         return None
-    parallel = ctypes.CDLL(min(paths, key=lambda path: ("torch" not in path, path))).GOMP_parallel  # torch's own copy first
+    parallel = ctypes.CDLL(
+        min(paths, key=lambda path: ("torch" not in path, path))
+    ).GOMP_parallel  # torch's own copy first
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return lambda function, data, threads: parallel(function, data, threads, 0)
 
@@ -251,7 +275,8 @@ def _repeat(call: Callable[[], object], seconds: float, least: int = 5) -> list[
     return samples
 
 
-# The limits ------------------------------------------------------------------------------------------------------------
+# The limits
+# ------------------------------------------------------------------------------------------------------------
 
 
 def fma_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -276,7 +301,7 @@ def fma(dtype: torch.dtype, threads: int, seconds: float = 0.1) -> float:
 def _buffer(size: int) -> torch.Tensor:
     """Memory whose address suits every vector."""
     room = torch.empty(size + 64, dtype=torch.uint8)
-    return room[-room.data_ptr() % 64:]
+    return room[-room.data_ptr() % 64 :]
 
 
 def _block(threads: int, size: int) -> tuple[int, int]:
@@ -286,20 +311,20 @@ def _block(threads: int, size: int) -> tuple[int, int]:
 
 
 def read(size: int, threads: int, seconds: float = 0.05) -> float:
-    """Bytes a second when ``size`` bytes are read again and again by all threads; the best of several access patterns."""
+    """Bytes a second when all threads read ``size`` bytes again and again; the best of several access patterns."""
     steps, walked = _block(threads, size)
     source, sink = _buffer(walked), _buffer(4096 * threads)
     source.fill_(1)
     data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), 0, sink.data_ptr())
-    return max(walked / _quick_fifth(_repeat(lambda: launch(_memory(1, "", streams), data, threads), seconds))
-               for streams in (1, 2, 4, 8))
+    functions = [_memory(1, "", streams) for streams in (1, 2, 4, 8)]
+    return max(walked / _quick_fifth(_repeat(partial(launch, f, data, threads), seconds)) for f in functions)
 
 
 def copy(size: int, threads: int, sources: int = 1, fresh: bool = True, seconds: float = 0.05) -> float:
     """Bytes a second, reads and writes together, when ``size`` bytes are written from one or two arrays of that size.
 
-    With ``fresh`` each call allocates its output by ``torch.empty``, as an operator that returns a new tensor must; the best
-    of plain and streaming stores, and of ``torch.clone``.
+    With ``fresh`` each call allocates its output by ``torch.empty``, as an operator that returns a new tensor must;
+    the best of plain and streaming stores, and of ``torch.clone``.
     """
     steps, walked = _block(threads, size)
     inputs = [_buffer(walked).fill_(1) for _ in range(sources)]
@@ -323,7 +348,7 @@ def copy(size: int, threads: int, sources: int = 1, fresh: bool = True, seconds:
 
 
 class Limits:
-    """The limits of one run for one number of threads: measured when first asked for, and the best of all measurements kept."""
+    """The limits of one run and number of threads: measured when first asked for, the best measurement kept."""
 
     def __init__(self, threads: int, seconds: float = 0.05) -> None:
         self.threads, self.seconds = threads, seconds
@@ -338,11 +363,15 @@ class Limits:
         return self._fma[kind]
 
     def refresh_fma(self, dtype: torch.dtype) -> float:
-        """Measure again; returns this measurement, which is lower when the clock has slowed or a neighbour is at work."""
+        """Measure again; returns this measurement: lower if the clock has slowed or a neighbour is at work."""
         rate = fma(dtype, self.threads, self.seconds)
         kind = fma_dtype(dtype)
         self._fma[kind] = max(rate, self._fma.get(kind, 0.0))
         return rate
+
+    def known(self) -> dict[str, float]:
+        """The multiply-add limits measured so far, in GFLOP/s by dtype."""
+        return {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
 
     def memory(self, reads: int, writes: int, again: bool = False) -> float:
         """Seconds that moving so many bytes takes at least, each read or written once; with ``again``, measured anew.
@@ -356,7 +385,11 @@ class Limits:
             key = _round(writes), 2 if reads > 1.5 * writes else 1
         if again or key not in self._memory:
             size, sources = key
-            rate = copy(size, self.threads, sources, seconds=self.seconds) if sources else read(size, self.threads, self.seconds)
+            rate = (
+                copy(size, self.threads, sources, seconds=self.seconds)
+                if sources
+                else read(size, self.threads, self.seconds)
+            )
             self._memory[key] = max(rate, self._memory.get(key, 0.0))
         return total / self._memory[key]
 

@@ -1,4 +1,4 @@
-"""Whom we are compared with. A peer is a plug-in: a name, a predicate that says why not, and a way to prepare a case's call."""
+"""Whom we are compared with. A peer is a plug-in: a name, a predicate that says why not, a way to prepare a case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fastnn._numerics import TORCH
 from .cases import Case, Inputs
 
 OURS = "fastnn"
-
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Fastnn(Peer):
     def prepare(self, job: Job) -> Work:
         import fastnn.functional as functional
 
-        run = job.case.ours or job.case.torch
+        run = job.case.ours or job.case.theirs
         return as_work(job, lambda *inputs: run(functional, *inputs))
 
 
@@ -94,7 +93,7 @@ class TorchEager(Peer):
         return None
 
     def prepare(self, job: Job) -> Work:
-        return as_work(job, lambda *inputs: job.case.torch(TORCH, *inputs))
+        return as_work(job, lambda *inputs: job.case.theirs(TORCH, *inputs))
 
 
 class TorchCompile(Peer):
@@ -113,7 +112,7 @@ class TorchCompile(Peer):
         dynamo.reset()  # else the eighth case would silently fall back to eager
         inductor.cpp.threads = job.threads
         functorch.donated_buffer = False  # a backward is called again and again
-        run = job.case.torch
+        run = job.case.theirs
         compiled = torch.compile(lambda *inputs: run(TORCH, *inputs), fullgraph=True, dynamic=False)
         return as_work(job, compiled)
 

@@ -31,7 +31,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-# The lines of a run ----------------------------------------------------------------------------------------------------
+# The lines of a run
+# ----------------------------------------------------------------------------------------------------
 
 
 class Lines:
@@ -48,7 +49,10 @@ class Lines:
         self.console.print(Text(self._row(names), style="bold"))
 
     def _row(self, cells: Iterable[str]) -> str:
-        first, *rest = (cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(cells, self._width, strict=False)))
+        first, *rest = (
+            cell.ljust(w) if n == 0 else cell.rjust(w)
+            for n, (cell, w) in enumerate(zip(cells, self._width, strict=False))
+        )
         return " ".join([first, *rest])
 
     def case(self, records: Sequence[Record]) -> None:
@@ -56,9 +60,14 @@ class Lines:
         by = {r.provider: r for r in records}
         ours = by.get(OURS)
         main = ours if ours and ours.median else next((r for r in records if r.median), records[0])
-        cells = [main.case, main.mode, _SHORT.get(main.dtype, main.dtype), duration(ours.median if ours else None),
-                 f"{main.rate:.4g} {main.unit}" if main.rate else "–",
-                 f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–"]
+        cells = [
+            main.case,
+            main.mode,
+            _SHORT.get(main.dtype, main.dtype),
+            duration(ours.median if ours else None),
+            f"{main.rate:.4g} {main.unit}" if main.rate else "–",
+            f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
+        ]
         for peer in self.peers:
             r = by.get(peer)
             if r is None or r.median is None:
@@ -74,12 +83,18 @@ class Lines:
         self.console.print(Text(self._row(cells), style="red" if red else "yellow" if slower else ""))
         for r in records:
             if r.correct is False:
-                why = r.missing or f"error {r.error_ulp:.4g} ulp where torch has {r.torch_error_ulp:.4g}: no speed is reported"
+                why = (
+                    r.missing
+                    or f"error {r.error_ulp:.4g} ulp where torch has {r.torch_error_ulp:.4g}: no speed is reported"
+                )
                 self.console.print(Text(f"  RED {r.provider}: {why}", style="red"))
             elif r.missing and r.provider == OURS:
                 self.console.print(Text(f"  {r.provider} is missing: {r.missing}", style="yellow"))
-        notes = dict.fromkeys(f"{'' if sum(n in q.notes for q in records) == len(records) else r.provider + ': '}{n}"
-                              for r in records for n in r.notes)
+        notes = dict.fromkeys(
+            f"{'' if sum(n in q.notes for q in records) == len(records) else r.provider + ': '}{n}"
+            for r in records
+            for n in r.notes
+        )
         if notes:
             self.console.print(Text("  unsteady: " + "; ".join(notes), style="dim"))
         if ours and ours.served_by and "torch" in ours.served_by:
@@ -89,20 +104,32 @@ class Lines:
 def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
-    fma = ", ".join(f"{_SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)" for k, v in limits["fma_gflops"].items())
-    console.print(f"[bold]{m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
-                  + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v), highlight=False)
-    console.print(f"limits: multiply-add {fma} GFLOP/s; 64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy "
-                  f"{limits['copy_gbs_64MiB_same_output']:.0f}, copy into new memory {limits['copy_gbs_64MiB_new_output']:.0f} GB/s",
-                  highlight=False)
+    fma = ", ".join(
+        f"{_SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)"
+        for k, v in limits["fma_gflops"].items()
+    )
+    console.print(
+        f"[bold]{m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
+        + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
+        highlight=False,
+    )
+    console.print(
+        f"limits: multiply-add {fma} GFLOP/s; 64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy "
+        f"{limits['copy_gbs_64MiB_same_output']:.0f}, copy into new memory "
+        f"{limits['copy_gbs_64MiB_new_output']:.0f} GB/s",
+        highlight=False,
+    )
     console.print(header["method"], style="dim")
     if header["load_average"] is not None and header["load_average"] > 0.5:
-        console.print(f"The machine is not idle: load average {header['load_average']:.2f} before the run.", style="yellow")
+        console.print(
+            f"The machine is not idle: load average {header['load_average']:.2f} before the run.", style="yellow"
+        )
     for name, why in header["missing"].items():
         console.print(f"{name} is missing: {why}", style="yellow")
 
 
-# The summary -----------------------------------------------------------------------------------------------------------
+# The summary
+# -----------------------------------------------------------------------------------------------------------
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -110,7 +137,9 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _reached(goal: str, ours: Record, peers: dict[str, Record], all_ours: dict[tuple[str, str, str], Record]) -> float | None:
+def _reached(
+    goal: str, ours: Record, peers: dict[str, Record], all_ours: dict[tuple[str, str, str], Record]
+) -> float | None:
     """What a case reached of one goal; None where the run did not measure it."""
     if goal == "limit":
         return ours.limit_fraction
@@ -126,7 +155,7 @@ def _reached(goal: str, ours: Record, peers: dict[str, Record], all_ours: dict[t
 
 
 def summary(chosen: Sequence[tuple[Case, torch.dtype]], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """For each group of cases and each of its goals: the wish, what was reached (worst and geometric mean), and the worst case."""
+    """For each group of cases and goal: the wish, what was reached (worst and geometric mean), and the worst case."""
     all_ours = {(r.case, r.mode, r.dtype): r for r in records if r.provider == OURS}
     rows: dict[tuple[str, str, str, str, float], list[tuple[float, str]]] = {}
     for case, dtype in chosen:
@@ -142,13 +171,30 @@ def summary(chosen: Sequence[tuple[Case, torch.dtype]], records: Sequence[Record
     for (group, mode, dtype_, goal, wish), values in rows.items():
         mean = geometric_mean([v for v, _ in values])
         worst, where = max(values) if goal == "seconds" else min(values)
-        result.append({"group": group, "mode": mode, "dtype": dtype_, "goal": goal, "wish": wish, "mean": mean, "worst": worst,
-                       "worst_case": where, "cases": len(values), "reached": worst <= wish if goal == "seconds" else (mean if goal == "mean" else worst) >= wish})
+        result.append(
+            {
+                "group": group,
+                "mode": mode,
+                "dtype": dtype_,
+                "goal": goal,
+                "wish": wish,
+                "mean": mean,
+                "worst": worst,
+                "worst_case": where,
+                "cases": len(values),
+                "reached": worst <= wish if goal == "seconds" else (mean if goal == "mean" else worst) >= wish,
+            }
+        )
     return result
 
 
-_GOALS = {"limit": "of the limit", "best": "× the best peer", "mean": "× the best peer, geometric mean", "float32": "× our float32",
-          "seconds": "s"}
+_GOALS = {
+    "limit": "of the limit",
+    "best": "× the best peer",
+    "mean": "× the best peer, geometric mean",
+    "float32": "× our float32",
+    "seconds": "s",
+}
 
 
 def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -158,21 +204,47 @@ def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for name in ("group", "mode", "dtype", "goal", "geometric mean", "worst", "worst case", ""):
         table.add_column(name, justify="right" if name in ("geometric mean", "worst") else "left")
     for r in rows:
-        table.add_row(f"{r['group']} ({r['cases']})", r["mode"], r["dtype"],
-                      f"{'≤' if r['goal'] == 'seconds' else '≥'} {r['wish']:.3g} {_GOALS.get(r['goal'], '× ' + r['goal'])}",
-                      f"{r['mean']:.2f}", f"{r['worst']:.2f}", r["worst_case"],
-                      "[green]reached[/]" if r["reached"] else "[red]not yet[/]")
+        table.add_row(
+            f"{r['group']} ({r['cases']})",
+            r["mode"],
+            r["dtype"],
+            f"{'≤' if r['goal'] == 'seconds' else '≥'} {r['wish']:.3g} {_GOALS.get(r['goal'], '× ' + r['goal'])}",
+            f"{r['mean']:.2f}",
+            f"{r['worst']:.2f}",
+            r["worst_case"],
+            "[green]reached[/]" if r["reached"] else "[red]not yet[/]",
+        )
     console.print(table)
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+def print_doubts(console: Console, records: Sequence[Record]) -> None:
+    """Say it if the machine was not quiet enough to quote the numbers."""
+    cases = {(r.case, r.mode, r.dtype) for r in records}
+    unsteady = {(r.case, r.mode, r.dtype) for r in records if r.notes}
+    if unsteady:
+        console.print(
+            f"{len(unsteady)} of {len(cases)} cases were unsteady: the machine was busy, or its clock changed. "
+            "Repeat the run on a quiet machine before quoting them.",
+            style="yellow",
+        )
+
+
+# Files
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
     """Write all results so far; the file is whole at any moment."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps({"headers": list(headers), "records": [r.asdict() for r in records]}, indent=1, allow_nan=False,
-                                    ensure_ascii=False) + "\n")
+    temporary.write_text(
+        json.dumps(
+            {"headers": list(headers), "records": [r.asdict() for r in records]},
+            indent=1,
+            allow_nan=False,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     os.replace(temporary, path)
 
 
@@ -203,17 +275,25 @@ def plot(folder: Path, header: dict[str, Any], records: Sequence[Record]) -> lis
                 peer = times.get((r.case, r.mode, r.dtype, name))
                 if peer and r.median:
                     at.append(row + (n - (len(names) - 1) / 2) * height)
-                    values.append(peer / r.median)
-            axes.barh(at, values, height, label=name)
+                    values.append(peer / r.median - 1)
+            axes.barh(at, values, height, left=1, label=name)
         axes.axvline(1.0, color="black", linewidth=1)
-        axes.set_yticks(range(len(ours)), [f"{r.case}  {'' if r.mode == 'forward' else r.mode + ' '}{_SHORT.get(r.dtype, r.dtype)}"
-                                           + (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "") for r in ours],
-                        fontsize=8)
+        axes.set_yticks(
+            range(len(ours)),
+            [
+                f"{r.case}  {'' if r.mode == 'forward' else r.mode + ' '}{_SHORT.get(r.dtype, r.dtype)}"
+                + (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "")
+                for r in ours
+            ],
+            fontsize=8,
+        )
         axes.invert_yaxis()
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.set_xlabel("times faster than the peer (median of the same run)")
-        axes.set_title(f"{family}: {header['machine']['cpu']}, {threads} threads, torch {header['versions']['torch']}", fontsize=9)
+        axes.set_title(
+            f"{family}: {header['machine']['cpu']}, {threads} threads, torch {header['versions']['torch']}", fontsize=9
+        )
         axes.legend(fontsize=8)
         path = folder / f"{family}-{threads}threads.png"
         figure.savefig(path, dpi=140)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,12 @@ SPREAD, SHARE, DRIFT = 0.25, 0.05, 0.07
 #: Products that read less are not limited by memory.
 _CACHED = 4 << 20
 
+METHOD = (
+    "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each "
+    "after a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider allocates "
+    "its output anew in each call, and so do the copies that memory-bound cases are compared with."
+)
+
 
 @dataclass
 class Record:
@@ -40,8 +46,10 @@ class Record:
     Attributes:
         correct: within the error rule; None if the provider is missing.
         rate: operations or bytes a second in units of 10⁹, as ``unit`` says.
-        limit: what limits the case on this machine ("fma", "read" or "copy"); ``limit_fraction`` is how near this comes.
-        ratio: the best peer's time over this one's: above 1, this provider is faster than the best peer (never above 1 for a peer).
+        limit: what limits the case on this machine ("fma", "read" or "copy"); ``limit_fraction`` is how near this
+            comes.
+        ratio: the best peer's time over this one's: above 1, this provider is faster than the best peer (never above
+            1 for a peer).
         error_ulp: largest error against the float64 reference; torch_error_ulp: PyTorch's own.
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
@@ -78,17 +86,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def select(families: Iterable[str], dtype: torch.dtype | None = None, pattern: str | None = None,
-           quick: bool = False) -> list[tuple[Case, torch.dtype]]:
+def select(
+    families: Iterable[str], dtype: torch.dtype | None = None, pattern: str | None = None, quick: bool = False
+) -> list[tuple[Case, torch.dtype]]:
     """The cases to run. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``.
 
     Raises:
         ValueError: an unknown family, or no case is left.
     """
-    chosen = {}
+    chosen: dict[tuple[str, str, str, torch.dtype], tuple[Case, torch.dtype]] = {}
     for family in families:
         for case in cases(family):
-            wanted = (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
+            wanted = (
+                (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
+            )
             if wanted:
                 for kind in (dtype,) if dtype else case.dtypes:
                     chosen.setdefault((family, case.name, case.mode, kind), (case, kind))
@@ -97,24 +108,28 @@ def select(families: Iterable[str], dtype: torch.dtype | None = None, pattern: s
     return list(chosen.values())
 
 
-# Correctness -----------------------------------------------------------------------------------------------------------
+# Correctness
+# -----------------------------------------------------------------------------------------------------------
 
 
 def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
     """PyTorch's own error, which is the yardstick, and each provider's."""
     inputs, grad = [widen(v) for v in job.inputs], widen(job.grad)
-    true = results(lambda *values: job.case.torch(TORCH, *values), inputs, grad)
+    true = results(lambda *values: job.case.theirs(TORCH, *values), inputs, grad)
     scales = job.case.scale(inputs, grad) if job.case.scale else (None,) * len(true)
-    yardstick = results(lambda *values: job.case.torch(TORCH, *values), job.inputs, job.grad)
+    yardstick = results(lambda *values: job.case.theirs(TORCH, *values), job.inputs, job.grad)
 
     def worst(found: tuple[Any, ...], other: tuple[Tensor | None, ...]) -> Error:
         tensors = [t if isinstance(t, Tensor) else torch.from_numpy(t) for t in found]
-        return sum((error(*four, forward=grad is None) for four in zip(tensors, true, scales, other, strict=True)), Error())
+        return sum(
+            (error(*four, forward=grad is None) for four in zip(tensors, true, scales, other, strict=True)), Error()
+        )
 
     return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
 
 
-# The limits of a case --------------------------------------------------------------------------------------------------
+# The limits of a case
+# --------------------------------------------------------------------------------------------------
 
 
 def limit_of(case: Case, dtype: torch.dtype, limits: Limits, again: bool = False) -> tuple[str, float] | None:
@@ -136,8 +151,9 @@ def limit_of(case: Case, dtype: torch.dtype, limits: Limits, again: bool = False
     return name, seconds
 
 
-def fill(records: list[Record], times: dict[str, Times], case: Case, dtype: torch.dtype,
-         limit: tuple[str, float] | None) -> None:
+def fill(
+    records: list[Record], times: dict[str, Times], case: Case, dtype: torch.dtype, limit: tuple[str, float] | None
+) -> None:
     """The arithmetic: rates, fractions of the limit, ratios to the best peer."""
     peers = [t.median for name, t in times.items() if name != OURS]
     for record in records:
@@ -157,7 +173,8 @@ def fill(records: list[Record], times: dict[str, Times], case: Case, dtype: torc
             record.notes.append("faster than the limit that was measured: the limit was disturbed")
 
 
-# The run ---------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _served_by(work: Work) -> str | None:
@@ -174,14 +191,27 @@ def _available_memory() -> int | None:
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
-    return next(int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return next(
+        int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable")
+    )
 
 
-def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], limits: Limits,
-                 seconds: float) -> list[Record]:
+def measure_case(
+    case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], limits: Limits, seconds: float
+) -> list[Record]:
     """Check and time one case with every provider that can do it."""
-    records = [Record(case.family, case.name, dtype_name(dtype), threads, case.mode, peer.name,
-                      missing=peer.missing(case, dtype, threads)) for peer in providers]
+    records = [
+        Record(
+            case.family,
+            case.name,
+            dtype_name(dtype),
+            threads,
+            case.mode,
+            peer.name,
+            missing=peer.missing(case, dtype, threads),
+        )
+        for peer in providers
+    ]
     available = _available_memory()
     needed = 5 * 8 * sum(map(sum, case.passes))  # the float64 reference and its intermediates
     if available is not None and needed > available:
@@ -193,7 +223,7 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
         grad = None
         if case.mode != "forward":
             with torch.no_grad():
-                out = case.torch(TORCH, *inputs)
+                out = case.theirs(TORCH, *inputs)
             grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
         job = Job(case, inputs, grad, threads)
         works: dict[str, Work] = {}
@@ -220,7 +250,9 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
                 record.correct = found.within(torch_error, dtype)
                 record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
                 if found.specials > torch_error.specials:
-                    record.notes.append(f"{found.specials} NaN or infinite values where the reference has none, or the reverse")
+                    record.notes.append(
+                        f"{found.specials} NaN or infinite values where the reference has none, or the reverse"
+                    )
         gc.collect()
         # A red case prints no speed, and a peer with wrong results is no peer.
         right = {name: work for name, work in works.items() if errors[name].within(torch_error, dtype)}
@@ -241,8 +273,18 @@ def measure_case(case: Case, dtype: torch.dtype, threads: int, providers: list[P
 
 def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 5) -> list[Record]:
     """A case whose samples are new processes: the programs of all providers in turn."""
-    records = [Record(case.family, case.name, "float32", threads, case.mode, peer.name,
-                      missing=None if peer.name in case.programs else "not part of this case") for peer in providers]
+    records = [
+        Record(
+            case.family,
+            case.name,
+            "float32",
+            threads,
+            case.mode,
+            peer.name,
+            missing=None if peer.name in case.programs else "not part of this case",
+        )
+        for peer in providers
+    ]
     there = {r.provider: r for r in records if not r.missing}
     samples: dict[str, list[float]] = {name: [] for name in there}
     root = str(Path(import_module("fastnn").__file__ or "").parent.parent)
@@ -252,7 +294,13 @@ def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int
                 environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(threads)}
                 if case.cold:
                     environment |= {"FASTNN_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty}
-                done = subprocess.run([sys.executable, "-c", case.programs[name]], cwd=empty, env=environment, capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, "-c", case.programs[name]],
+                    cwd=empty,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                )
             if done.returncode:
                 record.correct, record.missing = False, (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
                 continue
@@ -287,12 +335,16 @@ def header(limits: Limits, providers: list[Peer], missing: dict[str, str]) -> di
     size = 64 << 20
     kinds = [torch.float32, torch.float64] + ([torch.bfloat16] if measured.has_bf16_dot() else [])
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv[1:],
         "machine": _info.machine(),
         "versions": _info.versions(),
         "threads": limits.threads,
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"))},
+        "environment": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"))
+        },
         "providers": {p.name: p.version for p in providers},
         "missing": missing,
         "load_average": load_average(),
@@ -303,14 +355,18 @@ def header(limits: Limits, providers: list[Peer], missing: dict[str, str]) -> di
             "copy_gbs_64MiB_new_output": measured.copy(size, limits.threads) / 1e9,
             "copy_gbs_64MiB_same_output": measured.copy(size, limits.threads, fresh=False) / 1e9,
         },
-        "method": "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each after "
-                  "a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider allocates its "
-                  "output anew in each call, and so do the copies that memory-bound cases are compared with.",
+        "method": METHOD,
     }
 
 
-def run(chosen: list[tuple[Case, torch.dtype]], threads: int, seconds: float, providers: list[Peer],
-        done: Callable[[Case, torch.dtype, list[Record]], None], limits: Limits | None = None) -> None:
+def run(
+    chosen: list[tuple[Case, torch.dtype]],
+    threads: int,
+    seconds: float,
+    providers: list[Peer],
+    done: Callable[[Case, torch.dtype, list[Record]], None],
+    limits: Limits | None = None,
+) -> None:
     """Measure the chosen cases one after the other; ``done`` gets each as soon as it is finished."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

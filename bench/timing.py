@@ -1,6 +1,7 @@
 """The stopwatch: providers in rotating blocks, each block after a pause and discarded calls.
 
-After a parallel region the threads of an OpenMP pool spin for milliseconds. Whoever is timed right after another pool's work
+After a parallel region the threads of an OpenMP pool spin for milliseconds. Whoever is timed right after another
+pool's work
 shares its cores with the spinning, and has read up to ten times slower than alone: hence the pause.
 """
 
@@ -23,7 +24,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call: the median, the times that one call and four calls in five beat, and how many samples there were."""
+    """Seconds a call: the median, the times that one call and four calls in five beat, and the number of samples."""
 
     median: float
     p20: float
@@ -52,7 +53,7 @@ def sample(call: Call, batch: int) -> float:
 
 
 def warm_up(call: Call, seconds: float = 0.5) -> float:
-    """Call until two successive estimates agree within a tenth or the time is up; returns the last estimate in seconds."""
+    """Call until two successive estimates agree within a tenth or the time is up; returns the last, in seconds."""
     stop = time.perf_counter() + seconds
     last = sample(call, 1)  # the first may compile
     batch = 1
@@ -78,7 +79,7 @@ def measure(calls: Mapping[str, Call], seconds: float, rounds: int = 5) -> dict[
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, batch = calls[name], batches[name]
             time.sleep(PAUSE)
             discarded = sample(call, 1)
@@ -105,10 +106,15 @@ class Neighbours:
         stat = Path("/proc/stat")
         if not stat.exists():
             return None
-        user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+        user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(
+            int, stat.read_text().split("\n", 1)[0].split()[1:]
+        )
         own = os.times()
-        return ((user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"),
-                own.user + own.system + own.children_user + own.children_system, time.perf_counter())
+        return (
+            (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"),
+            own.user + own.system + own.children_user + own.children_system,
+            time.perf_counter(),
+        )
 
     def share(self) -> float | None:
         """The share of all cores that others used since this object was made; None where the system does not tell."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -13,18 +14,28 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("info", help="versions, CPU, caches, threads, what is installed: the text for a bug report")
 
-    verify = commands.add_parser("verify", help="check every operator on this machine against float64, beside PyTorch's own error")
+    verify = commands.add_parser(
+        "verify", help="check every operator on this machine against float64, beside PyTorch's own error"
+    )
     verify.add_argument("family", nargs="*", help="matmul, activation, softmax, … (default: all)")
     verify.add_argument("--dtype", help="one of float32, float64, bfloat16, float16 (default: all)")
     verify.add_argument("--backend", help="check this backend only (default: whatever fastnn chooses)")
     verify.add_argument("--failures", action="store_true", help="print only the lines that failed")
 
-    bench = commands.add_parser("bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first")
+    bench = commands.add_parser(
+        "bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first"
+    )
     bench.add_argument("family", nargs="*", help="matmul, activation, softmax, … (default: all)")
-    bench.add_argument("--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: torch.get_num_threads())")
+    bench.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: torch.get_num_threads())"
+    )
     bench.add_argument("--dtype", help="run every case in this dtype (default: what the case says, mostly float32)")
-    bench.add_argument("--case", metavar="PATTERN", help="only cases whose name contains, or as a shell pattern matches, this")
-    bench.add_argument("--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family")
+    bench.add_argument(
+        "--case", metavar="PATTERN", help="only cases whose name contains, or as a shell pattern matches, this"
+    )
+    bench.add_argument(
+        "--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family"
+    )
     bench.add_argument("--json", metavar="FILE", help="write one record a case and provider; updated after each case")
     bench.add_argument("--plot", metavar="DIR", help="write a PNG of ratio bars a family")
     bench.add_argument("--providers", nargs="+", metavar="NAME", help="only these of: fastnn torch torch.compile numpy")
@@ -35,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0: well, 1: a check failed, 2: wrong arguments or something is not installed)."""
+    """Run a command; returns the exit status: 0 well, 1 a check failed, 2 wrong arguments or something is missing."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "info":
@@ -51,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import _warmup
 
             return _warmup.main(arguments)
-        from .bench import command
-
-        return command.main(arguments)
+        # Not an import statement: type checkers know these files as bench.*, where they lie in a checkout.
+        return int(import_module("fastnn.bench.command").main(arguments))
     except ImportError as problem:
         if problem.name not in ("rich", "matplotlib", "numba", "numpy"):
             raise

@@ -81,8 +81,14 @@ def versions() -> dict[str, str | None]:
 
     from . import __version__
 
-    found: dict[str, str | None] = {"fastnn": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: installed(name) for name in ("numpy", "numba", "llvmlite", *(e for e in EXTRAS if e != "numba"))}
+    found: dict[str, str | None] = {
+        "fastnn": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return found | {
+        name: installed(name) for name in ("numpy", "numba", "llvmlite", *(e for e in EXTRAS if e != "numba"))
+    }
 
 
 def size(number: int | None) -> str:
@@ -99,7 +105,11 @@ def cache() -> dict[str, Any]:
 
     folder = build.cache_dir()
     files = [f for f in folder.rglob("*.o") if f.is_file()] if folder and folder.is_dir() else []
-    return {"folder": str(folder) if folder else None, "kernels": len(files), "bytes": sum(f.stat().st_size for f in files)}
+    return {
+        "folder": str(folder) if folder else None,
+        "kernels": len(files),
+        "bytes": sum(f.stat().st_size for f in files),
+    }
 
 
 def text() -> str:
@@ -113,22 +123,34 @@ def text() -> str:
         lines.append(f"{name + ':':<12} {value}")
 
     row("system", facts["os"])
-    row("CPU", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory'])} of memory"
-        + (f"; LLVM calls it {facts['cpu_llvm']}" if "cpu_llvm" in facts else ""))
+    row(
+        "CPU",
+        f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory'])} of memory"
+        + (f"; LLVM calls it {facts['cpu_llvm']}" if "cpu_llvm" in facts else ""),
+    )
     if facts["affinity"] is not None and len(facts["affinity"]) != facts["cores"]:
         row("affinity", f"this process may use only cores {facts['affinity']}")
     if "caches" in facts:
         row("caches", ", ".join(f"{name.upper()} {size(size)}" for name, size in facts["caches"].items()))
-        row("SIMD", f"{facts['simd']['name']}, vectors of {facts['simd']['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
+        simd = facts["simd"]
+        row("SIMD", f"{simd['name']}, vectors of {simd['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
         row("features", facts["features"])
     launcher = f"; kernels start through {_launcher()}" if installed("numba") else ""
     row("threads", f"{torch.get_num_threads()} (torch.get_num_threads()){launcher}")
     row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
     if installed("numba"):
         kept = cache()
-        row("cache", f"{kept['folder']}: {kept['kernels']} kernels, {size(kept['bytes'])}" if kept["folder"]
-            else "off (FASTNN_CACHE_DIR is empty)")
-    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"))}
+        row(
+            "cache",
+            f"{kept['folder']}: {kept['kernels']} kernels, {size(kept['bytes'])}"
+            if kept["folder"]
+            else "off (FASTNN_CACHE_DIR is empty)",
+        )
+    settings = {
+        k: v
+        for k, v in sorted(os.environ.items())
+        if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"))
+    }
     row("environment", ", ".join(f"{k}={v}" for k, v in settings.items()) or "nothing set that matters here")
     lines += ["", "Optional packages"]
     for package, brings in EXTRAS.items():

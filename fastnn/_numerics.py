@@ -1,9 +1,11 @@
 """The error rule that verify, bench and the tests share.
 
-Errors are counted in ulp: units in the last place that the output's dtype has at the reference value. For a sum of products
+Errors are counted in ulp: units in the last place that the output's dtype has at the reference value. For a sum of
+products
 the place is that of the sum of magnitudes (the reference run on absolute values): with cancellation the result itself
-can be arbitrarily smaller than what any order of summation could resolve. In a forward, 16-bit types are summed in float32,
-so there the magnitudes count with float32's precision; a backward starts from what the forward rounded to 16 bits.
+can be arbitrarily smaller than what any order of summation could resolve. In a forward, 16-bit types are summed in
+float32, so there the magnitudes count with float32's precision; a backward starts from what the forward rounded to 16
+bits.
 """
 
 from __future__ import annotations
@@ -17,8 +19,14 @@ import torch
 from torch import Tensor
 
 #: torch's functions and torch.nn.functional's under one roof; where both have a name, the latter's.
-TORCH: Any = SimpleNamespace(**{name: value for module in (torch, torch.nn.functional) for name, value in vars(module).items()
-                                if callable(value) and not name.startswith("_")})
+TORCH: Any = SimpleNamespace(
+    **{
+        name: value
+        for module in (torch, torch.nn.functional)
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_")
+    }
+)
 
 
 def _careful_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -40,10 +48,20 @@ def _careful_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 #: The same with products that can judge float64 ones (of small matrices).
-CAREFUL: Any = SimpleNamespace(**vars(TORCH) | {
-    "matmul": _careful_matmul, "mm": _careful_matmul, "bmm": _careful_matmul, "mv": _careful_matmul,
-    "addmm": _careful_addmm, "baddbmm": _careful_addmm, "linear": _careful_linear})
-#: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or None).
+CAREFUL: Any = SimpleNamespace(
+    **vars(TORCH)
+    | {
+        "matmul": _careful_matmul,
+        "mm": _careful_matmul,
+        "bmm": _careful_matmul,
+        "mv": _careful_matmul,
+        "addmm": _careful_addmm,
+        "baddbmm": _careful_addmm,
+        "linear": _careful_linear,
+    }
+)
+#: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or
+#: None).
 Scale = Callable[[Sequence[Any], Tensor | None], tuple[Tensor, ...]]
 
 #: An error of so many ulp is allowed whatever PyTorch's own error is; half of it in the 16-bit types, which are rounded
@@ -55,13 +73,16 @@ _BLOCK = 1 << 22
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of ``dtype`` at float64 ``values`` (subnormal numbers included)."""
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values.abs().clamp(info.tiny, info.max))  # magnitude = mantissa · 2^exponent, mantissa ≥ 0.5
+    _, exponent = torch.frexp(
+        values.abs().clamp(info.tiny, info.max)
+    )  # magnitude = mantissa · 2^exponent, mantissa ≥ 0.5
     return torch.exp2((exponent - 1).double()) * info.eps
 
 
 @dataclass
 class Error:
-    """How far a result is from its reference: the largest and the root-mean-square error in ulp, and mismatched specials.
+    """How far a result is from its reference: the largest and the root-mean-square error in ulp, and mismatched
+    specials.
 
     ``specials`` counts the places where one side is NaN or infinite and the other is not the same.
     """
@@ -76,23 +97,32 @@ class Error:
         return (self.square_sum / self.count) ** 0.5 if self.count else 0.0
 
     def __add__(self, other: Error) -> Error:
-        return Error(max(self.worst, other.worst), self.square_sum + other.square_sum, self.count + other.count,
-                     self.specials + other.specials)
+        return Error(
+            max(self.worst, other.worst),
+            self.square_sum + other.square_sum,
+            self.count + other.count,
+            self.specials + other.specials,
+        )
 
     def within(self, yardstick: Error, dtype: torch.dtype) -> bool:
-        """The rule: at most twice the yardstick's (PyTorch's) largest error plus a floor, and no special value more lost."""
+        """The rule: at most twice the yardstick's (PyTorch's) largest error plus a floor, no more specials lost."""
         floor = FLOOR / 2 if dtype.itemsize == 2 else FLOOR
         return self.specials <= yardstick.specials and self.worst <= 2 * yardstick.worst + floor
 
 
-def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardstick: Tensor | None = None,
-          forward: bool = False) -> Error:
+def error(
+    result: Tensor,
+    reference: Tensor,
+    scale: Tensor | None = None,
+    yardstick: Tensor | None = None,
+    forward: bool = False,
+) -> Error:
     """The error of ``result`` against a float64 ``reference`` of the same shape, in ulp of ``result``'s dtype.
 
     Args:
         scale: magnitudes (float64, same shape) at which the ulp is taken where they exceed the reference.
-        yardstick: PyTorch's own result; where it is NaN or infinite and the reference is not (an overflow on the way, say), the
-            same value is accepted of us.
+        yardstick: PyTorch's own result; where it is NaN or infinite and the reference is not (an overflow on the way,
+            say), the same value is accepted of us.
         forward: whether the result is a forward's.
 
     Raises:
@@ -101,7 +131,11 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
     if result.shape != reference.shape:
         raise ValueError(f"result has shape {tuple(result.shape)}, the reference {tuple(reference.shape)}")
     total = Error()
-    fineness = torch.finfo(torch.float32).eps / torch.finfo(result.dtype).eps if forward and result.dtype.itemsize == 2 else 1.0
+    fineness = (
+        torch.finfo(torch.float32).eps / torch.finfo(result.dtype).eps
+        if forward and result.dtype.itemsize == 2
+        else 1.0
+    )
     flat = [None if t is None else t.detach().reshape(-1).split(_BLOCK) for t in (result, reference, scale, yardstick)]
     for n, out in enumerate(flat[0] or ()):
         ref, size, other = (None if t is None else t[n] for t in flat[1:])
@@ -113,16 +147,21 @@ def error(result: Tensor, reference: Tensor, scale: Tensor | None = None, yardst
         finite = out.isfinite() & rounded.isfinite()
         at = ref.abs() if size is None else torch.maximum(ref.abs(), size * fineness)
         distance = ((out.double() - ref).abs() / ulp(at, out.dtype))[finite]
-        total += Error(float(distance.max()) if distance.numel() else 0.0, float((distance * distance).sum()),
-                       distance.numel(), int((~finite & ~same).sum()))
+        total += Error(
+            float(distance.max()) if distance.numel() else 0.0,
+            float((distance * distance).sum()),
+            distance.numel(),
+            int((~finite & ~same).sum()),
+        )
     return total
 
 
-# References and scales -------------------------------------------------------------------------------------------------
+# References and scales
+# -------------------------------------------------------------------------------------------------
 
 
 def widen(value: Any, absolute: bool = False) -> Any:
-    """A float64 leaf of a tensor's values (or magnitudes) that requires a gradient if the tensor does; anything else as it is."""
+    """A float64 leaf of a tensor's values or magnitudes, requiring a gradient if it does; anything else as it is."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     wide = value.detach().double()
@@ -140,18 +179,26 @@ def results(function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor
 
 
 def sum_of_magnitudes(function: Callable[..., Tensor]) -> Scale:
-    """The scale of sums of products: the same function (its linear part, called with torch's functions) of absolute values."""
+    """The scale of sums of products: the function (its linear part, in torch's words) of absolute values."""
+
     def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
-        return results(lambda *values: function(TORCH, *values), [widen(v, absolute=True) for v in inputs], widen(grad, absolute=True))
+        return results(
+            lambda *values: function(TORCH, *values),
+            [widen(v, absolute=True) for v in inputs],
+            widen(grad, absolute=True),
+        )
+
     return scale
 
 
 def softmax_scale(log: bool, dim: int = -1) -> Scale:
     """For softmax and log_softmax along ``dim``.
 
-    An exponential magnifies what its argument has lost: exp(x - max) is counted at 1 + max - x times its value. log_softmax is a
-    difference, of x - max and a logarithm near or above 0; the gradients y (g - Σ g y) and g - y Σ g are others.
+    An exponential magnifies what its argument has lost: exp(x - max) is counted at 1 + max - x times its value.
+    log_softmax is a difference, of x - max and a logarithm near or above 0; the gradients y (g - Σ g y) and g - y Σ g
+    are others.
     """
+
     def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
         x = inputs[0].detach()
         below = x.amax(dim, keepdim=True) - x
@@ -160,4 +207,5 @@ def softmax_scale(log: bool, dim: int = -1) -> Scale:
             return (1 + below if log else y,)
         g = grad.abs()
         return (g + y * g.sum(dim, keepdim=True) if log else y * (g + (g * y).sum(dim, keepdim=True)),)
+
     return scale

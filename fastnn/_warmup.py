@@ -15,7 +15,7 @@ from ._numerics import results
 
 def _call(check: verify.Check, dtype: torch.dtype) -> None:
     """One forward and, where there is one, one backward: kernels are built a dtype, not a shape."""
-    run = check.ours or check.torch
+    run = check.ours or check.theirs
     inputs = check.make(dtype)
     out = results(lambda *values: run(functional, *values), inputs, None)[0]
     if any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
@@ -36,9 +36,13 @@ def main(arguments: Namespace) -> int:
     dtypes = verify.dtypes(arguments.dtype)
     console = Console()
     # Special values meet no other kernels than usual ones.
-    jobs = [(check, dtype) for check in verify.checks() if not check.name.endswith("special values") for dtype in dtypes]
+    jobs = [
+        (check, dtype) for check in verify.checks() if not check.name.endswith("special values") for dtype in dtypes
+    ]
     before, begin = cache()["kernels"], time.perf_counter()
-    with Progress(TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
         task = bar.add_task("", total=len(jobs))
         for check, dtype in jobs:
             bar.update(task, description=f"{check.name}, {str(dtype).removeprefix('torch.')}")
@@ -46,12 +50,20 @@ def main(arguments: Namespace) -> int:
             bar.advance(task)
         # Kernels that no small example reaches, such as those for large sizes only.
         names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
-        rest = [k for name, k in Kernel.registry.items() if len(dtypes) > 1 or any(part in names for part in name.split("_"))]
+        rest = [
+            k
+            for name, k in Kernel.registry.items()
+            if len(dtypes) > 1 or any(part in names for part in name.split("_"))
+        ]
         task = bar.add_task("the remaining kernels", total=len(rest))
         for kernel in rest:
             kernel.load()
             bar.advance(task)
     kept = cache()
-    console.print(f"{kept['kernels'] - before} kernels compiled, {kept['kernels']} in {kept['folder'] or 'memory only'} ({size(kept['bytes'])}), "
-                  f"{time.perf_counter() - begin:.1f} s", soft_wrap=True, highlight=False)
+    console.print(
+        f"{kept['kernels'] - before} kernels compiled, {kept['kernels']} in {kept['folder'] or 'memory only'} "
+        f"({size(kept['bytes'])}), {time.perf_counter() - begin:.1f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
     return 0

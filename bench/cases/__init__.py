@@ -1,6 +1,7 @@
 """What is measured, as data: one file a family, each with a list ``CASES``.
 
-A new kernel is benchmarked by declaring its cases here and nothing else: the same declaration serves speed and correctness.
+A new kernel is benchmarked by declaring its cases here and nothing else: the same declaration serves speed and
+correctness.
 """
 
 from __future__ import annotations
@@ -26,26 +27,30 @@ class Case:
     Attributes:
         family: matmul, activation, softmax, …
         name: ``group/what/size``; the first part is the row of the speed table that the case belongs to.
-        make: dtype → the inputs, the same for every provider. Tensors that require a gradient get one in ``backward`` and ``train``.
-        torch: the work in PyTorch's words: ``torch(F, *inputs)``, F having torch's functions; also the float64 reference.
+        make: dtype → the inputs, the same for every provider. Tensors that require a gradient get one in ``backward``
+            and ``train``.
+        theirs: the work in PyTorch's words: ``theirs(F, *inputs)``, F having torch's functions; also the float64
+            reference.
         ours: the same in fastnn's words, where they differ (``activation=`` for a fused GELU).
         numpy: the same on NumPy arrays, where NumPy has the operation: ``numpy(*arrays)``.
         flops: floating-point operations, a multiply-add counted as two; 0 where memory is the measure.
         passes: (elements read, elements written) of each pass over memory that nobody can avoid.
         mode: forward (no gradients), backward (of a forward done before), train (both).
         dtypes: those of the default run.
-        scale: the magnitudes at which errors are counted where the results themselves may cancel (see fastnn._numerics).
-        goals: what the project wants: "limit" (fraction of it), "best" (ratio to the best peer), a peer's name (ratio to it),
-            "mean" (geometric mean of "best" over the group), "float32" (ratio to our own float32 time), "seconds" (at most).
+        scale: the magnitudes at which errors are counted where the results themselves may cancel (see
+            fastnn._numerics).
+        goals: what the project wants: "limit" (fraction of it), "best" (ratio to the best peer), a peer's name (ratio
+            to it), "mean" (geometric mean of "best" over the group), "float32" (ratio to our own float32 time),
+            "seconds" (at most).
         quick: part of ``--quick``.
-        programs: for what only a new process can show, a program a provider that prints the seconds and whether the result was right;
-            ``cold``: each with an empty kernel cache.
+        programs: for what only a new process can show, a program a provider that prints the seconds and whether the
+            result was right; ``cold``: each with an empty kernel cache.
     """
 
     family: str
     name: str
     make: Callable[[torch.dtype], Inputs]
-    torch: Callable[..., Tensor]
+    theirs: Callable[..., Tensor]
     ours: Callable[..., Tensor] | None = None
     numpy: Callable[..., Any] | None = None
     flops: int = 0
@@ -89,9 +94,11 @@ def cases(family: str) -> list[Case]:
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0, grad: bool = False) -> Callable[[torch.dtype], Tensor]:
     """A maker of one normally distributed tensor; it is the same in every run."""
+
     def make(dtype: torch.dtype) -> Tensor:
         values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(scale).to(dtype)
         return values.requires_grad_(grad)
+
     return make
 
 

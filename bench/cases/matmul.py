@@ -25,7 +25,7 @@ def _numpy_product(a: Any, b: Any) -> Any:
     import numpy as np
 
     batch = a.shape[:-2]
-    shape = (*batch, a.shape[-2], *b.shape[len(batch) + 1:]) if a.ndim > 1 else b.shape[1:]
+    shape = (*batch, a.shape[-2], *b.shape[len(batch) + 1 :]) if a.ndim > 1 else b.shape[1:]
     size = int(np.prod(shape)) * a.itemsize
     if size < 1 << 20:
         return np.matmul(a, b)
@@ -40,12 +40,22 @@ def _numpy_linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def square(n: int, **extra: Any) -> Case:
-    return Case("matmul", f"square/{n}", together(random(n, n, seed=1), random(n, n, seed=2)),
-                torch=lambda F, a, b: F.matmul(a, b), numpy=_numpy_product, flops=2 * n**3, passes=((2 * n * n, n * n),),
-                scale=sum_of_magnitudes(lambda F, a, b: F.matmul(a, b)), **extra)
+    return Case(
+        "matmul",
+        f"square/{n}",
+        together(random(n, n, seed=1), random(n, n, seed=2)),
+        theirs=lambda F, a, b: F.matmul(a, b),
+        numpy=_numpy_product,
+        flops=2 * n**3,
+        passes=((2 * n * n, n * n),),
+        scale=sum_of_magnitudes(lambda F, a, b: F.matmul(a, b)),
+        **extra,
+    )
 
 
-def linear(layer: str, m: int, activation: str | None = None, group: str = "linear", grad: bool = False, **extra: Any) -> Case:
+def linear(
+    layer: str, m: int, activation: str | None = None, group: str = "linear", grad: bool = False, **extra: Any
+) -> Case:
     """y = act(x Wᵀ + b) of a named layer with m rows."""
     k, n = LAYERS[layer]
 
@@ -58,16 +68,27 @@ def linear(layer: str, m: int, activation: str | None = None, group: str = "line
     def fused(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, w, b, activation="gelu")
 
-    return Case("matmul", f"{group}/{layer}/{m}",
-                together(random(m, k, seed=1, grad=grad), random(n, k, seed=2, scale=k**-0.5, grad=grad),
-                         random(n, seed=3, scale=0.1, grad=grad)),
-                torch=with_gelu if activation else plain, ours=fused if activation else None,
-                numpy=None if activation else _numpy_linear,
-                flops=2 * m * n * k * (3 if grad else 1), passes=((m * k + n * k + n, m * n),), scale=sum_of_magnitudes(plain), **extra)
+    return Case(
+        "matmul",
+        f"{group}/{layer}/{m}",
+        together(
+            random(m, k, seed=1, grad=grad),
+            random(n, k, seed=2, scale=k**-0.5, grad=grad),
+            random(n, seed=3, scale=0.1, grad=grad),
+        ),
+        theirs=with_gelu if activation else plain,
+        ours=fused if activation else None,
+        numpy=None if activation else _numpy_linear,
+        flops=2 * m * n * k * (3 if grad else 1),
+        passes=((m * k + n * k + n, m * n),),
+        scale=sum_of_magnitudes(plain),
+        **extra,
+    )
 
 
 def bmm(name: str, batch: int, m: int, k: int, n: int, transposed: bool = False, **extra: Any) -> Case:
     """Batched products of attention: scores q kᵀ (k transposed by a view) or the context p v."""
+
     def run(F: Any, a: Tensor, b: Tensor) -> Tensor:
         return F.bmm(a, b.transpose(1, 2) if transposed else b)
 
@@ -75,25 +96,49 @@ def bmm(name: str, batch: int, m: int, k: int, n: int, transposed: bool = False,
         return _numpy_product(a, b.transpose(0, 2, 1) if transposed else b)
 
     b_shape = (batch, n, k) if transposed else (batch, k, n)
-    return Case("matmul", f"bmm/{name}/{batch}x{m}x{k}x{n}", together(random(batch, m, k, seed=1), random(*b_shape, seed=2)),
-                torch=run, numpy=with_numpy, flops=2 * batch * m * n * k,
-                passes=((batch * (m * k + n * k), batch * m * n),), scale=sum_of_magnitudes(run), **extra)
+    return Case(
+        "matmul",
+        f"bmm/{name}/{batch}x{m}x{k}x{n}",
+        together(random(batch, m, k, seed=1), random(*b_shape, seed=2)),
+        theirs=run,
+        numpy=with_numpy,
+        flops=2 * batch * m * n * k,
+        passes=((batch * (m * k + n * k), batch * m * n),),
+        scale=sum_of_magnitudes(run),
+        **extra,
+    )
 
 
 def vector(name: str, n: int, k: int, **extra: Any) -> Case:
     """Matrix times vector."""
-    return Case("matmul", f"mv/{name}/{n}x{k}", together(random(n, k, seed=1), random(k, seed=2)),
-                torch=lambda F, a, x: F.mv(a, x), numpy=_numpy_product, passes=((n * k + k + n, 0),),
-                scale=sum_of_magnitudes(lambda F, a, x: F.mv(a, x)), **extra)
+    return Case(
+        "matmul",
+        f"mv/{name}/{n}x{k}",
+        together(random(n, k, seed=1), random(k, seed=2)),
+        theirs=lambda F, a, x: F.mv(a, x),
+        numpy=_numpy_product,
+        passes=((n * k + k + n, 0),),
+        scale=sum_of_magnitudes(lambda F, a, x: F.mv(a, x)),
+        **extra,
+    )
 
 
 def row(name: str, k: int, n: int, **extra: Any) -> Case:
     """A linear layer on one row: what a model does for each token that it generates."""
+
     def run(F: Any, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
 
-    return Case("matmul", f"mv/linear_{name}/1x{k}x{n}", together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
-                torch=run, numpy=_numpy_linear, passes=((n * k + k + n, 0),), scale=sum_of_magnitudes(run), **extra)
+    return Case(
+        "matmul",
+        f"mv/linear_{name}/1x{k}x{n}",
+        together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
+        theirs=run,
+        numpy=_numpy_linear,
+        passes=((n * k + k + n, 0),),
+        scale=sum_of_magnitudes(run),
+        **extra,
+    )
 
 
 def small(n: int, **extra: Any) -> Case:
@@ -102,11 +147,20 @@ def small(n: int, **extra: Any) -> Case:
 
 def call_overhead() -> Case:
     """An 8×8 linear layer: only the cost of the call."""
+
     def run(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, w, b)
 
-    return Case("matmul", "call/linear/8x8", together(random(8, 8, seed=1), random(8, 8, seed=2), random(8, seed=3)),
-                torch=run, numpy=_numpy_linear, scale=sum_of_magnitudes(run), goals={"torch": 1 / 1.5}, quick=True)
+    return Case(
+        "matmul",
+        "call/linear/8x8",
+        together(random(8, 8, seed=1), random(8, 8, seed=2), random(8, seed=3)),
+        theirs=run,
+        numpy=_numpy_linear,
+        scale=sum_of_magnitudes(run),
+        goals={"torch": 1 / 1.5},
+        quick=True,
+    )
 
 
 _SQUARE = {"limit": 0.9, "best": 1.03}
@@ -121,10 +175,23 @@ CASES = [
     square(4096, goals=_SQUARE),
     square(1024, goals=_BFLOAT16, dtypes=(torch.bfloat16,), quick=True),
     square(2048, goals=_BFLOAT16, dtypes=(torch.bfloat16,)),
-    *(linear(layer, m, "gelu", "linear_gelu", goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
-             quick=(layer, m) in {("bert_up", 8), ("bert_up", 128), ("bert_down", 32), ("llama_projection", 32)})
-      for layer in LAYERS for m in (8, 32, 128, 512)),
-    *(linear(layer, m, goals={"best": 1.0}, quick=(layer, m) == ("bert_up", 128)) for layer in LAYERS for m in (32, 128)),
+    *(
+        linear(
+            layer,
+            m,
+            "gelu",
+            "linear_gelu",
+            goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
+            quick=(layer, m) in {("bert_up", 8), ("bert_up", 128), ("bert_down", 32), ("llama_projection", 32)},
+        )
+        for layer in LAYERS
+        for m in (8, 32, 128, 512)
+    ),
+    *(
+        linear(layer, m, goals={"best": 1.0}, quick=(layer, m) == ("bert_up", 128))
+        for layer in LAYERS
+        for m in (32, 128)
+    ),
     vector("square", 4096, 4096, goals=_VECTOR, quick=True),
     row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
     row("gpt2_up", 768, 3072, goals=_VECTOR),
@@ -137,10 +204,22 @@ CASES = [
     bmm("gpt2_scores", 12, 1024, 64, 1024, transposed=True, goals={"best": 1.2}),
     bmm("gpt2_context", 12, 1024, 1024, 64, goals={"best": 1.2}),
     bmm("minilm_scores", 768, 32, 32, 32, transposed=True, goals={"best": 1.2}),
-    *(linear(layer, m, None, "linear_train", grad=True, mode="train", goals={"best": 1.1},
-             quick=(layer, m) == ("bert_up", 128))
-      for layer in ("bert_attention", "bert_up", "bert_down") for m in (128, 512)),
+    *(
+        linear(
+            layer,
+            m,
+            None,
+            "linear_train",
+            grad=True,
+            mode="train",
+            goals={"best": 1.1},
+            quick=(layer, m) == ("bert_up", 128),
+        )
+        for layer in ("bert_attention", "bert_up", "bert_down")
+        for m in (128, 512)
+    ),
     linear("bert_up", 128, None, "linear_backward", grad=True, mode="backward", goals={"best": 1.1}).on(
-        flops=4 * 128 * 768 * 3072),
+        flops=4 * 128 * 768 * 3072
+    ),
     call_overhead(),
 ]

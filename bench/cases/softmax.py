@@ -26,10 +26,16 @@ def rows(function: str, model: str, mode: str = "forward", dim: int = -1, **extr
     n = torch.Size(shape).numel()
     grad = mode == "backward"
     suffix = "" if dim == -1 else f"_dim{dim}"
-    return Case("softmax", f"{function}/{model}{suffix}/{'x'.join(map(str, shape))}",
-                together(random(*shape, seed=1, scale=3.0, grad=grad)),
-                torch=lambda F, x: getattr(F, function)(x, dim), passes=((2 * n if grad else n, n),), mode=mode,
-                scale=softmax_scale(function == "log_softmax", dim), **extra)
+    return Case(
+        "softmax",
+        f"{function}/{model}{suffix}/{'x'.join(map(str, shape))}",
+        together(random(*shape, seed=1, scale=3.0, grad=grad)),
+        theirs=lambda F, x: getattr(F, function)(x, dim),
+        passes=((2 * n if grad else n, n),),
+        mode=mode,
+        scale=softmax_scale(function == "log_softmax", dim),
+        **extra,
+    )
 
 
 def _classes(n: int, c: int) -> Any:
@@ -37,15 +43,22 @@ def _classes(n: int, c: int) -> Any:
 
 
 def cross_entropy(model: str, n: int, c: int, mode: str, **extra: Any) -> Case:
-    """The loss on class indices. The forward reads the logits once; the backward reads them again and writes their gradient."""
+    """The loss on class indices: the forward reads the logits once, the backward again and writes their gradient."""
+
     def run(F: Any, x: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(x, target)
 
     size = n * c
     passes = {"forward": ((size, 0),), "backward": ((size, size),), "train": ((size, 0), (size, size))}[mode]
-    return Case("softmax", f"cross_entropy/{model}/{n}x{c}",
-                together(random(n, c, seed=1, scale=2.0, grad=mode != "forward"), _classes(n, c)),
-                torch=run, passes=passes, mode=mode, **extra)
+    return Case(
+        "softmax",
+        f"cross_entropy/{model}/{n}x{c}",
+        together(random(n, c, seed=1, scale=2.0, grad=mode != "forward"), _classes(n, c)),
+        theirs=run,
+        passes=passes,
+        mode=mode,
+        **extra,
+    )
 
 
 _GOALS = {"limit": 0.85, "torch": 2.5}
@@ -55,7 +68,10 @@ CASES = [
     *(rows("softmax", model, goals=_GOALS, quick=model in ("bert_base", "bert_scores")) for model in SHAPES),
     *(rows("softmax", model, "backward", goals=_BOTH, quick=model == "bert_base") for model in SHAPES),
     rows("softmax", "bert_base", dim=0, goals=_BOTH),
-    *(rows("log_softmax", model, goals=_BOTH, quick=model == "bert_base") for model in ("bert_base", "gpt2_vocabulary")),
+    *(
+        rows("log_softmax", model, goals=_BOTH, quick=model == "bert_base")
+        for model in ("bert_base", "gpt2_vocabulary")
+    ),
     *(rows("log_softmax", model, "backward", goals=_BOTH) for model in ("bert_base", "gpt2_vocabulary")),
     cross_entropy("bert_vocabulary", 512, 30522, "forward", goals={"best": 2.0}, quick=True),
     cross_entropy("bert_vocabulary", 512, 30522, "train", goals={"best": 2.0}, quick=True),

@@ -1,4 +1,5 @@
-"""What a user waits for before the first result: the import, and the first linear layer without and with the kernels on disk.
+"""What a user waits for before the first result: the import, and the first linear layer without and with the kernels
+on disk.
 
 Each sample is a new process. ``import torch`` has happened before the clock starts, since every peer needs it.
 """
@@ -36,8 +37,16 @@ def _nothing(dtype: object) -> tuple[()]:
 
 
 def _process(name: str, seconds: float, programs: dict[str, str], cold: bool = False) -> Case:
-    return Case("startup", name, _nothing, torch=lambda F: F.zeros(()), goals={"seconds": seconds}, programs=programs, cold=cold,
-                quick=True)
+    return Case(
+        "startup",
+        name,
+        _nothing,
+        theirs=lambda F: F.zeros(()),
+        goals={"seconds": seconds},
+        programs=programs,
+        cold=cold,
+        quick=True,
+    )
 
 
 CASES = [

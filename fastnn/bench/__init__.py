@@ -1,4 +1,4 @@
-"""The benchmark: ``python -m fastnn bench``. Its files are in the top-level folder ``bench/``, found as those of ``kernels/`` are."""
+"""The benchmark. Its files are in the top-level folder ``bench/``, and found here as those of ``kernels/`` are."""
 
 from pathlib import Path
 
