@@ -19,13 +19,9 @@ from .engine.host import simd
 from .engine.region import parallel
 from .engine.simd import (
     ELEMS,
-    FLOAT64,
-    INT32,
-    INT64,
-    Elem,
     compute_elem,
     inline,
-    iota,
+    iota_like,
     load,
     load_n,
     load_scalar,
@@ -39,7 +35,8 @@ from .engine.simd import (
 from .engine.vecmath import Constant, of
 
 # Vectors computed as one: enough to hide the latency of a polynomial, few enough for the registers.
-WIDTH = int(__import__("os").environ.get("W") or (4 if simd().registers == 32 else 2))
+WIDTH = 4 if simd().registers == 32 else 2
+MOST_LANES = WIDTH * 16
 
 
 def elementwise(f: Callable[..., Any], inputs: str, outputs: str, one_a_row: int = 0) -> Callable[..., Any]:
@@ -201,19 +198,17 @@ def mix_scalar(h):
 
 def dropout(elem: str) -> Callable[..., Any]:
     """k0, k1: the seed's low half and the hash of its high half; k2: elements whose 32 bits are below it are dropped."""
-    index: Elem = INT64 if ELEMS[elem] is FLOAT64 else INT32
-    sign = 0 if index is INT64 else 1 << 31  # lanes compare signed
-    last = index.lanes - 1
+    sign = 0 if elem == "float64" else 1 << 31  # lanes of 32 bits compare signed
 
     @inline
     def f(x, b, c, i, step, k0, k1, k2, p0, p1):
-        low = iota(index) * step + i
-        low = low & of(LOW, low)
+        number = iota_like(x)
+        low = (number * step + i) & of(LOW, number)
         high = i >> 32
-        key = spread(index, mix_scalar(k0 ^ mix_scalar(high)))
-        if (i + last * step) >> 32 != high:  # this vector crosses a multiple of 2^32
+        key = (number & 0) + mix_scalar(k0 ^ mix_scalar(high))
+        if ((i & 0xFFFFFFFF) + MOST_LANES * step) >> 32 != 0:  # this vector may cross a multiple of 2^32
             wrapped = (low ^ sign) < ((i & 0xFFFFFFFF) - sign)
-            key = select(wrapped, spread(index, mix_scalar(k0 ^ mix_scalar(high + 1))), key)
+            key = select(wrapped, (number & 0) + mix_scalar(k0 ^ mix_scalar(high + 1)), key)
         bits = mix(mix((low + key) & of(LOW, low)) ^ k1)
         return select((bits ^ sign) < (k2 - sign), 0.0, x * p0), x
     return elementwise(f, elem, elem)

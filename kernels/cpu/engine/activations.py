@@ -19,6 +19,7 @@ from .vecmath import (
     expm1_below,
     log1p_unit,
     normal_cdf,
+    normal_pdf,
     of,
     sigmoid,
     tanh,
@@ -92,8 +93,7 @@ def gelu(v, p0, p1):
 
 @inline
 def gelu_backward(g, v, p0, p1):
-    density = exp_below(-0.5 * (v * v)) * 0.3989422804014327
-    return g * fma(v, density, normal_cdf(v))
+    return g * fma(v, normal_pdf(v), normal_cdf(v))
 
 
 @inline

@@ -538,6 +538,16 @@ def iota(typingctx, elem):
     return e.vector(elem), codegen
 
 
+@intrinsic
+def iota_like(typingctx, v):
+    """iota_like(float vector) -> 0, 1, 2, … in an integer vector of its shape"""
+    out = _int_vector(v)
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(out.llvm, list(range(out.lanes)))
+    return out(v), codegen
+
+
 def _reduction(name: str, combine: Callable[..., Any], doc: str) -> Any:
     def fn(typingctx, v):
         def codegen(context, builder, sig, args):

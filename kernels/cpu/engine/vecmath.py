@@ -113,14 +113,12 @@ LOG_TAIL = Constant(
     [0.6666666666666631, 0.40000000000156305, 0.2857142854795775, 0.22222223964177332, 0.18181744089895638,
      0.15386557036272558, 0.1330100362152378, 0.12105907912165298, 0.08340634421063874, 0.1701802215832462])
 
-# -log(erfc(a)) = a (slope + a P(a)), slope = 2/√π; relative error of erf 2^-25.4, 2^-56.6. The weight also bounds
-# erfc's relative error: 2^-25 / erfc^0.7, at most 0.3, on [0, 10.1]; 2^-56 / erfc^0.7 on [0, 6].
+# -log(erfc(a)) = a (slope + a P(a)), slope = 2/√π, on [0, 4] and [0, 6]; relative error of erf 2^-27.7, 2^-56.6.
 ERFC_SLOPE = Constant(1.128379225730896, 1.1283791670955126)
 ERFC_SLOPE_LOW = Constant(-5.8635382771399236e-08, 1.533545961316588e-17)
 ERFC_LOG = Constant(
-    [0.6366186738014221, 0.10278681665658951, -0.019186409190297127, -0.00011172479571541771,
-     0.0016454060096293688, -0.000648053246550262, 0.00013758453133050352, -1.6978186977212317e-05,
-     1.123997549257183e-06, -3.056921116240119e-08],
+    [0.636619508266449, 0.10277687758207321, -0.019149981439113617, -0.0001655004743952304,
+     0.0016716925892978907, -0.0006352197960950434, 0.00011828215792775154, -9.327718544227537e-06],
     [0.6366197723675834, 0.10277260330179208, -0.01912844700528099, -0.00020919468849474332,
      0.001696206298732188, -0.0005901248713755462, 2.587515267279935e-05, 6.450402354477642e-05,
      -2.975532033662207e-05, 3.4679079361322725e-06, 2.7443526868998523e-06, -1.6347996003625928e-06,
@@ -129,7 +127,28 @@ ERFC_LOG = Constant(
      -3.465807057645159e-11, 3.4850016165590794e-12, -2.612822767741162e-13, 1.3750176787648279e-14,
      -4.530023009499448e-16, 7.026959690756329e-18])
 ERF_ONE = Constant(4.0, 6.0)  # erf rounds to 1 from there on
-ERFC_FIT, ERFC_ZERO = Constant(10.1, 6.0), Constant(10.1, 27.4)  # where the fit ends; where erfc rounds to 0
+# 2^r on |r| ≤ ½; relative error 2^-26.3, 2^-55.0
+EXP2 = Constant(
+    [1.0, 0.6931471824645996, 0.24022594094276428, 0.055503662675619125, 0.009625445120036602,
+     0.001338792615570128, 0.00013332477828953415],
+    [1.0, 0.6931471805599453, 0.2402265069591013, 0.055504108664820084, 0.00961812910759412,
+     0.0013333558146774618, 0.00015403530457112552, 1.5252733493148487e-05, 1.321543528199796e-06,
+     1.017819955824649e-07, 7.073783308863434e-09, 4.434773812251116e-10])
+# log2(2 Φ(-x)) / x, Φ the normal distribution's integral, on [0, 14.4] and [0, 8.5]; relative error of Φ(-x) 2^-23.9 / Φ^0.6
+# and at most 0.3, 2^-54.8 / Φ^0.7
+NORMAL_LOG2 = Constant(
+    [-1.1511075496673584, -0.45918500423431396, -0.05256817117333412, 0.007159232161939144,
+     -0.00019368433277122676, -0.00017680910241324455, 4.403325146995485e-05, -5.042630164098227e-06,
+     2.8505624527497275e-07, -6.304059940731577e-09],
+    [-1.1511040990721613, -0.4592240942633606, -0.05242119332729959, 0.006899128893205944,
+     5.335203294865182e-05, -0.0003058889342693246, 7.525229333745073e-05, -2.335384403200569e-06,
+     -4.109124475520932e-06, 1.337127953272506e-06, -1.0633403172868262e-07, -6.512953902077208e-08,
+     2.8103138391061537e-08, -3.710294055304919e-09, -1.252873771606583e-09, 9.035810050586334e-10,
+     -3.074997053713753e-10, 7.376693285575335e-11, -1.3601752536871273e-11, 1.9813732125389957e-12,
+     -2.2916869007983216e-13, 2.08734622543279e-14, -1.467561596169223e-15, 7.690473517731463e-17,
+     -2.8284256683209456e-18, 6.512410145326526e-20, -7.061110540973194e-22])
+NORMAL_FIT, NORMAL_ZERO = Constant(14.4, 8.5), Constant(14.4, 38.7)  # where the fit ends; where Φ(-x) rounds to 0
+EXP2_LEAST = Constant(-151.0, -1076.0)
 
 
 # Scaling by powers of two --------------------------------------------------------------------------------------------
@@ -294,16 +313,30 @@ def erf(v):
 
 
 @inline
+def _exp2_between(v, shift):
+    """2^(v - shift), shift whole, where the result is not too large and not far below what rounds to 0"""
+    n = (v + of(MAGIC, v)) - of(MAGIC, v)
+    return scale(polynomial(EXP2, v - n), n - shift)
+
+
+@inline
 def normal_cdf(v):
     """The normal distribution's integral from -∞ to v, erfc(-v / √2) / 2, with no cancellation for negative v.
 
     The relative error is a few ulp near 0 and rises where the result is too small to matter next to 1: float32 to 1e-4 at
-    v = -5 and 0.5 at v = -12, float64 to 1e-5 at v = -8 and a factor of 4 at v = -36.
+    v = -5 and 0.3 at v = -12, float64 to 1e-5 at v = -8 and a factor of 4 at v = -36.
     """
-    a = minimum_fast(of(ERFC_ZERO, v), absolute(v) * of(SQRT_HALF, v))
-    near = minimum_fast(of(ERFC_FIT, v), a)
-    p = _erfc_log(near)
-    if is_double(v):  # the fit ends at 6: go on as exp(-a²)
-        p = fma(a - near, a + near, p)
-    half = 0.5 * exp_between(-p)
-    return select(v < 0.0, half, 1.0 - half)
+    a = minimum_fast(of(NORMAL_ZERO, v), absolute(v))
+    near = minimum_fast(of(NORMAL_FIT, v), a)
+    p = near * polynomial(NORMAL_LOG2, near)
+    if is_double(v):  # past the fit go on as exp(-a² / 2)
+        p = fma((near - a) * (near + a), 0.5 * 1.4426950408889634, p)
+    below = _exp2_between(p, 1.0)
+    return select(v < 0.0, below, 1.0 - below)
+
+
+@inline
+def normal_pdf(v):
+    """The normal distribution's density, exp(-v² / 2) / √(2π), to a relative error of v² ulp"""
+    p = maximum_fast(of(EXP2_LEAST, v), v * v * (-0.5 * 1.4426950408889634))
+    return _exp2_between(p, 0.0) * 0.3989422804014327
