@@ -134,8 +134,9 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
     count = out.numel() // (m * n)
     if count > 1 and b.dim() == 2 and a.is_contiguous() and (res is None or res.is_contiguous()):
         # One matrix on the right: the batch is only more rows.
-        a, out, m, count, batch = a.view(-1, k), out.view(-1, n), m * count, 1, batch[:0]
-        res = res.view(-1, n) if res is not None else None
+        m *= count
+        a, out, count, batch = a.view(m, k), out.view(m, n), 1, batch[:0]
+        res = res.view(m, n) if res is not None else None
     table = 0
     a_b = b_b = r_b = 0
     if count > 1:
@@ -153,7 +154,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
     if res is not None:
         r, r_m, r_n = res.data_ptr(), res.stride(-2) * size, res.stride(-1) * size
         if r_n not in (0, size):
-            res = res.contiguous()
+            res = res.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a column of any stride as it is
             return _multiply(out, a, b, e._replace(residual=res), weight)
     bias = 0 if e.bias is None else e.bias.data_ptr()
     scalars = (e.alpha, e.beta, e.p0, e.p1)
@@ -231,6 +232,7 @@ def _rows_sum(out: Tensor, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_
 
 def _split_k(out: Tensor, a: Tensor, b: Tensor, parts: int) -> None:
     """A small output and a long sum: each thread sums a stretch of k, and the stretches are added in their order."""
+    out, a, b = (t[(0,) * (t.dim() - 2)] for t in (out, a, b))  # a batch of one, perhaps
     m, n, k = *out.shape, a.shape[-1]
     stretch = k // parts
     rest = k - parts * stretch

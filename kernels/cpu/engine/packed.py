@@ -137,12 +137,14 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> _Entry | None:
             _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), _Entry(tensor))
         return None
     with _lock:
+        if entry.buffer is not None:  # another thread was first
+            return entry
         _shrink(_limit - size)
         buffer = torch.empty(size + 64, dtype=torch.uint8)
         entry.address = -(-buffer.data_ptr() // 64) * 64
         entry.cut, entry.sample = pack(entry.address), _sample(tensor)
         entry.buffer = buffer
-        _bytes += buffer.nbytes
-        if key in _entries:
+        if _entries.get(key) is found:  # else another thread has dropped it, and it serves this call only
+            _bytes += buffer.nbytes
             _entries.move_to_end(key)
     return entry

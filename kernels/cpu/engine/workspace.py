@@ -14,7 +14,9 @@ def workspace(size: int) -> int:
     """The address of at least ``size`` bytes, aligned to a page. Valid until this thread asks again."""
     if size > getattr(_local, "size", 0):
         rounded = -(-size // _PAGE) * _PAGE
-        block = mmap.mmap(-1, rounded + _PAGE)  # room to start at a huge page's border
+        # Private: a forked child must not scribble over its parent's. Room to start at a huge page's border.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        block = mmap.mmap(-1, rounded + _PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(block))
