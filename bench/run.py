@@ -34,8 +34,8 @@ _CACHED = 4 << 20
 
 METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each "
-    "after a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider allocates "
-    "its output anew in each call, and so do the copies that memory-bound cases are compared with."
+    "after a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider "
+    "allocates its output anew in each call, and so do the copies that memory-bound cases are compared with."
 )
 
 

@@ -97,6 +97,7 @@ def _bits(t: Tensor) -> Tensor:
     return t.detach().contiguous().view(torch.uint8) if t.dim() else t.detach().reshape(1).view(torch.uint8)
 
 
+#: From here on slopes are constant: the float64 formula knows them.
 _SATURATED = 1e4
 
 
@@ -108,7 +109,7 @@ def _slope(f: Callable[[Any], Any], mpmath: Any, x: float) -> float:
 
 
 def _exact(function: Callable[[Any, Any], Any], x: Tensor, slope: bool, fallback: Tensor) -> Tensor:
-    """A pointwise function or its derivative by mpmath; where it has surely saturated, or at NaN, ``fallback``."""
+    """A pointwise function or its derivative by mpmath; at NaN and Inf, kinks and saturated slopes ``fallback``."""
     import mpmath
 
     f = partial(function, mpmath)
@@ -116,7 +117,7 @@ def _exact(function: Callable[[Any, Any], Any], x: Tensor, slope: bool, fallback
     values = []
     for n, value in enumerate(x.flatten().tolist()):
         if value not in known:
-            if not abs(value) < _SATURATED or (slope and value in _KINKS):
+            if not math.isfinite(value) or (slope and (abs(value) > _SATURATED or value in _KINKS)):
                 values.append(float(fallback.flatten()[n]))
                 continue
             with mpmath.workdps(40):
@@ -412,7 +413,7 @@ POINTWISE: dict[str, Pointwise] = {
     "relu6": Pointwise(lambda F, x: F.relu6(x), lambda m, x: _clamp(x, 0, 6)),
     "elu": Pointwise(lambda F, x: F.elu(x, 1.5), lambda m, x: x if x > 0 else 1.5 * m.expm1(x)),
     # 1 + erf and 1 + tanh cancel on the negative side, as 1 - sigmoid and 1 - tanh² do in the derivatives.
-    "gelu": Pointwise(lambda F, x: F.gelu(x), lambda m, x: x * m.erfc(-x / m.sqrt(2)) / 2, torch.abs),
+    "gelu": Pointwise(lambda F, x: F.gelu(x), lambda m, x: x * m.erfc(_clamp(-x / m.sqrt(2), -99, 999)) / 2, torch.abs),
     "gelu_tanh": Pointwise(lambda F, x: F.gelu(x, approximate="tanh"), _gelu_tanh, torch.abs),
     "silu": Pointwise(
         lambda F, x: F.silu(x),
