@@ -18,7 +18,7 @@ from .engine.activation_codes import PARAMETERS
 from .engine.build import Kernel
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_SIGNATURE = "i" * 26 + "ff"
+SIGNATURE = "i" * 26 + "ff"  # of every kernel of activation_code
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
 _BLOCK = 4096  # elements, at least, that a thread takes at once
 
@@ -33,7 +33,7 @@ def _kernel(kind: str, dtype: torch.dtype, option: str | bool | None = None) -> 
         args = (_NAMES[dtype],) if option is None else (_NAMES[dtype], option)
         return getattr(activation_code, kind)(*args)
     suffix = "" if option is None else f"_{option}"
-    return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", _SIGNATURE, make).load()
+    return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", SIGNATURE, make).load()
 
 
 def supports(op: str, *args: Any) -> str | None:
@@ -87,7 +87,8 @@ def _like(out: Tensor, t: Tensor) -> Tensor:
     return torch.empty_like(out, dtype=t.dtype).copy_(t)
 
 
-def _elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[Tensor], floats: Sequence[float]) -> None:
+def run_elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[Tensor],
+                    floats: Sequence[float] = (0.0, 0.0)) -> None:
     """Same-shaped tensors into an output that is dense, in whatever order its dimensions lie."""
     if out.numel() == 0:
         return
@@ -107,12 +108,12 @@ def _two(params: Sequence[float]) -> tuple[float, float]:
 
 def activation(out: Tensor, input: Tensor, name: str, params: Sequence[float]) -> None:
     """out = f(input)"""
-    _elementwise(_kernel("activation", input.dtype, name), out, (input,), _two(params))
+    run_elementwise(_kernel("activation", input.dtype, name), out, (input,), _two(params))
 
 
 def activation_backward(out: Tensor, grad: Tensor, input: Tensor, name: str, params: Sequence[float]) -> None:
     """out = grad f'(input)"""
-    _elementwise(_kernel("activation_backward", input.dtype, name), out, (grad, input), _two(params))
+    run_elementwise(_kernel("activation_backward", input.dtype, name), out, (grad, input), _two(params))
 
 
 def _along_channels(weight: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from functools import partial
 from math import inf
 from typing import Any
 
+from numba.core.types import float32, float64
+
+from .activation_code import elementwise
 from .engine.host import simd
 from .engine.region import parallel
 from .engine.simd import (
@@ -19,7 +22,6 @@ from .engine.simd import (
     FLOAT64,
     INT64,
     Elem,
-    absolute,
     compute_elem,
     first_lanes,
     fma,
@@ -41,6 +43,7 @@ from .engine.vecmath import exp_below, log
 
 WIDTH = 4 if simd().registers == 32 else 2  # vectors computed as one
 BLOCK = 4096  # elements of a row that are read twice while they are in L1
+TERMS = 64  # of a column that are summed one after the other; then such sums are: the error grows slower than with one sum
 
 
 class Space:
@@ -169,16 +172,19 @@ def columns(elem: Elem, vectors: int, second: bool = False, weighted: bool = Fal
     def walk(term: Callable[..., Any], writes: bool) -> Any:
         @inline
         def function(a, sa, b, sb, w, sw, y, sy, n, k, p):
-            sums = spread(compute, 0.0)
-            for j in range(n):
-                va = at(lines, a + j * sa, k)
-                vb = at(lines, b + j * sb, k) if second else va
-                vw = spread(compute, load_scalar(elem, w + j * sw)) if weighted else va
-                t = term(va, vb, vw, p)
-                if writes:
-                    write(lines, y + j * sy, t, k)
-                sums = sums + t
-            return sums
+            total = spread(compute, 0.0)
+            for first in range(0, n, TERMS):
+                sums = spread(compute, 0.0)
+                for j in range(first, min(n, first + TERMS)):
+                    va = at(lines, a + j * sa, k)
+                    vb = at(lines, b + j * sb, k) if second else va
+                    vw = spread(compute, load_scalar(elem, w + j * sw)) if weighted else va
+                    t = term(va, vb, vw, p)
+                    if writes:
+                        write(lines, y + j * sy, t, k)
+                    sums = sums + t
+                total = total + sums
+            return total
         return function
 
     terms = columns(elem, vectors).walk(_exp, False) if second or weighted else walk(_exp, False)
@@ -344,3 +350,340 @@ def softmax(elem_name: str, op: str, in_rows: bool) -> Callable[..., Any]:
     def kernel(outer, inner, n, threads, x, xo, xi, xc, g, go, gi, gc, y, yo, yi, yc):
         parallel(threads, body, (outer, inner, n, x, xo, xi, xc, g, go, gi, gc, y, yo, yi, yc))
     return kernel
+
+
+# Cross entropy -------------------------------------------------------------------------------------------------------
+
+
+def _coefficient(probabilities: bool, weighted: bool) -> Callable[..., Any]:
+    """c_j in loss = Σ c_j (lse - x_j): the (smoothed) target times the class weight. For class indices without the factor
+    that all classes share, and without the target's own class."""
+    @inline
+    def coefficient(q, w, keep, each):
+        if probabilities:
+            if weighted:
+                return (q * keep + each) * w
+            return q * keep + each
+        return w
+    return coefficient
+
+
+def _numbers(elem: Elem, weighted: bool) -> Callable[..., Any]:
+    """weight_of(w, t): the class weight as float64; 1 if there are none."""
+    size = elem.size
+
+    @inline
+    def weight_of(w, t):
+        if weighted:
+            return float64(load_scalar(elem, w + t * size))
+        return 1.0
+    return weight_of
+
+
+def _sum(array: int, n: int) -> float:
+    """Σ of n float64 numbers, in an order that depends on n alone."""
+    total, i = spread(FLOAT64, 0.0), 0
+    while i < n:
+        total = total + load_n(FLOAT64, array + i * 8, n - i)
+        i += FLOAT64.lanes
+    return reduce_add(total)
+
+
+_total = inline(_sum)
+NONE, MEAN, SUM = range(3)  # reductions
+
+
+def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool, logs: bool) -> Callable[..., Any]:
+    """kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, losses, out, bad, smoothing)
+
+    q: class indices (int64, one a line, in order) or, for ``probabilities``, laid out like x. lines: room for 3 numbers a line in the
+    compute type; lse: float64, a line each; losses: room for 2 float64 a line; out: the loss, in x's type, reduced or a line each.
+    bad: int64, set to 1 + the number of a line whose class index is out of range. ``logs``: x is log-probabilities (nll_loss).
+    """
+    elem = ELEMS[elem_name]
+    compute = compute_elem(elem)
+    size = compute.size
+    weight_of = _numbers(elem, weighted)
+    coefficient = _coefficient(probabilities, weighted)
+    summed = probabilities or smooth  # over all classes
+
+    @inline
+    def term(x, q, w, p):
+        m, l, keep, each = p
+        value = (m - x) + l
+        if probabilities or weighted:
+            return coefficient(q, w, keep, each) * value
+        return value
+
+    def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
+        s = space()
+        sum_exp, logarithm, put = s.sum_exp, s.log, s.put
+        loss_sum = space(second=probabilities, weighted=weighted).walk(term, False)
+
+        @inline
+        def line(r, o, i, k, args):
+            lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, keep, each = args
+            here = x + o * xo + i * xi
+            m, s = sum_exp(here, xc, n, k)
+            l = logarithm(s)
+            put(at + r * size, m, k)
+            put(at + (lines + r) * size, l, k)
+            if summed:
+                total = loss_sum(here, xc, q + o * qo + i * qi, qc, w, elem.size, 0, 0, n, k, (m, l, keep, each))
+                put(at + (2 * lines + r) * size, total, k)
+        return line
+
+    if in_rows:
+        few = line_function(partial(rows, elem))
+        many = few
+    else:
+        few, many = line_function(partial(columns, elem, 1)), line_function(partial(columns, elem, WIDTH))
+
+    @inline
+    def finish(r, o, i, k, args):
+        """The losses of k lines, from what was kept of them"""
+        lines, at, n, x, xo, xi, xc, q, w, ignore, keep, each, reduction, lse, losses, out, bad = args
+        for line in range(r, r + k):
+            m, l, rest = 0.0, 0.0, 0.0
+            if not logs:
+                m, l = float64(load_scalar(compute, at + line * size)), float64(load_scalar(compute, at + (lines + line) * size))
+                store_scalar(FLOAT64, lse + line * 8, m + l)
+            if summed:
+                rest = float64(load_scalar(compute, at + (2 * lines + line) * size))
+            loss, weight = 0.0, 0.0
+            if probabilities:
+                loss, weight = rest, 1.0
+            else:
+                t = load_scalar(INT64, q + line * 8)
+                if t != ignore:
+                    if t < 0 or t >= n:
+                        store_scalar(INT64, bad, line + 1)
+                    else:
+                        weight = weight_of(w, t)
+                        xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
+                        loss = keep * weight * ((m - xt) + l)
+                        if smooth:
+                            loss += each * rest
+            store_scalar(FLOAT64, losses + line * 8, loss)
+            store_scalar(FLOAT64, losses + (lines + line) * 8, weight)
+            if reduction == NONE:
+                store_scalar(elem, out + line * elem.size, loss)
+
+    @inline
+    def whole(r, o, i, k, args):
+        first, second = args
+        if not logs:
+            many(r, o, i, k, first)
+        finish(r, o, i, k, second)
+
+    @inline
+    def part(r, o, i, k, args):
+        first, second = args
+        if not logs:
+            few(r, o, i, k, first)
+        finish(r, o, i, k, second)
+
+    run = _over_lines(elem, in_rows, whole, part)
+
+    @inline
+    def body(thread, threads, outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad, keep, each):
+        lines = outer * inner
+        run(thread, threads, outer, inner,
+            ((lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, keep, each),
+             (lines, at, n, x, xo, xi, xc, q, w, ignore, keep, each, reduction, lse, losses, out, bad)))
+
+    def kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad, smoothing):
+        parallel(threads, body, (outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad,
+                                 1.0 - smoothing, smoothing / n))
+        if reduction != NONE:
+            lines = outer * inner
+            total = _total(losses, lines)
+            if reduction == MEAN:
+                total = total / _total(losses + lines * 8, lines)
+            store_scalar(elem, out, total)
+    return kernel
+
+
+def cross_entropy_backward(
+    elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool, logs: bool
+) -> Callable[..., Any]:
+    """kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, y, yo, yi, yc, g, gs, bad, smoothing)
+
+    As for ``cross_entropy``; lines: room for 4 numbers a line; y: the gradient of x (for ``logs`` already zero); g: the loss's
+    gradient, in x's type, stride gs; mean: whether to divide by the sum of weights.
+    """
+    elem = ELEMS[elem_name]
+    compute = compute_elem(elem)
+    size = compute.size
+    weight_of = _numbers(elem, weighted)
+    coefficient = _coefficient(probabilities, weighted)
+    spread_out = probabilities or smooth  # whether classes other than the target's have a coefficient
+
+    @inline
+    def the_coefficient(x, q, w, p):
+        return coefficient(q, w, p[0], p[1])
+
+    @inline
+    def term(x, q, w, p):
+        high, low, a, b, keep, each = p
+        t = exp_below((x - high) - low) * a
+        if probabilities or (smooth and weighted):
+            return t - coefficient(q, w, keep, each) * b
+        if smooth:
+            return t - b
+        return t
+
+    def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
+        s = space(second=probabilities, weighted=weighted and spread_out)
+        get, gradient, coefficients = s.get, s.walk(term, True), s.walk(the_coefficient, False)
+
+        @inline
+        def line(r, o, i, k, args):
+            lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, y, yo, yi, yc, keep, each = args
+            here, there = x + o * xo + i * xi, q + o * qo + i * qi
+            high, low = get(at + r * size, k), get(at + (lines + r) * size, k)
+            a, b = get(at + (2 * lines + r) * size, k), get(at + (3 * lines + r) * size, k)
+            if probabilities:
+                a = a * coefficients(here, xc, there, qc, w, elem.size, 0, 0, n, k, (keep, each))
+            gradient(here, xc, there, qc, w, elem.size, y + o * yo + i * yi, yc, n, k, (high, low, a, b, keep, each))
+        return line
+
+    if in_rows:
+        few = line_function(partial(rows, elem))
+        many = few
+    else:
+        few, many = line_function(partial(columns, elem, 1)), line_function(partial(columns, elem, WIDTH))
+
+    @inline
+    def prepare(r, o, i, k, args):
+        """What the lines' loops need: lse in two parts, the factor of the softmax, the factor of the coefficients"""
+        lines, at, n, q, w, ignore, lse, g, gs, scale, keep, each, weights, bad = args
+        for line in range(r, r + k):
+            s = float64(load_scalar(elem, g + line * gs)) * scale
+            total = s
+            if not probabilities:
+                t = load_scalar(INT64, q + line * 8)
+                total = 0.0
+                if t == ignore:
+                    s = 0.0
+                elif t < 0 or t >= n:
+                    store_scalar(INT64, bad, line + 1)
+                else:
+                    total = s * (keep * weight_of(w, t) + each * weights)
+                    s = s * each
+            if not logs:
+                value = load_scalar(FLOAT64, lse + line * 8)
+                high = load_scalar(FLOAT64, lse + line * 8) if size == 8 else float64(float32(value))
+                store_scalar(compute, at + line * size, high)
+                store_scalar(compute, at + (lines + line) * size, 0.0 if high == value else value - high)
+                store_scalar(compute, at + (2 * lines + line) * size, total)
+                store_scalar(compute, at + (3 * lines + line) * size, s)
+
+    @inline
+    def finish(r, o, i, k, args):
+        """What is different for the target's class, and for lines that do not count"""
+        n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights = args
+        for line in range(r, r + k):
+            t = load_scalar(INT64, q + line * 8)
+            at = y + o * yo + (i + line - r) * yi
+            if t == ignore:
+                if not logs:
+                    for j in range(n):
+                        store_scalar(elem, at + j * yc, 0.0)
+            elif t >= 0 and t < n:
+                s = float64(load_scalar(elem, g + line * gs)) * scale
+                weight = weight_of(w, t)
+                value = -keep * weight * s
+                if not logs:
+                    xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
+                    p = reduce_max(exp_below(spread(FLOAT64, xt - load_scalar(FLOAT64, lse + line * 8))))
+                    value += s * (p * (keep * weight + each * weights) - each * weight)
+                store_scalar(elem, at + t * yc, value)
+
+    def both(line: Callable[..., Any]) -> Callable[..., Any]:
+        @inline
+        def lines(r, o, i, k, args):
+            first, second, third = args
+            prepare(r, o, i, k, first)
+            if not logs:
+                line(r, o, i, k, second)
+            if not probabilities:
+                finish(r, o, i, k, third)
+        return lines
+
+    run = _over_lines(elem, in_rows, both(many), both(few))
+
+    @inline
+    def body(thread, threads, outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad,
+             scale, keep, each, weights):
+        lines = outer * inner
+        run(thread, threads, outer, inner,
+            ((lines, at, n, q, w, ignore, lse, g, gs, scale, keep, each, weights, bad),
+             (lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, y, yo, yi, yc, keep, each),
+             (n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights)))
+
+    def kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad, smoothing):
+        scale, weights, lines = 1.0, float64(n), outer * inner
+        if mean and probabilities:
+            scale = 1.0 / lines
+        elif mean:
+            total = 0.0
+            for line in range(lines):
+                t = load_scalar(INT64, q + line * 8)
+                if t != ignore and t >= 0 and t < n:
+                    total += weight_of(w, t)
+            scale = 1.0 / total
+        if weighted and smooth:
+            weights = 0.0
+            for j in range(n):
+                weights += weight_of(w, j)
+        parallel(threads, body, (outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad,
+                                 scale, 1.0 - smoothing, smoothing / n, weights))
+    return kernel
+
+
+# Mean squared error --------------------------------------------------------------------------------------------------
+
+
+@inline
+def _squared_difference(a, b, w, p):
+    d = a - b
+    return d * d
+
+
+def squared_error(elem_name: str) -> Callable[..., Any]:
+    """kernel(n, threads, a, b, parts, out, factor): out = factor · Σ (a - b)²; parts: room for a float64 each BLOCK elements"""
+    elem = ELEMS[elem_name]
+    part = rows(elem, second=True).walk(_squared_difference, False)
+    step = BLOCK * elem.size
+
+    @inline
+    def body(thread, threads, n, a, b, parts):
+        blocks = (n + BLOCK - 1) // BLOCK
+        for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+            here = min(BLOCK, n - block * BLOCK)
+            total = part(a + block * step, 0, b + block * step, 0, 0, 0, 0, 0, here, 1, 0.0)
+            store_scalar(FLOAT64, parts + block * 8, float64(total))
+
+    def kernel(n, threads, a, b, parts, out, factor):
+        parallel(threads, body, (n, a, b, parts))
+        store_scalar(elem, out, _total(parts, (n + BLOCK - 1) // BLOCK) * factor)
+    return kernel
+
+
+def mse_loss(elem_name: str) -> Callable[..., Any]:
+    @inline
+    def f(a, b, c, i, step, k0, k1, k2, p0, p1):
+        d = a - b
+        return d * d, a
+    return elementwise(f, f"{elem_name} {elem_name}", elem_name)
+
+
+def mse_loss_backward(elem_name: str, grad_each: bool) -> Callable[..., Any]:
+    """p0 (a - b), and the gradient c of each element if there is one"""
+    @inline
+    def f(a, b, c, i, step, k0, k1, k2, p0, p1):
+        if grad_each:
+            return (a - b) * p0 * c, a
+        return (a - b) * p0, a
+    return elementwise(f, " ".join([elem_name] * (3 if grad_each else 2)), elem_name)

@@ -1,0 +1,260 @@
+"""Softmax, log-softmax and the losses on the CPU: how the lines that they run over lie, and which kernel takes them.
+
+A line lies along the class dimension. Its elements may lie next to each other (rows), or the lines may (columns: the class
+dimension is not the innermost); any other input is first copied, except that nothing of the logits' size is made where
+``cross_entropy`` can read them in place, as it can every contiguous tensor and its transposes and slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activation import SIGNATURE, run_elementwise
+from .engine import threads
+from .engine.build import Kernel
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+_BLOCK = 4096  # softmax_code.BLOCK
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+@cache
+def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: str | bool) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import softmax_code
+
+        return getattr(softmax_code, kind)(_NAMES[dtype], *options)
+    name = "_".join([kind, _NAMES[dtype], *(str(o) for o in options)])
+    return Kernel(name, signature, make).load()
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """None if the kernels serve this call, else why not."""
+    dtype = args[0].dtype
+    return None if dtype in _NAMES else f"dtype {dtype} has no kernel"
+
+
+class Lines(NamedTuple):
+    """outer · inner lines of n elements; for each tensor its (address, outer, inner, class stride), strides in bytes."""
+
+    outer: int
+    inner: int
+    n: int
+    in_rows: bool
+    slots: list[int]
+
+    @property
+    def count(self) -> int:
+        return self.outer * self.inner
+
+    def threads(self, size: int) -> int:
+        return 1 if self.count * self.n * size < _SERIAL else threads.count()
+
+
+def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
+    """How the lines along dim lie in all tensors (of one shape) at once; None if they have to be copied first."""
+    shape = tensors[0].shape
+    strides = [t.stride() for t in tensors]
+    batch: list[tuple[int, list[int]]] = []
+    for d, size in enumerate(shape):
+        if d == dim or size == 1:
+            continue
+        steps = [s[d] for s in strides]
+        if batch and batch[-1][1] == [size * step for step in steps]:
+            batch[-1] = (batch[-1][0] * size, steps)
+        else:
+            batch.append((size, steps))
+    if len(batch) > 2:
+        return None
+    n = shape[dim] if shape else 1
+    along = [s[dim] if shape and n > 1 else 1 for s in strides]
+    nothing = (1, [0] * len(tensors))
+    in_rows = set(along) == {1}
+    if in_rows:
+        (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
+    elif batch and set(batch[-1][1]) == {1}:
+        (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
+    else:
+        return None
+    slots = []
+    for k, t in enumerate(tensors):
+        slots += [t.data_ptr(), outer_steps[k] * t.itemsize, inner_steps[k] * t.itemsize, along[k] * t.itemsize]
+    return Lines(outer, inner, n, in_rows, slots)
+
+
+def _lines_of(dim: int, tensors: Sequence[Tensor]) -> tuple[Lines, Sequence[Tensor]]:
+    """The lines, of contiguous copies where it must be; keep the tensors for as long as the lines are used."""
+    dim = dim % max(1, tensors[0].dim())
+    lines = _lines(dim, tensors)
+    if lines is None:
+        tensors = [t.contiguous() for t in tensors]
+        lines = _lines(dim, tensors)
+        assert lines is not None, "contiguous tensors always lie in lines"
+    return lines, tensors
+
+
+def _softmax(op: str, out: Tensor, input: Tensor, grad: Tensor, dim: int) -> None:
+    if out.numel():
+        lines, kept = _lines_of(dim, (input, grad, out))
+        kernel = _kernel("softmax", "i" * 16, out.dtype, op, lines.in_rows)
+        kernel(lines.outer, lines.inner, lines.n, lines.threads(out.itemsize), *lines.slots)
+        if kept[-1] is not out and kept[-1].data_ptr() != out.data_ptr():
+            out.copy_(kept[-1])
+
+
+def softmax(out: Tensor, input: Tensor, dim: int) -> None:
+    """out = exp(input - max) / Σ exp(input - max)"""
+    _softmax("softmax", out, input, input, dim)
+
+
+def softmax_backward(out: Tensor, grad: Tensor, output: Tensor, dim: int) -> None:
+    """out = output (grad - Σ grad output)"""
+    _softmax("softmax_backward", out, output, grad, dim)
+
+
+def log_softmax(out: Tensor, input: Tensor, dim: int) -> None:
+    """out = input - max - log Σ exp(input - max)"""
+    _softmax("log_softmax", out, input, input, dim)
+
+
+def log_softmax_backward(out: Tensor, grad: Tensor, output: Tensor, dim: int) -> None:
+    """out = grad - exp(output) Σ grad"""
+    _softmax("log_softmax_backward", out, output, grad, dim)
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def _raise_if_bad(op: str, bad: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
+    row = int(bad)
+    if row:
+        got = int(target.reshape(-1)[row - 1])
+        raise IndexError(f"{op}(): Target {got} is out of bounds: target must be in [0, {classes}) or equal "
+                         f"ignore_index, {ignore_index}")
+
+
+def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+             reduction: str, smoothing: float) -> None:
+    probabilities = target.is_floating_point()
+    dim = 1 if input.dim() > 1 else 0
+    lines, kept = _lines_of(dim, (input, target) if probabilities else (input,))
+    if not lines.count or not lines.n:
+        if reduction != "none":
+            out.fill_(0.0 if reduction == "sum" else float("nan"))
+        return
+    if not probabilities:
+        target = target.contiguous()
+    slots = lines.slots if probabilities else [*lines.slots, target.data_ptr(), 0, 0, 0]
+    weight = None if weight is None else weight.contiguous()
+    scratch = torch.empty((3, lines.count), dtype=_compute(input.dtype))
+    losses = torch.empty((2, lines.count), dtype=torch.float64)
+    bad = torch.zeros((), dtype=torch.int64)
+    kernel = _kernel("cross_entropy", "i" * 20 + "f", input.dtype, lines.in_rows, probabilities, weight is not None,
+                     smoothing > 0.0 and not probabilities, lse is None)
+    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), _REDUCTIONS[reduction], ignore_index, *slots,
+           0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(),
+           losses.data_ptr(), out.data_ptr(), bad.data_ptr(), float(smoothing))
+    if not probabilities:
+        _raise_if_bad(op, bad, target, lines.n, ignore_index)
+
+
+def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
+                      ignore_index: int, reduction: str, smoothing: float) -> None:
+    if not out.numel():
+        return
+    probabilities = target.is_floating_point()
+    dim = 1 if input.dim() > 1 else 0
+    if lse is None:
+        out.zero_()
+    lines, kept = _lines_of(dim, (input, target, out) if probabilities else (input, out))
+    x, y = lines.slots[:4], lines.slots[-4:]
+    if not probabilities:
+        target = target.contiguous()
+    q = lines.slots[4:8] if probabilities else [target.data_ptr(), 0, 0, 0]
+    weight = None if weight is None else weight.contiguous()
+    lse = None if lse is None else lse.double().contiguous()
+    grad = grad.contiguous()
+    scratch = torch.empty((4, lines.count), dtype=_compute(input.dtype))
+    bad = torch.zeros((), dtype=torch.int64)
+    kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows, probabilities, weight is not None,
+                     smoothing > 0.0 and not probabilities, lse is None)
+    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index, *x, *q,
+           0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(), *y,
+           grad.data_ptr(), grad.itemsize if reduction == "none" else 0, bad.data_ptr(), float(smoothing))
+    if not probabilities:
+        _raise_if_bad(op, bad, target, lines.n, ignore_index)
+    if kept[-1].data_ptr() != out.data_ptr():
+        out.copy_(kept[-1])
+
+
+def cross_entropy(out: tuple[Tensor, Tensor], input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+                  reduction: str, label_smoothing: float) -> None:
+    """(loss, lse): lse is each line's log-sum-exp; nothing of the input's size is made.
+
+    Raises IndexError if a class index is out of range and not ``ignore_index``.
+    """
+    loss, lse = out
+    wide = lse if lse.dtype == torch.float64 else torch.empty_like(lse, dtype=torch.float64)
+    _entropy("cross_entropy", loss, wide, input, target, weight, ignore_index, reduction, label_smoothing)
+    if wide is not lse:
+        lse.copy_(wide)
+
+
+def cross_entropy_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,
+                           ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    """out = the gradient of input"""
+    _entropy_backward("cross_entropy_backward", out, grad, lse, input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def nll_loss(out: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> None:
+    """-weight[target] · input[target]. Raises IndexError as ``cross_entropy`` does."""
+    _entropy("nll_loss", out, None, input, target, weight, ignore_index, reduction, 0.0)
+
+
+def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+                      reduction: str) -> None:
+    """out = the gradient of input: zero but for the target's class"""
+    _entropy_backward("nll_loss_backward", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
+
+
+def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
+    """(input - target)², reduced"""
+    n = input.numel()
+    if reduction == "none":
+        run_elementwise(_kernel("mse_loss", SIGNATURE, input.dtype), out, (input, target))
+    elif n == 0:
+        out.fill_(0.0 if reduction == "sum" else float("nan"))
+    else:
+        input, target = input.contiguous(), target.contiguous()
+        parts = torch.empty(-(-n // _BLOCK), dtype=torch.float64)
+        nt = 1 if n * input.itemsize < _SERIAL else threads.count()
+        _kernel("squared_error", "iiiiiif", input.dtype)(
+            n, nt, input.data_ptr(), target.data_ptr(), parts.data_ptr(), out.data_ptr(), 1.0 / n if reduction == "mean" else 1.0)
+
+
+def mse_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
+    """out = 2 (input - target) grad, over the number of elements for "mean" """
+    if reduction == "none":
+        run_elementwise(_kernel("mse_loss_backward", SIGNATURE, input.dtype, True), out, (input, target, grad), (2.0, 0.0))
+    elif out.numel():
+        factor = 2.0 * grad.item() / (input.numel() if reduction == "mean" else 1)
+        run_elementwise(_kernel("mse_loss_backward", SIGNATURE, input.dtype, False), out, (input, target), (factor, 0.0))
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "softmax": softmax, "softmax_backward": softmax_backward,
+    "log_softmax": log_softmax, "log_softmax_backward": log_softmax_backward,
+    "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
+    "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
+    "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+}
