@@ -35,7 +35,7 @@ class Format(NamedTuple):
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
-_SERIAL = 1 << 20  # operations below which a second thread costs more than it brings
+_SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
 _SMALL_WEIGHT = 4096  # elements below which packing anew is cheaper than looking the packed weight up
 
@@ -127,18 +127,17 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
     k = a.shape[-1]
     if out.numel() == 0:
         return
-    f = _format(a.dtype)
-    size = f.size
+    dtype = a.dtype
+    size = dtype.itemsize
     res = e.residual
     batch = out.shape[:-2]
     count = out.numel() // (m * n)
     if count > 1 and b.dim() == 2 and a.is_contiguous() and (res is None or res.is_contiguous()):
         # One matrix on the right: the batch is only more rows.
         m *= count
-        a, out, count, batch = a.view(m, k), out.view(m, n), 1, batch[:0]
+        a, count, batch = a.view(m, k), 1, batch[:0]
         res = res.view(m, n) if res is not None else None
-    table = 0
-    a_b = b_b = r_b = 0
+    table = a_b = b_b = r_b = 0
     if count > 1:
         a, b = _batched(a, batch), _batched(b, batch)
         if len(batch) == 1:
@@ -148,45 +147,50 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
             table = offsets.data_ptr()
         else:
             a_b, b_b, r_b = m * k * size, k * n * size, m * n * size
-    a_m, a_k = a.stride(-2) * size, a.stride(-1) * size
-    b_k, b_n = b.stride(-2) * size, b.stride(-1) * size
     r = r_m = r_n = 0
     if res is not None:
         r, r_m, r_n = res.data_ptr(), res.stride(-2) * size, res.stride(-1) * size
         if r_n not in (0, size):
             res = res.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a column of any stride as it is
             return _multiply(out, a, b, e._replace(residual=res), weight)
-    bias = 0 if e.bias is None else e.bias.data_ptr()
-    scalars = (e.alpha, e.beta, e.p0, e.p1)
-    ap, bp, cp = a.data_ptr(), b.data_ptr(), out.data_ptr()
-    work = 2 * count * m * n * k
-    nt = 1 if work < _SERIAL else threads.count()
+    _run(dtype, weight, count, table, m, n, k, a.data_ptr(), a_b, a.stride(-2) * size, a.stride(-1) * size,
+         b.data_ptr(), b_b, b.stride(-2) * size, b.stride(-1) * size, out.data_ptr(),
+         0 if e.bias is None else e.bias.data_ptr(), r, r_b, r_m, r_n, e.act, e.alpha, e.beta, e.p0, e.p1)
+
+
+def _run(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: int, n: int, k: int,
+         a: int, a_b: int, a_m: int, a_k: int, b: int, b_b: int, b_k: int, b_n: int, c: int,
+         bias: int = 0, r: int = 0, r_b: int = 0, r_m: int = 0, r_n: int = 0, act: int = 0,
+         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0) -> None:
+    """``count`` products of addresses and byte strides by the kernel that suits their shape; the outputs are contiguous."""
+    size = dtype.itemsize
+    nt = 1 if count * m * n * k < _SERIAL else threads.count()
 
     # A matrix and a vector, or few enough vectors that reading the matrix is most of the work.
-    if k > 0 and table == 0:
+    if table == 0 and k > 0:
         if m <= 4 and (b_k == size or k == 1) and (a_k == size or k == 1):
-            return _ROWS_DOT[a.dtype].run(nt, count, m, n, k, bp, b_b, b_n, ap, a_b, a_m, cp, m * n * size, n * size,
-                                      bias, r, r_b, r_m, r_n, e.act, workspace(nt * _SCRATCH), *scalars)
+            return _ROWS_DOT[dtype].run(nt, count, m, n, k, b, b_b, b_n, a, a_b, a_m, c, m * n * size, n * size, bias,
+                                        r, r_b, r_m, r_n, act, workspace(nt * _SCRATCH), alpha, beta, p0, p1)
         if n == 1 and bias == 0 and r == 0 and (b_k == size or k == 1):
             if a_k == size:
-                return _ROWS_DOT[a.dtype].run(nt, count, 1, m, k, ap, a_b, a_m, bp, b_b, 0, cp, m * size, 0,
-                                          0, 0, 0, 0, 0, e.act, workspace(nt * _SCRATCH), *scalars)
+                return _ROWS_DOT[dtype].run(nt, count, 1, m, k, a, a_b, a_m, b, b_b, 0, c, m * size, 0, 0, 0, 0, 0, 0,
+                                            act, workspace(nt * _SCRATCH), alpha, beta, p0, p1)
             if a_m == size and count == 1:
-                return _rows_sum(out, nt, m, k, ap, a_k, bp, b_k, e, bias, 0, 0)
+                return _rows_sum(dtype, nt, m, k, a, a_k, b, b_k, c, 0, 0, 0, act, alpha, beta, p0, p1)
         if m == 1 and b_n == size and count == 1:
-            return _rows_sum(out, nt, n, k, bp, b_k, ap, a_k, e, bias, r, r_n)
+            return _rows_sum(dtype, nt, n, k, b, b_k, a, a_k, c, bias, r, r_n, act, alpha, beta, p0, p1)
 
-    if nt > 1 and count == 1 and e is _PLAIN and not f.half and k >= _LONG and _splits_k(f, m, n, nt):
-        return _split_k(out, a, b, nt)
-    keep = _kept(f, weight, n, k, b_k, b_n) if weight is not None and k * n >= _SMALL_WEIGHT else None
-    tm, tn, cut, direct, mc, kc, pack_a, need = _plan(a.dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
+    keep = None if weight is None or k * n < _SMALL_WEIGHT else _kept(weight, n, k, b_k, b_n)
+    tm, tn, cut, direct, mc, kc, pack_a, need = _plan(dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
+    if tm * tn < nt and count == 1 and k >= _LONG and size >= 4 and not (bias or r or act) and alpha == 1.0:
+        return _split_k(dtype, nt, m, n, k, a, a_m, a_k, b, b_k, b_n, c)
     packed_b = 0
     if keep is not None:
         packed_b, cut = keep.address, keep.cut
-    _PRODUCT[a.dtype].run(
-        nt, count * tm * tn, tm, tn, table, m, n, k, ap, a_b, a_m, a_k, bp, b_b, b_k, b_n, packed_b, cut, direct,
-        cp, m * n * size, n * size, bias, r, r_b, r_m, r_n, e.act, int(e.act > 0 or r != 0 or e.alpha != 1.0), mc, kc, pack_a,
-        workspace(need * nt), need, *scalars)
+    _PRODUCT[dtype].run(
+        nt, count * tm * tn, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed_b, cut, direct,
+        c, m * n * size, n * size, bias, r, r_b, r_m, r_n, act, int(act > 0 or r != 0 or alpha != 1.0), mc, kc, pack_a,
+        workspace(need * nt), need, alpha, beta, p0, p1)
 
 
 @lru_cache(4096)
@@ -214,39 +218,34 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
     return tm, tn, _panels(f, n, tn), int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096
 
 
-def _splits_k(f: Format, m: int, n: int, nt: int) -> bool:
-    """Whether the output has too few tiles to give each thread one."""
-    tm, tn = _grid(f, 1, m, n, nt)
-    return tm * tn < nt
-
-
-def _rows_sum(out: Tensor, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, e: Epilogue, bias: int, r: int,
-              r_n: int) -> None:
-    """out[n] = epilogue(Σ x[k] · w[k, :]); x = 0: the sum of the rows."""
-    f = _format(out.dtype)
+def _rows_sum(dtype: torch.dtype, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, c: int,
+              bias: int = 0, r: int = 0, r_n: int = 0, act: int = 0,
+              alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0) -> None:
+    """c[n] = epilogue(Σ x[k] · w[k, :]); x = 0: the sum of the rows."""
+    f = _format(dtype)
     row = -(-n * f.unit // 64) * 64 + 64
     split = n < f.lanes * 4 * nt and k > n
-    _ROWS_SUM[out.dtype].run(nt, int(split), n, k, w, w_k, x, x_k, out.data_ptr(), bias, r, r_n, e.act,
-                         workspace(row * nt), row, e.alpha, e.beta, e.p0, e.p1)
+    _ROWS_SUM[dtype].run(nt, int(split), n, k, w, w_k, x, x_k, c, bias, r, r_n, act, workspace(row * nt), row,
+                         alpha, beta, p0, p1)
 
 
-def _split_k(out: Tensor, a: Tensor, b: Tensor, parts: int) -> None:
+def _split_k(dtype: torch.dtype, parts: int, m: int, n: int, k: int, a: int, a_m: int, a_k: int, b: int, b_k: int, b_n: int,
+             c: int) -> None:
     """A small output and a long sum: each thread sums a stretch of k, and the stretches are added in their order."""
-    out, a, b = (t[(0,) * (t.dim() - 2)] for t in (out, a, b))  # a batch of one, perhaps
-    m, n, k = *out.shape, a.shape[-1]
     stretch = k // parts
-    rest = k - parts * stretch
-    sums = torch.empty(parts + (rest > 0), m, n, dtype=out.dtype)
     whole = parts * stretch
-    _multiply(sums[:parts], a[:, :whole].unflatten(1, (parts, stretch)).transpose(0, 1), b[:whole].unflatten(0, (parts, stretch)))
-    if rest:
-        _multiply(sums[parts], a[:, whole:], b[whole:])
-    _rows_sum(out, 1, m * n, len(sums), sums.data_ptr(), m * n * out.itemsize, 0, 0, _PLAIN, 0, 0, 0)
+    sums = torch.empty(parts + (whole < k), m, n, dtype=dtype)
+    _run(dtype, None, parts, 0, m, n, stretch, a, stretch * a_k, a_m, a_k, b, stretch * b_k, b_k, b_n, sums.data_ptr())
+    if whole < k:
+        _run(dtype, None, 1, 0, m, n, k - whole, a + whole * a_k, 0, a_m, a_k, b + whole * b_k, 0, b_k, b_n, sums[parts].data_ptr())
+    _rows_sum(dtype, 1, m * n, len(sums), sums.data_ptr(), m * n * dtype.itemsize, 0, 0, c)
 
 
-def _kept(f: Format, weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> Any:
+def _kept(weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> packed.Packing | None:
+    """The kept packing of a weight that has been seen before, unchanged."""
     if weight.is_inference() or not weight.is_contiguous():
         return None
+    f = _format(weight.dtype)
     cut = _panels(f, n, threads.count())
     depth = (k + 1) // 2 if f.pairs else k
 
@@ -283,6 +282,17 @@ def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, a
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
     """out = act(input Wᵀ + bias + residual). W's packing is kept while gradients are off."""
+    if residual is None and (bias is None or bias.is_contiguous()) and input.is_contiguous() and weight.dim() == 2:
+        n, k = weight.shape  # the usual case, without a detour
+        total = out.numel()
+        if total and (bias is None or bias.numel() == n):
+            dtype = input.dtype
+            size = dtype.itemsize
+            b_n, b_k = weight.stride()
+            _run(dtype, weight, 1, 0, total // n, n, k, input.data_ptr(), 0, k * size, size,
+                 weight.data_ptr(), 0, b_k * size, b_n * size, out.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                 act=CODES[activation] if activation is not None else 0)
+            return
     if weight.dim() == 1:
         weight = weight.unsqueeze(0)
         out = out.unsqueeze(-1)

@@ -57,7 +57,7 @@ def _sample(tensor: Tensor) -> int:
     return ctypes.c_int64.from_address(out).value
 
 
-class _Entry:
+class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
     __slots__ = ("version", "origin", "shape", "sample", "buffer", "address", "cut")
@@ -68,7 +68,7 @@ class _Entry:
         self.address = self.cut = self.sample = 0
 
 
-_entries: OrderedDict[int, tuple[weakref.ref[Tensor], _Entry]] = OrderedDict()
+_entries: OrderedDict[int, tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
 _lock = threading.RLock()
 _limit: int | None = None
 _bytes = 0
@@ -109,7 +109,7 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> _Entry | None:
+def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None:
     """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
 
     None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
@@ -134,7 +134,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> _Entry | None:
         return None
     if found is None:
         with _lock:
-            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), _Entry(tensor))
+            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), Packing(tensor))
         return None
     with _lock:
         if entry.buffer is not None:  # another thread was first
