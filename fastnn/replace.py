@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -143,9 +144,12 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
     return served
 
 
+_inside_use: ContextVar[bool] = ContextVar("fastnn_inside_use", default=False)
+
+
 class use(TorchFunctionMode):
     """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
-    by fastnn.functional, in this thread. Dropout is: see fastnn.functional.dropout for what it draws."""
+    by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws."""
 
     _table: dict[Callable[..., Any], Callable[..., Any]] | None = None
 
@@ -154,5 +158,11 @@ class use(TorchFunctionMode):
     ) -> Any:
         if use._table is None:
             use._table = _served()
-        # torch switches this mode off while it is here, so what fastnn itself asks of torch does not come back.
-        return use._table.get(func, func)(*args, **(kwargs or {}))
+        ours = use._table.get(func)
+        if ours is None or _inside_use.get():
+            return func(*args, **(kwargs or {}))
+        token = _inside_use.set(True)  # torch switches off this mode here, but not another use() around it
+        try:
+            return ours(*args, **(kwargs or {}))
+        finally:
+            _inside_use.reset(token)

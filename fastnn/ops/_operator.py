@@ -34,36 +34,38 @@ _library = torch.library.Library("fastnn", "DEF")
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
 _CALL = """\
-def {name}({args}, *, backend=None, out=None):
-    if not (
-        is_dynamo_compiling()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-        or _len_torch_dispatch_stack()
-        {or_autocast}
-    ) and {all_plain}:
-        plan = check({args})
-        if (
-            type(plan) is not str
-            and (backend or context()) is None
-            and not traces
-            and {all_on_cpu}
-            and not (is_grad_enabled() and ({any_requires_grad}))
-        ):
-            kernel, supports = table.get("{name}") or load("cpu", op)
-            try:
-                if supports("{name}", {args}) is None:
-                    {inspect}
-                    result = {allocate}
-                    if out is not None and may_be_written(out, result, ({tensors},)):
-                        result = out
-                    kernel(result, {args})
-                    return result{visible}
-            except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
-                if all(t is None or dense(t) for t in ({tensors},)):
-                    raise
-    return op.general(({args},), backend, out)
+def make(op, check, allocate, inspect, context, traces, table, load, dense, may_be_written):
+    def {name}({args}, *, backend=None, out=None):
+        if not (
+            is_dynamo_compiling()
+            or _are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or _get_tracing_state() is not None
+            or _len_torch_dispatch_stack()
+            {or_autocast}
+        ) and {all_plain}:
+            plan = check({args})
+            if (
+                type(plan) is not str
+                and (backend or context()) is None
+                and not traces
+                and {all_on_cpu}
+                and not (is_grad_enabled() and ({any_requires_grad}))
+            ):
+                kernel, supports = table.get("{name}") or load("cpu", op)
+                try:
+                    if supports("{name}", {args}) is None:
+                        {inspect}
+                        result = {allocate}
+                        if out is not None and may_be_written(out, result, ({tensors},)):
+                            result = out
+                        kernel(result, {args})
+                        return result{visible}
+                except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
+                    if all(t is None or dense(t) for t in ({tensors},)):
+                        raise
+        return op.general(({args},), backend, out)
+    return {name}
 """
 
 
@@ -160,7 +162,7 @@ class Operator:
             return self._by_reference(args, "the gradient of a gradient is plain maths")
         kernel = backends.select(self, args, backend)
         if kernel is None:
-            return self.torch(*args)
+            return self._torch(args)
         if differentiate:
             return self._visible(_Differentiable.apply(*args, self, kernel, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
@@ -212,14 +214,22 @@ class Operator:
     def _visible(self, out: Any) -> Any:
         return out if self.extra is None else out[0]
 
+    def _torch(self, args: tuple[Any, ...]) -> Any:
+        try:
+            return self.torch(*args)
+        except IndexError:
+            if self.inspect is not None:
+                self.inspect(*args)  # has more to say about the same error
+            raise
+
     def _all_by_torch(self, args: tuple[Any, ...]) -> Any:
-        return self.torch(*args) if self.extra is None else (self.torch(*args), self.extra(*args))
+        return self._torch(args) if self.extra is None else (self._torch(args), self.extra(*args))
 
     def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
         if backends.chosen(backend) == "reference":
             return self._by_reference(args, reason)
         backends.torch_serves(self.name, args, backend, reason)
-        return self.torch(*args)
+        return self._torch(args)
 
     def _by_reference(self, args: tuple[Any, ...], reason: str) -> Any:
         backends.record_reference(self, args, reason)
@@ -275,8 +285,9 @@ class Operator:
         )
         filename = f"<fastnn operator {self.name}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        known = dict(
-            globals(),
+        namespace: dict[str, Any] = {}
+        exec(compile(source, filename, "exec"), globals(), namespace)
+        return namespace["make"](
             op=self,
             check=self.check,
             allocate=self.allocate,
@@ -288,8 +299,6 @@ class Operator:
             dense=backends.dense,
             may_be_written=_may_be_written,
         )
-        exec(compile(source, filename, "exec"), known)
-        return known[self.name]
 
 
 def _by_shape(shape: Any, first: Tensor, *rest: Any) -> Tensor:

@@ -1,0 +1,331 @@
+"""replace, restore and use: what they change, what they leave alone, and what they say about it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastnn
+from fastnn.replace import Report
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.Sequential(nn.GELU(), nn.Linear(8, 8), nn.Dropout(0.25))
+        self.again = self.first
+        self.act = nn.ReLU()
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.body(self.norm(self.first(x)))))
+
+
+def torch_model() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def test_replace_switches_classes_and_nothing_else() -> None:
+    model = torch_model().eval()
+    x = torch.randn(5, 6)
+    expected = model(x)
+    before = {name: (id(m), type(m)) for name, m in model.named_modules()}
+    parameters = [id(p) for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    report = fastnn.replace(model)
+    assert type(model.first) is fastnn.nn.Linear and type(model.body[0]) is fastnn.nn.GELU
+    assert model.again is model.first
+    assert {name: id(m) for name, m in model.named_modules()} == {name: i for name, (i, _) in before.items()}
+    assert [id(p) for p in model.parameters()] == parameters
+    assert [e.name for e in report.replaced] == ["first", "body.0", "body.1", "body.2", "act", "last"]
+    assert [tuple(e) for e in report.left] == [("norm", "LayerNorm", "no fastnn kernel for LayerNorm")]
+    torch.testing.assert_close(model(x), expected)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    with fastnn.trace() as calls:
+        model(x)
+    assert [call.op for call in calls] == ["linear", "activation", "linear", "activation", "linear"]
+
+    assert fastnn.restore(model) is model
+    assert {name: type(m) for name, m in model.named_modules()} == {name: t for name, (_, t) in before.items()}
+    with fastnn.trace() as calls:
+        torch.testing.assert_close(model(x), expected)
+    assert calls == []
+
+
+def test_replace_is_idempotent() -> None:
+    model = torch_model()
+    first, second = fastnn.replace(model), fastnn.replace(model)
+    assert [e.name for e in first.replaced] == [e.name for e in second.replaced]
+    assert {e.reason for e in second.replaced} == {"already fastnn's"}
+    assert type(model.first) is fastnn.nn.Linear
+    fastnn.restore(fastnn.restore(model))
+    assert type(model.first) is nn.Linear
+
+
+def test_report_reads_well() -> None:
+    text = str(fastnn.replace(torch_model()))
+    assert text.splitlines()[0] == "replaced 6 modules, left 1"
+    assert "3 × Linear" in text
+    assert "1 × LayerNorm            left: no fastnn kernel for LayerNorm" in text
+    assert str(Report()) == "replaced 0 modules, left 0"
+
+
+def test_the_model_itself_may_be_a_layer() -> None:
+    layer = nn.Linear(2, 3)
+    report = fastnn.replace(layer)
+    assert type(layer) is fastnn.nn.Linear and report.replaced[0].name == ""
+
+
+def test_hooks_and_training_stay() -> None:
+    model = torch_model()
+    seen: list[str] = []
+    model.first.register_forward_hook(lambda *_: seen.append("forward"))
+    model.first.register_full_backward_hook(lambda *_: seen.append("backward"))
+    fastnn.replace(model)
+    model(torch.randn(2, 6)).sum().backward()
+    assert seen == ["forward", "backward"]
+    assert model.first.weight.grad is not None
+
+
+def test_training_gives_torchs_losses() -> None:
+    data = torch.randn(64, 6)
+    target = data[:, :3].argmax(1)
+    losses = []
+    for switch in (False, True):
+        model = torch_model()
+        model.body[2].p = 0.0
+        loss_function = nn.CrossEntropyLoss()
+        if switch:
+            fastnn.replace(model)
+            fastnn.replace(loss_function)
+        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+        losses.append([])
+        for _ in range(20):
+            loss = loss_function(model(data), target)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses[-1].append(float(loss.detach()))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] < 0.8 * losses[0][0]
+
+
+def test_copies_and_pickles_stay_replaced() -> None:
+    model = torch_model().eval()
+    fastnn.replace(model, backend="reference")
+    x = torch.randn(3, 6)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.first) is fastnn.nn.Linear and other.first.backend == "reference"
+        torch.testing.assert_close(other(x), model(x))
+
+
+def test_backend_of_the_replaced() -> None:
+    model = torch_model().eval()
+    fastnn.replace(model, backend="reference")
+    with fastnn.trace() as calls:
+        model(torch.randn(2, 6))
+    assert {call.backend for call in calls} == {"reference"}
+    fastnn.restore(model)
+    assert "backend" not in model.first.__dict__
+    with pytest.raises(ValueError, match="backend: got 'fpga', allowed are 'auto'"):
+        fastnn.replace(model, backend="fpga")
+    assert type(model.first) is nn.Linear
+    with pytest.raises(TypeError, match="argument 'model' must be torch.nn.Module, not list"):
+        fastnn.replace([model])  # type: ignore[arg-type]
+
+
+class UserLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def overridden() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda input: input * 2  # type: ignore[method-assign]
+    return layer
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def parametrised() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def subclassed_weight() -> nn.Module:
+    class Tagged(Tensor):
+        pass
+
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(torch.randn(3, 3).as_subclass(Tagged))
+    return layer
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: UserLinear(3, 3), "a subclass of torch.nn.Linear: only exact types are switched"),
+        (overridden, "its forward is overridden on the instance"),
+        (parametrised, "parametrised"),
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrised"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), "parametrised"),
+        (old_weight_norm, "weight_norm"),
+        (subclassed_weight, "a subclass of Tensor"),
+        (lambda: nn.LazyLinear(3), "lazy"),
+        (lambda: torch.ao.nn.qat.Linear(3, 3, qconfig=torch.ao.quantization.default_qconfig), "quantised"),
+        (lambda: torch.jit.script(nn.Linear(3, 3)), "compiled by torch.jit"),
+        (lambda: nn.MultiheadAttention(4, 2), "no fastnn kernel for MultiheadAttention"),
+        (lambda: nn.Embedding(3, 3), "no fastnn kernel for Embedding"),
+    ],
+)
+def test_what_is_left_and_why(make, reason: str) -> None:  # type: ignore[no-untyped-def]
+    layer = make()
+    kind = type(layer)
+    report = fastnn.replace(nn.Sequential(layer))
+    assert type(layer) is kind
+    (entry,) = [e for e in report.left if e.name == "0"]
+    assert entry.class_name == kind.__name__ and reason in entry.reason
+    assert all(e.name != "0" for e in report.replaced)
+
+
+def test_parametrising_after_replacing_works() -> None:
+    torch.manual_seed(2)
+    layer = nn.Linear(3, 3)
+    fastnn.replace(layer)
+    parametrizations.weight_norm(layer)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_functional_call_and_stacked_modules() -> None:
+    """torch.func's way of calling a module with other parameters, and a vmap over an ensemble of them."""
+    models = [nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)) for _ in range(3)]
+    x = torch.randn(7, 4)
+    expected = torch.stack([m(x) for m in models])
+    for m in models:
+        fastnn.replace(m)
+    parameters, buffers = torch.func.stack_module_state(models)
+    stacked = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(stacked, expected)
+
+
+# use()
+
+
+def torchs_own_calls(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
+    return [
+        x @ w,
+        x.matmul(w),
+        torch.matmul(x, w),
+        torch.mm(x, w),
+        x.mm(w),
+        x.mv(v),
+        torch.bmm(x[None], w[None]),
+        torch.addmm(v[:1], x, w),
+        torch.addmm(x @ w, x, w, beta=2),
+        F.linear(x, w.T, bias=None),
+        F.relu(x),
+        torch.relu(x),
+        x.relu(),
+        F.gelu(x, approximate="tanh"),
+        F.silu(x),
+        x.sigmoid(),
+        F.sigmoid(x),
+        x.tanh(),
+        F.glu(x),
+        x.softmax(-1),
+        torch.softmax(x, 0, dtype=torch.float64),
+        F.softmax(x, dim=-1, dtype=torch.float32),
+        F.log_softmax(x, -1),
+        x.log_softmax(dim=1),
+        F.cross_entropy(x, torch.tensor([0, 1, 2])),
+        F.mse_loss(x, x.cos()),
+    ]
+
+
+def test_use_serves_torchs_own_calls() -> None:
+    x, w, v = torch.randn(3, 4), torch.randn(4, 4), torch.randn(4)
+    expected = torchs_own_calls(x, w, v)
+    with fastnn.use(), fastnn.trace() as calls:
+        results = torchs_own_calls(x, w, v)
+        unserved = torch.cumsum(x, 0)
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right)
+    torch.testing.assert_close(unserved, x.cumsum(0))
+    assert len(calls) == len(expected) + 1  # one of them is of two products
+    with fastnn.trace() as calls:
+        torchs_own_calls(x, w, v)
+    assert calls == []
+
+
+def test_rmatmul_is_served() -> None:
+    x, w = torch.randn(3, 4), torch.randn(4, 4)
+    with fastnn.use(), fastnn.trace() as calls:
+        result = Tensor.__rmatmul__(w, x)
+    torch.testing.assert_close(result, x @ w)
+    assert len(calls) == 1
+
+
+def test_use_does_not_recurse_and_nests() -> None:
+    x = torch.randn(3, 4)
+    with fastnn.use(), fastnn.backend("torch"), fastnn.trace() as calls, fastnn.use():
+        F.gelu(x)
+    assert len(calls) == 1 and calls[0].backend == "torch"
+
+
+def test_use_serves_a_model_that_was_not_replaced() -> None:
+    model = torch_model().eval()
+    x = torch.randn(5, 6)
+    expected = model(x)
+    with fastnn.use(), fastnn.trace() as calls:
+        torch.testing.assert_close(model(x), expected)
+    assert [call.op for call in calls] == ["linear", "activation", "linear", "activation", "linear"]
+    with fastnn.use():
+        model(x).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_use_dropout_follows_its_mode() -> None:
+    layer = nn.Dropout(0.5)
+    x = torch.ones(2000)
+    with fastnn.use(), fastnn.trace() as calls:
+        kept = layer(x) != 0
+        assert layer.eval()(x) is x
+    assert 0.4 < float(kept.float().mean()) < 0.6
+    assert [call.op for call in calls] == ["dropout"]
+
+
+@pytest.mark.slow
+def test_hugging_face_models() -> None:
+    """An unmodified transformers model, by replace and by use."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval()
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state
+        with fastnn.use(), fastnn.trace() as calls:
+            torch.testing.assert_close(model(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        assert {"linear", "activation"} <= {call.op for call in calls}
+        report = fastnn.replace(model)
+        torch.testing.assert_close(model(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    assert sum(e.class_name == "Linear" for e in report.replaced) >= 13
