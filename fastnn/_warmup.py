@@ -13,7 +13,7 @@ from ._info import cache, size
 from ._numerics import results
 
 
-def _call(check: verify.Check, dtype: torch.dtype) -> None:
+def call(check: verify.Check, dtype: torch.dtype) -> None:
     """One forward and, where there is one, one backward: kernels are built a dtype, not a shape."""
     run = check.ours or check.theirs
     inputs = check.make(dtype)
@@ -46,7 +46,7 @@ def main(arguments: Namespace) -> int:
         task = bar.add_task("", total=len(jobs))
         for check, dtype in jobs:
             bar.update(task, description=f"{check.name}, {str(dtype).removeprefix('torch.')}")
-            _call(check, dtype)
+            call(check, dtype)
             bar.advance(task)
         # Kernels that no small example reaches, such as those for large sizes only.
         names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
