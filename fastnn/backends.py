@@ -121,10 +121,11 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel 
 
 def torch_serves(op: str, args: Sequence[Any], backend: str | None, reason: str) -> None:
     """Note that only torch's own implementation can serve this call; an error if another backend was named."""
-    named = backend or context()
+    compiling = torch.compiler.is_dynamo_compiling()  # which can read neither context nor trace
+    named = backend if compiling else backend or context()
     if named not in (None, "auto", "torch") and validate(named):
         raise RuntimeError(_cannot(op, named, reason))
-    if traces:
+    if not compiling and traces:
         record(op, args, "torch", f"torch {op}", reason)
 
 

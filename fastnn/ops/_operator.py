@@ -199,8 +199,9 @@ class Operator:
 
     def autocasting(self, *args: Any, backend: str | None = None) -> Any:
         """The op under autocast, for the dispatcher."""
+        args = self._cast(args)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-            return self.overload(*self._cast(args), backend=backend)
+            return self.overload(*args, backend=backend)
 
     def _launch(self, kernel: backends.Kernel, plan: Any, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
         if self.inspect is not None:
