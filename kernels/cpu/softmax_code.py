@@ -23,6 +23,7 @@ from .engine.simd import (
     INT64,
     Elem,
     compute_elem,
+    first_lane,
     first_lanes,
     fma,
     inline,
@@ -79,11 +80,14 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
         while i + W <= n:
             best = maximum_fast(load(several, x + i * size), best)
             i += W
-        rest = spread(one, -inf)
-        while i < n:
-            rest = maximum_fast(select(first_lanes(one, n - i), load_n(one, x + i * size, n - i), -inf), rest)
-            i += L
-        return max(reduce_max(best), reduce_max(rest))
+        top = reduce_max(best)
+        if i < n:
+            rest = spread(one, -inf)
+            while i < n:
+                rest = maximum_fast(select(first_lanes(one, n - i), load_n(one, x + i * size, n - i), -inf), rest)
+                i += L
+            top = max(top, reduce_max(rest))
+        return top
 
     def walk(term: Callable[..., Any], writes: bool) -> Any:
         @inline
@@ -98,17 +102,20 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
                     store(several, y + i * size, t)
                 sums = sums + t
                 i += W
-            rest = spread(one, 0.0)
-            while i < n:
-                va = load_n(one, a + i * size, n - i)
-                vb = load_n(one, b + i * size, n - i) if second else va
-                vw = load_n(one, w + i * size, n - i) if weighted else va
-                t = term(va, vb, vw, p)
-                if writes:
-                    store_n(one, y + i * size, t, n - i)
-                rest = rest + select(first_lanes(one, n - i), t, 0.0)
-                i += L
-            return reduce_add(sums) + reduce_add(rest)
+            total = reduce_add(sums)
+            if i < n:
+                rest = spread(one, 0.0)
+                while i < n:
+                    va = load_n(one, a + i * size, n - i)
+                    vb = load_n(one, b + i * size, n - i) if second else va
+                    vw = load_n(one, w + i * size, n - i) if weighted else va
+                    t = term(va, vb, vw, p)
+                    if writes:
+                        store_n(one, y + i * size, t, n - i)
+                    rest = rest + select(first_lanes(one, n - i), t, 0.0)
+                    i += L
+                total = total + reduce_add(rest)
+            return total
         return function
 
     terms = rows(elem).walk(_exp, False) if second or weighted else walk(_exp, False)
@@ -120,7 +127,8 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
             here, size_here = x + at * size, min(BLOCK, n - at)
             top = largest(here, sx, size_here, k)
             if top > m:
-                s = s * reduce_max(exp_below(spread(compute, m - top)))
+                if s != 0.0:
+                    s = s * first_lane(exp_below(spread(compute, m - top)))
                 m = top
             base = 0.0 if m == -inf else m
             s = s + terms(here, sx, 0, 0, 0, 0, 0, 0, size_here, k, base)
@@ -129,7 +137,7 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
 
     @inline
     def log_scalar(s):
-        return reduce_max(log(spread(compute, s)))
+        return first_lane(log(spread(compute, s)))
 
     @inline
     def get(address, k):
@@ -596,7 +604,7 @@ def cross_entropy_backward(
                 value = -keep * weight * s
                 if not logs:
                     xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
-                    p = reduce_max(exp_below(spread(FLOAT64, xt - load_scalar(FLOAT64, lse + line * 8))))
+                    p = first_lane(exp_below(spread(FLOAT64, xt - load_scalar(FLOAT64, lse + line * 8))))
                     value += s * (p * (keep * weight + each * weights) - each * weight)
                 store_scalar(elem, at + t * yc, value)
 

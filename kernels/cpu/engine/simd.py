@@ -570,6 +570,14 @@ reduce_max = _reduction("reduce_max", lambda b, x, y: b.select(
 
 
 @intrinsic
+def first_lane(typingctx, v):
+    """first_lane(v) -> lane 0 as a scalar"""
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(args[0], i32(0))
+    return v.elem(v), codegen
+
+
+@intrinsic
 def maximum(typingctx, a, b):
     """maximum(a, b): NaN where either is NaN, as torch.maximum"""
     def codegen(context, builder, sig, args):
