@@ -301,7 +301,7 @@ def fma(dtype: torch.dtype, threads: int, seconds: float = 0.1) -> float:
 def _buffer(size: int) -> torch.Tensor:
     """Memory whose address suits every vector."""
     room = torch.empty(size + 64, dtype=torch.uint8)
-    return room[-room.data_ptr() % 64 :]
+    return room[-room.data_ptr() % 64 :][:size]
 
 
 def _block(threads: int, size: int) -> tuple[int, int]:

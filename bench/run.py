@@ -7,7 +7,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -312,8 +312,16 @@ def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int
     return records
 
 
-def available_peers(names: Iterable[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
-    """The providers that can be imported, and why the others cannot."""
+def available_peers(names: Sequence[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
+    """The providers (of the given names, or all) that can be imported, and why the others cannot.
+
+    Raises:
+        ValueError: a name that no provider has.
+    """
+    known = [kind.name for kind in peer_module.PEERS]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"no provider is called {name!r}; there are: {', '.join(known)}")
     there, missing = [], {}
     for kind in peer_module.PEERS:
         if names is not None and kind.name not in names:

@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not an import statement: type checkers know these files as bench.*, where they lie in a checkout.
         return int(import_module("fastnn.bench.command").main(arguments))
     except ImportError as problem:
-        if problem.name not in ("rich", "matplotlib", "numba", "numpy"):
+        package = (problem.name or "").split(".")[0]
+        if package not in ("rich", "matplotlib", "mpmath", "numba", "numpy"):
             raise
-        print(f"{problem.name} is needed for this: pip install {problem.name}", file=sys.stderr)
+        print(f"{package} is needed for this: pip install {package}", file=sys.stderr)
         return 2
     except ValueError as problem:
         print(f"python -m fastnn {arguments.command}: {problem}", file=sys.stderr)

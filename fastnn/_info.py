@@ -131,7 +131,7 @@ def text() -> str:
     if facts["affinity"] is not None and len(facts["affinity"]) != facts["cores"]:
         row("affinity", f"this process may use only cores {facts['affinity']}")
     if "caches" in facts:
-        row("caches", ", ".join(f"{name.upper()} {size(size)}" for name, size in facts["caches"].items()))
+        row("caches", ", ".join(f"{name.upper()} {size(n)}" for name, n in facts["caches"].items()))
         simd = facts["simd"]
         row("SIMD", f"{simd['name']}, vectors of {simd['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
         row("features", facts["features"])

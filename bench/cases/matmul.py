@@ -117,7 +117,7 @@ def vector(name: str, n: int, k: int, **extra: Any) -> Case:
         together(random(n, k, seed=1), random(k, seed=2)),
         theirs=lambda F, a, x: F.mv(a, x),
         numpy=_numpy_product,
-        passes=((n * k + k + n, 0),),
+        passes=((n * k + k, n),),
         scale=sum_of_magnitudes(lambda F, a, x: F.mv(a, x)),
         **extra,
     )
@@ -135,7 +135,7 @@ def row(name: str, k: int, n: int, **extra: Any) -> Case:
         together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
         theirs=run,
         numpy=_numpy_linear,
-        passes=((n * k + k + n, 0),),
+        passes=((n * k + k, n),),
         scale=sum_of_magnitudes(run),
         **extra,
     )

@@ -1,0 +1,460 @@
+"""The benchmark: its limits exist, its arithmetic is right, a wrong result has no speed, its files can be read.
+
+Nothing here asserts a speed.
+"""
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnn.bench.cases as cases
+import fastnn.bench.command as command
+import fastnn.bench.limits as limits
+import fastnn.bench.peers as peers
+import fastnn.bench.report as report
+import fastnn.bench.run as run
+import fastnn.bench.timing as timing
+from fastnn import backends
+from fastnn.__main__ import main
+from fastnn._numerics import sum_of_magnitudes
+from fastnn.bench.cases import Case, random, together
+from fastnn.bench.run import Record
+from fastnn.bench.timing import Times
+
+# Limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_limits_are_plausible(threads: int) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert 1e8 < limits.fma(dtype, threads, seconds=0.01) < 1e15, dtype
+    for rate in (
+        limits.read(1 << 20, threads, seconds=0.01),
+        limits.copy(1 << 20, threads, seconds=0.01),
+        limits.copy(1 << 20, threads, sources=2, fresh=False, seconds=0.01),
+    ):
+        assert 1e7 < rate < 1e14
+
+
+def test_the_fma_loop_is_what_it_says() -> None:
+    """The widest vectors, enough independent chains, and no memory access or call among them."""
+    text, flops = limits._fma_text(torch.float32)
+    lines = [line.strip() for line in limits.assembly(text).splitlines()]
+    fused = [n for n, line in enumerate(lines) if line.startswith(("vfmadd", "fmla"))]
+    if not fused:
+        pytest.skip("this CPU has no fused multiply-add")
+    chains = flops // (2 * limits.vector_bytes() // 4)
+    assert len(fused) == chains >= 12
+    assert fused == list(range(fused[0], fused[0] + chains)), "something stands between the multiply-adds"
+    register = {64: "%zmm", 32: "%ymm"}.get(limits.vector_bytes(), "")
+    assert all(lines[n].count(register) >= 3 and "(" not in lines[n] for n in fused)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4, 8])
+@pytest.mark.parametrize(("sources", "store"), [(1, "plain"), (1, "stream"), (2, "plain"), (2, "stream"), (1, "")])
+def test_the_memory_loops_touch_every_byte(sources: int, store: str, streams: int) -> None:
+    """A loop that skipped memory would make a limit that nobody can reach."""
+    steps, size = limits._block(3, 100_000)
+    a, b, out = (limits._buffer(size) for _ in range(3))
+    a.random_(), b.random_(), out.zero_()
+    data = (ctypes.c_int64 * 6)(0, 3, steps, a.data_ptr(), b.data_ptr(), out.data_ptr())
+    limits.launch(limits._memory(sources, store, streams), data, 2)
+    if store:
+        assert torch.equal(out, a ^ b if sources == 2 else a)
+    else:
+        width = limits.vector_bytes()
+        found, true = (t.view(-1, width).unbind() for t in (out[: 3 * width], a))
+        total = [torch.zeros(width, dtype=torch.uint8), torch.zeros(width, dtype=torch.uint8)]
+        for n, vectors in enumerate((found, true)):
+            for vector in vectors:
+                total[n] ^= vector
+        assert torch.equal(*total)
+
+
+def test_limits_keep_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([5.0, 9.0, 7.0])
+    monkeypatch.setattr(limits, "fma", lambda *_: next(rates))
+    kept = limits.Limits(2)
+    assert kept.fma(torch.float32) == 5.0
+    assert [kept.refresh_fma(torch.float32), kept.refresh_fma(torch.float32)] == [9.0, 7.0]
+    assert kept.fma(torch.float32) == 9.0
+    assert kept.fma(torch.float16) == 9.0  # computed in float32
+    moved = iter([100.0, 50.0])
+    monkeypatch.setattr(limits, "read", lambda size, *_: next(moved))
+    monkeypatch.setattr(limits, "copy", lambda size, threads, sources, seconds: 10.0 * sources)
+    assert kept.memory(1000, 0) == 10.0
+    assert kept.memory(1000, 0, again=True) == 10.0
+    assert kept.memory(100, 100) == 20.0
+    assert kept.memory(200, 100) == 15.0
+
+
+# Arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_times() -> None:
+    times = Times.of([5.0, 1.0, 3.0, 2.0, 4.0, 10.0])
+    assert times == Times(3.5, 2.0, 5.0, 6)
+    assert times.spread == pytest.approx(3 / 3.5)
+    assert Times.of([2.0]) == Times(2.0, 2.0, 2.0, 1)
+
+
+def test_measure_runs_everyone_in_turn() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: order.append(name)
+
+    found = timing.measure({"a": call("a"), "b": call("b"), "c": call("c")}, 0.003, rounds=3)
+    assert set(found) == {"a", "b", "c"}
+    assert all(0 < t.p20 <= t.median <= t.p80 and t.runs >= 3 for t in found.values())
+    blocks = [name for n, name in enumerate(order) if n == 0 or order[n - 1] != name]
+    assert blocks == [*"abc", *"abc", *"bca", *"cab"]  # warm-up, then rotating rounds; neighbours of one name merge
+
+
+def _case(**changes: Any) -> Case:
+    return Case("matmul", "test/relu/64", together(random(64, 64, seed=1)), theirs=lambda F, x: F.relu(x)).on(**changes)
+
+
+def _times(**medians: float) -> dict[str, Times]:
+    return {name.replace("_", "."): Times(t, 0.98 * t, 1.02 * t, 9) for name, t in medians.items()}
+
+
+def _records(case: Case, *names: str) -> list[Record]:
+    return [Record(case.family, case.name, "float32", 2, case.mode, name, correct=True) for name in names]
+
+
+def test_ratios_rates_and_fractions() -> None:
+    case = _case(flops=4_000_000)
+    ours, eager, compiled, numpy = records = _records(case, "fastnn", "torch", "torch.compile", "numpy")
+    run.fill(records, _times(fastnn=0.002, torch=0.004, torch_compile=0.003), case, torch.float32, ("fma", 0.001))
+    assert ours.ratio == pytest.approx(1.5)  # against the best peer, not the weakest
+    assert [eager.ratio, compiled.ratio] == pytest.approx([0.75, 1.0])
+    assert ours.rate == pytest.approx(2.0)
+    assert ours.unit == "GFLOP/s"
+    assert [ours.limit, ours.limit_fraction, eager.limit_fraction] == ["fma", 0.5, 0.25]
+    assert numpy.median is numpy.ratio is None
+    assert ours.notes == []
+
+
+def test_memory_bound_cases_count_bytes() -> None:
+    case = _case(passes=((1000, 500), (500, 0)))
+    assert case.bytes(torch.bfloat16) == 4000
+    records = _records(case, "fastnn")
+    run.fill(records, {"fastnn": Times(1e-6, 0.5e-6, 2e-6, 9)}, case, torch.float32, None)
+    assert (records[0].rate, records[0].unit) == (pytest.approx(8.0), "GB/s")
+    assert records[0].ratio is records[0].limit_fraction is None
+    assert records[0].notes == ["spread 150%"]
+
+
+def test_a_case_is_limited_by_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = limits.Limits(2)
+    monkeypatch.setattr(kept, "fma", lambda dtype: 1e12)
+    monkeypatch.setattr(kept, "memory", lambda reads, writes, again=False: (reads + writes) / 1e11)
+    big = ((10_000_000, 0),)
+    assert run.limit_of(_case(flops=10**9, passes=big), torch.float32, kept) == ("fma", 1e-3)
+    assert run.limit_of(_case(flops=10**8, passes=big), torch.float32, kept) == ("read", 4e-4)
+    assert run.limit_of(_case(flops=10**3, passes=((1000, 10),)), torch.float32, kept) == ("fma", 1e-9)  # in cache
+    assert run.limit_of(_case(passes=((500, 500), (1000, 0))), torch.float32, kept) == ("copy", 8e-8)
+    assert run.limit_of(_case(), torch.float32, kept) is None
+
+
+def test_summary_compares_with_the_goals() -> None:
+    goals = {"limit": 0.9, "best": 1.0, "mean": 1.25, "numpy": 2.0}
+    fast, slow = (_case(name=f"group/{n}", goals=goals) for n in ("fast", "slow"))
+    records = []
+    for case, ours in ((fast, 1.0), (slow, 2.0)):
+        mine = _records(case, "fastnn", "torch", "numpy")
+        run.fill(mine, _times(fastnn=ours, torch=2.0, numpy=3.0), case, torch.float32, ("fma", 0.95))
+        records += mine
+    chosen = [(fast, torch.float32), (slow, torch.float32), (_case(name="group/not run", goals=goals), torch.float32)]
+    rows = {row["goal"]: row for row in report.summary(chosen, records)}
+    assert set(rows) == set(goals)
+    assert {goal: row["worst"] for goal, row in rows.items()} == pytest.approx(
+        {"limit": 0.475, "best": 1.0, "mean": 1.0, "numpy": 1.5}
+    )
+    assert rows["mean"]["mean"] == pytest.approx(2**0.5)
+    assert {goal: row["reached"] for goal, row in rows.items()} == {
+        "limit": False, "best": True, "mean": True, "numpy": False,
+    }  # fmt: skip
+    assert {row["worst_case"] for row in rows.values()} == {"group/slow"}
+
+
+def test_summary_compares_dtypes_and_seconds() -> None:
+    case = _case(name="square/8", goals={"float32": 1.7})
+    wide, narrow = _records(case, "fastnn") + _records(case, "fastnn")
+    narrow.dtype, wide.median, narrow.median = "bfloat16", 3.0, 2.0
+    (row,) = report.summary([(case, torch.bfloat16)], [wide, narrow])
+    assert (row["worst"], row["reached"]) == (1.5, False)
+    start = _case(name="import/it", goals={"seconds": 0.15})
+    quick = _records(start, "fastnn")
+    quick[0].median = 0.1
+    (row,) = report.summary([(start, torch.float32)], quick)
+    assert row["reached"]
+
+
+# Cases -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_speed_table_has_cases() -> None:
+    found = {(case.family, case.group) for family in cases.families() for case in cases.cases(family)}
+    assert found >= {
+        *(("matmul", g) for g in ("square", "linear_gelu", "mv", "small", "bmm", "linear_train", "call")),
+        *(("activation", g) for g in ("relu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "prelu", "glu")),
+        *(("softmax", g) for g in ("softmax", "log_softmax", "cross_entropy")),
+        *(("startup", g) for g in ("import", "first_linear")),
+    }  # fmt: skip
+    sizes = {case.name for case in cases.cases("matmul") if case.group == "linear_gelu"}
+    assert len(sizes) == 16
+
+
+@pytest.mark.parametrize("family", cases.families())
+def test_cases_are_well_formed(family: str) -> None:
+    """No two are the same; the formulas fit the shapes of the tensors that the functions really take and give."""
+    listed = cases.cases(family)
+    keys = [(c.name, c.mode, dtype) for c in listed for dtype in c.dtypes]
+    assert len(set(keys)) == len(keys)
+    assert any(case.quick for case in listed)
+    for case in listed:
+        assert case.family == family
+        assert case.mode in ("forward", "backward", "train")
+        assert case.goals
+        if case.programs or case.group == "call" or sum(map(sum, case.passes)) > 12_000_000:
+            continue
+        inputs = case.make(torch.float32)
+        tensors = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+        assert any(t.requires_grad for t in tensors) == (case.mode != "forward"), case.name
+        with torch.no_grad():
+            out = case.theirs(peers.TORCH, *inputs)
+        if case.mode == "forward":
+            reads, writes = (sum(one) for one in zip(*case.passes))
+            assert reads <= sum(t.numel() for t in tensors) <= 1.1 * reads, case.name
+            assert writes in (out.numel(), 0), case.name  # a loss is not worth counting
+
+
+def test_select() -> None:
+    def names(*arguments: Any, **options: Any) -> list[str]:
+        return [case.name for case, _ in run.select(*arguments, **options)]
+
+    assert names(["matmul"], pattern="square/512") == ["square/512"]
+    assert set(names(["matmul"], pattern="small/*8")) == {"small/8", "small/48", "small/128"}
+    assert set(names(["activation"], pattern="gelu/bert_base/")) == {"gelu/bert_base/4096x768"}
+    assert len(names(["matmul"], quick=True)) < len(names(["matmul"]))
+    both = run.select(["matmul"], pattern="square/1024")
+    assert [dtype for _, dtype in both] == [torch.float32, torch.bfloat16]
+    assert [dtype for _, dtype in run.select(["matmul"], torch.float64, "square/1024")] == [torch.float64]
+    with pytest.raises(ValueError, match="unknown family 'convolution'; there are: activation, matmul"):
+        run.select(["convolution"])
+    with pytest.raises(ValueError, match="no case matches 'nowhere' in: matmul"):
+        run.select(["matmul"], pattern="nowhere")
+
+
+# Measuring a case ------------------------------------------------------------------------------------------------
+
+
+def _measure(case: Case, *names: str, dtype: torch.dtype = torch.float32) -> dict[str, Record]:
+    providers, missing = run.available_peers(names)
+    assert not missing
+    found = run.measure_case(case, dtype, 1, providers, limits.Limits(1, seconds=0.01), seconds=0.01)
+    return {record.provider: record for record in found}
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "train"])
+def test_every_provider_does_the_same_work(mode: str) -> None:
+    def gelu(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, w, b))
+
+    grad = mode != "forward"
+    makers = (random(*shape, seed=n, grad=grad) for n, shape in enumerate([(16, 24), (32, 24), (32,)]))
+    scale = sum_of_magnitudes(lambda F, x, w, b: F.linear(x, w, b))
+    case = _case(theirs=gelu, ours=lambda F, x, w, b: F.linear(x, w, b, activation="gelu"), make=together(*makers),
+                 mode=mode, scale=scale, flops=2 * 16 * 24 * 32)  # fmt: skip
+    found = _measure(case, "fastnn", "torch", "torch.compile")
+    for record in found.values():
+        assert record.missing is None
+        assert record.correct
+        assert record.median is not None
+        assert 0 < record.p20 <= record.median <= record.p80
+        assert record.error_ulp is not None
+        assert record.error_ulp < 100
+        assert 0 < record.limit_fraction < 10
+    assert "cpu" in (found["fastnn"].served_by or "")
+    best = min(found[name].median or 0 for name in ("torch", "torch.compile"))
+    assert found["fastnn"].ratio == pytest.approx(best / (found["fastnn"].median or 1))
+
+
+def test_a_red_case_has_no_speed() -> None:
+    found = _measure(_case(ours=lambda F, x: F.relu(x) + 1e-3), "fastnn", "torch")
+    ours = found["fastnn"]
+    assert ours.correct is False
+    assert ours.median is ours.ratio is ours.rate is ours.limit_fraction is None
+    assert (ours.error_ulp or 0) > 100
+    assert found["torch"].correct
+    assert found["torch"].median
+
+
+def test_a_wrong_peer_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio to the best peer must not be spoilt by one that is fast because it is wrong."""
+    monkeypatch.setattr(peers.TorchEager, "prepare", lambda self, job: lambda: (job.inputs[0],))
+    found = _measure(_case(numpy=lambda x: x.clip(0)), "fastnn", "torch", "numpy")
+    assert found["torch"].correct is False
+    assert found["torch"].median is None
+    assert found["fastnn"].ratio == pytest.approx((found["numpy"].median or 0) / (found["fastnn"].median or 1))
+
+
+def test_lost_special_values_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(dtype: torch.dtype) -> tuple[Tensor]:
+        return (torch.tensor([1.0, float("nan"), float("inf")] * 20, dtype=dtype),)
+
+    found = _measure(_case(make=make, ours=lambda F, x: F.relu(x).nan_to_num()), "fastnn", "torch")
+    assert found["fastnn"].correct is False
+    assert "NaN" in found["fastnn"].notes[0]
+
+
+def test_missing_peers_are_shown_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    square = next(c for c in cases.cases("matmul") if c.name == "small/8")
+    found = _measure(square, "torch", "numpy", dtype=torch.bfloat16)
+    assert found["numpy"].missing == "NumPy has no fast bfloat16 product"
+    assert found["numpy"].median is found["numpy"].correct is None
+    assert _measure(_case(), "numpy", "torch")["numpy"].missing == "NumPy does not have this operation"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "C++ compiler" in (_measure(_case(), "torch.compile", "torch")["torch.compile"].missing or "")
+    monkeypatch.setattr(peers.NumPy, "__init__", lambda self: (_ for _ in ()).throw(ImportError("no numpy here")))
+    there, missing = run.available_peers()
+    assert missing == {"numpy": "no numpy here"}
+    assert "numpy" not in [peer.name for peer in there]
+
+
+def test_a_provider_that_raises_is_a_finding() -> None:
+    def fail(F: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError("not for this shape")
+
+    found = _measure(_case(ours=fail), "fastnn", "torch")
+    assert found["fastnn"].correct is False
+    assert found["fastnn"].missing == "NotImplementedError: not for this shape"
+    assert found["torch"].median
+
+
+def test_a_case_too_large_for_the_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_available_memory", lambda: 3 << 30)
+    case = _case(passes=((1 << 28, 1 << 28),), make=lambda dtype: pytest.fail("inputs were made"))
+    assert _measure(case, "torch")["torch"].missing == "the check needs 20 GiB of memory, 3 are free"
+
+
+def test_the_environment_is_left_as_it_was() -> None:
+    before = torch.get_num_threads(), torch.is_grad_enabled()
+    run.run([(_case(), torch.float32)], 1, 0.01, run.available_peers(["torch"])[0], lambda *_: None)
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No long measurements: the numbers do not matter here."""
+    monkeypatch.setattr(command, "SECONDS", {"quick": 0.01, "full": 0.01})
+    for name in ("read", "copy"):
+        monkeypatch.setattr(limits, name, lambda *args, **options: 1e10)
+
+
+def _bench(*arguments: str) -> int:
+    return main(["bench", "matmul", "--providers", "fastnn", "torch", "numpy", "--threads", "1", *arguments])
+
+
+def test_json_has_one_record_a_case_and_provider(
+    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "results.json"
+    assert _bench("--case", "small/[18]*", "--json", str(file), "--threads", "1", "2") == 0
+    saved = json.loads(file.read_text())
+    assert set(saved) == {"headers", "records"}
+    assert [head["threads"] for head in saved["headers"]] == [1, 2]
+    for head in saved["headers"]:
+        assert {"started", "machine", "versions", "limits", "load_average", "method", "command"} <= set(head)
+        assert head["machine"]["cpu"]
+        assert head["versions"]["torch"] == torch.__version__
+        assert head["limits"]["fma_gflops"]["float32"] > 0
+        assert head["limits"]["fma_gflops_one_core"]["float32"] > 0
+    keys = [(r["case"], r["dtype"], r["threads"], r["mode"], r["provider"]) for r in saved["records"]]
+    assert len(set(keys)) == len(keys) == 3 * 3 * 2
+    for record in saved["records"]:
+        assert {"family", "median", "p20", "p80", "rate", "unit", "limit_fraction", "ratio", "correct"} <= set(record)
+        assert record["correct"] is True
+        assert record["family"] == "matmul"
+        assert record["unit"] == "GFLOP/s"
+        assert 0 < record["p20"] <= record["median"] <= record["p80"] < 10
+        assert record["ratio"] > 0
+    out = capsys.readouterr().out
+    assert "small/128" in out
+    assert "What was reached" in out
+
+
+def test_plots_are_written(quick: None, tmp_path: Path) -> None:
+    assert _bench("--case", "small/8", "--plot", str(tmp_path / "plots")) == 0
+    (picture,) = (tmp_path / "plots").iterdir()
+    assert picture.name == "matmul-1threads.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_red_case_fails_the_command(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kernel(out: Tensor, *args: Any) -> None:
+        out.zero_()
+
+    monkeypatch.setitem(backends.tables["cpu"], "matmul", (kernel, lambda op, *args: None))
+    assert _bench("--case", "small/16") == 1
+    out = capsys.readouterr().out
+    assert "RED fastnn: error" in out
+    assert "no speed is reported" in out
+
+
+def test_an_interrupted_run_keeps_what_is_done(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, count = run.measure_case, iter(range(9))
+
+    def interrupt(*arguments: Any) -> list[Record]:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(run, "measure_case", interrupt)
+    file = tmp_path / "part.json"
+    assert _bench("--case", "small/*", "--json", str(file)) == 130
+    assert {r["case"] for r in json.loads(file.read_text())["records"]} == {"small/8", "small/16"}
+    assert "Interrupted after 2 of 7 cases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["poetry"], "unknown family 'poetry'; there are: activation, matmul, softmax, startup"),
+     (["matmul", "--threads", "0"], "--threads is 0; it must be 1 or more"),
+     (["matmul", "--dtype", "int8"], "dtype is 'int8'; allowed: float32"),
+     (["matmul", "--case", "nowhere"], "no case matches 'nowhere' in: matmul"),
+     (["matmul", "--providers", "abacus"], "no provider is called 'abacus'; there are: fastnn, torch, torch.compile")],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_startup_is_measured_in_new_processes() -> None:
+    providers, _ = run.available_peers(["fastnn", "torch"])
+    case = next(c for c in cases.cases("startup") if c.name == "first_linear/warm")
+    found = {r.provider: r for r in run.measure_processes(case, 1, providers, runs=1)}
+    assert found["fastnn"].correct
+    assert 0 < (found["fastnn"].median or 0) < 600
+    assert found["torch"].median
+    broken = case.on(programs={"fastnn": "raise SystemExit('no such kernel')", "torch": "print(0.5, False)"})
+    found = {r.provider: r for r in run.measure_processes(broken, 1, providers, runs=1)}
+    assert found["fastnn"].missing == "no such kernel"
+    assert [r.correct for r in found.values()] == [False, False]
+    assert [r.median for r in found.values()] == [None, None]

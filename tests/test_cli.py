@@ -1,0 +1,106 @@
+"""python -m fastnn: the commands say what they should, and fail when they should."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import _info
+from fastnn.__main__ import main
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastnn", *arguments]
+    return subprocess.run(command, cwd=CHECKOUT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_info_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"fastnn {fastnn.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}\n")
+    for row in ("system", "CPU", "caches", "SIMD", "features", "threads", "GPU", "cache", "environment"):
+        assert re.search(rf"^{row}: +\S", text, re.MULTILINE), row
+    assert f"threads:     {torch.get_num_threads()} " in text
+    assert os.environ["FASTNN_CACHE_DIR"] in text
+
+
+def test_info_says_what_missing_packages_would_bring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_info, "installed", lambda package: "1.2.3" if package != "matplotlib" else None)
+    assert main(["info"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.split("Optional packages\n")[1].splitlines())
+    assert set(rows) == set(_info.EXTRAS)
+    assert rows["matplotlib"].split(maxsplit=1) == ["missing", _info.EXTRAS["matplotlib"]]
+    assert rows["triton"].split(maxsplit=1) == ["1.2.3", _info.EXTRAS["triton"]]
+
+
+def test_info_shows_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTNN_CACHE_DIR", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "off (FASTNN_CACHE_DIR is empty)" in text
+    assert "OMP_NUM_THREADS=7" in text
+
+
+def test_sizes_are_for_people() -> None:
+    assert [_info.size(n) for n in (0, 1000, 48 << 10, 3 << 19, 24 << 30)] == [
+        "0 B",
+        "1000 B",
+        "48 KiB",
+        "1.5 MiB",
+        "24 GiB",
+    ]
+
+
+def test_the_module_runs() -> None:
+    done = _run("info")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fastnn ")
+    assert _run().returncode == 2
+    assert "verify" in _run("--help").stdout
+
+
+def test_help_loads_no_more_than_it_needs() -> None:
+    """The list of commands is there at once."""
+    program = "import sys, fastnn.__main__ as m; m._parser(); print('rich' in sys.modules, 'numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.parametrize("command", ["verify", "warmup", "bench"])
+def test_a_missing_package_is_named(command: str) -> None:
+    program = f"import sys; sys.modules['rich'] = None; from fastnn.__main__ import main; sys.exit(main([{command!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "rich is needed for this: pip install rich"
+
+
+@pytest.mark.slow
+def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    first = _run("warmup", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    found = re.search(r"(\d+) kernels compiled, (\d+) in ", first.stdout)
+    assert found
+    assert int(found[1]) == int(found[2]) > 5
+    again = _run("warmup", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert f"0 kernels compiled, {found[2]} in {tmp_path}" in again.stdout
+    # What a user calls afterwards finds everything there.
+    used = _run("verify", "--dtype", "float32", "--failures", FASTNN_CACHE_DIR=str(tmp_path))
+    assert used.returncode == 0, used.stdout
+    assert sum(1 for _ in tmp_path.rglob("*.o")) == int(found[2])
+
+
+def test_warmup_names_a_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--dtype", "int4"]) == 2
+    assert "dtype is 'int4'; allowed: float32, float64, bfloat16, float16" in capsys.readouterr().err
