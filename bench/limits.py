@@ -218,8 +218,7 @@ def _memory(sources: int, store: str, streams: int) -> int:
     return _compile(_memory_text(sources, store, streams), "memory")
 
 
-# Starting them on several threads
-# --------------------------------------------------------------------------------------
+# Starting them on several threads -------------------------------------------------------------------------------------
 
 
 @cache
@@ -275,8 +274,7 @@ def _repeat(call: Callable[[], object], seconds: float, least: int = 5) -> list[
     return samples
 
 
-# The limits
-# ------------------------------------------------------------------------------------------------------------
+# The limits -----------------------------------------------------------------------------------------------------------
 
 
 def fma_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -289,13 +287,11 @@ def fma_dtype(dtype: torch.dtype) -> torch.dtype:
 def fma(dtype: torch.dtype, threads: int, seconds: float = 0.1) -> float:
     """Floating-point operations a second (a multiply-add counts as two) on so many threads."""
     function, flops = _fma(fma_dtype(dtype))
-    source = torch.full((64 * 64,), 1e-3 if dtype != torch.bfloat16 else 0.0)
-    if fma_dtype(dtype) == torch.float64:
-        source = source.double()
+    source = torch.full((64 * 64,), 1e-3, dtype=fma_dtype(dtype))
     sink = torch.empty(64 * 64 * threads, dtype=torch.float64)
     steps = 200_000
     data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), source.data_ptr(), sink.data_ptr())
-    return threads * steps * flops / _quick_fifth(_repeat(lambda: launch(function, data, threads), seconds))
+    return threads * steps * flops / min(_repeat(lambda: launch(function, data, threads), seconds))
 
 
 def _buffer(size: int) -> torch.Tensor:

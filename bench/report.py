@@ -31,8 +31,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-# The lines of a run
-# ----------------------------------------------------------------------------------------------------
+# The lines of a run ---------------------------------------------------------------------------------------------------
 
 
 class Lines:
@@ -128,8 +127,7 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         console.print(f"{name} is missing: {why}", style="yellow")
 
 
-# The summary
-# -----------------------------------------------------------------------------------------------------------
+# The summary ----------------------------------------------------------------------------------------------------------
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -229,8 +227,7 @@ def print_doubts(console: Console, records: Sequence[Record]) -> None:
         )
 
 
-# Files
-# -----------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:

@@ -108,8 +108,7 @@ def select(
     return list(chosen.values())
 
 
-# Correctness
-# -----------------------------------------------------------------------------------------------------------
+# Correctness ----------------------------------------------------------------------------------------------------------
 
 
 def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
@@ -128,8 +127,7 @@ def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
     return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
 
 
-# The limits of a case
-# --------------------------------------------------------------------------------------------------
+# The limits of a case -------------------------------------------------------------------------------------------------
 
 
 def limit_of(case: Case, dtype: torch.dtype, limits: Limits, again: bool = False) -> tuple[str, float] | None:
@@ -173,8 +171,7 @@ def fill(
             record.notes.append("faster than the limit that was measured: the limit was disturbed")
 
 
-# The run
-# ---------------------------------------------------------------------------------------------------------------
+# The run --------------------------------------------------------------------------------------------------------------
 
 
 def _served_by(work: Work) -> str | None:

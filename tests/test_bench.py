@@ -27,7 +27,7 @@ from fastnn.bench.cases import Case, random, together
 from fastnn.bench.run import Record
 from fastnn.bench.timing import Times
 
-# Limits ----------------------------------------------------------------------------------------------------------
+# Limits ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -94,7 +94,7 @@ def test_limits_keep_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.memory(200, 100) == 15.0
 
 
-# Arithmetic ------------------------------------------------------------------------------------------------------
+# Arithmetic -----------------------------------------------------------------------------------------------------------
 
 
 def test_times() -> None:
@@ -198,7 +198,7 @@ def test_summary_compares_dtypes_and_seconds() -> None:
     assert row["reached"]
 
 
-# Cases -----------------------------------------------------------------------------------------------------------
+# Cases ----------------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_speed_table_has_cases() -> None:
@@ -254,7 +254,7 @@ def test_select() -> None:
         run.select(["matmul"], pattern="nowhere")
 
 
-# Measuring a case ------------------------------------------------------------------------------------------------
+# Measuring a case -----------------------------------------------------------------------------------------------------
 
 
 def _measure(case: Case, *names: str, dtype: torch.dtype = torch.float32) -> dict[str, Record]:
@@ -352,7 +352,7 @@ def test_the_environment_is_left_as_it_was() -> None:
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
 
 
-# The command -----------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn import _numerics, _warmup, backends, verify
 from fastnn.__main__ import main
 
-# The yardsticks --------------------------------------------------------------------------------------------------
+# The yardsticks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES.values(), ids=verify.DTYPES)
@@ -87,7 +87,7 @@ def test_the_careful_products_are_products() -> None:
     torch.testing.assert_close(careful.linear(a, b[0].t(), c[0]), plain.linear(a, b[0].t(), c[0]))
 
 
-# Our kernels -----------------------------------------------------------------------------------------------------
+# Our kernels ----------------------------------------------------------------------------------------------------------
 
 _HALVES = [pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "float16")]
 
@@ -119,7 +119,7 @@ def test_a_check_covers_every_operator() -> None:
     assert operators - {call.op for call in calls} == set()
 
 
-# Broken kernels --------------------------------------------------------------------------------------------------
+# Broken kernels -------------------------------------------------------------------------------------------------------
 
 
 def _damage(monkeypatch: pytest.MonkeyPatch, family: str, op: str, harm: Callable[[Tensor, int], None]) -> None:
@@ -211,7 +211,7 @@ def test_a_kernel_that_raises_is_a_red_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert [line.verdict for line in _red("softmax 5×7×11, dim 1")] == ["RED: RuntimeError: the tile is on fire"] * 2
 
 
-# The command -----------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_what_is_red_and_fails(
