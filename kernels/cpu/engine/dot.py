@@ -20,11 +20,11 @@ from .simd import (
     fma,
     i32,
     i64,
-    llvm_call,
     load,
     load_n,
     load_scalar,
     load_vector,
+    multiply_add,
     outline,
     spread,
     store,
@@ -71,7 +71,7 @@ def _define(module: ir.Module, d: Dot) -> ir.Function:
         new = []
         for r in range(d.rows):
             wr = load_vector(builder, e, builder.add(wp, builder.mul(w_row, i64(r))), n)
-            new += [llvm_call(builder, "llvm.fma", vt, [wr, xs[v], acc[r * d.vectors + v]]) for v in range(d.vectors)]
+            new += [multiply_add(builder, wr, xs[v], acc[r * d.vectors + v]) for v in range(d.vectors)]
         return new
 
     whole = builder.ashr(k, i64(e.lanes.bit_length() - 1))

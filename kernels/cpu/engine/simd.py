@@ -162,6 +162,11 @@ def llvm_call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]
     return builder.call(cgutils.get_or_insert_function(builder.module, fnty, full), args)
 
 
+def multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c for sums of products: fused where the CPU can. ``fma`` is always fused, if need be by a slow library call."""
+    return llvm_call(builder, "llvm.fmuladd" if simd().name == "portable" else "llvm.fma", c.type, [a, b, c])
+
+
 def splat(builder: ir.IRBuilder, scalar: Any, lanes: int) -> Any:
     vt = ir.VectorType(scalar.type, lanes)
     one = builder.insert_element(ir.Constant(vt, ir.Undefined), scalar, i32(0))
@@ -178,8 +183,42 @@ def _pointer(builder: ir.IRBuilder, address: Any, t: ir.Type) -> Any:
     return builder.inttoptr(address, t.as_pointer())
 
 
+def _widen_half_bits(builder: ir.IRBuilder, raw: Any, lanes: int) -> Any:
+    """float16 to float32 by integer arithmetic: exponent and mantissa move 13 bits up, a product makes up for the bias."""
+    vt, vf = ir.VectorType(i32, lanes), ir.VectorType(f32, lanes)
+    wide = builder.zext(builder.bitcast(raw, ir.VectorType(i16, lanes)), vt)
+    sign = builder.shl(builder.and_(wide, ir.Constant(vt, [0x8000] * lanes)), ir.Constant(vt, [16] * lanes))
+    rest = builder.shl(builder.and_(wide, ir.Constant(vt, [0x7FFF] * lanes)), ir.Constant(vt, [13] * lanes))
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(rest, vf), ir.Constant(vf, [2.0**112] * lanes)), vt)
+    special = builder.icmp_unsigned(">=", rest, ir.Constant(vt, [0x7C00 << 13] * lanes))  # infinite or NaN
+    value = builder.select(special, builder.or_(rest, ir.Constant(vt, [0x7F800000] * lanes)), scaled)
+    return builder.bitcast(builder.or_(value, sign), vf)
+
+
+def _narrow_half_bits(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
+    """float32 to float16 by integer arithmetic, to nearest even; the addition of 0.5 rounds what becomes subnormal."""
+    vt, vf = ir.VectorType(i32, lanes), ir.VectorType(f32, lanes)
+
+    def const(x: int) -> Any:
+        return ir.Constant(vt, [x] * lanes)
+
+    bits = builder.bitcast(value, vt)
+    size = builder.and_(bits, const(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, const(13)), const(1))
+    normal = builder.lshr(builder.add(builder.sub(size, const((112 << 23) - 0xFFF)), odd), const(13))
+    shifted = builder.fadd(builder.bitcast(size, vf), ir.Constant(vf, [0.5] * lanes))
+    subnormal = builder.sub(builder.bitcast(shifted, vt), const(0x3F000000))
+    half = builder.select(builder.icmp_unsigned("<", size, const(113 << 23)), subnormal, normal)
+    nan = builder.icmp_unsigned(">", size, const(0x7F800000))
+    half = builder.select(builder.icmp_unsigned(">=", size, const(143 << 23)), builder.select(nan, const(0x7E00), const(0x7C00)), half)
+    half = builder.or_(half, builder.lshr(builder.and_(bits, const(-(2**31))), const(16)))
+    return builder.bitcast(builder.trunc(half, ir.VectorType(i16, lanes)), ir.VectorType(f16, lanes))
+
+
 def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
     """Memory lanes to compute lanes."""
+    if elem.name == "float16" and simd().name == "portable":  # LLVM would call a library that is not there
+        return _widen_half_bits(builder, raw, elem.lanes)
     if elem.name == "float16":
         return builder.fpext(raw, ir.VectorType(f32, elem.lanes))
     if elem.name == "bfloat16":
@@ -191,6 +230,8 @@ def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
 
 def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
     """Compute lanes to memory lanes, rounding to nearest even; a NaN stays a NaN."""
+    if elem.name == "float16" and simd().name == "portable":
+        return _narrow_half_bits(builder, value, elem.lanes)
     if elem.name == "float16":
         return builder.fptrunc(value, ir.VectorType(f16, elem.lanes))
     if elem.name == "bfloat16":
@@ -311,7 +352,7 @@ def load_scalar(typingctx, elem, address):
     def codegen(context, builder, sig, args):
         value = builder.load(_pointer(builder, args[1], e.memory))
         if e.name == "float16":
-            return builder.fpext(value, f32)
+            return builder.extract_element(widen(builder, e, splat(builder, value, e.lanes)), i32(0))
         if e.name == "bfloat16":
             return builder.bitcast(builder.shl(builder.zext(value, i32), i32(16)), f32)
         return value

@@ -24,7 +24,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .host import simd
-from .simd import FLOAT32, Elem, Static, f32, i8, i16, i32, i64, llvm_call, load_vector, splat, store_vector
+from .simd import FLOAT32, Elem, Static, f32, i8, i16, i32, i64, llvm_call, load_vector, multiply_add, splat, store_vector
 
 
 class _BFloat(ir.types._BaseFloatType):  # llvmlite has no bfloat of its own
@@ -85,7 +85,7 @@ def _multiply_add(builder: ir.IRBuilder, tile: Tile, a: Any, b: Any, acc: Any) -
         pairs = ir.VectorType(_BFloat(), 2 * tile.elem.lanes)
         args = [acc, builder.bitcast(a, pairs), builder.bitcast(b, pairs)]
         return llvm_call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{simd().width * 8}", acc.type, args, "")
-    return llvm_call(builder, "llvm.fma", acc.type, [a, b, acc])
+    return multiply_add(builder, a, b, acc)
 
 
 def _define(module: ir.Module, t: Tile) -> ir.Function:
