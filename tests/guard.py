@@ -47,10 +47,14 @@ class Placed:
                 raise OSError(ctypes.get_errno(), "mprotect")
         self.readable = torch.frombuffer(memory, dtype=torch.uint8, offset=PAGE, count=room)  # keeps the mapping alive
         self.readable.fill_(0xFF)
-        first = 0 if end == "front" else (room - size) // source.itemsize
-        self.tensor = self.readable.view(source.dtype).as_strided(source.shape, source.stride(), first)
+        self.shape, self.stride, self.dtype = source.shape, source.stride(), source.dtype
+        self.first = 0 if end == "front" else (room - size) // source.itemsize
+        self.tensor = self._elements(self.readable)
         distinct(self.tensor).copy_(distinct(source))
         self.before = self.readable.clone()
+
+    def _elements(self, memory: Tensor) -> Tensor:
+        return memory.view(self.dtype).as_strided(self.shape, self.stride, self.first)
 
     def poison(self) -> None:
         """Forget the values: an output that has not been written."""
@@ -62,11 +66,10 @@ class Placed:
 
     def changed_outside(self) -> bool:
         """Whether anything but the tensor's own elements has changed."""
-        now = self.readable.clone()
-        first = self.tensor.data_ptr() - self.readable.data_ptr()
-        for t in (now, self.before):
-            distinct(t.view(self.tensor.dtype).as_strided(self.tensor.shape, self.tensor.stride(), first // self.tensor.itemsize)).zero_()
-        return not torch.equal(now, self.before)
+        now, before = self.readable.clone(), self.before.clone()
+        for memory in (now, before):
+            distinct(self._elements(memory)).zero_()
+        return not torch.equal(now, before)
 
 
 class Case(NamedTuple):
