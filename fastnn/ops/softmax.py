@@ -50,7 +50,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
         allocate=allocate,
         torch=getattr(torch, name),
         save=save,
-        backward=lambda ctx, grad: (backward(grad, *ctx.saved_tensors, ctx.dim, backend=ctx.backend), None),
+        backward=lambda ctx, grad: (backward.call(grad, *ctx.saved_tensors, ctx.dim, ctx.backend), None),
     )
     from_output = getattr(aten, f"_{name}_backward_data")
     backward = Operator(
@@ -156,11 +156,13 @@ def _allocate_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(input)
     loss = input.new_empty(rows if reduction == "none" else [])
-    return loss, input.new_empty(rows, dtype=_wide(input))
+    return loss, input.new_empty(rows, dtype=torch.float64)
 
 
-def _wide(input: Tensor) -> torch.dtype:
-    return torch.promote_types(input.dtype, torch.float32)
+def _log_sum_exp(input: Tensor, *_: Any) -> Tensor:
+    """In float64: the gradient is exp(input - lse), and float32 has too few bits for that where lse is large."""
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    return torch.logsumexp(wide, 1 if input.dim() > 1 else 0).double()
 
 
 def _save_cross_entropy(ctx: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
@@ -169,7 +171,7 @@ def _save_cross_entropy(ctx: Any, args: Any, out: tuple[Tensor, Tensor]) -> None
 
 
 def _cross_entropy_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_input = cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.rest, backend=ctx.backend)
+    grad_input = cross_entropy_backward.call(grad, *ctx.saved_tensors, *ctx.rest, ctx.backend)
     return grad_input, None, None, None, None, None
 
 
@@ -185,7 +187,7 @@ cross_entropy = Operator(
     torch=lambda input, target, weight, ignore_index, reduction, label_smoothing: F.cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     ),
-    extra=lambda input, *_: torch.logsumexp(input.to(_wide(input)), 1 if input.dim() > 1 else 0),
+    extra=_log_sum_exp,
     save=_save_cross_entropy,
     backward=_cross_entropy_gradient,
     autocast="float32",
@@ -231,7 +233,7 @@ nll_loss = Operator(
     ),
     save=_save_nll_loss,
     backward=lambda ctx, grad: (
-        nll_loss_backward(grad, *ctx.saved_tensors, *ctx.rest, backend=ctx.backend),
+        nll_loss_backward.call(grad, *ctx.saved_tensors, *ctx.rest, ctx.backend),
         *[None] * 4,
     ),
     autocast="float32",
@@ -267,7 +269,7 @@ def _save_mse_loss(ctx: Any, args: Any, out: Tensor) -> None:
 
 
 def _mse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_input = mse_loss_backward(grad, *ctx.saved_tensors, ctx.reduction, backend=ctx.backend)
+    grad_input = mse_loss_backward.call(grad, *ctx.saved_tensors, ctx.reduction, ctx.backend)
     needs_input, needs_target = ctx.needs_input_grad[:2]
     return grad_input if needs_input else None, -grad_input if needs_target else None, None
 

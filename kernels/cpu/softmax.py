@@ -199,15 +199,12 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
 
 def cross_entropy(out: tuple[Tensor, Tensor], input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
                   reduction: str, label_smoothing: float) -> None:
-    """(loss, lse): lse is each line's log-sum-exp; nothing of the input's size is made.
+    """(loss, lse): lse is each line's log-sum-exp, float64; nothing of the input's size is made.
 
     Raises IndexError if a class index is out of range and not ``ignore_index``.
     """
     loss, lse = out
-    wide = lse if lse.dtype == torch.float64 else torch.empty_like(lse, dtype=torch.float64)
-    _entropy("cross_entropy", loss, wide, input, target, weight, ignore_index, reduction, label_smoothing)
-    if wide is not lse:
-        lse.copy_(wide)
+    _entropy("cross_entropy", loss, lse, input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def cross_entropy_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,

@@ -544,12 +544,17 @@ def cross_entropy_backward(
     def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
         s = space(second=probabilities, weighted=weighted and spread_out)
         get, gradient, coefficients = s.get, s.walk(term, True), s.walk(the_coefficient, False)
+        sum_exp, logarithm = s.sum_exp, s.log
 
         @inline
         def line(r, o, i, k, args):
             lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, y, yo, yi, yc, keep, each = args
             here, there = x + o * xo + i * xi, q + o * qo + i * qi
-            high, low = get(at + r * size, k), get(at + (lines + r) * size, k)
+            if size == 8:  # there is nothing wider to keep lse in
+                high, total = sum_exp(here, xc, n, k)
+                low = logarithm(total)
+            else:
+                high, low = get(at + r * size, k), get(at + (lines + r) * size, k)
             a, b = get(at + (2 * lines + r) * size, k), get(at + (3 * lines + r) * size, k)
             if probabilities:
                 a = a * coefficients(here, xc, there, qc, w, elem.size, 0, 0, n, k, (keep, each))
@@ -581,7 +586,7 @@ def cross_entropy_backward(
                     s = s * each
             if not logs:
                 value = load_scalar(FLOAT64, lse + line * 8)
-                high = load_scalar(FLOAT64, lse + line * 8) if size == 8 else float64(float32(value))
+                high = float64(float32(value))
                 store_scalar(compute, at + line * size, high)
                 store_scalar(compute, at + (lines + line) * size, 0.0 if high == value else value - high)
                 store_scalar(compute, at + (2 * lines + line) * size, total)

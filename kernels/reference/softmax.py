@@ -65,13 +65,13 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the log-sum-exp of each row (float32 or wider)."""
+    """The loss, and the log-sum-exp of each row in float64."""
     x = _classes_last(input)
     q = _target_weights(input, target, weight, ignore_index, label_smoothing)
     lse = torch.logsumexp(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
     logs = x - lse.unsqueeze(-1).to(x.dtype)
     loss = -torch.where(q == 0, torch.zeros_like(logs), q * logs).sum(-1)
-    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), lse
+    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), lse.double()
 
 
 def cross_entropy_backward(
