@@ -67,7 +67,9 @@ def _folder(where: Path | None) -> Path | None:
         return None
     folder = where / sources_digest()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        where.parent.mkdir(parents=True, exist_ok=True)
+        for d in (where, folder):  # not by parents=True, which heeds the mode for the last of them only
+            d.mkdir(mode=0o700, exist_ok=True)
         for d in (folder, where):
             if not _private(d.stat()):
                 warnings.warn(f"fastnn: the kernel cache {d} can be written by others or belongs to somebody else; it is not "
@@ -97,6 +99,7 @@ def _write(path: Path, code: bytes) -> None:
     """Write whole or not at all: several processes may fill the cache at once."""
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     try:
+        temporary.touch(mode=0o600)
         temporary.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         temporary.replace(path)
     except OSError as error:  # a full or read-only disk costs the next process a compilation, not this one its result
