@@ -37,7 +37,7 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 _SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
-_SMALL_WEIGHT = 4096  # elements below which packing anew is cheaper than looking the packed weight up
+_SMALL_WEIGHT = 32768  # elements below which packing anew is cheaper than looking the packed weight up
 
 
 @cache
@@ -268,6 +268,16 @@ def supports(op: str, *args: Any) -> str | None:
 
 def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
     """out = input @ other, as torch.matmul: vectors, matrices and broadcast batches."""
+    if input.dim() == 2 and other.dim() == 2:  # the usual case, without a detour
+        if out.numel():
+            dtype = input.dtype
+            size = dtype.itemsize
+            (m, k), n = input.shape, other.shape[1]
+            a_m, a_k = input.stride()
+            b_k, b_n = other.stride()
+            _run(dtype, None, 1, 0, m, n, k, input.data_ptr(), 0, a_m * size, a_k * size,
+                 other.data_ptr(), 0, b_k * size, b_n * size, out.data_ptr())
+        return
     if input.dim() == 1:
         input, out = input.unsqueeze(0), out.unsqueeze(-2 if other.dim() > 1 else 0)
     if other.dim() == 1:
