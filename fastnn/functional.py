@@ -18,11 +18,12 @@ from . import backends
 from .ops import activation as _activation
 from .ops import matmul as _matmul
 from .ops import softmax as _softmax
+from .ops._operator import FLOATING, PLAIN
 
 __all__ = [
     "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu", "relu6",
-    "sigmoid", "silu", "softmax", "softplus", "tanh",
+    "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu",
+    "relu6", "sigmoid", "silu", "softmax", "softplus", "tanh",
 ]  # fmt: skip
 
 _matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
@@ -38,18 +39,19 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, backend: 
     """
     if out is not None:
         return _matmul.matmul.into(out, input, other, backend=backend)
-    return _matmul_call(input, other, backend=backend)
+    return _matmul_call(input, other, backend)
 
 
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (M, K) @ mat2 (K, N) → (M, N)."""
-    _need_dims("mm", 2, input=input, mat2=mat2)
+    if type(input) not in PLAIN or type(mat2) not in PLAIN or input.dim() != 2 or mat2.dim() != 2:
+        _need_dims("mm", input=(input, 2), mat2=(mat2, 2))
     return matmul(input, mat2, out=out, backend=backend)
 
 
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (B, M, K) @ mat2 (B, K, N) → (B, M, N); the batch is not broadcast."""
-    _need_dims("bmm", 3, input=input, mat2=mat2)
+    _need_dims("bmm", input=(input, 3), mat2=(mat2, 3))
     if input.shape[0] != mat2.shape[0]:
         raise RuntimeError(f"bmm(): mat2 must have input's batch size {input.shape[0]}, got shape {tuple(mat2.shape)}")
     return matmul(input, mat2, out=out, backend=backend)
@@ -57,8 +59,7 @@ def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str 
 
 def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (M, K) @ vec (K) → (M)."""
-    _need_dims("mv", 2, input=input)
-    _need_dims("mv", 1, vec=vec)
+    _need_dims("mv", input=(input, 2), vec=(vec, 1))
     if torch.is_autocast_enabled("cpu"):  # torch's autocast leaves mv alone on the CPU
         with torch.autocast("cpu", enabled=False):
             return matmul(input, vec, out=out, backend=backend)
@@ -76,7 +77,7 @@ def addmm(
     backend: str | None = None,
 ) -> Tensor:
     """beta·input + alpha·(mat1 @ mat2): mat1 (M, K), mat2 (K, N), input expandable to (M, N) → (M, N)."""
-    _need_dims("addmm", 2, mat1=mat1, mat2=mat2)
+    _need_dims("addmm", mat1=(mat1, 2), mat2=(mat2, 2))
     return _add_product("addmm", input, mat1, mat2, beta, alpha, out, backend)
 
 
@@ -91,7 +92,7 @@ def baddbmm(
     backend: str | None = None,
 ) -> Tensor:
     """beta·input + alpha·(batch1 @ batch2): (B, M, K), (B, K, N), input expandable to (B, M, N) → (B, M, N)."""
-    _need_dims("baddbmm", 3, batch1=batch1, batch2=batch2)
+    _need_dims("baddbmm", batch1=(batch1, 3), batch2=(batch2, 3))
     return _add_product("baddbmm", input, batch1, batch2, beta, alpha, out, backend)
 
 
@@ -105,7 +106,7 @@ def _add_product(
     out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    if isinstance(beta, complex) or isinstance(alpha, complex) or input.dtype not in _activation.FLOATING:
+    if isinstance(beta, complex) or isinstance(alpha, complex) or input.dtype not in FLOATING:
         backends.torch_serves(op, (input, left, right), backend, f"dtype {input.dtype} has no fastnn kernel")
         return getattr(torch, op)(input, left, right, beta=beta, alpha=alpha, out=out)
     if out is not None:
@@ -130,19 +131,21 @@ def linear(
     where gradients are needed: then the activation is a step of its own, because its backward needs its input.
     """
     if activation is not None and torch.is_grad_enabled() and _any_requires_grad(input, weight, bias, residual):
-        if activation not in _matmul.FUSED:
+        if activation not in _activation.PARAMETERLESS:
             _matmul.linear.check(input, weight, bias, residual, activation)
-        z = _linear_call(input, weight, bias, residual, None, backend=backend)
-        return _activation_call(z, activation, (), backend=backend)
-    return _linear_call(input, weight, bias, residual, activation, backend=backend)
+        z = _linear_call(input, weight, bias, residual, None, backend)
+        return _activation_call(z, activation, (), backend)
+    return _linear_call(input, weight, bias, residual, activation, backend)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _need_dims(op: str, dims: int, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
+def _need_dims(op: str, **tensors: tuple[Tensor, int]) -> None:
+    for name, (tensor, dims) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
         if tensor.dim() != dims:
             kind = ("", "a vector", "a matrix", "a batch of matrices (3 dimensions)")[dims]
             raise RuntimeError(f"{op}(): {name} must be {kind}, got shape {tuple(tensor.shape)}")
@@ -151,77 +154,85 @@ def _need_dims(op: str, dims: int, **tensors: Tensor) -> None:
 # Activations
 
 
-def _elementwise(
-    name: str,
-    input: Tensor,
-    params: tuple[float, ...] = (),
-    inplace: bool = False,
-    backend: str | None = None,
-    by_torch: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    if inplace and by_torch is not None:
-        backends.torch_serves(name, (input,), backend, "inplace=True changes the input, which fastnn's kernels never do")
-        return by_torch(input, *params, inplace=True)
-    return _activation_call(input, name, params, backend=backend)
+def _inplace(by_torch: Callable[..., Tensor], input: Tensor, params: tuple[float, ...], backend: str | None) -> Tensor:
+    reason = "inplace=True changes the input, which fastnn's kernels never do"
+    backends.torch_serves(by_torch.__name__, (input,), backend, reason)
+    return by_torch(input, *params, inplace=True)
 
 
 def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """max(input, 0), elementwise."""
-    return _elementwise("relu", input, (), inplace, backend, F.relu)
+    if inplace:
+        return _inplace(F.relu, input, (), backend)
+    return _activation_call(input, "relu", (), backend)
 
 
 def leaky_relu(
     input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, backend: str | None = None
 ) -> Tensor:
     """input where positive, else negative_slope·input."""
-    return _elementwise("leaky_relu", input, (negative_slope,), inplace, backend, F.leaky_relu)
+    if inplace:
+        return _inplace(F.leaky_relu, input, (negative_slope,), backend)
+    return _activation_call(input, "leaky_relu", (negative_slope,), backend)
 
 
 def relu6(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """input clamped to [0, 6]."""
-    return _elementwise("relu6", input, (), inplace, backend, F.relu6)
+    if inplace:
+        return _inplace(F.relu6, input, (), backend)
+    return _activation_call(input, "relu6", (), backend)
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """input where positive, else alpha·(exp(input) - 1). Clevert et al. 2015."""
-    return _elementwise("elu", input, (alpha,), inplace, backend, F.elu)
+    if inplace:
+        return _inplace(F.elu, input, (alpha,), backend)
+    return _activation_call(input, "elu", (alpha,), backend)
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
     """input·Φ(input), or with approximate="tanh" the tanh form. Hendrycks & Gimpel 2016, section 2."""
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"gelu(): approximate argument must be either none or tanh, got {approximate!r}")
-    return _elementwise("gelu" if approximate == "none" else "gelu_tanh", input, backend=backend)
+    return _activation_call(input, "gelu" if approximate == "none" else "gelu_tanh", (), backend)
 
 
 def silu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """input·sigmoid(input)."""
-    return _elementwise("silu", input, (), inplace, backend, F.silu)
+    if inplace:
+        return _inplace(F.silu, input, (), backend)
+    return _activation_call(input, "silu", (), backend)
 
 
 def mish(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """input·tanh(softplus(input)). Misra 2019."""
-    return _elementwise("mish", input, (), inplace, backend, F.mish)
+    if inplace:
+        return _inplace(F.mish, input, (), backend)
+    return _activation_call(input, "mish", (), backend)
 
 
 def sigmoid(input: Tensor, *, backend: str | None = None) -> Tensor:
     """1 / (1 + exp(-input))."""
-    return _elementwise("sigmoid", input, backend=backend)
+    return _activation_call(input, "sigmoid", (), backend)
 
 
 def tanh(input: Tensor, *, backend: str | None = None) -> Tensor:
     """Hyperbolic tangent."""
-    return _elementwise("tanh", input, backend=backend)
+    return _activation_call(input, "tanh", (), backend)
 
 
 def hardswish(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """input·relu6(input + 3) / 6. Howard et al. 2019 (MobileNetV3), section 5.2."""
-    return _elementwise("hardswish", input, (), inplace, backend, F.hardswish)
+    if inplace:
+        return _inplace(F.hardswish, input, (), backend)
+    return _activation_call(input, "hardswish", (), backend)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """relu6(input + 3) / 6."""
-    return _elementwise("hardsigmoid", input, (), inplace, backend, F.hardsigmoid)
+    if inplace:
+        return _inplace(F.hardsigmoid, input, (), backend)
+    return _activation_call(input, "hardsigmoid", (), backend)
 
 
 def hardtanh(
@@ -230,22 +241,24 @@ def hardtanh(
     """input clamped to [min_val, max_val]. ValueError if min_val is greater than max_val."""
     if min_val > max_val:
         raise ValueError(f"hardtanh(): min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    return _elementwise("hardtanh", input, (min_val, max_val), inplace, backend, F.hardtanh)
+    if inplace:
+        return _inplace(F.hardtanh, input, (min_val, max_val), backend)
+    return _activation_call(input, "hardtanh", (min_val, max_val), backend)
 
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20, *, backend: str | None = None) -> Tensor:
     """log(1 + exp(beta·input)) / beta, and input itself where beta·input exceeds threshold."""
-    return _elementwise("softplus", input, (beta, threshold), backend=backend)
+    return _activation_call(input, "softplus", (beta, threshold), backend)
 
 
 def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """input where positive, else weight·input: weight has 1 element or one a channel (dimension 1). He et al. 2015."""
-    return _activation.prelu.call(input, weight, backend=backend)
+    return _activation.prelu.call(input, weight, backend)
 
 
 def glu(input: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:
     """a·sigmoid(b), where a and b are the halves of input along dim. Dauphin et al. 2016."""
-    return _activation.glu.call(input, dim, backend=backend)
+    return _activation.glu.call(input, dim, backend)
 
 
 def dropout(
@@ -267,17 +280,21 @@ def dropout(
     if not training:
         return F.dropout(input, p, False, inplace)
     if inplace:
-        return _torch_dropout(input, p, inplace, seed, backend, "inplace=True changes the input, which no kernel here does")
+        return _torch_dropout(
+            input, p, inplace, seed, backend, "inplace=True changes the input, which no kernel here does"
+        )
     if seed is None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return _torch_dropout(input, p, inplace, seed, backend, "a traced call cannot draw a new seed each time")
-        if backends.chosen(backend) == "torch" or input.dtype not in _activation.FLOATING:
+        if backends.chosen(backend) == "torch" or input.dtype not in FLOATING:
             return _torch_dropout(input, p, inplace, seed, backend, "torch was named, or has the only kernel")
         seed = int(torch.randint(2**63 - 1, ()))
-    return _activation.dropout.call(input, p, seed, backend=backend)
+    return _activation.dropout.call(input, p, seed, backend)
 
 
-def _torch_dropout(input: Tensor, p: float, inplace: bool, seed: int | None, backend: str | None, reason: str) -> Tensor:
+def _torch_dropout(
+    input: Tensor, p: float, inplace: bool, seed: int | None, backend: str | None, reason: str
+) -> Tensor:
     if seed is not None:
         raise RuntimeError(f"dropout(): seed={seed} cannot be honoured: {reason}. Leave out seed or inplace.")
     backends.torch_serves("dropout", (input,), backend, reason)
@@ -285,6 +302,15 @@ def _torch_dropout(input: Tensor, p: float, inplace: bool, seed: int | None, bac
 
 
 # Softmax and losses
+
+
+def _implicit_dim(name: str, input: Tensor, stacklevel: int) -> int:
+    """torch's deprecated choice of a dimension."""
+    warnings.warn(
+        f"Implicit dimension choice for {name} has been deprecated. Change the call to include dim=X as an argument.",
+        stacklevel=stacklevel,
+    )
+    return 0 if input.dim() in (0, 1, 3) else 1
 
 
 def softmax(
@@ -297,8 +323,8 @@ def softmax(
 ) -> Tensor:
     """exp(input) / Σ exp(input) along dim, computed in dtype if given. IndexError if dim is out of range."""
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    return _softmax.softmax.call(input if dtype is None else input.to(dtype), dim, backend=backend)
+        dim = _implicit_dim("softmax", input, _stacklevel)
+    return _softmax.softmax.call(input if dtype is None else input.to(dtype), dim, backend)
 
 
 def log_softmax(
@@ -311,8 +337,8 @@ def log_softmax(
 ) -> Tensor:
     """log(softmax(input)) along dim, computed in dtype if given. IndexError if dim is out of range."""
     if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return _softmax.log_softmax.call(input if dtype is None else input.to(dtype), dim, backend=backend)
+        dim = _implicit_dim("log_softmax", input, _stacklevel)
+    return _softmax.log_softmax.call(input if dtype is None else input.to(dtype), dim, backend)
 
 
 def _reduction_name(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -341,7 +367,7 @@ def cross_entropy(
     Raises IndexError for a class index outside [0, C) that is not ignore_index.
     """
     reduction = _reduction_name("cross_entropy", size_average, reduce, reduction)
-    return _softmax.cross_entropy.call(input, target, weight, ignore_index, reduction, label_smoothing, backend=backend)
+    return _softmax.cross_entropy.call(input, target, weight, ignore_index, reduction, label_smoothing, backend)
 
 
 def nll_loss(
@@ -357,7 +383,7 @@ def nll_loss(
 ) -> Tensor:
     """Negative log-likelihood of log-probabilities: shapes and errors as cross_entropy, class indices only."""
     reduction = _reduction_name("nll_loss", size_average, reduce, reduction)
-    return _softmax.nll_loss.call(input, target, weight, ignore_index, reduction, backend=backend)
+    return _softmax.nll_loss.call(input, target, weight, ignore_index, reduction, backend)
 
 
 def mse_loss(
@@ -374,7 +400,8 @@ def mse_loss(
     reduction = _reduction_name("mse_loss", size_average, reduce, reduction)
     if weight is not None:
         backends.torch_serves("mse_loss", (input, target, weight), backend, "a weight has no fastnn kernel")
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+        by_torch: Callable[..., Tensor] = F.mse_loss  # whose stub lacks the weight
+        return by_torch(input, target, reduction=reduction, weight=weight)
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -382,4 +409,4 @@ def mse_loss(
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)
-    return _softmax.mse_loss.call(input, target, reduction, backend=backend)
+    return _softmax.mse_loss.call(input, target, reduction, backend)

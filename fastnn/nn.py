@@ -9,8 +9,28 @@ from torch import Tensor, nn
 from . import functional as F
 
 __all__ = [
-    "CrossEntropyLoss", "Dropout", "ELU", "GELU", "GLU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "Linear",
-    "LogSoftmax", "MSELoss", "Mish", "NLLLoss", "PReLU", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh",
+    "ELU",
+    "GELU",
+    "GLU",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "Linear",
+    "LogSoftmax",
+    "MSELoss",
+    "Mish",
+    "NLLLoss",
+    "PReLU",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
+    "Softplus",
+    "Tanh",
 ]  # fmt: skip
 
 

@@ -102,10 +102,8 @@ def _why_left(module: nn.Module) -> str | None:
     base = next((base for base in kind.__mro__[1:] if base in REPLACEMENTS), None)
     if base is not None:
         return f"a subclass of torch.nn.{base.__name__}: only exact types are switched"
-    if not any(True for _ in module.children()) or module._parameters:
-        if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            return f"no fastnn kernel for {kind.__name__}"
-    return None
+    container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None)
+    return None if container and not module._parameters else f"no fastnn kernel for {kind.__name__}"
 
 
 # use(): torch's functions and methods, and what serves them here

@@ -114,7 +114,21 @@ MATMUL = [
 ACTIVATION = [
     *(
         Case(name, ((4, 9),))
-        for name in "relu leaky_relu relu6 elu gelu silu mish sigmoid tanh hardswish hardsigmoid hardtanh softplus".split()
+        for name in [
+            "relu",
+            "leaky_relu",
+            "relu6",
+            "elu",
+            "gelu",
+            "silu",
+            "mish",
+            "sigmoid",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+            "hardtanh",
+            "softplus",
+        ]
     ),
     Case("leaky_relu", ((3, 5, 2),), {"negative_slope": -0.2}),
     Case("elu", ((3, 5, 2),), {"alpha": 1.7}),
@@ -140,6 +154,17 @@ CASES = [*MATMUL, *ACTIVATION, *SOFTMAX]
 FUSED = [
     *(
         Case("linear", ((5, 7), (3, 7), (3,)), {"activation": name}, _fused(name))
-        for name in ("relu", "relu6", "gelu", "gelu_tanh", "silu", "mish", "sigmoid", "tanh", "hardswish", "hardsigmoid")
+        for name in (
+            "relu",
+            "relu6",
+            "gelu",
+            "gelu_tanh",
+            "silu",
+            "mish",
+            "sigmoid",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+        )
     ),
 ]

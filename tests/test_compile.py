@@ -70,7 +70,10 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(4, 5, grad=g), INDEX, None, -100, "none"),
     ],
     "nll_loss_backward": [lambda g: (t(), t(4, 5), INDEX, WEIGHT, -100, "mean")],
-    "mse_loss": [lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "mean"), lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "none")],
+    "mse_loss": [
+        lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "mean"),
+        lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "none"),
+    ],
     "mse_loss_backward": [lambda g: (t(), t(3, 4), t(3, 4), "mean")],
 }
 
@@ -133,13 +136,21 @@ def test_dynamic_shapes_compile_once() -> None:
         torch.testing.assert_close(step(x), F.softmax(F.gelu(F.linear(x, w, b)), -1))
     assert counter.frame_count == 1
     targets = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
-    assert torch.ops.fastnn.linear.default in targets and torch.ops.fastnn.softmax.default in targets
+    assert torch.ops.fastnn.linear.default in targets
+    assert torch.ops.fastnn.softmax.default in targets
 
 
 def replaced_model() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.PReLU(), nn.LayerNorm(8), nn.GLU(), nn.Linear(4, 3), nn.Softmax(-1)
+        nn.Linear(6, 8),
+        nn.GELU(),
+        nn.Linear(8, 8),
+        nn.PReLU(),
+        nn.LayerNorm(8),
+        nn.GLU(),
+        nn.Linear(4, 3),
+        nn.Softmax(-1),
     )
     return model
 
@@ -209,7 +220,12 @@ def test_export(strict: bool) -> None:
     rows = torch.export.Dim("rows", min=2, max=100)
     program = torch.export.export(model, (torch.randn(4, 6),), dynamic_shapes=({0: rows},), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert {"fastnn.linear.default", "fastnn.activation.default", "fastnn.prelu.default", "fastnn.glu.default"} <= targets
+    assert {
+        "fastnn.linear.default",
+        "fastnn.activation.default",
+        "fastnn.prelu.default",
+        "fastnn.glu.default",
+    } <= targets
     for n in (2, 9):
         x = torch.randn(n, 6)
         torch.testing.assert_close(program.module()(x), model(x))
@@ -224,7 +240,8 @@ def test_fake_tensors_and_meta() -> None:
         y = f.softmax(f.linear(x, w, activation="silu"), 1)
     assert y.shape == (5, 4)
     outside = f.linear(mode.from_tensor(torch.randn(5, 6)), mode.from_tensor(torch.randn(4, 6)))
-    assert type(outside).__name__ == "FakeTensor" and outside.shape == (5, 4)
+    assert type(outside).__name__ == "FakeTensor"
+    assert outside.shape == (5, 4)
 
 
 def test_make_fx_sees_the_ops() -> None:

@@ -50,7 +50,7 @@ def test_gradients(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_half_precision(case: Case, dtype: torch.dtype) -> None:
-    """Forward and backward err from float64 by at most twice what torch errs, and an ulp or two of the largest value."""
+    """Forward and backward err from float64 by at most twice what torch errs, and two ulp of the largest value."""
     tensors = case.tensors(dtype, seed=2)
     exact = gradients(case, case.torch, [t.double() for t in tensors])
     ours, theirs = gradients(case, case.ours, tensors), gradients(case, case.torch, tensors)
@@ -68,6 +68,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:
@@ -168,7 +169,9 @@ def test_residual(activation: str | None) -> None:
 
 def test_the_op_itself_differentiates_through_its_activation() -> None:
     """torch.ops.fastnn.linear with an activation, which fastnn.functional never asks for under autograd."""
-    x, w, b = (t.requires_grad_() for t in (torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3).double()))
+    x, w, b = (
+        t.requires_grad_() for t in (torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3).double())
+    )
     assert torch.autograd.gradcheck(lambda *t: torch.ops.fastnn.linear(*t, None, "gelu"), (x, w, b))
 
 
@@ -213,9 +216,11 @@ def test_out_is_resized_with_torchs_warning() -> None:
 
 def test_out_of_another_dtype_and_out_with_gradients_are_refused() -> None:
     x = torch.randn(3, 3)
-    with pytest.raises(RuntimeError, match="out must have dtype torch.float32"):
+    with pytest.raises(RuntimeError, match=r"out must have dtype torch.float32"):
         f.mm(x, x, out=torch.empty(3, 3, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"functions with out=... arguments don't support automatic differentiation"):
+    with pytest.raises(
+        RuntimeError, match=r"functions with out=\.\.\. arguments don't support automatic differentiation"
+    ):
         f.mm(x.requires_grad_(), x, out=torch.empty(3, 3))
     with torch.no_grad():
         torch.testing.assert_close(f.mm(x, x, out=torch.empty(3, 3)), x @ x)
@@ -268,7 +273,8 @@ def test_sparse_meta_and_negated_tensors_are_torchs(calls: list[Any]) -> None:
     sparse = x.relu().to_sparse()
     torch.testing.assert_close(f.matmul(sparse, w), torch.matmul(sparse, w))
     meta = f.linear(torch.empty(5, 4, device="meta"), torch.empty(3, 4, device="meta"), activation="relu")
-    assert meta.device.type == "meta" and meta.shape == (5, 3)
+    assert meta.device.type == "meta"
+    assert meta.shape == (5, 3)
     negated = torch.randn(4, 4, dtype=torch.complex64).conj().imag
     assert negated.is_neg()
     torch.testing.assert_close(f.matmul(negated, w), negated.clone() @ w)
@@ -282,7 +288,9 @@ def test_a_subclass_keeps_its_type() -> None:
 
     x = torch.randn(3, 4).as_subclass(Tagged)
     assert type(f.gelu(x)) is Tagged
-    torch.testing.assert_close(f.linear(x, torch.ones(2, 4)).as_subclass(Tensor), x.as_subclass(Tensor).sum(1)[:, None].expand(3, 2))
+    torch.testing.assert_close(
+        f.linear(x, torch.ones(2, 4)).as_subclass(Tensor), x.as_subclass(Tensor).sum(1)[:, None].expand(3, 2)
+    )
 
 
 def test_forward_mode_tangents_are_not_lost() -> None:
@@ -304,73 +312,74 @@ def test_jit_trace_records_the_computation() -> None:
 
 X, W = torch.randn(2, 3), torch.randn(4, 3)
 INDEX = torch.tensor([0, 2])
-# call, torch's call (None: the same), and words that the message must have
-BAD: list[tuple[str, str | None, list[str]]] = [
-    ("linear(X, torch.randn(4, 5))", None, ["weight", "(4, 5)", "(2, 3)"]),
-    ("linear(X, W, torch.randn(5))", None, ["bias", "(4,)", "(5,)"]),
-    ("linear(X, W.double())", None, ["weight", "float32", "float64"]),
-    ("linear(X, W, torch.randn(4).double())", None, ["bias", "float32", "float64"]),
-    ("linear(X, torch.randn(2, 4, 3))", None, ["weight", "(2, 4, 3)"]),
-    ("linear(torch.tensor(1.0), W)", None, ["input", "weight"]),
-    ("linear([1.0], W)", None, ["input", "Tensor", "list"]),
-    ("linear(X, [1.0])", None, ["weight", "Tensor", "list"]),
-    ("matmul(X, W)", None, ["other", "(2, 3)", "(4, 3)"]),
-    ("matmul(X, torch.tensor(1.0))", None, ["other", "at least 1"]),
-    ("matmul(X, W.mT.double())", None, ["other", "float32", "float64"]),
-    ("matmul(torch.randn(2, 3, 3), torch.randn(4, 3, 3))", None, ["other", "(2,)", "(4,)"]),
-    ("matmul(X, 2)", None, ["other", "Tensor", "int"]),
-    ("mm(torch.randn(3), W.mT)", None, ["input", "matrix", "(3,)"]),
-    ("mm(X, W)", None, ["(2, 3)", "(4, 3)"]),
-    ("mv(X, torch.randn(4))", None, ["(2, 3)", "(4,)"]),
-    ("mv(X, W)", None, ["vec", "vector", "(4, 3)"]),
-    ("bmm(X, W)", None, ["input", "batch", "(2, 3)"]),
-    ("bmm(torch.randn(3, 2, 2), torch.randn(4, 2, 2))", None, ["mat2", "3", "(4, 2, 2)"]),
-    ("addmm(torch.randn(5), X, W.mT)", None, ["input", "(2, 4)", "(5,)"]),
-    ("addmm(torch.randn(4), X, W)", None, ["mat1", "mat2", "(2, 3)", "(4, 3)"]),
-    ("addmm(torch.randn(4).double(), X, W.mT)", None, ["float32", "float64"]),
-    ("addmm(torch.randn(4), X[None], W.mT)", None, ["mat1", "matrix", "(1, 2, 3)"]),
-    ("baddbmm(X, torch.randn(4, 2, 3), torch.randn(3, 3, 2))", None, ["(4, 2, 3)", "(3, 3, 2)"]),
-    ("gelu(X, approximate='foo')", None, ["approximate", "none", "tanh", "foo"]),
-    ("hardtanh(X, 1.0, -1.0)", None, ["min_val", "max_val"]),
-    ("relu([1.0])", None, ["Tensor", "list"]),
-    ("glu(X)", None, ["dimension", "even", "3"]),
-    ("glu(X, 5)", None, ["dim", "-2, 1", "5"]),
-    ("glu(torch.tensor(1.0))", None, ["scalar"]),
-    ("prelu(X, torch.randn(4))", None, ["weight", "4", "3"]),
-    ("prelu(X, torch.randn(1, 3))", None, ["weight", "vector", "(1, 3)"]),
-    ("prelu(X, torch.randn(3).double())", None, ["weight", "float32", "float64"]),
-    ("dropout(X, 1.5)", None, ["p", "between 0 and 1", "1.5"]),
-    ("softmax(X, 2)", None, ["dim", "[-2, 1]", "2"]),
-    ("log_softmax(X, -3)", None, ["dim", "[-2, 1]", "-3"]),
-    ("cross_entropy(X, torch.tensor([0, 3]))", None, ["target", "3", "[0, 3)"]),
-    ("cross_entropy(X, torch.tensor([0, -1]))", None, ["target", "-1", "[0, 3)"]),
-    ("cross_entropy(X, torch.tensor([0, 1, 2]))", None, ["target", "(2,)", "(3,)"]),
-    ("cross_entropy(X, torch.randn(2, 4))", None, ["target", "(2, 3)", "(2, 4)"]),
-    ("cross_entropy(X, INDEX.int())", None, ["target", "int64", "int32"]),
-    ("cross_entropy(X, INDEX.float())", None, ["target", "int64", "float32"]),
-    ("cross_entropy(X, INDEX, torch.randn(4))", None, ["weight", "3", "(4,)"]),
-    ("cross_entropy(X, INDEX, torch.randn(3).double())", None, ["weight", "float32", "float64"]),
-    ("cross_entropy(X, INDEX, reduction='foo')", None, ["reduction", "foo", "mean"]),
-    ("cross_entropy(X, INDEX, label_smoothing=2.0)", None, ["label_smoothing", "between 0.0 and 1.0", "2.0"]),
-    ("cross_entropy(X, X, ignore_index=1)", None, ["ignore_index", "1"]),
-    ("cross_entropy(torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [0, 1, 1]]))", None, ["target", "(2, 4)", "(2, 3)"]),
-    ("nll_loss(X, torch.tensor([0, 3]))", None, ["target", "3", "[0, 3)"]),
-    ("nll_loss(X, X)", None, ["target", "int64", "float32"]),
-    ("nll_loss(X, INDEX, torch.randn(4))", None, ["weight", "3", "(4,)"]),
-    ("nll_loss(X, INDEX, reduction='foo')", None, ["reduction", "foo", "mean"]),
-    ("nll_loss(torch.tensor(1.0), torch.tensor(0))", None, ["input", "dimensions"]),
-    ("mse_loss(X, torch.randn(2, 4))", None, ["3", "4"]),
-    ("mse_loss(X, X, reduction='foo')", None, ["reduction", "foo", "mean"]),
+# a call, and words that our message must have; the exception's type is torch's
+BAD: list[tuple[str, list[str]]] = [
+    ("linear(X, torch.randn(4, 5))", ["weight", "(4, 5)", "(2, 3)"]),
+    ("linear(X, W, torch.randn(5))", ["bias", "(4,)", "(5,)"]),
+    ("linear(X, W.double())", ["weight", "float32", "float64"]),
+    ("linear(X, W, torch.randn(4).double())", ["bias", "float32", "float64"]),
+    ("linear(X, torch.randn(2, 4, 3))", ["weight", "(2, 4, 3)"]),
+    ("linear(torch.tensor(1.0), W)", ["input", "weight"]),
+    ("linear([1.0], W)", ["input", "Tensor", "list"]),
+    ("linear(X, [1.0])", ["weight", "Tensor", "list"]),
+    ("matmul(X, W)", ["other", "(2, 3)", "(4, 3)"]),
+    ("matmul(X, torch.tensor(1.0))", ["other", "at least 1"]),
+    ("matmul(X, W.mT.double())", ["other", "float32", "float64"]),
+    ("matmul(torch.randn(2, 3, 3), torch.randn(4, 3, 3))", ["other", "(2,)", "(4,)"]),
+    ("matmul(X, 2)", ["other", "Tensor", "int"]),
+    ("mm(torch.randn(3), W.mT)", ["input", "matrix", "(3,)"]),
+    ("mm(X, W)", ["(2, 3)", "(4, 3)"]),
+    ("mm(X, [1.0])", ["mat2", "Tensor", "list"]),
+    ("mv(X, torch.randn(4))", ["(2, 3)", "(4,)"]),
+    ("mv(X, W)", ["vec", "vector", "(4, 3)"]),
+    ("bmm(X, W)", ["input", "batch", "(2, 3)"]),
+    ("bmm(torch.randn(3, 2, 2), torch.randn(4, 2, 2))", ["mat2", "3", "(4, 2, 2)"]),
+    ("addmm(torch.randn(5), X, W.mT)", ["input", "(2, 4)", "(5,)"]),
+    ("addmm(torch.randn(4), X, W)", ["mat1", "mat2", "(2, 3)", "(4, 3)"]),
+    ("addmm(torch.randn(4).double(), X, W.mT)", ["float32", "float64"]),
+    ("addmm(torch.randn(4), X[None], W.mT)", ["mat1", "matrix", "(1, 2, 3)"]),
+    ("baddbmm(X, torch.randn(4, 2, 3), torch.randn(3, 3, 2))", ["(4, 2, 3)", "(3, 3, 2)"]),
+    ("gelu(X, approximate='foo')", ["approximate", "none", "tanh", "foo"]),
+    ("hardtanh(X, 1.0, -1.0)", ["min_val", "max_val"]),
+    ("relu([1.0])", ["Tensor", "list"]),
+    ("glu(X)", ["dimension", "even", "3"]),
+    ("glu(X, 5)", ["dim", "-2, 1", "5"]),
+    ("glu(torch.tensor(1.0))", ["scalar"]),
+    ("prelu(X, torch.randn(4))", ["weight", "4", "3"]),
+    ("prelu(X, torch.randn(1, 3))", ["weight", "vector", "(1, 3)"]),
+    ("prelu(X, torch.randn(3).double())", ["weight", "float32", "float64"]),
+    ("dropout(X, 1.5)", ["p", "between 0 and 1", "1.5"]),
+    ("softmax(X, 2)", ["dim", "[-2, 1]", "2"]),
+    ("log_softmax(X, -3)", ["dim", "[-2, 1]", "-3"]),
+    ("cross_entropy(X, torch.tensor([0, 3]))", ["target", "3", "[0, 3)"]),
+    ("cross_entropy(X, torch.tensor([0, -1]))", ["target", "-1", "[0, 3)"]),
+    ("cross_entropy(X, torch.tensor([0, 1, 2]))", ["target", "(2,)", "(3,)"]),
+    ("cross_entropy(X, torch.randn(2, 4))", ["target", "(2, 3)", "(2, 4)"]),
+    ("cross_entropy(X, INDEX.int())", ["target", "int64", "int32"]),
+    ("cross_entropy(X, INDEX.float())", ["target", "int64", "float32"]),
+    ("cross_entropy(X, INDEX, torch.randn(4))", ["weight", "3", "(4,)"]),
+    ("cross_entropy(X, INDEX, torch.randn(3).double())", ["weight", "float32", "float64"]),
+    ("cross_entropy(X, INDEX, reduction='foo')", ["reduction", "foo", "mean"]),
+    ("cross_entropy(X, INDEX, label_smoothing=2.0)", ["label_smoothing", "between 0.0 and 1.0", "2.0"]),
+    ("cross_entropy(X, X, ignore_index=1)", ["ignore_index", "1"]),
+    ("cross_entropy(torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [0, 1, 1]]))", ["target", "(2, 4)", "(2, 3)"]),
+    ("nll_loss(X, torch.tensor([0, 3]))", ["target", "3", "[0, 3)"]),
+    ("nll_loss(X, X)", ["target", "int64", "float32"]),
+    ("nll_loss(X, INDEX, torch.randn(4))", ["weight", "3", "(4,)"]),
+    ("nll_loss(X, INDEX, reduction='foo')", ["reduction", "foo", "mean"]),
+    ("nll_loss(torch.tensor(1.0), torch.tensor(0))", ["input", "dimensions"]),
+    ("mse_loss(X, torch.randn(2, 4))", ["3", "4"]),
+    ("mse_loss(X, X, reduction='foo')", ["reduction", "foo", "mean"]),
 ]
 
 
-@pytest.mark.parametrize(("call", "theirs", "words"), BAD, ids=[bad[0] for bad in BAD])
-def test_errors(call: str, theirs: str | None, words: list[str]) -> None:
+@pytest.mark.parametrize(("call", "words"), BAD, ids=[call for call, _ in BAD])
+def test_errors(call: str, words: list[str]) -> None:
     scope = {"torch": torch, "X": X, "W": W, "INDEX": INDEX}
     name = call.partition("(")[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Exception) as expected:  # noqa: PT011
+        with pytest.raises(Exception) as expected:
             eval(call, {**scope, name: getattr(F, name, None) or getattr(torch, name)})
         with pytest.raises(expected.type) as raised:
             eval(call, {**scope, name: getattr(f, name)})
@@ -405,7 +414,11 @@ def test_mse_loss_broadcasts_with_torchs_warning() -> None:
 @pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}])
 def test_deprecated_reductions(legacy: dict[str, bool]) -> None:
     x = torch.randn(4, 5)
-    pairs: list[tuple[str, Tensor]] = [("cross_entropy", INDEX.repeat(2)), ("nll_loss", INDEX.repeat(2)), ("mse_loss", x.cos())]
+    pairs: list[tuple[str, Tensor]] = [
+        ("cross_entropy", INDEX.repeat(2)),
+        ("nll_loss", INDEX.repeat(2)),
+        ("mse_loss", x.cos()),
+    ]
     for name, target in pairs:
         with pytest.warns(UserWarning, match="deprecated"):
             ours = getattr(f, name)(x, target, **legacy)
@@ -423,7 +436,7 @@ def test_implicit_softmax_dimension() -> None:
 
 def test_mse_loss_weight_is_torchs() -> None:
     x, t, w = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 4)
-    torch.testing.assert_close(f.mse_loss(x, t, weight=w), F.mse_loss(x, t, weight=w))
+    torch.testing.assert_close(f.mse_loss(x, t, weight=w), (w * (x - t) ** 2).sum() / w.sum())
 
 
 def test_gradient_of_class_probabilities_is_torchs() -> None:
@@ -456,7 +469,7 @@ def test_dropout_backward_repeats_the_mask() -> None:
 
 
 def test_dropout_seed() -> None:
-    """The same for a seed, whatever strides, threads or backend; another for another seed; torch.manual_seed repeats."""
+    """The mask is the seed's, whatever strides and backend; without a seed torch.manual_seed repeats it."""
     x = torch.ones(37, 41)
     masks = [f.dropout(x, 0.5, seed=seed) for seed in (0, 1, 2**40, -3)]
     assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
@@ -507,7 +520,8 @@ def test_autocast_trains() -> None:
         f.cross_entropy(f.linear(x, w), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])).backward()
     ours, w.grad = w.grad, None
     F.cross_entropy(F.linear(x, w), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])).backward()
-    assert ours is not None and ours.dtype == torch.float32
+    assert ours is not None
+    assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, w.grad, rtol=3e-2, atol=3e-3)
 
 
@@ -543,8 +557,10 @@ def test_checkpoint_repeats_dropout() -> None:
 MODULES: list[tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = [
     (lambda m: m.Linear(6, 4), (3, 6)),
     (lambda m: m.Linear(6, 4, bias=False), (2, 3, 6)),
-    *((lambda m, name=name: getattr(m, name)(), (3, 6)) for name in
-      "ReLU LeakyReLU ReLU6 ELU GELU SiLU Mish Sigmoid Tanh Hardswish Hardsigmoid Hardtanh Softplus PReLU GLU".split()),
+    *((lambda m, name=name: getattr(m, name)(), (3, 6)) for name in (
+        "ReLU", "LeakyReLU", "ReLU6", "ELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Hardswish", "Hardsigmoid",
+        "Hardtanh", "Softplus", "PReLU", "GLU",
+    )),
     (lambda m: m.ReLU(inplace=True), (3, 6)),
     (lambda m: m.LeakyReLU(0.3), (3, 6)),
     (lambda m: m.ELU(0.7), (3, 6)),
@@ -576,7 +592,8 @@ def same(make: Callable[[Any], nn.Module]) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize(("make", "shape"), MODULES)
 def test_modules(make: Callable[[Any], nn.Module], shape: tuple[int, ...]) -> None:
     ours, theirs = same(make)
-    assert isinstance(ours, type(theirs)) and repr(ours) == repr(theirs)
+    assert isinstance(ours, type(theirs))
+    assert repr(ours) == repr(theirs)
     x = torch.randn(shape)
     torch.testing.assert_close(ours(x.clone()), theirs(x.clone()))
     assert ours.state_dict().keys() == theirs.state_dict().keys()

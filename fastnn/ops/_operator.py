@@ -2,7 +2,7 @@
 torch.compile, export, torch.func and autocast.
 
 An eager call on plain tensors goes straight to a kernel, because the dispatcher costs more than a small product.
-Everything that traces (torch.compile, export, fake tensors, dispatch modes) meets the same op as ``torch.ops.fastnn.*``.
+Whatever traces (torch.compile, export, fake tensors, dispatch modes) meets the same op as ``torch.ops.fastnn.*``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _library = torch.library.Library("fastnn", "DEF")
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
 _CALL = """\
-def make(op, check, allocate, inspect, context, traces, table, load, dense, may_be_written):
-    def {name}({args}, *, backend=None, out=None):
+def make(op, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
+    def {name}({args}, backend=None, out=None):
         if not (
             is_dynamo_compiling()
             or _are_functorch_transforms_active()
@@ -50,11 +50,12 @@ def make(op, check, allocate, inspect, context, traces, table, load, dense, may_
                 and (backend or context()) is None
                 and not traces
                 and {all_on_cpu}
-                and not (is_grad_enabled() and ({any_requires_grad}))
             ):
                 kernel, supports = table.get("{name}") or load("cpu", op)
                 try:
                     if supports("{name}", {args}) is None:
+                        if is_grad_enabled() and ({any_requires_grad}):
+                            return {differentiable}
                         {inspect}
                         result = {allocate}
                         if out is not None and may_be_written(out, result, ({tensors},)):
@@ -110,11 +111,15 @@ class Operator:
         self.inspect = inspect
         self.extra = extra
         self.overload = self._register(schema)
+        self.arguments = [a.name for a in self.overload._schema.arguments if not a.kwarg_only]
+        self.tensors = [  # (name, may be None): the leading arguments
+            (a.name, "Optional" in str(a.type)) for a in self.overload._schema.arguments if "Tensor" in str(a.type)
+        ]
         self.call = self._write_call(allocate is None)
 
     def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
         """The result; written into `out` where a kernel can do so, else apart from it."""
-        return self.call(*args, backend=backend, out=out)
+        return self.call(*args, backend, out)
 
     def into(self, out: Tensor, *args: Any, backend: str | None = None) -> Tensor:
         """Write the result into `out`, which torch's rules for `out=` may resize. Never aliased to an argument."""
@@ -123,7 +128,7 @@ class Operator:
                 f"{self.name}(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result = self.call(*args, backend=backend, out=out)
+        result = self.call(*args, backend, out)
         if result is out:
             return out
         if result.dtype != out.dtype or result.device != out.device:
@@ -140,13 +145,12 @@ class Operator:
             return self._visible(self.overload(*args, backend=backend))
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None:
             return self._by_torch(args, backend, "torch.func, forward-mode AD and torch.jit need torch's own ops")
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        for tensor, argument in zip(args, self.overload._schema.arguments):
+        for tensor, (argument, optional) in zip(args, self.tensors):
             kind = type(tensor)
-            if kind in PLAIN or "Tensor" not in str(argument.type) or tensor is None and "Optional" in str(argument.type):
+            if kind in PLAIN or (tensor is None and optional):
                 continue
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{self.name}(): argument '{argument.name}' must be Tensor, not {kind.__name__}")
+                raise TypeError(f"{self.name}(): argument '{argument}' must be Tensor, not {kind.__name__}")
             if kind.__module__.startswith("torch._subclasses"):  # a tracer's tensor
                 return self._visible(self.overload(*args, backend=backend))
             return self._by_torch(args, backend, f"{kind.__name__} is a subclass of Tensor")
@@ -157,14 +161,14 @@ class Operator:
         plan = self.check(*args)
         if type(plan) is str:
             return self._by_torch(args, backend, plan)
-        differentiate = is_grad_enabled() and any(t.requires_grad for t in tensors)
+        differentiate = is_grad_enabled() and any(t is not None and t.requires_grad for t in args[: len(self.tensors)])
         if differentiate and self.backward is None:
             return self._by_reference(args, "the gradient of a gradient is plain maths")
         kernel = backends.select(self, args, backend)
         if kernel is None:
             return self._torch(args)
         if differentiate:
-            return self._visible(_Differentiable.apply(*args, self, kernel, backend or backends.context()))
+            return self._visible(_Differentiable.apply(*args, self, kernel, plan, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
 
     def fake(self, *args: Any, backend: str | None = None) -> Any:
@@ -193,7 +197,7 @@ class Operator:
         if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             if self.backward is None:
                 return backends.reference(self)(*args)
-            return _Differentiable.apply(*args, self, None, backend)
+            return _Differentiable.apply(*args, self, None, None, backend)
         with _AutoDispatchBelowAutograd():
             return self.overload(*args, backend=backend)
 
@@ -242,7 +246,9 @@ class Operator:
             return args
         dtype = torch.get_autocast_dtype("cpu") if self.autocast == "lower" else torch.float32
         return tuple(
-            a.to(dtype) if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64 else a
+            a.to(dtype)
+            if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64
+            else a
             for a in args
         )
 
@@ -258,9 +264,7 @@ class Operator:
 
     def _write_call(self, by_shape: bool) -> Callable[..., Any]:
         """The function of `_CALL` for this op."""
-        arguments = [a for a in self.overload._schema.arguments if not a.kwarg_only]
-        tensors = [(a.name, "Optional" in str(a.type)) for a in arguments if "Tensor" in str(a.type)]
-        args = ", ".join(a.name for a in arguments)
+        args, tensors = ", ".join(self.arguments), self.tensors
 
         def each(condition: str, absent: str, join: str) -> str:
             return join.join(
@@ -278,6 +282,9 @@ class Operator:
             all_plain=each("type({}) in PLAIN", "True", " and "),
             all_on_cpu=each("{0}.is_cpu and not {0}.is_neg()", "True", " and "),
             any_requires_grad=each("{}.requires_grad", "False", " or "),
+            differentiable=f"differentiable({args}, op, kernel, plan, None)" + ("" if self.extra is None else "[0]")
+            if self.backward
+            else f"op.general(({args},), backend, out)",
             inspect=f"inspect({args})" if self.inspect else "",
             allocate=f"{tensors[0][0]}.new_empty(*plan) if plan else {tensors[0][0]}.new_empty(())"
             if by_shape
@@ -293,6 +300,7 @@ class Operator:
             check=self.check,
             allocate=self.allocate,
             inspect=self.inspect,
+            differentiable=_Differentiable.apply,
             context=backends.context,
             traces=backends.traces,
             table=backends.tables["cpu"],
@@ -331,9 +339,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *packed: Any) -> Any:
-        *args, op, kernel, backend = packed
+        *args, op, kernel, plan, backend = packed
         if kernel is not None:
-            out = op._launch(kernel, op.check(*args), tuple(args))
+            out = op._launch(kernel, plan, tuple(args))
         else:  # the dispatcher's route: the op below autograd chooses the kernel
             with _AutoDispatchBelowAutograd():
                 out = op.overload(*args, backend=backend)
@@ -344,5 +352,5 @@ class _Differentiable(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return (*ctx.op.backward(ctx, grads[0]), None, None, None)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (*ctx.op.backward(ctx, grads[0]), None, None, None, None)

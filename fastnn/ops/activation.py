@@ -20,7 +20,11 @@ _TORCH: dict[str, tuple[int, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu6": (0, F.relu6, lambda g, x: aten.hardtanh_backward(g, x, 0, 6)),
     "elu": (1, F.elu, lambda g, x, alpha: aten.elu_backward(g, alpha, 1, 1, False, x)),
     "gelu": (0, F.gelu, lambda g, x: aten.gelu_backward(g, x)),
-    "gelu_tanh": (0, lambda x: F.gelu(x, approximate="tanh"), lambda g, x: aten.gelu_backward(g, x, approximate="tanh")),
+    "gelu_tanh": (
+        0,
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda g, x: aten.gelu_backward(g, x, approximate="tanh"),
+    ),
     "silu": (0, F.silu, lambda g, x: aten.silu_backward(g, x)),
     "mish": (0, F.mish, lambda g, x: aten.mish_backward(g, x)),
     "sigmoid": (0, torch.sigmoid, lambda g, x: aten.sigmoid_backward(g, torch.sigmoid(x))),
@@ -37,9 +41,13 @@ def apply_torch(input: Tensor, name: str, params: Sequence[float]) -> Tensor:
     return _TORCH[name][1](input, *params)
 
 
-def no_kernel_for(dtype: torch.dtype) -> str | None:
+def no_kernel_for(dtype: torch.dtype) -> str:
+    return f"dtype {dtype} has no fastnn kernel"
+
+
+def only_torch(dtype: torch.dtype) -> str | None:
     """Why only torch can serve a dtype; None if a kernel might."""
-    return None if dtype in FLOATING else f"dtype {dtype} has no fastnn kernel"
+    return None if dtype in FLOATING else no_kernel_for(dtype)
 
 
 # activation
@@ -50,7 +58,7 @@ def _check_activation(input: Tensor, name: str, params: Sequence[float]) -> str 
         raise ValueError(f"activation(): name got {name!r}, allowed are {', '.join(sorted(_TORCH))}")
     if len(params) != _TORCH[name][0]:
         raise ValueError(f"activation(): params of {name} must have {_TORCH[name][0]} numbers, got {len(params)}")
-    return None if input.dtype in FLOATING else no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _check_backward(op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dtype) -> str | None:
@@ -58,7 +66,7 @@ def _check_backward(op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dt
         raise RuntimeError(
             f"{op}(): grad must have shape {tuple(shape)} and dtype {dtype}, got {tuple(grad.shape)} and {grad.dtype}"
         )
-    return no_kernel_for(dtype)
+    return only_torch(dtype)
 
 
 def _check_activation_backward(grad: Tensor, input: Tensor, name: str, params: Sequence[float]) -> str | None:
@@ -71,7 +79,7 @@ def _save_activation(ctx: Any, args: Any, out: Tensor) -> None:
     ctx.save_for_backward(input)
 
 
-activation = Operator(
+activation: Operator = Operator(
     "activation(Tensor input, str name, float[] params) -> Tensor",
     "activation",
     check=_check_activation,
@@ -79,13 +87,13 @@ activation = Operator(
     torch=apply_torch,
     save=_save_activation,
     backward=lambda ctx, grad: (
-        activation_backward(grad, *ctx.saved_tensors, ctx.name, ctx.params, backend=ctx.backend),
+        activation_backward.call(grad, *ctx.saved_tensors, ctx.name, ctx.params, ctx.backend),
         None,
         None,
     ),
 )
 
-activation_backward = Operator(
+activation_backward: Operator = Operator(
     "activation_backward(Tensor grad, Tensor input, str name, float[] params) -> Tensor",
     "activation",
     check=_check_activation_backward,
@@ -108,7 +116,7 @@ def _check_prelu(input: Tensor, weight: Tensor) -> str | None:
         )
     if weight.dtype != input.dtype:
         raise RuntimeError(f"prelu(): weight must have input's dtype {input.dtype}, got {weight.dtype}")
-    return no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _check_prelu_backward(grad: Tensor, input: Tensor, weight: Tensor) -> str | None:
@@ -117,12 +125,12 @@ def _check_prelu_backward(grad: Tensor, input: Tensor, weight: Tensor) -> str | 
 
 
 def _prelu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    grad_input, grad_weight = prelu_backward(grad, *ctx.saved_tensors, backend=ctx.backend)
+    grad_input, grad_weight = prelu_backward.call(grad, *ctx.saved_tensors, ctx.backend)
     needs_input, needs_weight = ctx.needs_input_grad[:2]
     return grad_input if needs_input else None, grad_weight if needs_weight else None
 
 
-prelu = Operator(
+prelu: Operator = Operator(
     "prelu(Tensor input, Tensor weight) -> Tensor",
     "activation",
     check=_check_prelu,
@@ -133,7 +141,7 @@ prelu = Operator(
     autocast="lower",
 )
 
-prelu_backward = Operator(
+prelu_backward: Operator = Operator(
     "prelu_backward(Tensor grad, Tensor input, Tensor weight) -> (Tensor, Tensor)",
     "activation",
     check=_check_prelu_backward,
@@ -165,7 +173,7 @@ def _check_glu(input: Tensor, dim: int) -> str | None:
     size = input.shape[check_dim("glu", input.dim(), dim)]
     if size % 2:
         raise RuntimeError(f"glu(): dimension {dim} of input {tuple(input.shape)} must be even, got {size}")
-    return no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _check_glu_backward(grad: Tensor, input: Tensor, dim: int) -> str | None:
@@ -178,17 +186,17 @@ def _save_glu(ctx: Any, args: Any, out: Tensor) -> None:
     ctx.save_for_backward(input)
 
 
-glu = Operator(
+glu: Operator = Operator(
     "glu(Tensor input, int dim) -> Tensor",
     "activation",
     check=_check_glu,
     allocate=lambda plan, input, dim: input.new_empty(_halved(input, dim)),
     torch=F.glu,
     save=_save_glu,
-    backward=lambda ctx, grad: (glu_backward(grad, *ctx.saved_tensors, ctx.dim, backend=ctx.backend), None),
+    backward=lambda ctx, grad: (glu_backward.call(grad, *ctx.saved_tensors, ctx.dim, ctx.backend), None),
 )
 
-glu_backward = Operator(
+glu_backward: Operator = Operator(
     "glu_backward(Tensor grad, Tensor input, int dim) -> Tensor",
     "activation",
     check=_check_glu_backward,
@@ -203,19 +211,19 @@ glu_backward = Operator(
 def _check_dropout(input: Tensor, p: float, seed: int) -> str | None:
     if not 0 <= p <= 1:
         raise ValueError(f"dropout(): p has to be between 0 and 1, but got {p}")
-    return no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _save_dropout(ctx: Any, args: Any, out: Tensor) -> None:
     _, ctx.p, ctx.seed = args
 
 
-dropout = Operator(
+dropout: Operator = Operator(
     "dropout(Tensor input, float p, int seed) -> Tensor",
     "activation",
     check=_check_dropout,
     allocate=lambda plan, input, p, seed: torch.empty_like(input),
     torch=reference.dropout,  # torch's own draws other numbers: the seed would mean nothing
     save=_save_dropout,
-    backward=lambda ctx, grad: (dropout(grad, ctx.p, ctx.seed, backend=ctx.backend), None, None),
+    backward=lambda ctx, grad: (dropout.call(grad, ctx.p, ctx.seed, ctx.backend), None, None),
 )

@@ -14,7 +14,6 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-
 def _same_dtype(op: str, **tensors: Tensor | None) -> None:
     first = next(iter(tensors))
     expected = tensors[first].dtype  # type: ignore[union-attr]
@@ -78,19 +77,19 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     if ctx.needs_input_grad[0]:
         other = other.unsqueeze(-1) if len(b) == 1 else other
         if len(a) <= 2 and len(b) > 2:  # every batch adds to the same matrix: one product
-            grad_input = matmul(grad.movedim(-2, 0).flatten(1), other.mT.flatten(0, -2), backend=ctx.backend).reshape(a)
+            grad_input = matmul.call(grad.movedim(-2, 0).flatten(1), other.mT.flatten(0, -2), ctx.backend).reshape(a)
         else:
-            grad_input = matmul(grad, other.mT, backend=ctx.backend).sum_to_size((1, *a) if len(a) == 1 else a).reshape(a)
+            grad_input = matmul.call(grad, other.mT, ctx.backend).sum_to_size((1, *a) if len(a) == 1 else a).reshape(a)
     if ctx.needs_input_grad[1]:
         input = input.unsqueeze(0) if len(a) == 1 else input
         if len(b) <= 2:  # likewise
-            grad_other = matmul(input.flatten(0, -2).mT, grad.flatten(0, -2), backend=ctx.backend).reshape(b)
+            grad_other = matmul.call(input.flatten(0, -2).mT, grad.flatten(0, -2), ctx.backend).reshape(b)
         else:
-            grad_other = matmul(input.mT, grad, backend=ctx.backend).sum_to_size(b)
+            grad_other = matmul.call(input.mT, grad, ctx.backend).sum_to_size(b)
     return grad_input, grad_other
 
 
-matmul = Operator(
+matmul: Operator = Operator(
     "matmul(Tensor input, Tensor other) -> Tensor",
     "matmul",
     check=_check_matmul,
@@ -108,7 +107,9 @@ def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: 
     dims = mat1.dim()
     op = "addmm" if dims == 2 else "baddbmm"
     if dims not in (2, 3) or mat2.dim() != dims:
-        raise RuntimeError(f"{op}(): mat1 and mat2 must both be matrices, or both batches of them, got {_both(mat1, mat2)}")
+        raise RuntimeError(
+            f"{op}(): mat1 and mat2 must both be matrices, or both batches of them, got {_both(mat1, mat2)}"
+        )
     if mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
         raise RuntimeError(f"{op}(): mat1 and mat2 shapes cannot be multiplied: {_both(mat1, mat2)}")
     _same_dtype(op, input=input, mat1=mat1, mat2=mat2)
@@ -138,14 +139,14 @@ def _addmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     mat1, mat2 = ctx.saved_tensors
     needs_input, needs_mat1, needs_mat2 = ctx.needs_input_grad[:3]
     grad_input = grad.sum_to_size(ctx.shape) * ctx.beta if needs_input else None
-    grad_mat1 = matmul(grad, mat2.mT, backend=ctx.backend) if needs_mat1 else None
-    grad_mat2 = matmul(mat1.mT, grad, backend=ctx.backend) if needs_mat2 else None
+    grad_mat1 = matmul.call(grad, mat2.mT, ctx.backend) if needs_mat1 else None
+    grad_mat2 = matmul.call(mat1.mT, grad, ctx.backend) if needs_mat2 else None
     if ctx.alpha != 1:
         grad_mat1, grad_mat2 = (None if g is None else g * ctx.alpha for g in (grad_mat1, grad_mat2))
     return grad_input, grad_mat1, grad_mat2, None, None
 
 
-addmm = Operator(
+addmm: Operator = Operator(
     "addmm(Tensor input, Tensor mat1, Tensor mat2, float beta, float alpha) -> Tensor",
     "matmul",
     check=_check_addmm,
@@ -158,13 +159,13 @@ addmm = Operator(
 
 # linear
 
-FUSED = frozenset({None, *PARAMETERLESS})  # the activations that linear can end with
-
 
 def _check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> tuple[int, ...] | str:
-    a, w, dtype = input.shape, weight.shape, input.dtype
+    a = input.shape
+    w = weight.shape
+    dtype = input.dtype
     if len(w) != 2 or not a:
         return _unusual_linear(a, w)
     n, k = w
@@ -173,7 +174,7 @@ def _check_linear(
             f"linear(): input and weight shapes cannot be multiplied: the last dimension of input {tuple(a)} "
             f"must be the in_features of weight {tuple(w)}, {k}, got {a[-1]}"
         )
-    if activation not in FUSED:
+    if activation is not None and activation not in PARAMETERLESS:
         allowed = ", ".join(sorted(PARAMETERLESS))
         raise ValueError(f"linear(): activation got {activation!r}, allowed are None, {allowed}")
     shape = (a[0], n) if len(a) == 2 else (*a[:-1], n)
@@ -217,7 +218,7 @@ def _torch_linear(
 
 def _save_linear(ctx: Any, args: Any, out: Tensor) -> None:
     input, weight, bias, residual, ctx.activation = args
-    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    needs_input, needs_weight = ctx.needs_input_grad[:2]
     if ctx.activation is not None:  # the backward computes the product again, for the activation's slope
         ctx.save_for_backward(input, weight, bias, residual)
     else:
@@ -227,22 +228,22 @@ def _save_linear(ctx: Any, args: Any, out: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors[:2]
     if ctx.activation is not None:
-        z = linear(*ctx.saved_tensors, None, backend=ctx.backend)
-        grad = activation_backward(grad, z, ctx.activation, [], backend=ctx.backend)
+        z = linear.call(*ctx.saved_tensors, None, ctx.backend)
+        grad = activation_backward.call(grad, z, ctx.activation, [], ctx.backend)
     needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
     grad_input = grad_weight = grad_bias = None
     if needs_input:
-        grad_input = matmul(rows, weight, backend=ctx.backend).reshape(*grad.shape[:-1], weight.shape[1])
+        grad_input = matmul.call(rows, weight, ctx.backend).reshape(*grad.shape[:-1], weight.shape[1])
     if needs_weight:
         inputs = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-        grad_weight = matmul(rows.mT, inputs, backend=ctx.backend)
+        grad_weight = matmul.call(rows.mT, inputs, ctx.backend)
     if needs_bias:
         grad_bias = rows.sum(0)
     return grad_input, grad_weight, grad_bias, grad if needs_residual else None, None
 
 
-linear = Operator(
+linear: Operator = Operator(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation) -> Tensor",
     "matmul",
     check=_check_linear,

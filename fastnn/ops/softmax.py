@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn.kernels.reference import softmax as reference
 
 from ._operator import Operator
-from .activation import aten, check_dim, no_kernel_for
+from .activation import aten, check_dim, only_torch
 
 REDUCTIONS = ("none", "mean", "sum")  # at the index that aten calls them by
 
@@ -25,7 +25,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
 
     def check(input: Tensor, dim: int) -> str | None:
         check_dim(name, input.dim(), dim)
-        return no_kernel_for(input.dtype)
+        return only_torch(input.dtype)
 
     def check_backward(grad: Tensor, output: Tensor, dim: int) -> str | None:
         check_dim(name, output.dim(), dim)
@@ -34,7 +34,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
                 f"{name}_backward(): grad must have the shape and dtype of output, {tuple(output.shape)} and "
                 f"{output.dtype}, got {tuple(grad.shape)} and {grad.dtype}"
             )
-        return no_kernel_for(output.dtype)
+        return only_torch(output.dtype)
 
     def allocate(plan: None, input: Tensor, dim: int) -> Tensor:
         return torch.empty_like(input, memory_format=torch.contiguous_format)
@@ -97,7 +97,9 @@ def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, r
         )
     if not target.is_floating_point():
         if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}")
+            raise RuntimeError(
+                f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}"
+            )
         if list(target.shape) != rows:
             batch = input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]
             raise (ValueError if batch else RuntimeError)(
@@ -108,7 +110,7 @@ def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, r
             return "target of dtype uint8 has no fastnn kernel"
     if weight is not None and weight.dtype != input.dtype:
         raise RuntimeError(f"{op}(): weight must have input's dtype {input.dtype}, got {weight.dtype}")
-    return no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _inspect_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -136,7 +138,9 @@ def _check_cross_entropy(
                 f"cross_entropy(): Expected floating point type for target with class probabilities, got {target.dtype}"
             )
         if ignore_index >= 0:
-            raise RuntimeError(f"cross_entropy(): ignore_index is for class indices, not probabilities: got {ignore_index}")
+            raise RuntimeError(
+                f"cross_entropy(): ignore_index is for class indices, not probabilities: got {ignore_index}"
+            )
     elif target.is_floating_point():
         raise RuntimeError(
             f"cross_entropy(): target of class probabilities must have input's shape {tuple(input.shape)}, or dtype "
@@ -152,7 +156,13 @@ def _check_cross_entropy(
 
 
 def _allocate_cross_entropy(
-    plan: None, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    plan: None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(input)
     loss = input.new_empty(rows if reduction == "none" else [])
@@ -175,7 +185,7 @@ def _cross_entropy_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_input, None, None, None, None, None
 
 
-cross_entropy = Operator(
+cross_entropy: Operator = Operator(
     "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction, float label_smoothing)"
     " -> (Tensor, Tensor)",
     "softmax",
@@ -193,7 +203,7 @@ cross_entropy = Operator(
     autocast="float32",
 )
 
-cross_entropy_backward = Operator(
+cross_entropy_backward: Operator = Operator(
     "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor lse, int ignore_index,"
     " str reduction, float label_smoothing) -> Tensor",
     "softmax",
@@ -218,7 +228,7 @@ def _save_nll_loss(ctx: Any, args: Any, out: Tensor) -> None:
     ctx.save_for_backward(input, target, weight)
 
 
-nll_loss = Operator(
+nll_loss: Operator = Operator(
     "nll_loss(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction) -> Tensor",
     "softmax",
     check=_check_nll_loss,
@@ -239,7 +249,7 @@ nll_loss = Operator(
     autocast="float32",
 )
 
-nll_loss_backward = Operator(
+nll_loss_backward: Operator = Operator(
     "nll_loss_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction)"
     " -> Tensor",
     "softmax",
@@ -260,7 +270,7 @@ def _check_mse_loss(input: Tensor, target: Tensor, reduction: str) -> str | None
         )
     if input.dtype != target.dtype:
         return "input and target of different dtypes are promoted by torch"
-    return no_kernel_for(input.dtype)
+    return only_torch(input.dtype)
 
 
 def _save_mse_loss(ctx: Any, args: Any, out: Tensor) -> None:
@@ -274,18 +284,20 @@ def _mse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input if needs_input else None, -grad_input if needs_target else None, None
 
 
-mse_loss = Operator(
+mse_loss: Operator = Operator(
     "mse_loss(Tensor input, Tensor target, str reduction) -> Tensor",
     "softmax",
     check=_check_mse_loss,
-    allocate=lambda plan, input, target, reduction: torch.empty_like(input) if reduction == "none" else input.new_empty([]),
+    allocate=lambda plan, input, target, reduction: (
+        torch.empty_like(input) if reduction == "none" else input.new_empty([])
+    ),
     torch=lambda input, target, reduction: aten.mse_loss(input, target, REDUCTIONS.index(reduction)),
     save=_save_mse_loss,
     backward=_mse_gradients,
     autocast="float32",
 )
 
-mse_loss_backward = Operator(
+mse_loss_backward: Operator = Operator(
     "mse_loss_backward(Tensor grad, Tensor input, Tensor target, str reduction) -> Tensor",
     "softmax",
     check=lambda grad, input, target, reduction: _check_mse_loss(input, target, reduction),

@@ -115,7 +115,7 @@ def glu_backward(grad: Tensor, input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """Wellons' 32-bit integer hash `lowbias32`, on int64 tensors that hold 32-bit values (nullprogram.com/blog/2018/07/31)."""
+    """Wellons' 32-bit hash `lowbias32` of int64 tensors that hold 32-bit values (nullprogram.com/blog/2018/07/31)."""
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK32
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK32
     return h ^ (h >> 16)

@@ -35,7 +35,9 @@ def _classes_back(t: Tensor) -> Tensor:
     return t if t.dim() == 1 else t.movedim(-1, 1)
 
 
-def _target_weights(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> Tensor:
+def _target_weights(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> Tensor:
     """q in loss = -Σ q·log p, classes last: the target as a distribution, smoothed, times the class weights."""
     classes = input.shape[0 if input.dim() == 1 else 1]
     if target.is_floating_point():
