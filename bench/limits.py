@@ -21,6 +21,8 @@ import torch
 #: Vector loads a step of the memory loops.
 STEP = 8
 _PAUSE = 0.03
+#: Memory is not measured with more bytes than this: no cache holds them, so the speed stays what it is.
+_LARGE = 256 << 20
 
 
 def _features() -> dict[str, bool]:
@@ -380,7 +382,7 @@ class Limits:
         else:
             key = _round(writes), 2 if reads > 1.5 * writes else 1
         if again or key not in self._memory:
-            size, sources = key
+            size, sources = min(key[0], _LARGE), key[1]
             rate = (
                 copy(size, self.threads, sources, seconds=self.seconds)
                 if sources

@@ -140,19 +140,18 @@ def error(
     for n, out in enumerate(flat[0] or ()):
         ref, size, other = (None if t is None else t[n] for t in flat[1:])
         assert ref is not None
-        rounded = ref.to(out.dtype)
-        same = (out == rounded) | (out.isnan() & rounded.isnan())
-        if other is not None:
-            same |= (out == other) | (out.isnan() & other.isnan())
-        finite = out.isfinite() & rounded.isfinite()
         at = ref.abs() if size is None else torch.maximum(ref.abs(), size * fineness)
-        distance = ((out.double() - ref).abs() / ulp(at, out.dtype))[finite]
-        total += Error(
-            float(distance.max()) if distance.numel() else 0.0,
-            float((distance * distance).sum()),
-            distance.numel(),
-            int((~finite & ~same).sum()),
-        )
+        distance = (out.double() - ref).abs_().div_(ulp(at, out.dtype))
+        lost = 0
+        if not (out.isfinite().all() and ref.isfinite().all()):
+            rounded = ref.to(out.dtype)
+            same = (out == rounded) | (out.isnan() & rounded.isnan())
+            if other is not None:
+                same |= (out == other) | (out.isnan() & other.isnan())
+            finite = out.isfinite() & rounded.isfinite()
+            distance, lost = distance[finite], int((~finite & ~same).sum())
+        worst = float(distance.max()) if distance.numel() else 0.0
+        total += Error(worst, float(distance.dot(distance)), distance.numel(), lost)
     return total
 
 

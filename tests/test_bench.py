@@ -343,7 +343,7 @@ def test_a_provider_that_raises_is_a_finding() -> None:
 def test_a_case_too_large_for_the_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_available_memory", lambda: 3 << 30)
     case = _case(passes=((1 << 28, 1 << 28),), make=lambda dtype: pytest.fail("inputs were made"))
-    assert _measure(case, "torch")["torch"].missing == "the check needs 20 GiB of memory, 3 are free"
+    assert _measure(case, "torch")["torch"].missing == "the check needs 12 GiB of memory, 3 are free"
 
 
 def test_the_environment_is_left_as_it_was() -> None:

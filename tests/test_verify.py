@@ -39,6 +39,16 @@ def test_error_counts_ulps_and_their_mean_square() -> None:
     assert _numerics.error(result, reference, scale=4 * reference.abs()).worst == 0.5
 
 
+def test_sums_of_16_bit_numbers_are_counted_in_float32_going_forward() -> None:
+    """Near a cancellation bfloat16 results are as good as float32 sums: a looser scale would hide lost terms."""
+    reference, scale = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([64.0, 64.0], dtype=torch.float64)
+    result = torch.tensor([1.0 + 2**-7, 2**-18], dtype=torch.bfloat16)
+    forward = _numerics.error(result, reference, scale, forward=True)
+    assert forward.worst == 1.0
+    assert forward.rms == pytest.approx(math.sqrt((1 + 2.0 ** (2 * (-18 - 6 + 16 + 7))) / 2))
+    assert _numerics.error(result, reference, scale).worst == 2.0**-6
+
+
 @pytest.mark.parametrize(
     ("result", "torchs", "lost"),
     [
