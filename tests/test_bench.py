@@ -359,7 +359,7 @@ def test_the_environment_is_left_as_it_was() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No long measurements: the numbers do not matter here."""
     monkeypatch.setattr(command, "SECONDS", {"quick": 0.01, "full": 0.01})
-    for name in ("read", "copy"):
+    for name in ("fma", "read", "copy"):
         monkeypatch.setattr(limits, name, lambda *args, **options: 1e10)
 
 
