@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +105,19 @@ class TorchCompile(Peer):
         return None
 
     def prepare(self, job: Job) -> Work:
-        import torch._dynamo as dynamo
-        import torch._functorch.config as functorch
-        import torch._inductor.config as inductor
-
-        dynamo.reset()  # else the eighth case would silently fall back to eager
-        inductor.cpp.threads = job.threads
-        functorch.donated_buffer = False  # a backward is called again and again
+        torch._dynamo.reset()  # else the eighth case would silently fall back to eager
         run = job.case.theirs
         compiled = torch.compile(lambda *inputs: run(TORCH, *inputs), fullgraph=True, dynamic=False)
         return as_work(job, compiled)
+
+    @contextmanager
+    def settings(self, threads: int) -> Iterator[None]:
+        import torch._functorch.config as functorch
+        import torch._inductor.config as inductor
+
+        # A donated buffer could be used by one backward only, and we call the same one again and again.
+        with functorch.patch(donated_buffer=False), inductor.patch({"cpp.threads": threads}):
+            yield
 
 
 class NumPy(Peer):
