@@ -1,7 +1,7 @@
 """Activations, PReLU, GLU and dropout on the CPU: which elements lie where, and which kernel walks them.
 
-Tensors of any strides are walked in place where, once dimensions that lie behind each other are merged, at most three remain
-and all tensors have unit stride in the innermost; another tensor is first copied into the output's layout.
+Tensors of any strides are walked in place where, once dimensions that lie behind each other are merged, at most three
+remain and all tensors have unit stride in the innermost; another tensor is first copied into the output's layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .engine import threads
-from .engine.activation_codes import PARAMETERS
 from .engine.build import Kernel
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -43,7 +42,7 @@ def supports(op: str, *args: Any) -> str | None:
 
 
 def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Dims:
-    """The dimensions from the outermost to the innermost of the first tensor, those merged that all tensors can walk as one."""
+    """The dimensions, outermost of the first tensor first; those merged that all tensors can walk as one."""
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
     dims: Dims = []
     for d in order:
@@ -64,7 +63,8 @@ def _row_major(shape: Sequence[int]) -> list[int]:
 
 
 def _run(kernel: Callable[..., None], dims: Dims, inputs: Sequence[Tensor], outputs: Sequence[Tensor],
-         index: Sequence[int] = (0, 0, 0), ints: Sequence[int] = (0, 0, 0), floats: Sequence[float] = (0.0, 0.0)) -> None:
+         index: Sequence[int] = (0, 0, 0), ints: Sequence[int] = (0, 0, 0),
+         floats: Sequence[float] = (0.0, 0.0)) -> None:
     """Launch over at most three dims; their strides are listed in the order outputs, inputs."""
     outer, rows, (n, _) = (*[(1, [0] * len(dims[0][1]))] * (3 - len(dims)), *dims)
     total = outer[0] * rows[0] * n
@@ -190,8 +190,9 @@ def _mix(h: int) -> int:
 def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
     """out = input / (1 - p) where the 32 random bits of (seed, index) are at least p·2³², else 0.
 
-    The bits are mix(mix(low(index) + a) ^ b) with a = mix(low(seed) ^ mix(high(index))), b = mix(high(seed) + 0x9E3779B9), low
-    and high the halves of 64 bits, index row-major, and mix Wellons' hash: the same for any strides and number of threads.
+    The bits are mix(mix(low(index) + a) ^ b) with a = mix(low(seed) ^ mix(high(index))), b = mix(high(seed) +
+    0x9E3779B9), low and high the halves of 64 bits, index row-major, and mix Wellons' hash: the same for any strides
+    and number of threads.
     """
     threshold = round(p * 2**32)
     if threshold >= 2**32:
@@ -215,6 +216,8 @@ def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
 
 
 KERNELS: dict[str, Callable[..., None]] = {
-    "activation": activation, "activation_backward": activation_backward, "prelu": prelu, "prelu_backward": prelu_backward,
-    "glu": glu, "glu_backward": glu_backward, "dropout": dropout,
+    "activation": activation, "activation_backward": activation_backward,
+    "prelu": prelu, "prelu_backward": prelu_backward,
+    "glu": glu, "glu_backward": glu_backward,
+    "dropout": dropout,
 }

@@ -5,8 +5,8 @@ Every kernel has this signature (strides in bytes, sizes in elements):
     (outer, rows, n, block, threads, inputs a, b, c, outputs y, z: address, outer stride, row stride each,
      index: outer, row and inner step, k0, k1, k2, p0, p1)
 
-Elements lie next to each other along n (an input may instead have one value for a whole row). Threads share the rows, or where
-there are few of them blocks of ``block`` elements.
+Elements lie next to each other along n (an input may instead have one value for a whole row). Threads share the rows,
+or where there are few of them blocks of ``block`` elements.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def mix_scalar(h):
 
 
 def dropout(elem: str) -> Callable[..., Any]:
-    """k0, k1: the seed's low half and the hash of its high half; k2: elements whose 32 bits are below it are dropped."""
+    """k0, k1: the seed's low half and the hash of its high half; k2: what 32 bits have to reach to keep an element."""
     sign = 0 if elem == "float64" else 1 << 31  # lanes of 32 bits compare signed
 
     @inline

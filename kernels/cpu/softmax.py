@@ -1,8 +1,8 @@
 """Softmax, log-softmax and the losses on the CPU: how the lines that they run over lie, and which kernel takes them.
 
-A line lies along the class dimension. Its elements may lie next to each other (rows), or the lines may (columns: the class
-dimension is not the innermost); any other input is first copied, except that nothing of the logits' size is made where
-``cross_entropy`` can read them in place, as it can every contiguous tensor and its transposes and slices.
+A line lies along the class dimension. Its elements may lie next to each other (rows), or the lines may (columns: the
+class dimension is not the innermost); any other input is first copied, except that nothing of the logits' size is made
+where ``cross_entropy`` can read them in place, as it can every contiguous tensor and its transposes and slices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def supports(op: str, *args: Any) -> str | None:
 
 
 class Lines(NamedTuple):
-    """outer · inner lines of n elements; for each tensor its (address, outer, inner, class stride), strides in bytes."""
+    """outer · inner lines of n elements; slots: each tensor's address, outer, inner and class stride in bytes."""
 
     outer: int
     inner: int
@@ -50,11 +50,11 @@ class Lines(NamedTuple):
     slots: list[int]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return self.outer * self.inner
 
     def threads(self, size: int) -> int:
-        return 1 if self.count * self.n * size < _SERIAL else threads.count()
+        return 1 if self.number * self.n * size < _SERIAL else threads.count()
 
 
 def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
@@ -76,12 +76,9 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
     along = [s[dim] if shape and n > 1 else 1 for s in strides]
     nothing = (1, [0] * len(tensors))
     in_rows = set(along) == {1}
-    if in_rows:
-        (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
-    elif batch and set(batch[-1][1]) == {1}:
-        (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
-    else:
+    if not in_rows and not (batch and set(batch[-1][1]) == {1}):
         return None
+    (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
     slots = []
     for k, t in enumerate(tensors):
         slots += [t.data_ptr(), outer_steps[k] * t.itemsize, inner_steps[k] * t.itemsize, along[k] * t.itemsize]
@@ -143,12 +140,12 @@ def _raise_if_bad(op: str, bad: Tensor, target: Tensor, classes: int, ignore_ind
                          f"ignore_index, {ignore_index}")
 
 
-def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
-             reduction: str, smoothing: float) -> None:
+def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
+             ignore_index: int, reduction: str, smoothing: float) -> None:
     probabilities = target.is_floating_point()
     dim = 1 if input.dim() > 1 else 0
-    lines, kept = _lines_of(dim, (input, target) if probabilities else (input,))
-    if not lines.count or not lines.n:
+    lines, _kept = _lines_of(dim, (input, target) if probabilities else (input,))
+    if not lines.number or not lines.n:
         if reduction != "none":
             out.fill_(0.0 if reduction == "sum" else float("nan"))
         return
@@ -156,20 +153,20 @@ def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Te
         target = target.contiguous()
     slots = lines.slots if probabilities else [*lines.slots, target.data_ptr(), 0, 0, 0]
     weight = None if weight is None else weight.contiguous()
-    scratch = torch.empty((3, lines.count), dtype=_compute(input.dtype))
-    losses = torch.empty((2, lines.count), dtype=torch.float64)
+    scratch = torch.empty((3, lines.number), dtype=_compute(input.dtype))
+    losses = torch.empty((2, lines.number), dtype=torch.float64)
     bad = torch.zeros((), dtype=torch.int64)
     kernel = _kernel("cross_entropy", "i" * 20 + "f", input.dtype, lines.in_rows, probabilities, weight is not None,
                      smoothing > 0.0 and not probabilities, lse is None)
-    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), _REDUCTIONS[reduction], ignore_index, *slots,
-           0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(),
+    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), _REDUCTIONS[reduction], ignore_index,
+           *slots, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(),
            losses.data_ptr(), out.data_ptr(), bad.data_ptr(), float(smoothing))
     if not probabilities:
         _raise_if_bad(op, bad, target, lines.n, ignore_index)
 
 
-def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
-                      ignore_index: int, reduction: str, smoothing: float) -> None:
+def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, input: Tensor, target: Tensor,
+                      weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float) -> None:
     if not out.numel():
         return
     probabilities = target.is_floating_point()
@@ -184,13 +181,13 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
     weight = None if weight is None else weight.contiguous()
     lse = None if lse is None else lse.double().contiguous()
     grad = grad.contiguous()
-    scratch = torch.empty((4, lines.count), dtype=_compute(input.dtype))
+    scratch = torch.empty((4, lines.number), dtype=_compute(input.dtype))
     bad = torch.zeros((), dtype=torch.int64)
-    kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows, probabilities, weight is not None,
-                     smoothing > 0.0 and not probabilities, lse is None)
-    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index, *x, *q,
-           0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(), *y,
-           grad.data_ptr(), grad.itemsize if reduction == "none" else 0, bad.data_ptr(), float(smoothing))
+    kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows, probabilities,
+                     weight is not None, smoothing > 0.0 and not probabilities, lse is None)
+    kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index,
+           *x, *q, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(),
+           0 if lse is None else lse.data_ptr(), *y, grad.data_ptr(), grad.itemsize if reduction == "none" else 0, bad.data_ptr(), float(smoothing))
     if not probabilities:
         _raise_if_bad(op, bad, target, lines.n, ignore_index)
     if kept[-1].data_ptr() != out.data_ptr():
@@ -210,16 +207,18 @@ def cross_entropy(out: tuple[Tensor, Tensor], input: Tensor, target: Tensor, wei
 def cross_entropy_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,
                            ignore_index: int, reduction: str, label_smoothing: float) -> None:
     """out = the gradient of input"""
-    _entropy_backward("cross_entropy_backward", out, grad, lse, input, target, weight, ignore_index, reduction, label_smoothing)
+    _entropy_backward("cross_entropy_backward", out, grad, lse, input, target, weight, ignore_index, reduction,
+                      label_smoothing)
 
 
-def nll_loss(out: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> None:
+def nll_loss(out: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+             reduction: str) -> None:
     """-weight[target] · input[target]. Raises IndexError as ``cross_entropy`` does."""
     _entropy("nll_loss", out, None, input, target, weight, ignore_index, reduction, 0.0)
 
 
-def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
-                      reduction: str) -> None:
+def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
+                      ignore_index: int, reduction: str) -> None:
     """out = the gradient of input: zero but for the target's class"""
     _entropy_backward("nll_loss_backward", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
 
@@ -235,17 +234,20 @@ def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None
         input, target = input.contiguous(), target.contiguous()
         parts = torch.empty(-(-n // _BLOCK), dtype=torch.float64)
         nt = 1 if n * input.itemsize < _SERIAL else threads.count()
-        _kernel("squared_error", "iiiiiif", input.dtype)(
-            n, nt, input.data_ptr(), target.data_ptr(), parts.data_ptr(), out.data_ptr(), 1.0 / n if reduction == "mean" else 1.0)
+        kernel = _kernel("squared_error", "iiiiiif", input.dtype)
+        kernel(n, nt, input.data_ptr(), target.data_ptr(), parts.data_ptr(), out.data_ptr(),
+               1.0 / n if reduction == "mean" else 1.0)
 
 
 def mse_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     """out = 2 (input - target) grad, over the number of elements for "mean" """
     if reduction == "none":
-        run_elementwise(_kernel("mse_loss_backward", SIGNATURE, input.dtype, True), out, (input, target, grad), (2.0, 0.0))
+        kernel = _kernel("mse_loss_backward", SIGNATURE, input.dtype, True)
+        run_elementwise(kernel, out, (input, target, grad), (2.0, 0.0))
     elif out.numel():
+        kernel = _kernel("mse_loss_backward", SIGNATURE, input.dtype, False)
         factor = 2.0 * grad.item() / (input.numel() if reduction == "mean" else 1)
-        run_elementwise(_kernel("mse_loss_backward", SIGNATURE, input.dtype, False), out, (input, target), (factor, 0.0))
+        run_elementwise(kernel, out, (input, target), (factor, 0.0))
 
 
 KERNELS: dict[str, Callable[..., None]] = {

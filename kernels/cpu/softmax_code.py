@@ -1,8 +1,9 @@
 """Softmax, log-softmax and cross entropy, as compiled. Imported only to build a kernel.
 
-A *line* is what the softmax runs over. A kernel is written once, in terms of a ``Space`` that says how lines lie: ``Rows``
-have their elements next to each other, so a vector holds elements of one line and totals are reduced to a scalar; ``Columns``
-lie next to each other, so a vector holds an element of many lines. Strides are in bytes, sizes in elements, addresses int64.
+A *line* is what the softmax runs over. A kernel is written once, in terms of a ``Space`` that says how lines lie:
+``Rows`` have their elements next to each other, so a vector holds elements of one line and totals are reduced to a
+scalar; ``Columns`` lie next to each other, so a vector holds an element of many lines. Strides are in bytes, sizes in
+elements, addresses int64.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba.core.types import float32, float64
 
@@ -44,20 +45,21 @@ from .engine.vecmath import exp_below, log
 
 WIDTH = 4 if simd().registers == 32 else 2  # vectors computed as one
 BLOCK = 4096  # elements of a row that are read twice while they are in L1
-TERMS = 64  # of a column that are summed one after the other; then such sums are: the error grows slower than with one sum
+TERMS = 64  # of a column that are summed before they are added to the total: its error grows more slowly
 
 
-class Space:
+class Space(NamedTuple):
     """How lines lie, and loops over one line (or one vector of lines). See ``rows`` and ``columns``.
 
-    largest(x, sx, n, k) → the maximum, NaN ignored; -Inf if there is none
-    sum_exp(x, sx, n, k) → (m, s): s = Σ exp(x_j - m), m the maximum; NaN where the line has NaN, +Inf, or nothing but -Inf
-    walk(term, writes)(a, sa, b, sb, w, sw, y, sy, n, k, p) → Σ term(a_j, b_j, w_j, p), the terms written to y if ``writes``
-    log(s): of a number that belongs to a line
-    get(address, k) → a line's number in the compute type; put(address, value, k)
+    ``largest(x, sx, n, k)``: the maximum, NaN ignored; -Inf if there is none.
+    ``sum_exp(x, sx, n, k)``: (m, s), s = Σ exp(x_j - m), m the maximum; NaN if the line has NaN, +Inf, or only -Inf.
+    ``walk(term, writes)(a, sa, b, sb, w, sw, y, sy, n, k, p)``: Σ term(a_j, b_j, w_j, p); the terms also go to y if
+    ``writes``.
+    ``log(s)``: of a number that belongs to a line.
+    ``get(address, k)``, ``put(address, value, k)``: a line's number in memory, in the compute type.
 
-    a, b, w are addresses (w: of the class weights, which all lines share), sa, sb, sw strides, n the line's length, k the
-    number of lines in the vector; p is whatever belongs to the line.
+    a, b, w are addresses (w: of the class weights, which all lines share), sa, sb, sw strides, n the line's length, k
+    the number of lines in the vector; p is whatever belongs to the line.
     """
 
     largest: Any
@@ -72,7 +74,6 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
     """Lines of consecutive elements. ``second``: b exists; ``weighted``: w exists."""
     one, several, compute = elem, wide(elem, WIDTH), compute_elem(elem)
     L, W, size = one.lanes, several.lanes, elem.size
-    space = Space()
 
     @inline
     def largest(x, sx, n, k):
@@ -147,15 +148,13 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
     def put(address, value, k):
         store_scalar(compute, address, value)
 
-    space.largest, space.sum_exp, space.walk, space.log, space.get, space.put = largest, sum_exp, walk, log_scalar, get, put
-    return space
+    return Space(largest, sum_exp, walk, log_scalar, get, put)
 
 
 def columns(elem: Elem, vectors: int, second: bool = False, weighted: bool = False) -> Space:
     """Lines next to each other: ``vectors`` full vectors of them, or, if that is 1, the first k lanes of one."""
     full = vectors > 1
     lines, compute = wide(elem, vectors), wide(compute_elem(elem), vectors)
-    space = Space()
 
     @inline
     def at(E, address, k):
@@ -210,8 +209,7 @@ def columns(elem: Elem, vectors: int, second: bool = False, weighted: bool = Fal
     def put(address, value, k):
         write(compute, address, value, k)
 
-    space.largest, space.sum_exp, space.walk, space.log, space.get, space.put = largest, sum_exp, walk, log, get, put
-    return space
+    return Space(largest, sum_exp, walk, log, get, put)
 
 
 @inline
@@ -265,7 +263,8 @@ def _line_functions(elem: Elem, space: Callable[..., Space]) -> dict[str, Callab
     write_exp, scale = one.walk(_exp, True), one.walk(_times, True)
     write_scaled, shift = one.walk(_scaled_exp, True), one.walk(_minus_both, True)
     dot, total = two.walk(_product, False), one.walk(_itself, False)
-    write_softmax_gradient, write_log_softmax_gradient = two.walk(_softmax_gradient, True), two.walk(_log_softmax_gradient, True)
+    write_softmax_gradient = two.walk(_softmax_gradient, True)
+    write_log_softmax_gradient = two.walk(_log_softmax_gradient, True)
 
     @inline
     def softmax(x, sx, g, sg, y, sy, n, k):
@@ -296,7 +295,7 @@ def _line_functions(elem: Elem, space: Callable[..., Space]) -> dict[str, Callab
 
 
 def _over_lines(elem: Elem, in_rows: bool, many: Callable[..., Any], few: Callable[..., Any]) -> Callable[..., Any]:
-    """This thread's share of outer · inner lines: many or few(r, o, i, k, args) for the k lines from r = o · inner + i on."""
+    """This thread's share of the lines: many or few(r, o, i, k, args) for k of them from r = o · inner + i on."""
     L, W = elem.lanes, elem.lanes * WIDTH
     step = 1 if in_rows else W
 
@@ -364,8 +363,8 @@ def softmax(elem_name: str, op: str, in_rows: bool) -> Callable[..., Any]:
 
 
 def _coefficient(probabilities: bool, weighted: bool) -> Callable[..., Any]:
-    """c_j in loss = Σ c_j (lse - x_j): the (smoothed) target times the class weight. For class indices without the factor
-    that all classes share, and without the target's own class."""
+    """c_j in loss = Σ c_j (lse - x_j): the (smoothed) target times the class weight. For class indices without the
+    factor that all classes share, and without the target's own class."""
     @inline
     def coefficient(q, w, keep, each):
         if probabilities:
@@ -401,12 +400,15 @@ _total = inline(_sum)
 NONE, MEAN, SUM = range(3)  # reductions
 
 
-def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool, logs: bool) -> Callable[..., Any]:
-    """kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, losses, out, bad, smoothing)
+def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool,
+                  logs: bool) -> Callable[..., Any]:
+    """kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, losses, out,
+    bad, smoothing)
 
-    q: class indices (int64, one a line, in order) or, for ``probabilities``, laid out like x. lines: room for 3 numbers a line in the
-    compute type; lse: float64, a line each; losses: room for 2 float64 a line; out: the loss, in x's type, reduced or a line each.
-    bad: int64, set to 1 + the number of a line whose class index is out of range. ``logs``: x is log-probabilities (nll_loss).
+    q: class indices (int64, one a line, in order) or, for ``probabilities``, laid out like x. lines: room for 3 numbers
+    a line in the compute type; lse: float64, a line each; losses: room for 2 float64 a line; out: the loss, in x's
+    type, reduced or a line each. bad: int64, set to 1 + the number of a line whose class index is out of range.
+    ``logs``: x is log-probabilities (nll_loss).
     """
     elem = ELEMS[elem_name]
     compute = compute_elem(elem)
@@ -417,15 +419,15 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
 
     @inline
     def term(x, q, w, p):
-        m, l, keep, each = p
-        value = (m - x) + l
+        m, log_sum, keep, each = p
+        value = (m - x) + log_sum
         if probabilities or weighted:
             return coefficient(q, w, keep, each) * value
         return value
 
     def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
-        s = space()
-        sum_exp, logarithm, put = s.sum_exp, s.log, s.put
+        plain = space()
+        sum_exp, logarithm, put = plain.sum_exp, plain.log, plain.put
         loss_sum = space(second=probabilities, weighted=weighted).walk(term, False)
 
         @inline
@@ -433,11 +435,11 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
             lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, keep, each = args
             here = x + o * xo + i * xi
             m, s = sum_exp(here, xc, n, k)
-            l = logarithm(s)
+            log_sum = logarithm(s)
             put(at + r * size, m, k)
-            put(at + (lines + r) * size, l, k)
+            put(at + (lines + r) * size, log_sum, k)
             if summed:
-                total = loss_sum(here, xc, q + o * qo + i * qi, qc, w, elem.size, 0, 0, n, k, (m, l, keep, each))
+                total = loss_sum(here, xc, q + o * qo + i * qi, qc, w, elem.size, 0, 0, n, k, (m, log_sum, keep, each))
                 put(at + (2 * lines + r) * size, total, k)
         return line
 
@@ -452,10 +454,11 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
         """The losses of k lines, from what was kept of them"""
         lines, at, n, x, xo, xi, xc, q, w, ignore, keep, each, reduction, lse, losses, out, bad = args
         for line in range(r, r + k):
-            m, l, rest = 0.0, 0.0, 0.0
+            m, log_sum, rest = 0.0, 0.0, 0.0
             if not logs:
-                m, l = float64(load_scalar(compute, at + line * size)), float64(load_scalar(compute, at + (lines + line) * size))
-                store_scalar(FLOAT64, lse + line * 8, m + l)
+                m = float64(load_scalar(compute, at + line * size))
+                log_sum = float64(load_scalar(compute, at + (lines + line) * size))
+                store_scalar(FLOAT64, lse + line * 8, m + log_sum)
             if summed:
                 rest = float64(load_scalar(compute, at + (2 * lines + line) * size))
             loss, weight = 0.0, 0.0
@@ -469,7 +472,7 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
                     else:
                         weight = weight_of(w, t)
                         xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
-                        loss = keep * weight * ((m - xt) + l)
+                        loss = keep * weight * ((m - xt) + log_sum)
                         if smooth:
                             loss += each * rest
             store_scalar(FLOAT64, losses + line * 8, loss)
@@ -494,15 +497,17 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
     run = _over_lines(elem, in_rows, whole, part)
 
     @inline
-    def body(thread, threads, outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad, keep, each):
+    def body(thread, threads, outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses,
+             out, bad, keep, each):
         lines = outer * inner
         run(thread, threads, outer, inner,
             ((lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, keep, each),
              (lines, at, n, x, xo, xi, xc, q, w, ignore, keep, each, reduction, lse, losses, out, bad)))
 
-    def kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad, smoothing):
-        parallel(threads, body, (outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad,
-                                 1.0 - smoothing, smoothing / n))
+    def kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses, out, bad,
+               smoothing):
+        parallel(threads, body, (outer, inner, n, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, losses,
+                                 out, bad, 1.0 - smoothing, smoothing / n))
         if reduction != NONE:
             lines = outer * inner
             total = _total(losses, lines)
@@ -515,10 +520,11 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
 def cross_entropy_backward(
     elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool, logs: bool
 ) -> Callable[..., Any]:
-    """kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, y, yo, yi, yc, g, gs, bad, smoothing)
+    """kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, y, yo, yi, yc, g, gs,
+    bad, smoothing)
 
-    As for ``cross_entropy``; lines: room for 4 numbers a line; y: the gradient of x (for ``logs`` already zero); g: the loss's
-    gradient, in x's type, stride gs; mean: whether to divide by the sum of weights.
+    As for ``cross_entropy``; lines: room for 4 numbers a line; y: the gradient of x (for ``logs`` already zero); g: the
+    loss's gradient, in x's type, stride gs; mean: whether to divide by the sum of weights.
     """
     elem = ELEMS[elem_name]
     compute = compute_elem(elem)
@@ -627,15 +633,16 @@ def cross_entropy_backward(
     run = _over_lines(elem, in_rows, both(many), both(few))
 
     @inline
-    def body(thread, threads, outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad,
-             scale, keep, each, weights):
+    def body(thread, threads, outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs,
+             bad, scale, keep, each, weights):
         lines = outer * inner
         run(thread, threads, outer, inner,
             ((lines, at, n, q, w, ignore, lse, g, gs, scale, keep, each, weights, bad),
              (lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, y, yo, yi, yc, keep, each),
              (n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights)))
 
-    def kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad, smoothing):
+    def kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs,
+               bad, smoothing):
         scale, weights, lines = 1.0, float64(n), outer * inner
         if mean and probabilities:
             scale = 1.0 / lines
@@ -650,8 +657,8 @@ def cross_entropy_backward(
             weights = 0.0
             for j in range(n):
                 weights += weight_of(w, j)
-        parallel(threads, body, (outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs, bad,
-                                 scale, 1.0 - smoothing, smoothing / n, weights))
+        parallel(threads, body, (outer, inner, n, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g,
+                                 gs, bad, scale, 1.0 - smoothing, smoothing / n, weights))
     return kernel
 
 
@@ -665,7 +672,7 @@ def _squared_difference(a, b, w, p):
 
 
 def squared_error(elem_name: str) -> Callable[..., Any]:
-    """kernel(n, threads, a, b, parts, out, factor): out = factor · Σ (a - b)²; parts: room for a float64 each BLOCK elements"""
+    """kernel(n, threads, a, b, parts, out, factor): out = factor · Σ (a - b)²; parts: a float64 for each BLOCK"""
     elem = ELEMS[elem_name]
     part = rows(elem, second=True).walk(_squared_difference, False)
     step = BLOCK * elem.size

@@ -134,8 +134,8 @@ EXP2 = Constant(
     [1.0, 0.6931471805599453, 0.2402265069591013, 0.055504108664820084, 0.00961812910759412,
      0.0013333558146774618, 0.00015403530457112552, 1.5252733493148487e-05, 1.321543528199796e-06,
      1.017819955824649e-07, 7.073783308863434e-09, 4.434773812251116e-10])
-# log2(2 Φ(-x)) / x, Φ the normal distribution's integral, on [0, 14.4] and [0, 8.5]; relative error of Φ(-x) 2^-23.9 / Φ^0.6
-# and at most 0.3, 2^-54.8 / Φ^0.7
+# log2(2 Φ(-x)) / x, Φ the normal distribution's integral, on [0, 14.4] and [0, 8.5]; relative error of Φ(-x) 2^-23.9 /
+# Φ^0.6 and at most 0.3, 2^-54.8 / Φ^0.7
 NORMAL_LOG2 = Constant(
     [-1.1511075496673584, -0.45918500423431396, -0.05256817117333412, 0.007159232161939144,
      -0.00019368433277122676, -0.00017680910241324455, 4.403325146995485e-05, -5.042630164098227e-06,
@@ -155,7 +155,8 @@ EXP2_LEAST = Constant(-151.0, -1076.0)
 
 
 def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, first: int, lanes: int) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes))))
+    index = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+    return builder.shuffle_vector(a, b, index)
 
 
 def _split(builder: ir.IRBuilder, v: Any, lanes: int) -> list[Any]:
@@ -323,8 +324,8 @@ def _exp2_between(v, shift):
 def normal_cdf(v):
     """The normal distribution's integral from -∞ to v, erfc(-v / √2) / 2, with no cancellation for negative v.
 
-    The relative error is a few ulp near 0 and rises where the result is too small to matter next to 1: float32 to 1e-4 at
-    v = -5 and 0.3 at v = -12, float64 to 1e-5 at v = -8 and a factor of 4 at v = -36.
+    The relative error is a few ulp near 0 and rises where the result is too small to matter next to 1: float32 to 1e-4
+    at v = -5 and 0.3 at v = -12, float64 to 1e-5 at v = -8 and a factor of 4 at v = -36.
     """
     a = minimum_fast(of(NORMAL_ZERO, v), absolute(v))
     near = minimum_fast(of(NORMAL_FIT, v), a)
