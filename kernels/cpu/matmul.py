@@ -66,9 +66,9 @@ _PACK = {d: _kernel("pack_weight", d, "i" * 8, "pairs") for d in _NAMES}
 
 @cache
 def _blocks(f: Format) -> tuple[int, int]:
-    """(rows of A, depth) of a block: a panel of B takes a quarter of L2, a block of A three eighths."""
+    """(rows of A, depth) of a block: a panel of B takes three sixteenths of L2, a block of A three eighths."""
     l2 = caches().l2
-    depth = max(64, l2 // 4 // (f.vecs * f.lanes * f.unit) // 64 * 64)
+    depth = max(64, l2 * 3 // 16 // (f.vecs * f.lanes * f.unit) // 64 * 64)
     return max(f.rows, l2 * 3 // 8 // (depth * f.unit) // f.rows * f.rows), depth
 
 
