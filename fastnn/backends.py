@@ -22,6 +22,7 @@ _DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that i
 
 Kernel = Callable[..., None]  # (out, *args): writes the result into out, a tensor or a tuple of them
 Predicate = Callable[..., str | None]  # (op, *args): None if the kernel serves the call, else the reason why not
+Entry = tuple[Kernel | None, Predicate | None]  # without a predicate: it serves whatever the operator lets through
 
 
 class Op(Protocol):
@@ -50,7 +51,7 @@ class Call:
 
 _choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=os.environ.get("FASTNN_BACKEND") or None)
 traces: list[list[Call]] = []
-tables: dict[str, dict[str, tuple[Kernel | None, Predicate]]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
+tables: dict[str, dict[str, Entry]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
 context = _choice.get  # the backend that `with backend(…)` or the environment names
 
 
@@ -162,7 +163,7 @@ def _offer(backend: str, op: Op, args: tuple[Any, ...]) -> tuple[Kernel | None, 
             if not dense(a):
                 return None, "a sparse, packed or lazily negated tensor has no memory that a kernel could read"
     kernel, supports = tables[backend].get(op.name) or load(backend, op)
-    return kernel, supports(op.name, *args)
+    return kernel, None if supports is None else supports(op.name, *args)
 
 
 def dense(t: Tensor) -> bool:
@@ -170,7 +171,7 @@ def dense(t: Tensor) -> bool:
     return t.layout is torch.strided and not t.is_neg() and not t.is_conj() and not t._is_zerotensor()
 
 
-def load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
+def load(backend: str, op: Op) -> Entry:
     """Import the family's kernel module, and note its kernel and predicate for the op."""
     module = f"fastnn.kernels.{backend}.{op.family}"
     try:
@@ -179,11 +180,11 @@ def load(backend: str, op: Op) -> tuple[Kernel | None, Predicate]:
         reason = f"the {backend} kernels for {op.family} are not installed ({missing})"
         if backend == "cpu":
             warnings.warn(f"fastnn: {reason}; torch serves instead", RuntimeWarning, stacklevel=4)
-        found: tuple[Kernel | None, Predicate] = (None, lambda op, *args: reason)
+        found: Entry = (None, lambda op, *args: reason)
     else:
         kernel = kernels.KERNELS.get(op.name)
         none = f"there is no {backend} kernel for {op.name}"
-        found = (kernel, kernels.supports) if kernel is not None else (None, lambda op, *args: none)
+        found = (kernel, getattr(kernels, "supports", None)) if kernel is not None else (None, lambda op, *args: none)
     tables[backend][op.name] = found
     return found
 

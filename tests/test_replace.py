@@ -319,7 +319,8 @@ def test_use_dropout_follows_its_mode() -> None:
 @pytest.mark.slow
 def test_hugging_face_models() -> None:
     """An unmodified transformers model, by replace and by use."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50

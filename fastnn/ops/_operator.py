@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
+    _get_deterministic_algorithms,  # noqa: F401  (in _CALL)
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -30,6 +31,9 @@ from fastnn import backends
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 PLAIN = frozenset({Tensor, Parameter})  # types whose memory a kernel may touch: nothing is overridden
 _library = torch.library.Library("fastnn", "DEF")
+# What Inductor's generated code allocates with: half of what torch.empty takes. (It fills nothing, as
+# deterministic algorithms ask for: they go the general way.)
+empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
@@ -42,6 +46,7 @@ def make(op, check, allocate, inspect, differentiable, context, traces, table, l
             or forward_ad._current_level >= 0
             or _get_tracing_state() is not None
             or _len_torch_dispatch_stack()
+            or _get_deterministic_algorithms()
             {or_autocast}
         ) and {all_plain}:
             plan = check({args})
@@ -53,7 +58,7 @@ def make(op, check, allocate, inspect, differentiable, context, traces, table, l
             ):
                 kernel, supports = table.get("{name}") or load("cpu", op)
                 try:
-                    if supports("{name}", {args}) is None:
+                    if supports is None or supports("{name}", {args}) is None:
                         if is_grad_enabled() and ({any_requires_grad}):
                             return {differentiable}
                         {inspect}
@@ -286,7 +291,8 @@ class Operator:
             if self.backward
             else f"op.general(({args},), backend, out)",
             inspect=f"inspect({args})" if self.inspect else "",
-            allocate=f"{tensors[0][0]}.new_empty(*plan) if plan else {tensors[0][0]}.new_empty(())"
+            allocate=f"empty_matrix(plan, (plan[1] or 1, 1), {tensors[0][0]}.dtype) if len(plan) == 2 else "
+            f"allocate(plan, {args})"
             if by_shape
             else f"allocate(plan, {args})",
             visible="" if self.extra is None else "[0]",
