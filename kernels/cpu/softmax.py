@@ -187,7 +187,8 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
                      weight is not None, smoothing > 0.0 and not probabilities, lse is None)
     kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index,
            *x, *q, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(),
-           0 if lse is None else lse.data_ptr(), *y, grad.data_ptr(), grad.itemsize if reduction == "none" else 0, bad.data_ptr(), float(smoothing))
+           0 if lse is None else lse.data_ptr(), *y, grad.data_ptr(), grad.itemsize if reduction == "none" else 0,
+           bad.data_ptr(), float(smoothing))
     if not probabilities:
         _raise_if_bad(op, bad, target, lines.n, ignore_index)
     if kept[-1].data_ptr() != out.data_ptr():
