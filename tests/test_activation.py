@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from rule import DTYPES, LAYOUTS, check, randn
 from torch import Tensor
 
 import fastnn
@@ -14,6 +13,7 @@ from fastnn import ops
 from fastnn.kernels.cpu import activation as kernels
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
 from fastnn.kernels.reference import activation as reference
+from rule import DTYPES, LAYOUTS, check, randn
 
 pytestmark = pytest.mark.usefixtures("poison", "threads")
 NUMBERS = {"leaky_relu": [0.1], "elu": [1.5], "hardtanh": [-0.5, 0.75], "softplus": [2.0, 3.0]}

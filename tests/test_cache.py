@@ -21,7 +21,9 @@ NO_TORCH = """
 import sys, types
 sys.modules["torch"] = types.ModuleType("torch")
 """
-DOUBLE = NO_TORCH + """
+DOUBLE = (
+    NO_TORCH
+    + """
 import ctypes, os, warnings
 from engine import build
 
@@ -54,16 +56,30 @@ with warnings.catch_warnings(record=True) as caught:
     print(run("test_double"))
 print("built" if builds else "loaded", "numba" in sys.modules, *(w.message for w in caught), sep="\\n")
 """
+)
 
 
 def environment(cache: Path | str, root: Path = CHECKOUT, **more: str) -> dict[str, str]:
-    return {"FASTNN_LAUNCHER": "python", **os.environ, "PYTHONPATH": str(root / "kernels" / "cpu"), "FASTNN_CACHE_DIR": str(cache), **more}
+    return {
+        "FASTNN_LAUNCHER": "python",
+        **os.environ,
+        "PYTHONPATH": str(root / "kernels" / "cpu"),
+        "FASTNN_CACHE_DIR": str(cache),
+        **more,
+    }
 
 
 def double(cache: Path | str, root: Path = CHECKOUT, umask: int = 0o022, **more: str) -> tuple[str, bool, list[str]]:
     """(built or loaded, numba imported, warnings) of a fresh process that uses the cache."""
-    done = subprocess.run([sys.executable, "-c", DOUBLE], env=environment(cache, root, **more), umask=umask,
-                          cwd="/", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", DOUBLE],
+        env=environment(cache, root, **more),
+        umask=umask,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     values, what, numba, *warned = done.stdout.splitlines()
     assert values == "[2.0, 4.0, 6.0]"
@@ -148,8 +164,12 @@ def test_a_changed_engine_rebuilds(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "value"), [("FASTNN_SIMD", "portable"), ("FASTNN_LAUNCHER", "gomp")])
 def test_the_settings_that_change_code_change_the_key(setting: str, value: str) -> None:
     code = NO_TORCH + "from engine.build import sources_digest; print(sources_digest())"
-    keys = [subprocess.run([sys.executable, "-c", code], env=environment("", **more), capture_output=True, text=True, check=True).stdout
-            for more in ({}, {setting: value}, {})]
+    keys = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment("", **more), capture_output=True, text=True, check=True
+        ).stdout
+        for more in ({}, {setting: value}, {})
+    ]
     assert keys[0] == keys[2] != keys[1]
 
 
@@ -282,16 +302,32 @@ def test_an_empty_setting_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_without_a_setting_the_users_cache_is_used(cache: Path) -> None:
-    for more, folder in (({"XDG_CACHE_HOME": str(cache / "xdg")}, cache / "xdg"), ({"XDG_CACHE_HOME": "", "HOME": str(cache)}, cache / ".cache")):
+    for more, folder in (
+        ({"XDG_CACHE_HOME": str(cache / "xdg")}, cache / "xdg"),
+        ({"XDG_CACHE_HOME": "", "HOME": str(cache)}, cache / ".cache"),
+    ):
         unset = {k: v for k, v in environment("", **more).items() if k != "FASTNN_CACHE_DIR"}
-        done = subprocess.run([sys.executable, "-c", NO_TORCH + "from engine.build import cache_dir; print(cache_dir())"], env=unset, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", NO_TORCH + "from engine.build import cache_dir; print(cache_dir())"],
+            env=unset,
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout.strip() == str(folder / "fastnn"), done.stderr
 
 
 def test_processes_that_fill_the_cache_at_once(cache: Path) -> None:
     together = f"import time; time.sleep(max(0, {time.time() + 2} - time.time()))\n"
-    running = [subprocess.Popen([sys.executable, "-c", together + DOUBLE], env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for _ in range(4)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", together + DOUBLE],
+            env=environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
     for process in running:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -315,6 +351,8 @@ torch.testing.assert_close(y, torch.nn.functional.gelu(x @ w.t()), rtol=1e-4, at
 print("numba" in sys.modules)
 """
     for _ in range(2):  # the first fills the cache, if nothing else has yet
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     assert done.stdout == "False\n"

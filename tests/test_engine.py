@@ -1,6 +1,5 @@
 """The CPU engine's parts by themselves: SIMD primitives, packers, the register tile, and the machine code they become."""
 
-import ctypes
 import hashlib
 import itertools
 import os
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from guard import PAGE, Placed
 from torch import Tensor
 
 from fastnn.kernels.cpu.engine.build import Kernel
 from fastnn.kernels.cpu.engine.host import simd
+from guard import Placed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = simd().width
@@ -152,20 +151,38 @@ def lanewise(dtype: str) -> Callable[..., None]:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_lanewise_operations(dtype: str) -> None:
     lanes = WIDTH // DTYPES[dtype].itemsize
-    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -3.5, 1e-40, 1e30, 5.0, -5.0, 1.0, 100.0])
+    special = torch.tensor(
+        [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -3.5, 1e-40, 1e30, 5.0, -5.0, 1.0, 100.0]
+    )
     for seed in range(16):
         x = special.to(DTYPES[dtype]).roll(seed)[:lanes].contiguous()
         y = random(lanes, dtype=DTYPES[dtype])
         out = torch.full((16 * lanes,), torch.nan, dtype=DTYPES[dtype])
         lanewise(dtype)(x.data_ptr(), y.data_ptr(), out.data_ptr())
-        wanted = [x + y, x - 2, 3 * y, x / y, None, torch.where(x < y, x, 7.0), torch.where(x.isnan() | (y >= 0.5), x, y), torch.maximum(x, y),
-                  x.abs().sqrt(), torch.copysign(x, y), x.round(), -x, x, x.nan_to_num(0, 1000, -1000).clamp(-1000, 1000).trunc()]
+        wanted = [
+            x + y,
+            x - 2,
+            3 * y,
+            x / y,
+            None,
+            torch.where(x < y, x, 7.0),
+            torch.where(x.isnan() | (y >= 0.5), x, y),
+            torch.maximum(x, y),
+            x.abs().sqrt(),
+            torch.copysign(x, y),
+            x.round(),
+            -x,
+            x,
+            x.nan_to_num(0, 1000, -1000).clamp(-1000, 1000).trunc(),
+        ]
         for number, w in enumerate(wanted):
             got = out[number * lanes : (number + 1) * lanes]
             if w is not None:
                 assert same_values(got + 0.0 if number == 13 else got, w + 0.0 if number == 13 else w), (number, x, y, got, w)
         once = (x.double() * y.double() + 1.0).to(x.dtype)  # see test_fma_rounds_once
-        torch.testing.assert_close(out[4 * lanes : 5 * lanes], once, rtol=1e-6 if lanes == WIDTH // 4 else 1e-13, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            out[4 * lanes : 5 * lanes], once, rtol=1e-6 if lanes == WIDTH // 4 else 1e-13, atol=0, equal_nan=True
+        )
         torch.testing.assert_close(out[14 * lanes : 15 * lanes], y.sum().expand(lanes), rtol=1e-5, atol=1e-5)
         assert same_values(out[15 * lanes : 15 * lanes + 2], torch.stack([x.max(), y.max()]))
 
@@ -185,7 +202,7 @@ def test_fma_rounds_once() -> None:
 @cache
 def pack(dtype: str) -> Callable[..., None]:
     def make() -> Callable[..., Any]:
-        from fastnn.kernels.cpu.engine.pack import pair_packer, packer
+        from fastnn.kernels.cpu.engine.pack import packer, pair_packer
         from fastnn.kernels.cpu.engine.simd import ELEMS
 
         function = pair_packer() if dtype == "pairs" else packer(ELEMS[dtype])
@@ -201,7 +218,9 @@ def pack(dtype: str) -> Callable[..., None]:
 def packed_plainly(x: Tensor, width: int, pairs: bool) -> Tensor:
     """x is (k, w): zero columns up to the width; pairs of k side by side."""
     k, w = x.shape
-    whole = torch.zeros(k + (k % 2 if pairs else 0), width, dtype=x.dtype if pairs else torch.promote_types(x.dtype, torch.float32))
+    whole = torch.zeros(
+        k + (k % 2 if pairs else 0), width, dtype=x.dtype if pairs else torch.promote_types(x.dtype, torch.float32)
+    )
     whole[:k, :w] = x
     return whole.unflatten(0, (-1, 2)).transpose(1, 2).contiguous().flatten() if pairs else whole.flatten()
 
@@ -220,8 +239,17 @@ def test_packing_equals_a_plain_reshape(dtype: str) -> None:
         "one column repeated": lambda x: x[:, :1].contiguous().expand_as(x),
     }
     for name, layout in layouts.items():
-        for k, w, width in [(0, 1, lanes), (1, 1, lanes), (2, lanes, lanes), (lanes, lanes, lanes), (lanes + 1, lanes - 1, lanes), (5, lanes + 1, 3 * lanes),
-                            (2 * lanes + 3, 3 * lanes, 3 * lanes), (37, 2 * lanes + lanes // 2, 3 * lanes), (3 * lanes, 2 * lanes - 1, 2 * lanes)]:
+        for k, w, width in [
+            (0, 1, lanes),
+            (1, 1, lanes),
+            (2, lanes, lanes),
+            (lanes, lanes, lanes),
+            (lanes + 1, lanes - 1, lanes),
+            (5, lanes + 1, 3 * lanes),
+            (2 * lanes + 3, 3 * lanes, 3 * lanes),
+            (37, 2 * lanes + lanes // 2, 3 * lanes),
+            (3 * lanes, 2 * lanes - 1, 2 * lanes),
+        ]:
             if k == 0 and name == "one row repeated":
                 continue
             x = layout(random(k, w, dtype=memory))
@@ -290,7 +318,9 @@ def tile(kind: str, masked: bool, table: bool) -> Callable[..., None]:
     return kernel(f"tile_{kind}{'_masked' * masked}{'_table' * table}", "i" * 13, make)
 
 
-def tile_operands(kind: str, rows: int, k: int, columns: int, a_layout: str, b_layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tile_operands(
+    kind: str, rows: int, k: int, columns: int, a_layout: str, b_layout: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A (rows, k) and B (k, columns) as laid out in memory, and their values; k counts pairs in the tile's sense."""
     if kind == "pairs":
         a, b = random(rows, 2 * k, dtype=torch.bfloat16), random(2 * k, columns, dtype=torch.bfloat16)
@@ -315,8 +345,9 @@ def test_every_tile(kind: str, masked: bool, table: bool) -> None:
     dtype = DTYPES.get(kind, torch.float32)
     lanes = WIDTH // dtype.itemsize
     for rows, vecs, k in itertools.product(ROWS, (1, 2, 3), (0, 1, 2, 7, 33)):
-        for last, (a_layout, b_layout) in itertools.product((1, lanes - 1, lanes) if masked else (lanes,),
-                                                            [("rows", "rows"), ("packed", "padded"), ("padded", "rows")]):
+        for last, (a_layout, b_layout) in itertools.product(
+            (1, lanes - 1, lanes) if masked else (lanes,), [("rows", "rows"), ("packed", "padded"), ("padded", "rows")]
+        ):
             columns = (vecs - 1) * lanes + last
             width = vecs * lanes if kind == "pairs" else columns  # panels of pairs are always whole
             in_a, in_b, a, b = tile_operands(kind, rows, k, width, a_layout, b_layout)
@@ -337,10 +368,27 @@ def test_every_tile(kind: str, masked: bool, table: bool) -> None:
                 at = {"zero": 0, "c": c.tensor.data_ptr(), "bias": bias.tensor.data_ptr()}[start]
                 row = c.tensor.stride(0) * c.tensor.itemsize
                 t = pa.tensor
-                run(rows, vecs, k, t.data_ptr(), t.stride(0) * t.itemsize, t.stride(1) * t.itemsize, b_address, b_k,
-                    at, row if start == "c" else 0, c.tensor.data_ptr(), row, last)
-                torch.testing.assert_close(c.tensor, wanted.to(dtype), rtol=1e-5 if dtype.itemsize == 4 else 1e-13,
-                                           atol=1e-4 if dtype.itemsize == 4 else 1e-12)
+                run(
+                    rows,
+                    vecs,
+                    k,
+                    t.data_ptr(),
+                    t.stride(0) * t.itemsize,
+                    t.stride(1) * t.itemsize,
+                    b_address,
+                    b_k,
+                    at,
+                    row if start == "c" else 0,
+                    c.tensor.data_ptr(),
+                    row,
+                    last,
+                )
+                torch.testing.assert_close(
+                    c.tensor,
+                    wanted.to(dtype),
+                    rtol=1e-5 if dtype.itemsize == 4 else 1e-13,
+                    atol=1e-4 if dtype.itemsize == 4 else 1e-12,
+                )
                 assert not c.changed_outside()
 
 
@@ -433,9 +481,14 @@ def test_reading_assembly_finds_spills() -> None:
 
 def under(width: str, *selection: str, timeout: float = 900) -> None:
     """Run tests again, in a process that is told to use less than this machine's best."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *selection], cwd=HERE.parent,
-                          env={**os.environ, "FASTNN_SIMD": width}, capture_output=True, text=True,
-                          timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *selection],
+        cwd=HERE.parent,
+        env={**os.environ, "FASTNN_SIMD": width},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout
 
@@ -444,17 +497,29 @@ def allowed(width: str) -> Any:
     from fastnn.kernels.cpu.engine.host import _allowed
 
     forced = "FASTNN_SIMD" in os.environ  # this is the process that `under` started
-    return pytest.param(width, marks=pytest.mark.skipif(forced or width not in _allowed(), reason=f"this host cannot run {width}"))
+    return pytest.param(
+        width, marks=pytest.mark.skipif(forced or width not in _allowed(), reason=f"this host cannot run {width}")
+    )
 
 
 @pytest.mark.parametrize("width", [allowed("avx2"), allowed("portable")])
 def test_narrower_vectors(width: str) -> None:
-    under(width, "tests/test_engine.py", "-k", "half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32)")
+    under(
+        width,
+        "tests/test_engine.py",
+        "-k",
+        "half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32)",
+    )
 
 
 @pytest.mark.parametrize("width", [allowed("avx2"), allowed("portable")])
 def test_products_with_narrower_vectors(width: str) -> None:
-    under(width, "tests/test_matmul.py", "-k", "linear_of_many_shapes and dtype0 or (test_every_path and dtype0) or (batches and dtype0)")
+    under(
+        width,
+        "tests/test_matmul.py",
+        "-k",
+        "linear_of_many_shapes and dtype0 or (test_every_path and dtype0) or (batches and dtype0)",
+    )
 
 
 @pytest.mark.slow
@@ -464,7 +529,12 @@ def test_everything_with_narrower_vectors(width: str) -> None:
 
 
 def test_an_impossible_instruction_set_is_refused() -> None:
-    done = subprocess.run([sys.executable, "-c", "from fastnn.kernels.cpu.engine.host import simd; simd()"], cwd=HERE.parent,
-                          env={**os.environ, "FASTNN_SIMD": "mmx"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from fastnn.kernels.cpu.engine.host import simd; simd()"],
+        cwd=HERE.parent,
+        env={**os.environ, "FASTNN_SIMD": "mmx"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "ValueError: FASTNN_SIMD is 'mmx', but this host allows only:" in done.stderr

@@ -60,7 +60,9 @@ class Exactly(TorchFunctionMode):
             return torch.as_tensor(np.asarray(a.numpy().astype(np.longdouble) @ b.numpy().astype(np.longdouble), np.float64))
 
 
-def check(ours_: Callable[..., Tensor], torchs: Callable[..., Tensor], *args: Any, magnitudes: Callable[..., Tensor] | None = None) -> None:
+def check(
+    ours_: Callable[..., Tensor], torchs: Callable[..., Tensor], *args: Any, magnitudes: Callable[..., Tensor] | None = None
+) -> None:
     """Our result, written into poisoned memory, obeys the error rule; the arguments stay as they were.
 
     ``magnitudes`` is the linear part of the function, whose sum of absolute values is the scale of rounding errors.
@@ -96,7 +98,9 @@ def test_poison_reaches_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Shapes and strides ---------------------------------------------------------------------------------------------------
 
-SIZES = st.one_of(st.sampled_from([1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 24, 25, 31, 47, 48, 49, 63, 65, 96, 97, 127, 131]), st.integers(0, 140))
+SIZES = st.one_of(
+    st.sampled_from([1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 24, 25, 31, 47, 48, 49, 63, 65, 96, 97, 127, 131]), st.integers(0, 140)
+)
 
 
 @st.composite
@@ -127,8 +131,12 @@ def products(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     kinds = draw(st.sampled_from(["mm", "mm", "mm", "mv", "vm", "dot", "batched", "batched"]))
     a, b = ((k,) if kinds in ("vm", "dot") else (m, k)), ((k,) if kinds in ("mv", "dot") else (k, n))
     if kinds == "batched":
-        batch = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4]) if draw(st.integers(0, 5)) == 0 else st.integers(1, 4), max_size=3))
-        left, right = ([1 if draw(st.integers(0, 3)) == 0 else x for x in batch][draw(st.integers(0, len(batch))):] for _ in range(2))
+        batch = draw(
+            st.lists(st.sampled_from([0, 1, 2, 3, 4]) if draw(st.integers(0, 5)) == 0 else st.integers(1, 4), max_size=3)
+        )
+        left, right = (
+            [1 if draw(st.integers(0, 3)) == 0 else x for x in batch][draw(st.integers(0, len(batch))) :] for _ in range(2)
+        )
         a, b = (*left, m, k), (*right, k, n)
     return draw(laid_out(a, dtype, 1)), draw(laid_out(b, dtype, 2))
 
@@ -160,16 +168,31 @@ def test_every_path(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
     operands = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype, seed=1, scale=0.1)
     by_columns = [t.t().contiguous().t() for t in operands]
-    for threads, a, b in [(1, *operands), (2, *operands), (5, *operands), (2, operands[0], by_columns[1]), (3, by_columns[0], operands[1]),
-                          (1, *by_columns)]:
+    for threads, a, b in [
+        (1, *operands),
+        (2, *operands),
+        (5, *operands),
+        (2, operands[0], by_columns[1]),
+        (3, by_columns[0], operands[1]),
+        (1, *by_columns),
+    ]:
         torch.set_num_threads(threads)
         check(matmul, torch.matmul, a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches(dtype: torch.dtype) -> None:
-    for left, right in [((96, 33, 64), (96, 64, 17)), ((2, 3, 65, 20), (3, 20, 50)), ((4, 1, 9, 7), (5, 7, 11)), ((3, 130), (7, 130, 5)),
-                        ((2, 3, 4, 5, 6), (6,)), ((3, 4, 300), (300, 129)), ((1, 1, 9, 5), (5, 5)), ((2, 0, 3), (3, 4)), ((0, 2, 3), (3, 4))]:
+    for left, right in [
+        ((96, 33, 64), (96, 64, 17)),
+        ((2, 3, 65, 20), (3, 20, 50)),
+        ((4, 1, 9, 7), (5, 7, 11)),
+        ((3, 130), (7, 130, 5)),
+        ((2, 3, 4, 5, 6), (6,)),
+        ((3, 4, 300), (300, 129)),
+        ((1, 1, 9, 5), (5, 5)),
+        ((2, 0, 3), (3, 4)),
+        ((0, 2, 3), (3, 4)),
+    ]:
         a, b = randn(*left, dtype=dtype), randn(*right, dtype=dtype, seed=1)
         check(matmul, torch.matmul, a, b)
         check(matmul, torch.matmul, a.transpose(0, -2).contiguous().transpose(0, -2), b)
@@ -197,7 +220,12 @@ def test_offsets_beyond_two_gigabytes(dtype: torch.dtype) -> None:
         check(matmul, torch.matmul, a, near)
         check(matmul, torch.matmul, near.mT, a.mT)
         check(matmul, torch.matmul, a[..., :1, :], near)
-        check(lambda x, w: ours.linear(x, w, backend="cpu"), torch.nn.functional.linear, near[..., :9].mT.flatten(0, -2), a.flatten(0, -3)[-1:][0] if a.dim() > 2 else a)
+        check(
+            lambda x, w: ours.linear(x, w, backend="cpu"),
+            torch.nn.functional.linear,
+            near[..., :9].mT.flatten(0, -2),
+            a.flatten(0, -3)[-1:][0] if a.dim() > 2 else a,
+        )
 
 
 def test_more_than_two_to_the_31_elements_in_an_expanded_operand() -> None:
@@ -243,14 +271,28 @@ def test_linear_with_every_epilogue(activation: str | None, dtype: torch.dtype) 
     for m, k, n in [(1, 40, 70), (3, 33, 50), (8, 64, 48), (33, 70, 97)]:
         x, w = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1, scale=0.2)
         for bias in (None, randn(n, dtype=dtype, seed=2)):
-            for residual in (None, randn(m, n, dtype=dtype, seed=3), randn(n, m, dtype=dtype, seed=4).t(), randn(1, n, dtype=dtype).expand(m, n),
-                             randn(m, 1, dtype=dtype).expand(m, n)):
+            for residual in (
+                None,
+                randn(m, n, dtype=dtype, seed=3),
+                randn(n, m, dtype=dtype, seed=4).t(),
+                randn(1, n, dtype=dtype).expand(m, n),
+                randn(m, 1, dtype=dtype).expand(m, n),
+            ):
                 check_linear(x, w, bias, residual, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_shapes(dtype: torch.dtype) -> None:
-    for shape, n in [((40,), 9), ((2, 3, 40), 50), ((5, 1, 40), 1), ((0, 40), 7), ((7, 0), 5), ((2, 3, 0), 5), ((9, 40), 0), ((300, 129), 520)]:
+    for shape, n in [
+        ((40,), 9),
+        ((2, 3, 40), 50),
+        ((5, 1, 40), 1),
+        ((0, 40), 7),
+        ((7, 0), 5),
+        ((2, 3, 0), 5),
+        ((9, 40), 0),
+        ((300, 129), 520),
+    ]:
         x, w = randn(*shape, dtype=dtype), randn(n, shape[-1], dtype=dtype, seed=1)
         for bias, residual in [(None, None), (randn(n, dtype=dtype, seed=2), randn(*shape[:-1], n, dtype=dtype, seed=3))]:
             check_linear(x, w, bias, residual, "gelu")
@@ -306,7 +348,9 @@ def test_with_beta_zero_the_input_is_ignored(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 33, 50), (3, 17, 20), (50, 33, 1), (9, 17, 49), (65, 71, 50), (8, 4101, 9), (70, 523, 391)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 33, 50), (3, 17, 20), (50, 33, 1), (9, 17, 49), (65, 71, 50), (8, 4101, 9), (70, 523, 391)], ids=str
+)
 def test_nan_and_infinity_spread_as_in_torch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
     for value in (torch.nan, torch.inf, -torch.inf):
@@ -458,7 +502,18 @@ def set_storage(w: torch.nn.Parameter, seed: int) -> None:
         w.set_(randn(300, 200, seed=seed))
 
 
-CHANGES = [optimizer_step, load_state, in_place, through_a_view, through_numpy, replace_data, write_data, other_layout, resize, set_storage]
+CHANGES = [
+    optimizer_step,
+    load_state,
+    in_place,
+    through_a_view,
+    through_numpy,
+    replace_data,
+    write_data,
+    other_layout,
+    resize,
+    set_storage,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -194,7 +194,8 @@ def _run(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: i
 
 
 @lru_cache(4096)
-def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept: bool, b_rows: bool, a_rows: bool) -> tuple[int, ...]:
+def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept: bool, b_rows: bool,
+          a_rows: bool) -> tuple[int, ...]:
     """(tm, tn, cut, direct, mc, kc, pack_a, bytes of scratch a thread): how a product of this shape is cut and packed.
 
     ``b_rows``, ``a_rows``: the operand's elements lie next to each other along its last dimension.
@@ -237,7 +238,8 @@ def _split_k(dtype: torch.dtype, parts: int, m: int, n: int, k: int, a: int, a_m
     sums = torch.empty(parts + (whole < k), m, n, dtype=dtype)
     _run(dtype, None, parts, 0, m, n, stretch, a, stretch * a_k, a_m, a_k, b, stretch * b_k, b_k, b_n, sums.data_ptr())
     if whole < k:
-        _run(dtype, None, 1, 0, m, n, k - whole, a + whole * a_k, 0, a_m, a_k, b + whole * b_k, 0, b_k, b_n, sums[parts].data_ptr())
+        _run(dtype, None, 1, 0, m, n, k - whole, a + whole * a_k, 0, a_m, a_k, b + whole * b_k, 0, b_k, b_n,
+             sums[parts].data_ptr())
     _rows_sum(dtype, 1, m * n, len(sums), sums.data_ptr(), m * n * dtype.itemsize, 0, 0, c)
 
 
@@ -290,7 +292,8 @@ def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, a
     _multiply(out, mat1, mat2, Epilogue(residual=input.expand(out.shape) if beta != 0 else None, alpha=alpha, beta=beta))
 
 
-def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
+def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+           activation: str | None) -> None:
     """out = act(input Wᵀ + bias + residual). W's packing is kept while gradients are off."""
     if residual is None and (bias is None or bias.is_contiguous()) and input.is_contiguous() and weight.dim() == 2:
         n, k = weight.shape  # the usual case, without a detour

@@ -30,7 +30,8 @@ def _tiles(p: Any, pairs: bool) -> Any:
     """
     sizes = [r for r in (8, 4, 2, 1) if r <= ROWS]
     cheap_masks = simd().name == "avx512"
-    grid = {(r, v, m): Tile(p, r, v, masked=m or cheap_masks, pairs=pairs) for r in sizes for v in (1, 2, 3) for m in (False, True)}
+    grid = {(r, v, m): Tile(p, r, v, masked=m or cheap_masks, pairs=pairs)
+            for r in sizes for v in (1, 2, 3) for m in (False, True)}
 
     def rows_function(r: int) -> Any:
         t1, t2, t3 = (grid[r, v, False] for v in (1, 2, 3))

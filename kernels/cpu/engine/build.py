@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite.binding as llvm
 
@@ -244,7 +244,7 @@ class Kernel:
         make: returns the Python function to compile; called (and Numba imported) only if the cache has no object.
     """
 
-    registry: dict[str, Kernel] = {}
+    registry: ClassVar[dict[str, Kernel]] = {}
 
     def __init__(self, name: str, signature: str, make: Callable[[], Callable[..., Any]]) -> None:
         self.name, self.signature, self.make = f"fastnn_{name}", signature, make

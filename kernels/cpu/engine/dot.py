@@ -85,8 +85,9 @@ def _define(module: ir.Module, d: Dot) -> ir.Function:
     acc = [builder.phi(vt) for _ in grid]
     new = step(wp, xp, acc, None)
     left = builder.sub(count, i64(1))
-    for phi, first, following in [(count, whole, left), (wp, w, builder.add(wp, i64(e.bytes))), (xp, x, builder.add(xp, i64(e.bytes))),
-                                  *((a, zero, n) for a, n in zip(acc, new, strict=True))]:
+    steps = [(count, whole, left), (wp, w, builder.add(wp, i64(e.bytes))), (xp, x, builder.add(xp, i64(e.bytes)))]
+    steps += [(a, zero, n) for a, n in zip(acc, new, strict=True)]
+    for phi, first, following in steps:
         phi.add_incoming(first, entry)
         phi.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed(">", left, i64(0)), loop, tail)

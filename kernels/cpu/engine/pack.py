@@ -51,8 +51,8 @@ def _transpose(full: bool) -> Any:
                 store_vector(builder, p, builder.add(dst, builder.mul(dst_row, i64(j))), column, within(j, cols, i64(e.lanes)))
             return context.get_dummy_value()
         return types.none(elem, *(types.int64,) * 6), codegen
-    fn.__doc__ = """transpose(elem, src, src_row, dst, dst_row, rows, cols): an L × L square, or its first rows and cols; the lanes
-    past ``rows`` are written as zeros"""
+    fn.__doc__ = """transpose(elem, src, src_row, dst, dst_row, rows, cols): an L × L square, or its first rows and cols; the
+    lanes past ``rows`` are written as zeros"""
     return intrinsic(fn)
 
 

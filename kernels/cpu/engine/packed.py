@@ -60,7 +60,7 @@ def _sample(tensor: Tensor) -> int:
 class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
-    __slots__ = ("version", "origin", "shape", "sample", "buffer", "address", "cut")
+    __slots__ = ("address", "buffer", "cut", "origin", "sample", "shape", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape

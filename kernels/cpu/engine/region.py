@@ -22,7 +22,7 @@ def _extern(module: ir.Module, name: str, result: Any, *args: Any) -> Any:
 @intrinsic
 def parallel(typingctx, n, body, args):
     """parallel(n, body, args): run body(thread, threads, *args) on up to n threads. args is a tuple of scalars."""
-    argument_types = tuple(types.unliteral(t) for t in args)
+    argument_types = tuple(getattr(t, "literal_type", t) for t in args)
     full = (types.int64, types.int64, *argument_types)
     typingctx.resolve_function_type(body, full, {})  # compiles it
     compiled = body.dispatcher.overloads[full]

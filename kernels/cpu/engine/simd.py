@@ -112,7 +112,7 @@ class Elem(Static):
         vector: Numba type of the vector that is computed with (float32 for the half types).
     """
 
-    def __init__(self, name: str, memory: ir.Type, size: int, compute: types.Type) -> None:
+    def __init__(self, name: str, memory: ir.Type, size: int, compute: Any) -> None:
         self.name, self.memory, self.size = name, memory, size
         self.lanes = simd().width // (compute.bitwidth // 8)
         self.vector = Vector(compute, self.lanes)
@@ -210,7 +210,8 @@ def _narrow_half_bits(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
     subnormal = builder.sub(builder.bitcast(shifted, vt), const(0x3F000000))
     half = builder.select(builder.icmp_unsigned("<", size, const(113 << 23)), subnormal, normal)
     nan = builder.icmp_unsigned(">", size, const(0x7F800000))
-    half = builder.select(builder.icmp_unsigned(">=", size, const(143 << 23)), builder.select(nan, const(0x7E00), const(0x7C00)), half)
+    special = builder.select(nan, const(0x7E00), const(0x7C00))
+    half = builder.select(builder.icmp_unsigned(">=", size, const(143 << 23)), special, half)
     half = builder.or_(half, builder.lshr(builder.and_(bits, const(-(2**31))), const(16)))
     return builder.bitcast(builder.trunc(half, ir.VectorType(i16, lanes)), ir.VectorType(f16, lanes))
 
@@ -458,15 +459,16 @@ def _elementwise(name: str, arity: int, emit: Callable[..., Any], doc: str) -> A
             return emit(builder, v, *values)
         return vec(*operands), codegen
 
-    if arity == 1:
-        def fn(typingctx, a):
-            return body(typingctx, a)
-    elif arity == 2:
-        def fn(typingctx, a, b):
-            return body(typingctx, a, b)
-    else:
-        def fn(typingctx, a, b, c):
-            return body(typingctx, a, b, c)
+    def one(typingctx, a):
+        return body(typingctx, a)
+
+    def two(typingctx, a, b):
+        return body(typingctx, a, b)
+
+    def three(typingctx, a, b, c):
+        return body(typingctx, a, b, c)
+
+    fn: Any = (one, two, three)[arity - 1]
     fn.__name__, fn.__doc__ = name, doc
     return intrinsic(fn)
 

@@ -7,8 +7,8 @@ packed or blocked here; the operands say where they lie:
 * A: element (i, k) at ``a + i·a_row + k·a_k``. Rows as they are in memory and packed panels differ only in these strides.
 * B: row k at ``b + k·b_k`` (packed panels, or rows as they are), or, for a table tile, at ``b + table[k]`` — an image read in
   place, one offset a filter tap.
-* the start: zero, or what lies at ``init`` (C itself, a bias with row stride 0, a residual); 0 means zero. It is added at the end,
-  after a prefetch at the start, so that its misses hide behind the loop.
+* the start: zero, or what lies at ``init`` (C itself, a bias with row stride 0, a residual); 0 means zero. It is added at the
+  end, after a prefetch at the start, so that its misses hide behind the loop.
 * the result goes to ``c``, in the compute type: the output, or a scratch tile that an epilogue reads while it is in L1.
 * ``pairs``: bfloat16 operands two k at a time (AVX512-BF16); then k counts pairs and A's element is a pair.
 
@@ -24,7 +24,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .host import simd
-from .simd import FLOAT32, Elem, Static, f32, i8, i16, i32, i64, llvm_call, load_vector, multiply_add, splat, store_vector
+from .simd import Elem, Static, i8, i32, i64, llvm_call, load_vector, multiply_add, splat, store_vector
 
 
 class _BFloat(ir.types._BaseFloatType):  # llvmlite has no bfloat of its own

@@ -1,4 +1,4 @@
-"""Scratch memory for one kernel call: aligned, kept for the next call of the same Python thread, in huge pages if there are any."""
+"""Scratch memory for a kernel call: aligned, kept for the next call of the same Python thread, in huge pages if there are any."""
 
 from __future__ import annotations
 
