@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,11 +165,12 @@ def test_a_changed_engine_rebuilds(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "value"), [("FASTNN_SIMD", "portable"), ("FASTNN_LAUNCHER", "gomp")])
 def test_the_settings_that_change_code_change_the_key(setting: str, value: str) -> None:
     code = NO_TORCH + "from engine.build import sources_digest; print(sources_digest())"
+    settings: list[dict[str, Any]] = [{}, {setting: value}, {}]
     keys = [
         subprocess.run(
             [sys.executable, "-c", code], env=environment("", **more), capture_output=True, text=True, check=True
         ).stdout
-        for more in ({}, {setting: value}, {})
+        for more in settings
     ]
     assert keys[0] == keys[2] != keys[1]
 
@@ -251,7 +253,7 @@ def test_a_file_that_others_can_write_is_refused(cache: Path) -> None:
     assert double(cache) == ("loaded", False, [])
 
 
-def as_somebody(folder: Path) -> dict[str, str]:
+def as_somebody(folder: Path) -> dict[str, Any]:
     """To be held to the modes of files, a process must not be root. The folder becomes its own."""
     if os.geteuid() != 0:
         return {}
@@ -302,10 +304,11 @@ def test_an_empty_setting_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_without_a_setting_the_users_cache_is_used(cache: Path) -> None:
-    for more, folder in (
+    cases: list[tuple[dict[str, Any], Path]] = [
         ({"XDG_CACHE_HOME": str(cache / "xdg")}, cache / "xdg"),
         ({"XDG_CACHE_HOME": "", "HOME": str(cache)}, cache / ".cache"),
-    ):
+    ]
+    for more, folder in cases:
         unset = {k: v for k, v in environment("", **more).items() if k != "FASTNN_CACHE_DIR"}
         done = subprocess.run(
             [sys.executable, "-c", NO_TORCH + "from engine.build import cache_dir; print(cache_dir())"],

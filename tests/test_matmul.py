@@ -129,7 +129,8 @@ def products(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     dtype = draw(st.sampled_from(DTYPES))
     m, k, n = draw(SIZES), draw(SIZES), draw(SIZES)
     kinds = draw(st.sampled_from(["mm", "mm", "mm", "mv", "vm", "dot", "batched", "batched"]))
-    a, b = ((k,) if kinds in ("vm", "dot") else (m, k)), ((k,) if kinds in ("mv", "dot") else (k, n))
+    a: tuple[int, ...] = (k,) if kinds in ("vm", "dot") else (m, k)
+    b: tuple[int, ...] = (k,) if kinds in ("mv", "dot") else (k, n)
     if kinds == "batched":
         batch = draw(
             st.lists(st.sampled_from([0, 1, 2, 3, 4]) if draw(st.integers(0, 5)) == 0 else st.integers(1, 4), max_size=3)
@@ -137,7 +138,8 @@ def products(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
         left, right = (
             [1 if draw(st.integers(0, 3)) == 0 else x for x in batch][draw(st.integers(0, len(batch))) :] for _ in range(2)
         )
-        a, b = (*left, m, k), (*right, k, n)
+        a = (*left, m, k)
+        b = (*right, k, n)
     return draw(laid_out(a, dtype, 1)), draw(laid_out(b, dtype, 2))
 
 
@@ -156,7 +158,7 @@ def test_matmul_of_any_shape_and_strides(operands: tuple[Tensor, Tensor], thread
 PATHS = [
     (1, 512, 700), (2, 511, 300), (4, 1030, 290), (700, 512, 1), (1, 4100, 30),  # memory-bound
     (8, 16, 48), (9, 17, 49), (64, 64, 64), (65, 65, 65), (120, 120, 120),  # small
-    (71, 523, 393), (263, 391, 257), (129, 1031, 200), (520, 70, 530),  # blocked, B packed; more than a block of rows and of depth
+    (71, 523, 393), (263, 391, 257), (129, 1031, 200), (520, 70, 530),  # blocked, B packed; more than a block deep
     (8, 4096, 8), (5, 8209, 31), (16, 20011, 16),  # split along the sum
     (4099, 8, 8), (8, 8, 4099),  # tall, wide
 ]  # fmt: skip
@@ -168,13 +170,15 @@ def test_every_path(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
     operands = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype, seed=1, scale=0.1)
     by_columns = [t.t().contiguous().t() for t in operands]
+    rows_a, rows_b = operands
+    columns_a, columns_b = by_columns
     for threads, a, b in [
-        (1, *operands),
-        (2, *operands),
-        (5, *operands),
-        (2, operands[0], by_columns[1]),
-        (3, by_columns[0], operands[1]),
-        (1, *by_columns),
+        (1, rows_a, rows_b),
+        (2, rows_a, rows_b),
+        (5, rows_a, rows_b),
+        (2, rows_a, columns_b),
+        (3, columns_a, rows_b),
+        (1, columns_a, columns_b),
     ]:
         torch.set_num_threads(threads)
         check(matmul, torch.matmul, a, b)
@@ -262,7 +266,10 @@ def check_linear(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | N
     def fast(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
         return ours.linear(x, w, bias, residual=residual, activation=activation, backend="cpu")
 
-    check(fast, linear_reference, x, w, bias, residual, activation, magnitudes=lambda *args: linear_reference(*args[:4], None))
+    def plain(x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, _: str | None) -> Tensor:
+        return linear_reference(x, w, b, r, None)
+
+    check(fast, linear_reference, x, w, bias, residual, activation, magnitudes=plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -499,7 +506,7 @@ def resize(w: torch.nn.Parameter, seed: int) -> None:
 
 def set_storage(w: torch.nn.Parameter, seed: int) -> None:
     with torch.no_grad():
-        w.set_(randn(300, 200, seed=seed))
+        w.set_(randn(300, 200, seed=seed).untyped_storage(), 0, (300, 200), (200, 1))
 
 
 CHANGES = [
