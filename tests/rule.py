@@ -1,4 +1,5 @@
-"""The error rule, applied to a function of a namespace: ours on the CPU kernels beside torch's, both against float64."""
+"""The error rule, applied to a function of a namespace: ours on the CPU kernels beside torch's, both against
+float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ import fastnn.functional as ours
 from fastnn._numerics import TORCH, Scale, error, results, widen
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: The ulp that are allowed beyond twice torch's error. For float64 torch's results are the truth and their own error.
-FLOOR = {torch.float32: 4.0, torch.float64: 24.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+#: The ulp that are allowed beyond twice torch's error. For float64 torch is the truth, itself up to 50 ulp off (cross
+#: entropy with label smoothing over thousands of classes, by mpmath; ours is 3 off).
+FLOOR = {torch.float32: 4.0, torch.float64: 128.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:

@@ -140,6 +140,15 @@ def _raise_if_bad(op: str, bad: Tensor, target: Tensor, classes: int, ignore_ind
                          f"ignore_index, {ignore_index}")
 
 
+def _kind(input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor | None,
+          smoothing: float) -> tuple[str, Tensor | None]:
+    """Which kernel, and the class weights that it reads."""
+    kind = "logs" if lse is None else "probabilities" if target.is_floating_point() else "smoothed" if smoothing else "indices"
+    if weight is None and kind in ("probabilities", "smoothed"):
+        weight = input.new_ones(input.shape[1 if input.dim() > 1 else 0])
+    return kind, None if weight is None else weight.contiguous()
+
+
 def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
              ignore_index: int, reduction: str, smoothing: float) -> None:
     probabilities = target.is_floating_point()
@@ -152,12 +161,11 @@ def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Te
     if not probabilities:
         target = target.contiguous()
     slots = lines.slots if probabilities else [*lines.slots, target.data_ptr(), 0, 0, 0]
-    weight = None if weight is None else weight.contiguous()
+    kind, weight = _kind(input, target, weight, lse, smoothing)
     scratch = torch.empty((3, lines.number), dtype=_compute(input.dtype))
     losses = torch.empty((2, lines.number), dtype=torch.float64)
     bad = torch.zeros((), dtype=torch.int64)
-    kernel = _kernel("cross_entropy", "i" * 20 + "f", input.dtype, lines.in_rows, probabilities, weight is not None,
-                     smoothing > 0.0 and not probabilities, lse is None)
+    kernel = _kernel("cross_entropy", "i" * 20 + "f", input.dtype, lines.in_rows or lse is None, kind)
     kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), _REDUCTIONS[reduction], ignore_index,
            *slots, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(),
            losses.data_ptr(), out.data_ptr(), bad.data_ptr(), float(smoothing))
@@ -178,13 +186,12 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
     if not probabilities:
         target = target.contiguous()
     q = lines.slots[4:8] if probabilities else [target.data_ptr(), 0, 0, 0]
-    weight = None if weight is None else weight.contiguous()
+    kind, weight = _kind(input, target, weight, lse, smoothing)
     lse = None if lse is None else lse.double().contiguous()
     grad = grad.contiguous()
     scratch = torch.empty((4, lines.number), dtype=_compute(input.dtype))
     bad = torch.zeros((), dtype=torch.int64)
-    kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows, probabilities,
-                     weight is not None, smoothing > 0.0 and not probabilities, lse is None)
+    kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows or lse is None, kind)
     kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index,
            *x, *q, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(),
            0 if lse is None else lse.data_ptr(), *y, grad.data_ptr(), grad.itemsize if reduction == "none" else 0,

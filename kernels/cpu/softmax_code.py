@@ -362,26 +362,24 @@ def softmax(elem_name: str, op: str, in_rows: bool) -> Callable[..., Any]:
 # Cross entropy -------------------------------------------------------------------------------------------------------
 
 
-def _coefficient(probabilities: bool, weighted: bool) -> Callable[..., Any]:
+def _coefficient(probabilities: bool) -> Callable[..., Any]:
     """c_j in loss = Σ c_j (lse - x_j): the (smoothed) target times the class weight. For class indices without the
     factor that all classes share, and without the target's own class."""
     @inline
     def coefficient(q, w, keep, each):
         if probabilities:
-            if weighted:
-                return (q * keep + each) * w
-            return q * keep + each
+            return (q * keep + each) * w
         return w
     return coefficient
 
 
-def _numbers(elem: Elem, weighted: bool) -> Callable[..., Any]:
-    """weight_of(w, t): the class weight as float64; 1 if there are none."""
+def _weights(elem: Elem) -> Callable[..., Any]:
+    """weight_of(w, t): the class weight as float64; 1 if there are none (w is 0)."""
     size = elem.size
 
     @inline
     def weight_of(w, t):
-        if weighted:
+        if w != 0:
             return float64(load_scalar(elem, w + t * size))
         return 1.0
     return weight_of
@@ -400,35 +398,34 @@ _total = inline(_sum)
 NONE, MEAN, SUM = range(3)  # reductions
 
 
-def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool,
-                  logs: bool) -> Callable[..., Any]:
+def cross_entropy(elem_name: str, in_rows: bool, kind: str) -> Callable[..., Any]:
     """kernel(outer, inner, n, threads, reduction, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, losses, out,
     bad, smoothing)
 
     q: class indices (int64, one a line, in order) or, for ``probabilities``, laid out like x. lines: room for 3 numbers
     a line in the compute type; lse: float64, a line each; losses: room for 2 float64 a line; out: the loss, in x's
     type, reduced or a line each. bad: int64, set to 1 + the number of a line whose class index is out of range.
-    ``logs``: x is log-probabilities (nll_loss).
+
+    kind: "indices", "smoothed" (indices with label smoothing), "probabilities", or "logs" (indices, and x is
+    log-probabilities already: nll_loss). w: class weights; for "indices" and "logs" 0 means none.
     """
     elem = ELEMS[elem_name]
     compute = compute_elem(elem)
     size = compute.size
-    weight_of = _numbers(elem, weighted)
-    coefficient = _coefficient(probabilities, weighted)
+    probabilities, smooth, logs = (kind == k for k in ("probabilities", "smoothed", "logs"))
     summed = probabilities or smooth  # over all classes
+    weight_of, coefficient = _weights(elem), _coefficient(probabilities)
 
     @inline
     def term(x, q, w, p):
         m, log_sum, keep, each = p
         value = (m - x) + log_sum
-        if probabilities or weighted:
-            return coefficient(q, w, keep, each) * value
-        return value
+        return coefficient(q, w, keep, each) * value
 
     def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
         plain = space()
         sum_exp, logarithm, put = plain.sum_exp, plain.log, plain.put
-        loss_sum = space(second=probabilities, weighted=weighted).walk(term, False)
+        loss_sum = space(second=probabilities, weighted=True).walk(term, False)
 
         @inline
         def line(r, o, i, k, args):
@@ -517,21 +514,19 @@ def cross_entropy(elem_name: str, in_rows: bool, probabilities: bool, weighted: 
     return kernel
 
 
-def cross_entropy_backward(
-    elem_name: str, in_rows: bool, probabilities: bool, weighted: bool, smooth: bool, logs: bool
-) -> Callable[..., Any]:
+def cross_entropy_backward(elem_name: str, in_rows: bool, kind: str) -> Callable[..., Any]:
     """kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, lines, lse, y, yo, yi, yc, g, gs,
     bad, smoothing)
 
-    As for ``cross_entropy``; lines: room for 4 numbers a line; y: the gradient of x (for ``logs`` already zero); g: the
+    As for ``cross_entropy``. lines: room for 4 numbers a line; y: the gradient of x (for ``logs`` already zero); g: the
     loss's gradient, in x's type, stride gs; mean: whether to divide by the sum of weights.
     """
     elem = ELEMS[elem_name]
     compute = compute_elem(elem)
     size = compute.size
-    weight_of = _numbers(elem, weighted)
-    coefficient = _coefficient(probabilities, weighted)
+    probabilities, smooth, logs = (kind == k for k in ("probabilities", "smoothed", "logs"))
     spread_out = probabilities or smooth  # whether classes other than the target's have a coefficient
+    weight_of, coefficient = _weights(elem), _coefficient(probabilities)
 
     @inline
     def the_coefficient(x, q, w, p):
@@ -541,14 +536,10 @@ def cross_entropy_backward(
     def term(x, q, w, p):
         high, low, a, b, keep, each = p
         t = exp_below((x - high) - low) * a
-        if probabilities or (smooth and weighted):
-            return t - coefficient(q, w, keep, each) * b
-        if smooth:
-            return t - b
-        return t
+        return t - coefficient(q, w, keep, each) * b if spread_out else t
 
     def line_function(space: Callable[..., Space]) -> Callable[..., Any]:
-        s = space(second=probabilities, weighted=weighted and spread_out)
+        s = space(second=probabilities, weighted=spread_out)
         get, gradient, coefficients = s.get, s.walk(term, True), s.walk(the_coefficient, False)
         sum_exp, logarithm = s.sum_exp, s.log
 
@@ -600,20 +591,18 @@ def cross_entropy_backward(
 
     @inline
     def finish(r, o, i, k, args):
-        """What is different for the target's class, and for lines that do not count"""
+        """What is different for the target's class"""
         n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights = args
         for line in range(r, r + k):
             t = load_scalar(INT64, q + line * 8)
             at = y + o * yo + (i + line - r) * yi
-            if t == ignore:
-                if not logs:
-                    for j in range(n):
-                        store_scalar(elem, at + j * yc, 0.0)
-            elif t >= 0 and t < n:
+            if t != ignore and t >= 0 and t < n:
                 s = float64(load_scalar(elem, g + line * gs)) * scale
                 weight = weight_of(w, t)
                 value = -keep * weight * s
-                if not logs:
+                if size == 8:
+                    value += load_scalar(elem, at + t * yc)  # what the line's loop wrote
+                elif not logs:  # again, as that has been rounded
                     xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
                     p = first_lane(exp_below(spread(FLOAT64, xt - load_scalar(FLOAT64, lse + line * 8))))
                     value += s * (p * (keep * weight + each * weights) - each * weight)
@@ -653,7 +642,7 @@ def cross_entropy_backward(
                 if t != ignore and t >= 0 and t < n:
                     total += weight_of(w, t)
             scale = 1.0 / total
-        if weighted and smooth:
+        if smooth:
             weights = 0.0
             for j in range(n):
                 weights += weight_of(w, j)
