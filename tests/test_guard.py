@@ -11,7 +11,7 @@ import torch
 from guard import LAYOUTS, PAGE, Placed
 
 HERE = Path(__file__).resolve().parent
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float64", "float16")))
 
 
 def guarded(family: str, dtype: str) -> list[str]:
