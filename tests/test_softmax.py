@@ -62,7 +62,7 @@ def test_scalar_and_expanded() -> None:
         torch.testing.assert_close(ours.softmax(x, dim, backend="cpu"), torch.softmax(x, dim))
 
 
-@pytest.mark.parametrize("n", [3, 16, 70, 5000])
+@pytest.mark.parametrize("n", [3, 16, 70, 9000])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_special_rows(name: str, dim: int, n: int) -> None:

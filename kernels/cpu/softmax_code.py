@@ -52,7 +52,7 @@ class Space(NamedTuple):
     """How lines lie, and loops over one line (or one vector of lines). See ``rows`` and ``columns``.
 
     ``largest(x, sx, n, k)``: the maximum, NaN ignored; -Inf if there is none.
-    ``sum_exp(x, sx, n, k)``: (m, s), s = Σ exp(x_j - m), m the maximum; NaN if the line has NaN, +Inf, or only -Inf.
+    ``sum_exp(x, sx, n, k)``: (m, s), s = Σ exp(x_j - m), m the maximum; NaN if the line has NaN or +Inf.
     ``walk(term, writes)(a, sa, b, sb, w, sw, y, sy, n, k, p)``: Σ term(a_j, b_j, w_j, p); the terms also go to y if
     ``writes``.
     ``log(s)``: of a number that belongs to a line.
@@ -134,7 +134,7 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
             base = 0.0 if m == -inf else m
             s = s + terms(here, sx, 0, 0, 0, 0, 0, 0, size_here, k, base)
             at += BLOCK
-        return m, s + (m - m)  # m - m: NaN if m is infinite
+        return m, s
 
     @inline
     def log_scalar(s):
