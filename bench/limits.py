@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ def _memory_text(sources: int, store: str, streams: int) -> str:
     )
 
 
-_engines: list[object] = []  # compiled code lives as long as its engine
+_libraries: list[object] = []  # compiled code lives as long as its library
 
 
 def _triple() -> str:
@@ -200,13 +201,19 @@ def assembly(text: str) -> str:
     return str(machine.emit_assembly(llvm.parse_assembly(text)))  # type: ignore[attr-defined]
 
 
+@cache
+def _jit() -> Any:
+    import llvmlite.binding as llvm
+
+    return llvm.create_lljit_compiler(_machine(), use_jit_link=True)
+
+
 def _compile(text: str, name: str) -> int:
     import llvmlite.binding as llvm
 
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine())
-    engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address(name))
+    library = llvm.JITLibraryBuilder().add_ir(text).export_symbol(name).link(_jit(), f"{name}_{len(_libraries)}")
+    _libraries.append(library)
+    return int(library[name])
 
 
 @cache

@@ -70,10 +70,10 @@ def environment(cache: Path | str, root: Path = CHECKOUT, **more: str) -> dict[s
     }
 
 
-def double(cache: Path | str, root: Path = CHECKOUT, umask: int = 0o022, **more: str) -> tuple[str, bool, list[str]]:
-    """(built or loaded, numba imported, warnings) of a fresh process that uses the cache."""
+def fresh(program: str, cache: Path | str, root: Path = CHECKOUT, umask: int = 0o022, **more: str) -> list[str]:
+    """The lines that a program prints in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", DOUBLE],
+        [sys.executable, "-c", program],
         env=environment(cache, root, **more),
         umask=umask,
         cwd="/",
@@ -82,7 +82,12 @@ def double(cache: Path | str, root: Path = CHECKOUT, umask: int = 0o022, **more:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    values, what, numba, *warned = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def double(cache: Path | str, root: Path = CHECKOUT, umask: int = 0o022, **more: str) -> tuple[str, bool, list[str]]:
+    """(built or loaded, numba imported, warnings) of a fresh process that uses the cache."""
+    values, what, numba, *warned = fresh(DOUBLE, cache, root, umask, **more)
     assert values == "[2.0, 4.0, 6.0]"
     return what, numba == "True", warned
 

@@ -522,12 +522,6 @@ def test_products_with_narrower_vectors(width: str) -> None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [allowed("avx2"), allowed("portable")])
-def test_everything_with_narrower_vectors(width: str) -> None:
-    under(width, "tests/test_engine.py", "tests/test_matmul.py", "tests/test_guard.py", "-m", "not slow", timeout=3000)
-
-
 def test_an_impossible_instruction_set_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from fastnn.kernels.cpu.engine.host import simd; simd()"],

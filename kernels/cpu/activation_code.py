@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .engine.activations import ACTIVATIONS, leaky_relu, leaky_relu_backward, logistic, logistic_and_slope
-from .engine.host import simd
 from .engine.region import parallel
 from .engine.simd import (
     ELEMS,
@@ -34,8 +33,8 @@ from .engine.simd import (
 )
 from .engine.vecmath import Constant, of
 
-# Vectors computed as one: enough to hide the latency of a polynomial, few enough for the registers.
-WIDTH = 4 if simd().registers == 32 else 2
+# Vectors computed as one: enough to hide the latency of a polynomial. Their constants and some spills come from L1, at no cost.
+WIDTH = 4
 MOST_LANES = WIDTH * 16
 
 

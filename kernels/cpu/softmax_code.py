@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from numba.core.types import float32, float64
 
-from .activation_code import elementwise
-from .engine.host import simd
+from .activation_code import WIDTH, elementwise
 from .engine.region import parallel
 from .engine.simd import (
     ELEMS,
@@ -43,7 +42,6 @@ from .engine.simd import (
 )
 from .engine.vecmath import exp_below, log
 
-WIDTH = 4 if simd().registers == 32 else 2  # vectors computed as one
 BLOCK = 4096  # elements of a row that are read twice while they are in L1
 TERMS = 64  # of a column that are summed before they are added to the total: its error grows more slowly
 

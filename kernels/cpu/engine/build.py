@@ -185,7 +185,9 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         state = builder.call(extern("PyEval_SaveThread", pointer), [])
         context.call_conv.call_function(builder, inner, types.none, args, values)
         builder.call(extern("PyEval_RestoreThread", ir.VoidType(), pointer), [state])
-        builder.ret(builder.call(extern("none", pointer), []))
+        none = ir.GlobalVariable(module, ir.IntType(8), "fastnn_none")
+        builder.call(extern("Py_IncRef", ir.VoidType(), pointer), [none])
+        builder.ret(none)
         library.add_ir_module(module)
         library.finalize()
         for fn in library.get_defined_functions():
@@ -206,30 +208,32 @@ _METH_FASTCALL = 0x0080
 
 
 @cache
-def _engine() -> llvm.ExecutionEngine:
-    for symbol in ("PyErr_BadArgument", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyErr_Occurred", "PyEval_SaveThread",
-                   "PyEval_RestoreThread", "Py_IncRef"):
-        llvm.add_symbol("fastnn_" + symbol, ctypes.cast(getattr(ctypes.pythonapi, symbol), ctypes.c_void_p).value)
-    threads.add_symbols()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
-    none = f"inttoptr (i64 {id(None)} to ptr)"
-    module = llvm.parse_assembly("declare void @fastnn_Py_IncRef(ptr)\n"
-                                 f"define ptr @fastnn_none() {{ call void @fastnn_Py_IncRef(ptr {none}) ret ptr {none} }}")
-    engine.add_module(module)
-    engine.finalize_object()
-    llvm.add_symbol("fastnn_none", engine.get_function_address("fastnn_none"))
-    return engine
+def _jit() -> llvm.LLJIT:
+    """The loader of objects. JITLink, not MCJIT: it puts all sections of an object into one slab of memory, where MCJIT may
+    put code and constants more than the 2 GiB apart that the code can reach, and then ends the process."""
+    return llvm.create_lljit_compiler(target_machine(), use_jit_link=True)
 
 
-_alive: list[Any] = []  # method definitions are referred to by address for as long as the process lives
+@cache
+def _symbols() -> dict[str, int]:
+    """The addresses that compiled kernels refer to."""
+    python = ("PyErr_BadArgument", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyErr_Occurred", "PyEval_SaveThread",
+              "PyEval_RestoreThread", "Py_IncRef")
+    found = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value for s in python}
+    found |= threads.symbols() | {"none": id(None)}
+    return {"fastnn_" + name: address for name, address in found.items() if address}
+
+
+_alive: list[Any] = []  # what is referred to by address for as long as the process lives
 
 
 def _load(name: str, code: bytes) -> Callable[..., None]:
-    engine = _engine()
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    definition = _MethodDef(name.encode(), engine.get_function_address(name), _METH_FASTCALL, None)
-    _alive.append(definition)
+    library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(name)
+    for symbol, address in _symbols().items():
+        library.import_symbol(symbol, address)
+    loaded = library.link(_jit(), f"{name}_{len(_alive)}")
+    definition = _MethodDef(name.encode(), loaded[name], _METH_FASTCALL, None)
+    _alive.extend((loaded, definition))
     new = ctypes.pythonapi.PyCFunction_NewEx
     new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return new(ctypes.addressof(definition), None, None)

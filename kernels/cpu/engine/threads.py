@@ -62,16 +62,14 @@ def _run_in_python_threads(body: int, data: int, n: int) -> None:
 _alive: list[Any] = []
 
 
-def add_symbols() -> None:
-    """Give LLVM's linker the functions that compiled kernels refer to."""
-    import llvmlite.binding as llvm
-
+def symbols() -> dict[str, int | None]:
+    """The addresses of the functions that launch parallel regions, by the names that compiled kernels use."""
+    functions: dict[str, Any]
     if LAUNCHER == "gomp":
         gomp = _torch_gomp()
-        symbols: dict[str, Any] = {s: getattr(gomp, s) for s in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
+        functions = {s: getattr(gomp, s) for s in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
     else:
-        symbols = {"python_parallel": ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+        functions = {"python_parallel": ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
             _run_in_python_threads)}
-    _alive.extend(symbols.values())
-    for name, function in symbols.items():
-        llvm.add_symbol("fastnn_" + name, ctypes.cast(function, ctypes.c_void_p).value)
+    _alive.extend(functions.values())
+    return {name: ctypes.cast(f, ctypes.c_void_p).value for name, f in functions.items()}

@@ -85,6 +85,7 @@ def polynomial(typingctx, coefficients, v):
 
 # A float this large has no fraction bits left: adding it rounds to an integer, which then stands in the lowest bits.
 MAGIC = Constant(1.5 * 2.0**23, 1.5 * 2.0**52)
+MAGIC_BIASED = Constant(1.5 * 2.0**23 + 2 * 127, 1.5 * 2.0**52 + 2 * 1023)
 LOG2_E = Constant(1.4426950216293335, 1.4426950408889634)
 LN2_HIGH = Constant(0.6931471824645996, 0.6931471805599453)
 LN2_LOW = Constant(-1.904654323148236e-09, 2.3190468138462996e-17)
@@ -94,7 +95,7 @@ ONE = Constant(1.0, 1.0)
 SQRT_HALF = Constant(0.7071067690849304, 0.7071067811865476)
 INFINITY, NAN = Constant(inf, inf), Constant(nan, nan)
 TANH_ONE = Constant(20.0, 40.0)  # tanh(x) rounds to 1 where 2x is that large
-MANTISSA, BIAS = Constant(23, 52), Constant(127, 1023)  # bits of the fraction; what is added to the exponent
+MANTISSA = Constant(23, 52)  # bits of the fraction
 MANTISSA_MASK = Constant((1 << 23) - 1, (1 << 52) - 1)
 LEAST_NORMAL = Constant(2.0**-126, 2.0**-1022)
 LIFT, LIFTED = Constant(2.0**24, 2.0**54), Constant(24.0, 54.0)  # makes subnormal numbers normal; its exponent
@@ -185,16 +186,11 @@ if simd().name == "avx512":
         return v(v, n), codegen
 else:
     @inline
-    def _power_of_two(i):
-        """2^i as a float vector, for an integer vector i in the range of the normal numbers"""
-        return from_bits((i + of(BIAS, i)) << of(MANTISSA, i))
-
-    @inline
     def scale(v, n):
         """scale(v, n) -> v · 2^n for whole n (a float vector), rounded once where the result is subnormal"""
-        i = to_bits(n + of(MAGIC, v)) - to_bits(of(MAGIC, v))
-        half = i >> 1  # in two steps, as 2^n itself may be out of range
-        return v * _power_of_two(half) * _power_of_two(i - half)
+        i = to_bits(n + of(MAGIC_BIASED, v))  # n + 2 BIAS in the lowest bits
+        half = i >> 1  # in two steps, as 2^n itself may be out of range; each has one BIAS, and becomes an exponent
+        return v * from_bits(half << of(MANTISSA, i)) * from_bits((i - half) << of(MANTISSA, i))
 
 
 @inline
