@@ -22,7 +22,8 @@ _DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that i
 
 Kernel = Callable[..., None]  # (out, *args): writes the result into out, a tensor or a tuple of them
 Predicate = Callable[..., str | None]  # (op, *args): None if the kernel serves the call, else the reason why not
-Entry = tuple[Kernel | None, Predicate | None]  # without a predicate: it serves whatever the operator lets through
+Rule = Callable[..., str | None]  # (*args): why torch is faster for this call, by measurement; None if it is not
+Entry = tuple[Kernel | None, Predicate | None, Rule | None]  # without a predicate: it serves all that the operator lets through
 
 
 class Op(Protocol):
@@ -111,6 +112,9 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel 
     else:
         serving = _backend_of(args) if named == "auto" else named
         kernel, reason = _offer(serving, op, args)
+        if reason is None and named == "auto":
+            rule = tables[serving][op.name][2]
+            reason = rule(*args) if rule is not None else None
         if reason is not None:
             if named != "auto":
                 raise RuntimeError(_cannot(op.name, named, reason))
@@ -162,7 +166,7 @@ def _offer(backend: str, op: Op, args: tuple[Any, ...]) -> tuple[Kernel | None, 
                 return None, f"no {backend} kernel takes a tensor on device {str(a.device)!r}"
             if not dense(a):
                 return None, "a sparse, packed or lazily negated tensor has no memory that a kernel could read"
-    kernel, supports = tables[backend].get(op.name) or load(backend, op)
+    kernel, supports, _ = tables[backend].get(op.name) or load(backend, op)
     return kernel, None if supports is None else supports(op.name, *args)
 
 
@@ -172,7 +176,7 @@ def dense(t: Tensor) -> bool:
 
 
 def load(backend: str, op: Op) -> Entry:
-    """Import the family's kernel module, and note its kernel and predicate for the op."""
+    """Import the family's kernel module; note its kernel for the op, its predicate, and its rule that leaves calls to torch."""
     module = f"fastnn.kernels.{backend}.{op.family}"
     try:
         kernels = importlib.import_module(module)
@@ -180,11 +184,12 @@ def load(backend: str, op: Op) -> Entry:
         reason = f"the {backend} kernels for {op.family} are not installed ({missing})"
         if backend == "cpu":
             warnings.warn(f"fastnn: {reason}; torch serves instead", RuntimeWarning, stacklevel=4)
-        found: Entry = (None, lambda op, *args: reason)
+        found: Entry = (None, lambda op, *args: reason, None)
     else:
         kernel = kernels.KERNELS.get(op.name)
         none = f"there is no {backend} kernel for {op.name}"
-        found = (kernel, getattr(kernels, "supports", None)) if kernel is not None else (None, lambda op, *args: none)
+        supports = getattr(kernels, "supports", None) if kernel is not None else lambda op, *args: none
+        found = (kernel, supports, getattr(kernels, "TORCH_IS_FASTER", {}).get(op.name))
     tables[backend][op.name] = found
     return found
 

@@ -28,6 +28,12 @@ def seeded() -> None:
     torch.manual_seed(20)
 
 
+@pytest.fixture(autouse=True)
+def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels themselves are tested, however small their work, and not the rules that leave some of it to torch."""
+    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 0)
+
+
 @pytest.fixture
 def calls() -> Iterator[list[backends.Call]]:
     """The calls that the test makes, as fastnn.trace() lists them."""

@@ -202,9 +202,3 @@ def test_dropout_counts_past_two_to_the_32(step: int, dtype: torch.dtype) -> Non
             i = row * start + k * step
             bits = kernels._mix(kernels._mix(((i & 0xFFFFFFFF) + kernels._mix(seed ^ kernels._mix(i >> 32))) & 0xFFFFFFFF) ^ high)
             assert float(out[row, k]) == (2.0 if bits >= 2**31 else 0.0), (row, k)
-
-
-def test_what_is_not_served_says_why() -> None:
-    reason = kernels.supports("activation", torch.ones(3, dtype=torch.int32), "relu", [])
-    assert reason is not None
-    assert "int32" in reason

@@ -38,27 +38,31 @@ empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-d
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
 _CALL = """\
-def make(op, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
+def make(op, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
     def {name}({args}, backend=None, out=None):
-        if not (
-            is_dynamo_compiling()
-            or _are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or _get_tracing_state() is not None
-            or _len_torch_dispatch_stack()
-            or _get_deterministic_algorithms()
-            {or_autocast}
-        ) and {all_plain}:
-            plan = check({args})
-            if (
-                type(plan) is not str
-                and (backend or context()) is None
-                and not traces
-                and {all_on_cpu}
-            ):
-                kernel, supports = table.get("{name}") or load("cpu", op)
+        if not is_dynamo_compiling() and {all_plain}:
+            kernel, supports, torch_is_faster = table.get("{name}") or load("cpu", op)
+            chosen = (backend or context()) is None and not traces
+            if torch_is_faster is not None and chosen and out is None and torch_is_faster({args}):
                 try:
-                    if supports is None or supports("{name}", {args}) is None:
+                    return by_torch({args})
+                except Exception:
+                    return op.general(({args},), backend, out)  # whose check says more about what is wrong
+            if chosen and not (
+                _are_functorch_transforms_active()
+                or forward_ad._current_level >= 0
+                or _get_tracing_state() is not None
+                or _len_torch_dispatch_stack()
+                or _get_deterministic_algorithms()
+                {or_autocast}
+            ):
+                plan = check({args})
+                try:
+                    if (
+                        type(plan) is not str
+                        and {all_on_cpu}
+                        and (supports is None or supports("{name}", {args}) is None)
+                    ):
                         if is_grad_enabled() and ({any_requires_grad}):
                             return {differentiable}
                         {inspect}
@@ -303,6 +307,7 @@ class Operator:
         exec(compile(source, filename, "exec"), globals(), namespace)
         return namespace["make"](
             op=self,
+            by_torch=self.torch,
             check=self.check,
             allocate=self.allocate,
             inspect=self.inspect,

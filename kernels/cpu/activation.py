@@ -35,12 +35,6 @@ def _kernel(kind: str, dtype: torch.dtype, option: str | bool | None = None) -> 
     return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", SIGNATURE, make).load()
 
 
-def supports(op: str, *args: Any) -> str | None:
-    """None if the kernels serve this call, else why not."""
-    dtype = args[0].dtype
-    return None if dtype in _NAMES else f"dtype {dtype} has no kernel"
-
-
 def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Dims:
     """The dimensions, outermost of the first tensor first; those merged that all tensors can walk as one."""
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])

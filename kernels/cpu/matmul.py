@@ -260,14 +260,6 @@ def _kept(weight: Tensor, n: int, k: int, b_k: int, b_n: int) -> packed.Packing 
 # The operators -------------------------------------------------------------------------------------------------------
 
 
-def supports(op: str, *args: Any) -> str | None:
-    """None if the kernels here serve the call, else why not."""
-    dtype = args[0].dtype
-    if dtype not in _NAMES:
-        return f"dtype {dtype}; this kernel serves {', '.join(_NAMES.values())}"
-    return None
-
-
 def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
     """out = input @ other, as torch.matmul: vectors, matrices and broadcast batches."""
     if input.dim() == 2 and other.dim() == 2:  # the usual case, without a detour
@@ -325,3 +317,24 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
 
 
 KERNELS: dict[str, Callable[..., None]] = {"matmul": matmul, "addmm": addmm, "linear": linear}
+
+# The automatic choice, not a limit: below this product of the operands' sizes a call costs more than the arithmetic, and torch's
+# way to its kernel, in C++, is shorter. `bench matmul --case small` shows both sides of it.
+TINY = 1 << 16
+
+
+def _tiny(left: Tensor, right: Tensor) -> str | None:
+    """Why torch is faster for the product of two operands this small; None if it is not."""
+    if left.numel() * right.numel() <= TINY and left.is_cpu:
+        return "a product this small takes less time in torch than a call of ours"
+    return None
+
+
+def _tiny_linear(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str | None) -> str | None:
+    return _tiny(input, weight) if residual is None and act is None else None  # else torch needs several calls
+
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {
+    "matmul": _tiny, "linear": _tiny_linear, "addmm": lambda input, mat1, mat2, beta, alpha: _tiny(mat1, mat2),
+}

@@ -214,7 +214,8 @@ def rows_dot(elem_name: str) -> Any:
     finish = _epilogue(e)
     chunk = 64  # results that wait for the epilogue
     row = chunk * p.size
-    d81, d11, d42, d12, d44, d14 = (Dot(e, r, v) for r, v in ((8, 1), (1, 1), (4, 2), (1, 2), (4, 4), (1, 4)))
+    d41, d42, d44 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 4, 4)  # four streams: one or eight read slower
+    d11, d12, d14 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)  # as d41 sums: a row has the same bits anywhere
 
     @inline
     def body(t, nt, batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
@@ -230,37 +231,29 @@ def rows_dot(elem_name: str) -> Any:
                 mn = min(8, m - m0)
                 r = 0
                 while r < rn:
+                    four = rn - r >= 4
+                    wr = wp + r * w_n
                     v = 0
-                    step = 1
                     while v < mn:
                         many = 4 if mn - v >= 4 else 2 if mn - v >= 2 else 1
                         y = scratch + v * row + r * p.size
                         xp = x + batch * x_b + (m0 + v) * x_m
-                        wr = wp + r * w_n
                         if many == 4:
-                            if rn - r >= 4:
+                            if four:
                                 dot(d44, k, wr, w_n, xp, x_m, y, row)
                             else:
                                 dot(d14, k, wr, w_n, xp, x_m, y, row)
                         elif many == 2:
-                            if rn - r >= 4:
+                            if four:
                                 dot(d42, k, wr, w_n, xp, x_m, y, row)
                             else:
                                 dot(d12, k, wr, w_n, xp, x_m, y, row)
-                        elif mn == 1 and rn - r >= 8:
-                            dot(d81, k, wr, w_n, xp, x_m, y, row)
+                        elif four:
+                            dot(d41, k, wr, w_n, xp, x_m, y, row)
                         else:
                             dot(d11, k, wr, w_n, xp, x_m, y, row)
-                            if mn > 1 and rn - r >= 4:  # keep step with the four rows of the wider shapes
-                                dot(d11, k, wr + w_n, w_n, xp, x_m, y + p.size, row)
-                                dot(d11, k, wr + 2 * w_n, w_n, xp, x_m, y + 2 * p.size, row)
-                                dot(d11, k, wr + 3 * w_n, w_n, xp, x_m, y + 3 * p.size, row)
                         v += many
-                    if mn == 1:
-                        step = 8 if rn - r >= 8 else 1
-                    else:
-                        step = 4 if rn - r >= 4 else 1
-                    r += step
+                    r += 4 if four else 1
                 vecs = (rn + p.lanes - 1) // p.lanes
                 last = rn - (vecs - 1) * p.lanes
                 rp = res + batch * res_b + m0 * res_m + r0 * res_n if res != 0 else 0

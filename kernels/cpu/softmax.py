@@ -34,12 +34,6 @@ def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: str | bool)
     return Kernel(name, signature, make).load()
 
 
-def supports(op: str, *args: Any) -> str | None:
-    """None if the kernels serve this call, else why not."""
-    dtype = args[0].dtype
-    return None if dtype in _NAMES else f"dtype {dtype} has no kernel"
-
-
 class Lines(NamedTuple):
     """outer · inner lines of n elements; slots: each tensor's address, outer, inner and class stride in bytes."""
 

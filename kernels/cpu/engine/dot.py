@@ -33,13 +33,17 @@ from .simd import (
 
 
 class Dot(Static):
-    """rows of W times ``vectors`` right-hand sides; W and the right-hand sides in ``elem``, the results in the compute type."""
+    """rows of W times ``vectors`` right-hand sides; W and the right-hand sides in ``elem``, the results in the compute type.
 
-    def __init__(self, elem: Elem, rows: int, vectors: int) -> None:
-        self.elem, self.rows, self.vectors = elem, rows, vectors
+    ``unroll``: vectors along k that are summed side by side. A product of one row has one stream to read, but needs about eight
+    independent sums to hide the latency of an addition.
+    """
+
+    def __init__(self, elem: Elem, rows: int, vectors: int, unroll: int = 1) -> None:
+        self.elem, self.rows, self.vectors, self.unroll = elem, rows, vectors, unroll
 
     def __repr__(self) -> str:
-        return f"{self.elem}:{self.rows}x{self.vectors}"
+        return f"{self.elem}:{self.rows}x{self.vectors}x{self.unroll}"
 
 
 def _sum_lanes(builder: ir.IRBuilder, value: Any) -> Any:
@@ -74,35 +78,47 @@ def _define(module: ir.Module, d: Dot) -> ir.Function:
             new += [multiply_add(builder, wr, xs[v], acc[r * d.vectors + v]) for v in range(d.vectors)]
         return new
 
+    def loop(count: Any, wp: Any, xp: Any, unroll: int, start: list[Any]) -> tuple[Any, Any, list[Any]]:
+        """So many steps of ``unroll`` vectors; the addresses after them, and the sums."""
+        before = builder.block
+        body, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_signed(">", count, i64(0)), body, after)
+        builder.position_at_end(body)
+        left, w_at, x_at = (builder.phi(i64) for _ in range(3))
+        acc = [builder.phi(vt) for _ in start]
+        new: list[Any] = []
+        for u in range(unroll):
+            here = i64(u * e.bytes)
+            new += step(builder.add(w_at, here), builder.add(x_at, here), acc[u * len(grid) : (u + 1) * len(grid)], None)
+        next_left, stride = builder.sub(left, i64(1)), i64(unroll * e.bytes)
+        following = [builder.add(w_at, stride), builder.add(x_at, stride), *new]
+        for phi, first, then in zip((left, w_at, x_at, *acc), (count, wp, xp, *start), (next_left, *following), strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, body)
+        builder.cbranch(builder.icmp_signed(">", next_left, i64(0)), body, after)
+        builder.position_at_end(after)
+        result = []
+        for first, then in zip((wp, xp, *start), following, strict=True):
+            phi = builder.phi(then.type)
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, body)
+            result.append(phi)
+        return result[0], result[1], result[2:]
+
     whole = builder.ashr(k, i64(e.lanes.bit_length() - 1))
     rest = builder.and_(k, i64(e.lanes - 1))
-    entry = builder.block
-    loop, tail, masked, done = (builder.append_basic_block(s) for s in ("loop", "tail", "masked", "done"))
-    builder.cbranch(builder.icmp_signed(">", whole, i64(0)), loop, tail)
-
-    builder.position_at_end(loop)
-    count, wp, xp = (builder.phi(i64) for _ in range(3))
-    acc = [builder.phi(vt) for _ in grid]
-    new = step(wp, xp, acc, None)
-    left = builder.sub(count, i64(1))
-    steps = [(count, whole, left), (wp, w, builder.add(wp, i64(e.bytes))), (xp, x, builder.add(xp, i64(e.bytes)))]
-    steps += [(a, zero, n) for a, n in zip(acc, new, strict=True)]
-    for phi, first, following in steps:
-        phi.add_incoming(first, entry)
-        phi.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed(">", left, i64(0)), loop, tail)
-
-    builder.position_at_end(tail)
-    so_far = []
-    for n in new:
-        phi = builder.phi(vt)
-        phi.add_incoming(zero, entry)
-        phi.add_incoming(n, loop)
-        so_far.append(phi)
+    so_far = [zero] * len(grid)
+    if d.unroll > 1:
+        w, x, sums = loop(builder.sdiv(whole, i64(d.unroll)), w, x, d.unroll, so_far * d.unroll)
+        while len(sums) > len(grid):  # halves onto halves
+            half = len(sums) // 2
+            sums = [builder.fadd(p, q) for p, q in zip(sums[:half], sums[half:], strict=True)]
+        whole, so_far = builder.srem(whole, i64(d.unroll)), sums
+    w, x, so_far = loop(whole, w, x, 1, so_far)
+    tail, masked, done = builder.block, builder.append_basic_block("masked"), builder.append_basic_block("done")
     builder.cbranch(builder.icmp_signed(">", rest, i64(0)), masked, done)
     builder.position_at_end(masked)
-    at = builder.mul(whole, i64(e.bytes))
-    more = step(builder.add(w, at), builder.add(x, at), so_far, rest)
+    more = step(w, x, so_far, rest)
     builder.branch(done)
     builder.position_at_end(done)
     for (r, v), a, b in zip(grid, so_far, more, strict=True):
