@@ -16,11 +16,14 @@ help:  ## this list
 demo: $(INSTALLED)  ## two real models before and after fastnn.replace(): a table, a plot and a report in report/
 	$(RUN) examples/demo.py
 
+# A process a core; OMP_WAIT_POLICY keeps the threads of one from spinning on the core of another.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
+
 test: $(INSTALLED)  ## every test
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-quick: $(INSTALLED)  ## the tests that are not slow: under two minutes
-	$(RUN) -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check

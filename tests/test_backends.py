@@ -279,3 +279,25 @@ def test_the_short_way_and_the_general_way_agree(monkeypatch: pytest.MonkeyPatch
     assert taken == [], "a plain call took the long way"
     linear_op.call(*args, backend="reference")
     assert taken == [1]
+
+
+def test_what_is_too_small_for_a_call_of_ours_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 16 * 16 * 16 * 16)
+    small, large, bias = torch.randn(16, 16), torch.randn(17, 16), torch.randn(16)
+    with fastnn.trace() as calls:
+        f.linear(small, small, bias)
+        f.linear(large, small, bias)
+        f.linear(small, small, bias, activation="relu")
+        f.matmul(small, small)
+        f.matmul(small, small, backend="cpu")
+        f.addmm(small, small, small)
+    assert [c.backend for c in calls] == ["torch", "cpu", "cpu", "torch", "cpu", "torch"]
+    assert "less time in torch" in calls[0].reason
+    with pytest.raises(RuntimeError, match="in_features of weight"):  # our own words, not torch's
+        f.linear(small, torch.randn(4, 5))
+    theirs = torch.nn.functional.linear
+    served: list[int] = []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: served.append(len(args)) or theirs(*args))
+    f.linear(small, small, bias)
+    f.linear(large, small, bias)
+    assert served == [3], "a call that nobody traces follows the same rule"

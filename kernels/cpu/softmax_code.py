@@ -31,6 +31,7 @@ from .engine.simd import (
     load_n,
     load_scalar,
     maximum_fast,
+    prefetch,
     reduce_add,
     reduce_max,
     select,
@@ -42,6 +43,7 @@ from .engine.simd import (
 )
 from .engine.vecmath import exp_below, log
 
+LINE = 64  # bytes
 BLOCK = 4096  # elements of a row that are read twice while they are in L1
 TERMS = 64  # of a column that are summed before they are added to the total: its error grows more slowly
 
@@ -88,11 +90,17 @@ def rows(elem: Elem, second: bool = False, weighted: bool = False) -> Space:
             top = max(top, reduce_max(rest))
         return top
 
-    def walk(term: Callable[..., Any], writes: bool) -> Any:
+    def walk(term: Callable[..., Any], writes: bool, fetches: bool = False) -> Any:
         @inline
         def function(a, sa, b, sb, w, sw, y, sy, n, k, p):
             sums, i = spread(several, 0.0), 0
             while i + W <= n:
+                if fetches:  # the next line, where it most likely is
+                    for line in range(0, W * size, LINE):
+                        prefetch(a + (n + i) * size + line)
+                        prefetch(y + (n + i) * size + line)
+                        if second:
+                            prefetch(b + (n + i) * size + line)
                 va = load(several, a + i * size)
                 vb = load(several, b + i * size) if second else va
                 vw = load(several, w + i * size) if weighted else va
@@ -174,7 +182,7 @@ def columns(elem: Elem, vectors: int, second: bool = False, weighted: bool = Fal
             best = maximum_fast(at(lines, x + j * sx, k), best)
         return best
 
-    def walk(term: Callable[..., Any], writes: bool) -> Any:
+    def walk(term: Callable[..., Any], writes: bool, fetches: bool = False) -> Any:
         @inline
         def function(a, sa, b, sb, w, sw, y, sy, n, k, p):
             total = spread(compute, 0.0)
@@ -258,11 +266,11 @@ def _line_functions(elem: Elem, space: Callable[..., Space]) -> dict[str, Callab
     one, two = space(), space(second=True)
     in_place = elem.size > 2  # a half type is too coarse to keep the numerators in
     largest, sum_exp, logarithm = one.largest, one.sum_exp, one.log
-    write_exp, scale = one.walk(_exp, True), one.walk(_times, True)
-    write_scaled, shift = one.walk(_scaled_exp, True), one.walk(_minus_both, True)
+    write_exp, scale = one.walk(_exp, True, fetches=True), one.walk(_times, True)
+    write_scaled, shift = one.walk(_scaled_exp, True, fetches=True), one.walk(_minus_both, True, fetches=True)
     dot, total = two.walk(_product, False), one.walk(_itself, False)
-    write_softmax_gradient = two.walk(_softmax_gradient, True)
-    write_log_softmax_gradient = two.walk(_log_softmax_gradient, True)
+    write_softmax_gradient = two.walk(_softmax_gradient, True, fetches=True)
+    write_log_softmax_gradient = two.walk(_log_softmax_gradient, True, fetches=True)
 
     @inline
     def softmax(x, sx, g, sg, y, sy, n, k):
