@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnn import _numerics, _warmup, backends, verify
+from fastnn import _checks, _numerics, _warmup, backends, verify
 from fastnn.__main__ import main
 
 # The yardsticks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES.values(), ids=verify.DTYPES)
+@pytest.mark.parametrize("dtype", _checks.DTYPES.values(), ids=verify.DTYPES)
 def test_ulp_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
     tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     values = torch.tensor([0.0, tiny / 2, tiny, 1.0, 1.5, 3.0, 1000.0, largest], dtype=torch.float64).to(dtype)
@@ -74,10 +74,10 @@ def test_the_rule_allows_twice_torchs_error_and_a_floor() -> None:
     assert not of(math.nan).within(of(5.0), torch.float32)
 
 
-@pytest.mark.parametrize("name", verify.POINTWISE)
+@pytest.mark.parametrize("name", _checks.POINTWISE)
 def test_the_exact_formulas_are_the_functions(name: str) -> None:
     """Where float64 has no cancellation, mpmath and torch agree, in the values and in the slopes."""
-    f = verify.POINTWISE[name]
+    f = _checks.POINTWISE[name]
     x = torch.cat([torch.linspace(-2.9, -0.1, 9), torch.linspace(0.1, 9.7, 23)]).double().requires_grad_()
     y = f.theirs(_numerics.TORCH, x)
     (slope,) = torch.autograd.grad(y.sum(), x)
@@ -103,7 +103,7 @@ _OTHERS = [pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "bfloat1
 
 
 @pytest.mark.parametrize("dtype", ["float32", *_OTHERS])
-@pytest.mark.parametrize("family", verify.CHECKS)
+@pytest.mark.parametrize("family", _checks.CHECKS)
 def test_every_operator_is_right(family: str, dtype: str) -> None:
     lines = list(verify.run(verify.checks([family]), verify.dtypes(dtype)))
     assert [line for line in lines if not line.good] == []
@@ -119,7 +119,7 @@ def test_a_check_covers_every_operator() -> None:
 
     operators = {
         op.name
-        for family in verify.CHECKS
+        for family in _checks.CHECKS
         for op in vars(importlib.import_module(f"fastnn.ops.{family}")).values()
         if isinstance(op, _operator.Operator)
     }
@@ -208,7 +208,7 @@ def test_a_dropped_term_turns_red_in_every_dtype(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(backends.tables["cpu"], "matmul", (kernel, lambda op, *args: None))
     chosen = [check for check in verify.checks(["matmul"]) if check.name == "matmul 67×131×93"]
-    for dtype in verify.DTYPES.values():
+    for dtype in _checks.DTYPES.values():
         lines = list(verify.run(chosen, [dtype]))
         assert not next(line for line in lines if line.what == "forward").good, dtype
 
