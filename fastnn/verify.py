@@ -1,8 +1,8 @@
 """The numerics report: every operator, dtype and gradient against a reference, beside PyTorch's own error.
 
 The reference is computed in float64; for pointwise functions by mpmath with forty digits, because a float64 formula
-such as x·(1 + erf(x/√2))/2 has itself no correct digit far out on the negative side; for products with a more careful
-sum than any BLAS has. Softmax and the losses in float64 can only be compared with PyTorch's own: there the floor of
+such as x·(1 + erf(x/√2))/2 has itself no correct digit far out on the negative side; for products and softmax with a
+more careful sum than any BLAS has. The losses in float64 can only be compared with PyTorch's own: there the floor of
 the error rule is doubled.
 """
 
@@ -32,6 +32,8 @@ class Line:
         ours, theirs: the errors; PyTorch's is None where PyTorch is the reference or cannot do this.
         served_by: the backend that did the work.
         repeats: the same call gave the same bits again.
+        threads: with one thread instead of all the bits were the "same", or they "differ": a fact, not a fault. Empty
+            where there is only one thread.
         problem: what went wrong, if no number can say it.
     """
 
@@ -43,6 +45,7 @@ class Line:
     theirs: Error | None = None
     served_by: str = ""
     repeats: bool = True
+    threads: str = ""
     problem: str = ""
 
     @property
@@ -68,6 +71,22 @@ class Line:
 
 def _bits(t: Tensor) -> Tensor:
     return t.detach().contiguous().view(torch.uint8) if t.dim() else t.detach().reshape(1).view(torch.uint8)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _with_one_thread(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
+    """What one thread computes; None if there never was another."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return None
+    torch.set_num_threads(1)
+    try:
+        return compute()
+    finally:
+        torch.set_num_threads(threads)
 
 
 #: From here on slopes are constant: the float64 formula knows them.
@@ -129,13 +148,17 @@ def run_check(check: Check, dtype: torch.dtype) -> Iterator[Line]:
     stages: list[tuple[Tensor | None, list[str]]] = [(None, ["forward"])]
     if leaves:
         stages.append((grad, [f"grad of {name}" for name in leaves]))
-    finer = dtype != torch.float64 or check.exact is not None or check.family == "matmul"  # than torch is the reference
+    finer = (  # than torch is the reference
+        dtype != torch.float64 or check.exact is not None or check.family == "matmul" or "softmax" in check.name
+    )
     for g, names in stages:
+        compute = partial(results, lambda *values: ours(functional, *values), inputs, g)
         lines = [Line(check.family, check.name, str(dtype).removeprefix("torch."), name) for name in names]
         try:
             with backends.trace() as calls:
-                first = results(lambda *values: ours(functional, *values), inputs, g)
-            second = results(lambda *values: ours(functional, *values), inputs, g)
+                first = compute()
+            second = compute()
+            alone = _with_one_thread(compute)
         except Exception as problem:  # an operator that raises is a red line, not the end of the report
             for line in lines:
                 line.problem = (
@@ -158,7 +181,8 @@ def run_check(check: Check, dtype: torch.dtype) -> Iterator[Line]:
                 )
             else:
                 line.ours = error(first[n], true[n], scales[n], other, forward=g is None)
-                line.repeats = torch.equal(_bits(first[n]), _bits(second[n]))
+                line.repeats = _same_bits(first[n], second[n])
+                line.threads = "" if alone is None else "same" if _same_bits(first[n], alone[n]) else "differ"
             line.theirs = error(other, true[n], scales[n], forward=g is None) if other is not None else None
             yield line
 
