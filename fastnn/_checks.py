@@ -95,6 +95,62 @@ def _special_rows(columns: int, skip_huge: bool = False) -> Callable[[torch.dtyp
     return make
 
 
+# Adversarial data: what a careless kernel gets wrong though normal numbers show nothing.
+
+
+def _cancelling(rows: int, columns: int, seed: int, dim: int) -> Callable[[torch.dtype], Tensor]:
+    """Along dim the second half is the first, negated but for a millionth (16 bits: some of the last places).
+
+    Times a matrix whose halves are equal, the terms cancel to that part of their magnitude.
+    """
+
+    def make(dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(dtype).double()
+        rest = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * max(1e-6, torch.finfo(dtype).eps)
+        return torch.cat([half, half * (rest - 1)], dim).to(dtype).requires_grad_()
+
+    return make
+
+
+def _repeated(make: Callable[[torch.dtype], Tensor], dim: int) -> Callable[[torch.dtype], Tensor]:
+    """Both halves along dim the same."""
+    return lambda dtype: torch.cat([make(dtype).detach()] * 2, dim).requires_grad_()
+
+
+def _one_hot(rows: int, columns: int, value: float = 1.0, noise: float = 0.0) -> Callable[[torch.dtype], Tensor]:
+    """One value in each row, at a wandering place, above normal numbers times ``noise``."""
+
+    def make(dtype: torch.dtype) -> Tensor:
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * noise
+        x[torch.arange(rows), torch.arange(rows) * 7 % columns] = value
+        return x.to(dtype).requires_grad_()
+
+    return make
+
+
+def _huge_and_tiny(rows: int, columns: int, seed: int, dim: int, power: float) -> Callable[[torch.dtype], Tensor]:
+    """Normal numbers, along dim in turn multiplied and divided by the dtype's largest number to that power."""
+
+    def make(dtype: torch.dtype) -> Tensor:
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        factor = torch.finfo(dtype).max ** power
+        x.movedim(dim, 0)[::2] *= factor
+        x.movedim(dim, 0)[1::2] /= factor
+        return x.to(dtype).requires_grad_()
+
+    return make
+
+
+def _equal(*shape: int, value: float = 0.1) -> Callable[[torch.dtype], Tensor]:
+    return lambda dtype: torch.full(shape, value, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def _subnormal(*shape: int, seed: int = 0) -> Callable[[torch.dtype], Tensor]:
+    """Normal numbers times a sixteenth of the smallest that is not subnormal."""
+    return lambda dtype: _normal(*shape, seed=seed, scale=torch.finfo(dtype).tiny / 16)(dtype)
+
+
 def _all(*makers: Callable[[torch.dtype], Any]) -> Make:
     return lambda dtype: tuple(make(dtype) for make in makers)
 
@@ -147,10 +203,33 @@ def _matmul_checks() -> Iterator[Check]:
     yield product("matmul, matrix · vector", matmul, _normal(129, 257, seed=1), _normal(257, seed=2))
     yield product("matmul, vector · matrix", matmul, _normal(257, seed=1), _normal(257, 129, seed=2))
     yield product("matmul, vector · vector", matmul, _normal(1009, seed=1), _normal(1009, seed=2))
-    yield product("matmul, long sums", matmul, _normal(5, 20011, seed=1), _normal(20011, 7, seed=2))
+    yield product("matmul, long sums", matmul, _normal(5, 65537, seed=1), _normal(65537, 7, seed=2))
+    yield product(
+        "matmul, cancellation", matmul, _cancelling(19, 256, 1, 1), _repeated(_normal(256, 23, seed=2), 0)
+    )
+    yield product("matmul, one-hot rows", matmul, _one_hot(29, 67), _normal(67, 41, seed=2))
+    yield product(
+        "matmul, huge and tiny in turn", matmul, _huge_and_tiny(17, 131, 1, 1, 0.4), _huge_and_tiny(131, 37, 2, 0, -0.4)
+    )
+    yield product("matmul, all equal", matmul, _equal(17, 1023), _equal(1023, 33))
+    yield product("matmul, subnormal", matmul, _subnormal(23, 67, seed=1), _normal(67, 35, seed=2))
     yield product("matmul, large means", matmul, _normal(23, 511, seed=1, mean=30), _normal(511, 19, seed=2, mean=-30))
     yield product(
         "matmul, special values", matmul, _special_rows(37, skip_huge=True), _normal(37, 21, seed=2, scale=0.1)
+    )
+    yield product(
+        "bmm, special values",
+        lambda F, a, b: F.bmm(a.unsqueeze(0), b.unsqueeze(0)),
+        _special_rows(37, skip_huge=True),
+        _normal(37, 21, seed=2, scale=0.1),
+    )
+    yield product(
+        "addmm, special values",
+        lambda F, c, a, b: F.addmm(c, a, b, beta=0.5, alpha=2.0),
+        lambda dtype: _special_rows(21, skip_huge=True)(dtype),
+        lambda dtype: _normal(len(_special_rows(21, skip_huge=True)(dtype)), 37, seed=1)(dtype),
+        _normal(37, 21, seed=2, scale=0.1),
+        names=("input", "mat1", "mat2"),
     )
     yield product("mm", lambda F, a, b: F.mm(a, b), _normal(33, 65, seed=1), _normal(65, 17, seed=2))
     yield product("bmm", lambda F, a, b: F.bmm(a, b), _normal(5, 31, 64, seed=1), _normal(5, 64, 47, seed=2))
@@ -179,6 +258,23 @@ def _matmul_checks() -> Iterator[Check]:
 
     yield product("linear", linear, x, w, names=names)
     yield product("linear + bias", linear, x, w, b, names=names)
+    special = _special_rows(96, skip_huge=True)
+    yield product("linear + bias, special values", linear, special, w, b, names=names)
+    yield product("linear + bias, large means", linear, _normal(37, 96, seed=1, mean=30), w, b, names=names)
+    yield product(
+        "linear + bias, cancellation", linear, _cancelling(37, 96, 1, 1), _repeated(_normal(51, 96, seed=2), 1), b,
+        names=names,
+    )  # fmt: skip
+    yield product(
+        "linear + bias + relu, special values",
+        lambda F, x, w, b: F.relu(F.linear(x, w, b)),
+        special,
+        w,
+        b,
+        names=names,
+        plain=linear,
+        ours=lambda F, x, w, b: F.linear(x, w, b, activation="relu"),
+    )
     for name in ("relu", "gelu", "silu", "sigmoid", "tanh"):
         yield product(
             f"linear + bias + {name}",
@@ -270,9 +366,10 @@ POINTWISE: dict[str, Pointwise] = {
 
 
 def _usual_vector(dtype: torch.dtype) -> tuple[Tensor]:
-    """Where activations are at work, and far out on both sides."""
+    """Where activations are at work, and far out on both sides; many times over, for several threads."""
     near = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
-    return (torch.cat([near, torch.linspace(-25, 25, 71, dtype=torch.float64)]).to(dtype).requires_grad_(),)
+    values = torch.cat([near, torch.linspace(-25, 25, 71, dtype=torch.float64)])
+    return (values.repeat(67).to(dtype).requires_grad_(),)
 
 
 def _glu_scale(inputs: Sequence[Any], grad: Tensor | None, dim: int) -> tuple[Tensor, ...]:
@@ -281,6 +378,36 @@ def _glu_scale(inputs: Sequence[Any], grad: Tensor | None, dim: int) -> tuple[Te
         return (torch.zeros_like(value),)
     s = torch.sigmoid(gate)
     return (torch.cat([(grad * s).abs(), (grad * value * s).abs()], dim),)  # the gate's 1 - s cancels
+
+
+def _dropout_statistics(F: Any, x: Tensor, p: float) -> Tensor:
+    """What dropout keeps, with what it zeroes filled in, so that all of it must be x / (1 - p).
+
+    Raises:
+        ArithmeticError: the keep rate, the seed's meaning or the backward's mask is wrong.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        y = F.dropout(x, p)
+        other = F.dropout(x, p)
+        torch.manual_seed(3)
+        again = F.dropout(x, p)
+    kept = y.detach() != 0
+    rate, deviation = float(kept.double().mean()), math.sqrt(p * (1 - p) / x.numel())
+    if abs(rate - (1 - p)) > 5 * deviation:
+        raise ArithmeticError(f"{rate:.4f} of the elements are kept instead of {1 - p:.4f} ± {deviation:.4f}")
+    columns = kept.double().mean(0)
+    if float((columns - (1 - p)).abs().max()) > 6 * math.sqrt(p * (1 - p) / len(x)):
+        raise ArithmeticError("some column is kept much more often than another")
+    if not torch.equal(y, again):
+        raise ArithmeticError("the same seed drops other elements")
+    if torch.equal(kept, other.detach() != 0):
+        raise ArithmeticError("the next call drops the same elements")
+    if y.requires_grad:
+        (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        if not torch.equal(slope != 0, kept):
+            raise ArithmeticError("the backward drops other elements than the forward")
+    return torch.where(kept, y, x / (1 - p))
 
 
 def _activation_checks() -> Iterator[Check]:
@@ -312,11 +439,33 @@ def _activation_checks() -> Iterator[Check]:
         names=("input", "weight"),
         scale=both,
     )
-    for dim in (-1, 0):
+    yield Check(
+        "activation",
+        "prelu, special values",
+        _all(_special_rows(13), _normal(13, seed=2, scale=0.2)),
+        prelu,
+        names=("input", "weight"),
+        scale=both,
+    )
+    yield Check(
+        "activation",
+        "prelu, huge and tiny in turn",
+        _all(_huge_and_tiny(64, 13, 1, 0, 0.4), _normal(13, seed=2, scale=0.2)),
+        prelu,
+        names=("input", "weight"),
+        scale=both,
+    )
+    for dim, name, make in (
+        (-1, "dim -1", _normal(14, 66, seed=1, scale=3.0)),
+        (0, "dim 0", _normal(14, 66, seed=1, scale=3.0)),
+        (-1, "special values", _special_rows(14)),
+        (-1, "huge and tiny in turn", _huge_and_tiny(14, 66, 1, 1, 0.4)),
+        (-1, "subnormal", _subnormal(14, 66, seed=1)),
+    ):
         yield Check(
             "activation",
-            f"glu, dim {dim}",
-            _all(_normal(14, 66, seed=1, scale=3.0)),
+            f"glu, {name}",
+            _all(make),
             lambda F, x, dim=dim: F.glu(x, dim),
             scale=partial(_glu_scale, dim=dim),
         )
@@ -327,9 +476,34 @@ def _activation_checks() -> Iterator[Check]:
         return activation.dropout(x, 0.3, 1234567)
 
     # The generator is ours, so the plain maths stands for PyTorch.
-    yield Check(
-        "activation", "dropout", _all(_normal(11, 977, seed=1)), lambda F, x: plain.dropout(x, 0.3, 1234567), dropout
-    )
+    for name, make in (
+        ("", _normal(11, 977, seed=1)),
+        (", special values", _special_rows(37)),
+        (", subnormal", _subnormal(11, 97, seed=1)),
+    ):
+        yield Check(
+            "activation", f"dropout{name}", _all(make), lambda F, x: plain.dropout(x, 0.3, 1234567), dropout
+        )
+    for p in (0.1, 0.5):
+        yield Check(
+            "activation",
+            f"dropout, statistics at p = {p}",
+            _all(_normal(64, 1021, seed=1)),
+            lambda F, x, p=p: x / (1 - p),
+            partial(_dropout_statistics, p=p),
+        )
+
+
+def _adversarial_rows(special: int, columns: int) -> dict[str, Callable[[torch.dtype], Tensor]]:
+    return {
+        "special values": _special_rows(special),
+        "large means": _normal(9, columns, seed=1, mean=1e4),
+        "one-hot rows": _one_hot(9, columns, 60.0, noise=1.0),
+        "all equal": _equal(9, columns, value=-3.7),
+        "huge and tiny in turn": _huge_and_tiny(9, columns, 1, 1, 0.4),
+        "subnormal": _subnormal(9, columns, seed=1),
+        "long rows": _normal(3, 65537, seed=1, scale=2.0),
+    }
 
 
 def _softmax_checks() -> Iterator[Check]:
@@ -344,19 +518,20 @@ def _softmax_checks() -> Iterator[Check]:
                 lambda F, x, name=name, dim=dim: getattr(F, name)(x, dim),
                 scale=softmax_scale(name == "log_softmax", dim),
             )
+        for kind, make in _adversarial_rows(37, 211).items():
+            yield Check(
+                "softmax",
+                f"{name}, {kind}",
+                _all(make),
+                lambda F, x, name=name: getattr(F, name)(x, -1),
+                scale=softmax_scale(name == "log_softmax"),
+            )
         yield Check(
             "softmax",
-            f"{name}, special values",
-            _all(_special_rows(37)),
-            lambda F, x, name=name: getattr(F, name)(x, -1),
-            scale=softmax_scale(name == "log_softmax"),
-        )
-        yield Check(
-            "softmax",
-            f"{name}, large means",
-            _all(_normal(9, 211, seed=1, mean=1000)),
-            lambda F, x, name=name: getattr(F, name)(x, -1),
-            scale=softmax_scale(name == "log_softmax"),
+            f"{name}, large means, dim 0",
+            _all(_normal(211, 19, seed=1, mean=1e4)),
+            lambda F, x, name=name: getattr(F, name)(x, 0),
+            scale=softmax_scale(name == "log_softmax", 0),
         )
 
     n, c = 29, 1009
@@ -397,8 +572,15 @@ def _softmax_checks() -> Iterator[Check]:
     yield entropy("weight, ignore_index, smoothing", logits, _indices(n, c, ignored=7), True, 7, smoothing=0.1)
     yield entropy("probabilities, weight", logits, _probabilities(n, c), True)
     yield entropy("N×C×d", _normal(6, 31, 10, seed=1, scale=2.0), _indices(6, 31, 10))
-    yield entropy(
-        "special values", _special_rows(37), lambda dtype: torch.arange(len(specials(dtype))) % 37, reduction="none"
+    for kind, make in _adversarial_rows(37, 211).items():
+        yield entropy(kind, make, partial(_wandering_target, make), reduction="none")
+    yield entropy("one-hot rows, mean", _one_hot(9, 211, 60.0, noise=1.0), _indices(9, 211))
+    yield Check(
+        "softmax",
+        "nll_loss, special values",
+        _all(_special_rows(37), partial(_wandering_target, _special_rows(37))),
+        lambda F, x, t: F.nll_loss(x, t, reduction="none"),
+        names=("input", "target"),
     )
     yield Check(
         "softmax",
@@ -408,13 +590,35 @@ def _softmax_checks() -> Iterator[Check]:
         names=("input", "target"),
         scale=sum_of_magnitudes(lambda F, x, t: -F.nll_loss(x, t)),
     )
-    yield Check(
-        "softmax",
-        "mse_loss",
-        _all(_normal(17, 61, seed=1), _normal(17, 61, seed=2)),
-        lambda F, x, t: F.mse_loss(x, t),
-        names=("input", "target"),
-    )
+    for name, left, right in (
+        ("", _normal(17, 61, seed=1), _normal(17, 61, seed=2)),
+        (", none", _normal(97, 211, seed=1), _normal(97, 211, seed=2)),
+        (", special values, none", _special_rows(37), lambda dtype: _normal(*_special_rows(37)(dtype).shape)(dtype)),
+        (", large means", _normal(17, 61, seed=1, mean=200), _normal(17, 61, seed=2, mean=200)),
+        (", cancellation", _normal(17, 61, seed=1), lambda dtype: _almost(_normal(17, 61, seed=1)(dtype))),
+        (", huge and tiny in turn, none", _huge_and_tiny(17, 61, 1, 1, 0.4), _huge_and_tiny(17, 61, 2, 1, 0.4)),
+        (", subnormal, none", _subnormal(17, 61, seed=1), _subnormal(17, 61, seed=2)),
+    ):
+        reduction = "none" if name.endswith("none") else "mean"
+        yield Check(
+            "softmax",
+            f"mse_loss{name}",
+            _all(left, right),
+            lambda F, x, t, reduction=reduction: F.mse_loss(x, t, reduction=reduction),
+            names=("input", "target"),
+        )
+
+
+def _almost(x: Tensor) -> Tensor:
+    """x but for a millionth, or some of the last places."""
+    return (x.detach() * (1 + 3 * max(3e-7, torch.finfo(x.dtype).eps))).requires_grad_()
+
+
+def _wandering_target(make: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """For half of the rows the class where `_special_rows` and `_one_hot` put their value, for the rest the next."""
+    rows, classes = make(dtype).shape
+    n = torch.arange(rows)
+    return (7 * n + n % 2) % classes
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
