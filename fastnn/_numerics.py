@@ -58,6 +58,12 @@ def _careful_softmax(x: Tensor, dim: int) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
+def _careful_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    from .kernels.reference import softmax as plain
+
+    return plain.cross_entropy(x, target, weight, **options)[0]
+
+
 #: The same with products (of small matrices) and softmaxes that can judge float64 ones.
 CAREFUL: Any = SimpleNamespace(
     **vars(TORCH)
@@ -71,6 +77,7 @@ CAREFUL: Any = SimpleNamespace(
         "linear": _careful_linear,
         "softmax": _careful_softmax,
         "log_softmax": _careful_log_softmax,
+        "cross_entropy": _careful_cross_entropy,
     }
 )
 #: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or
