@@ -326,11 +326,15 @@ def test_a_dropout_that_only_looks_random_turns_red(
     assert says in verdicts
 
 
+def _by_threads(out: Tensor, n: int) -> None:
+    out.mul_(1 + torch.get_num_threads() * 2**-23)
+
+
 def test_bits_that_depend_on_the_threads_are_stated_and_no_fault(
     monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
     torch.set_num_threads(2)
-    _damage(monkeypatch, "softmax", "softmax", lambda out, n: out.mul_(1 + torch.get_num_threads() * 2**-23))
+    _damage(monkeypatch, "softmax", "softmax", _by_threads)
     checks = [check for check in verify.checks(["softmax"]) if "5×7×11" in check.name]
     lines = {(line.name.split()[0], line.what): line for line in verify.run(checks, [torch.float32])}
     assert [line.threads for line in lines.values()] == ["differ", "differ", "same", "same"]
