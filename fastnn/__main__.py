@@ -21,6 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", help="one of float32, float64, bfloat16, float16 (default: all)")
     verify.add_argument("--backend", help="check this backend only (default: whatever fastnn chooses)")
     verify.add_argument("--failures", action="store_true", help="print only the lines that failed")
+    verify.add_argument("--html", metavar="FILE", help="write the whole report as one self-contained page")
+    verify.add_argument("--json", metavar="FILE", help="write one record a line")
 
     bench = commands.add_parser(
         "bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first"

@@ -47,7 +47,24 @@ def _careful_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return y if bias is None else y + bias
 
 
-#: The same with products that can judge float64 ones (of small matrices).
+def _careful_log_softmax(x: Tensor, dim: int) -> Tensor:
+    below = x - x.detach().amax(dim, keepdim=True)
+    return below - torch.log(torch.exp(below).sum(dim, keepdim=True))
+
+
+def _careful_softmax(x: Tensor, dim: int) -> Tensor:
+    """torch.softmax in float64 is itself wrong by up to 7 ulp: it sums in vectors, one term after the other."""
+    e = torch.exp(x - x.detach().amax(dim, keepdim=True))
+    return e / e.sum(dim, keepdim=True)
+
+
+def _careful_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    from .kernels.reference import softmax as plain
+
+    return plain.cross_entropy(x, target, weight, **options)[0]
+
+
+#: The same with products (of small matrices) and softmaxes that can judge float64 ones.
 CAREFUL: Any = SimpleNamespace(
     **vars(TORCH)
     | {
@@ -58,6 +75,9 @@ CAREFUL: Any = SimpleNamespace(
         "addmm": _careful_addmm,
         "baddbmm": _careful_addmm,
         "linear": _careful_linear,
+        "softmax": _careful_softmax,
+        "log_softmax": _careful_log_softmax,
+        "cross_entropy": _careful_cross_entropy,
     }
 )
 #: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or

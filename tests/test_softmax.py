@@ -11,7 +11,7 @@ from torch import Tensor
 import fastnn
 import fastnn.functional as ours
 from fastnn import ops
-from fastnn._numerics import softmax_scale
+from fastnn._numerics import CAREFUL, softmax_scale
 from fastnn.kernels.cpu.softmax import KERNELS
 from rule import DTYPES, LAYOUTS, check, randn
 
@@ -132,7 +132,8 @@ def test_cross_entropy(probabilities: bool, weighted: bool, shape: tuple[int, ..
             wide = x.dtype == torch.float64
             return space.cross_entropy(x, wide_target if wide else target, wide_weight if wide else weight,
                                        reduction=reduction, label_smoothing=smoothing)
-        check(call, [x.requires_grad_()], scale)
+        # In float64 torch's own sum of 5003 exponentials is wrong by tens of ulp where it has AVX2.
+        check(call, [x.requires_grad_()], scale, lambda space, x, call=call: call(CAREFUL, x))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

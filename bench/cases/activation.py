@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastnn._checks import POINTWISE
 from fastnn._numerics import sum_of_magnitudes
-from fastnn.verify import POINTWISE
 
 from . import Case, random, together
 

@@ -40,16 +40,16 @@ def _where(condition: Tensor, x: Tensor, other: Tensor | float) -> Tensor:
 
 
 def _inside(x: Tensor, low: float, high: float, slope: float = 1.0) -> Tensor:
-    """`slope` strictly between the two bounds, else 0; NaN counts as inside, as torch has it."""
-    return _where((x <= low) | (x >= high), torch.zeros_like(x), slope)
+    """`slope` strictly between the two bounds, else 0; NaN counts as outside, as in torch's vectors."""
+    return _where((x > low) & (x < high), torch.full_like(x, slope), 0.0)
 
 
 def _elu_slope(x: Tensor, alpha: float) -> Tensor:
-    return torch.where(x <= 0, alpha * torch.exp(x.clamp(max=0)), torch.ones_like(x))
+    return torch.where(x > 0, torch.ones_like(x), alpha * torch.exp(x.clamp(max=0)))
 
 
 def _hardswish_slope(x: Tensor) -> Tensor:
-    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x < 3, (2 * x + 3) / 6, torch.ones_like(x)))
+    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x >= 3, torch.ones_like(x), (2 * x + 3) / 6))
 
 
 # name: (the function, its derivative); both take the input and the parameters. At the kinks and at NaN as torch has it.

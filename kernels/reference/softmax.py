@@ -4,12 +4,22 @@ import torch
 from torch import Tensor
 
 
+def _below_maximum(input: Tensor, dim: int) -> Tensor:
+    """input - max along dim, exact near the maximum however large that is; NaN in a row of NaN, of Inf, of -Inf only.
+
+    Neither softmax changes when all of a line is moved, so no gradient goes through the maximum.
+    """
+    return input - input.detach().amax(dim, keepdim=True) if input.numel() else input
+
+
 def softmax(input: Tensor, dim: int) -> Tensor:
-    return torch.exp(log_softmax(input, dim))
+    e = torch.exp(_below_maximum(input, dim))
+    return e / e.sum(dim, keepdim=True)
 
 
 def log_softmax(input: Tensor, dim: int) -> Tensor:
-    return input - torch.logsumexp(input, dim, keepdim=True)
+    below = _below_maximum(input, dim)
+    return below - torch.log(torch.exp(below).sum(dim, keepdim=True))
 
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
@@ -70,10 +80,9 @@ def cross_entropy(
     """The loss, and the log-sum-exp of each row in float64."""
     x = _classes_last(input)
     q = _target_weights(input, target, weight, ignore_index, label_smoothing)
-    lse = torch.logsumexp(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
-    logs = x - lse.unsqueeze(-1).to(x.dtype)
+    logs = log_softmax(x, -1)
     loss = -torch.where(q == 0, torch.zeros_like(logs), q * logs).sum(-1)
-    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), lse.double()
+    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), torch.logsumexp(x.double(), -1)
 
 
 def cross_entropy_backward(
