@@ -166,13 +166,15 @@ def _allocate_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(input)
     loss = input.new_empty(rows if reduction == "none" else [])
-    return loss, input.new_empty(rows, dtype=torch.float64)
+    return loss, input.new_empty((2, *rows), dtype=torch.float64)
 
 
 def _log_sum_exp(input: Tensor, *_: Any) -> Tensor:
-    """In float64: the gradient is exp(input - lse), and float32 has too few bits for that where lse is large."""
+    """log Σ exp(input) in two parts, the maximum and the rest: no dtype has the bits for their sum where the maximum is large."""
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    return torch.logsumexp(wide, 1 if input.dim() > 1 else 0).double()
+    dim = 1 if input.dim() > 1 else 0
+    top = wide.amax(dim, keepdim=True) if input.numel() else wide.new_zeros(()).expand_as(wide.sum(dim, keepdim=True))
+    return torch.stack([top.squeeze(dim), (wide - top).logsumexp(dim)]).double()
 
 
 def _save_cross_entropy(ctx: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:

@@ -198,7 +198,7 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
 
 def cross_entropy(out: tuple[Tensor, Tensor], input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
                   reduction: str, label_smoothing: float) -> None:
-    """(loss, lse): lse is each line's log-sum-exp, float64; nothing of the input's size is made.
+    """(loss, lse): lse, (2, …), float64: each line's maximum m and log Σ exp(x - m); nothing of the input's size is made.
 
     Raises IndexError if a class index is out of range and not ``ignore_index``.
     """

@@ -13,7 +13,7 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
-from numba.core.types import float32, float64
+from numba.core.types import float64
 
 from .activation_code import WIDTH, elementwise
 from .engine.region import parallel
@@ -461,7 +461,8 @@ def cross_entropy(elem_name: str, in_rows: bool, kind: str) -> Callable[..., Any
             if not logs:
                 m = float64(load_scalar(compute, at + line * size))
                 log_sum = float64(load_scalar(compute, at + (lines + line) * size))
-                store_scalar(FLOAT64, lse + line * 8, m + log_sum)
+                store_scalar(FLOAT64, lse + line * 8, m)
+                store_scalar(FLOAT64, lse + (lines + line) * 8, log_sum)
             if summed:
                 rest = float64(load_scalar(compute, at + (2 * lines + line) * size))
             loss, weight = 0.0, 0.0
@@ -588,17 +589,15 @@ def cross_entropy_backward(elem_name: str, in_rows: bool, kind: str) -> Callable
                     total = s * (keep * weight_of(w, t) + each * weights)
                     s = s * each
             if not logs:
-                value = load_scalar(FLOAT64, lse + line * 8)
-                high = float64(float32(value))
-                store_scalar(compute, at + line * size, high)
-                store_scalar(compute, at + (lines + line) * size, 0.0 if high == value else value - high)
+                store_scalar(compute, at + line * size, load_scalar(FLOAT64, lse + line * 8))
+                store_scalar(compute, at + (lines + line) * size, load_scalar(FLOAT64, lse + (lines + line) * 8))
                 store_scalar(compute, at + (2 * lines + line) * size, total)
                 store_scalar(compute, at + (3 * lines + line) * size, s)
 
     @inline
     def finish(r, o, i, k, args):
         """What is different for the target's class"""
-        n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights = args
+        lines, n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights = args
         for line in range(r, r + k):
             t = load_scalar(INT64, q + line * 8)
             at = y + o * yo + (i + line - r) * yi
@@ -610,7 +609,8 @@ def cross_entropy_backward(elem_name: str, in_rows: bool, kind: str) -> Callable
                     value += load_scalar(elem, at + t * yc)  # what the line's loop wrote
                 elif not logs:  # again, as that has been rounded
                     xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
-                    p = first_lane(exp_below(spread(FLOAT64, xt - load_scalar(FLOAT64, lse + line * 8))))
+                    m, log_sum = load_scalar(FLOAT64, lse + line * 8), load_scalar(FLOAT64, lse + (lines + line) * 8)
+                    p = first_lane(exp_below(spread(FLOAT64, (xt - m) - log_sum)))
                     value += s * (p * (keep * weight + each * weights) - each * weight)
                 store_scalar(elem, at + t * yc, value)
 
@@ -634,7 +634,7 @@ def cross_entropy_backward(elem_name: str, in_rows: bool, kind: str) -> Callable
         run(thread, threads, outer, inner,
             ((lines, at, n, q, w, ignore, lse, g, gs, scale, keep, each, weights, bad),
              (lines, at, n, x, xo, xi, xc, q, qo, qi, qc, w, y, yo, yi, yc, keep, each),
-             (n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights)))
+             (lines, n, x, xo, xi, xc, q, w, y, yo, yi, yc, ignore, lse, g, gs, scale, keep, each, weights)))
 
     def kernel(outer, inner, n, threads, mean, ignore, x, xo, xi, xc, q, qo, qi, qc, w, at, lse, y, yo, yi, yc, g, gs,
                bad, smoothing):
