@@ -21,7 +21,7 @@ from .limits import Limits
 from .peers import Peer
 from .run import Record, available_peers, header, run, select
 
-SECONDS = {"quick": 0.25, "full": 1.0}
+SECONDS = {"quick": 0.2, "full": 1.0}
 
 
 def main(arguments: Namespace) -> int:
@@ -99,17 +99,20 @@ class _Saver:
 
     def pictures(self) -> list[Path]:
         """Draw the plots and write the page of whatever is there; the files written."""
-        written = []
+        if not (self.arguments.plot or self.arguments.html):
+            return []
+        from . import page, plots
+
+        images = dict(plots.figures(self.headers, self.records))
+        files: dict[Path, bytes] = {}
         if self.arguments.plot:
-            from . import plots
-
-            written += plots.save(Path(self.arguments.plot), self.headers, self.records)
+            files = {Path(self.arguments.plot, f"{name}.png"): png for name, png in images.items()}
         if self.arguments.html:
-            from . import page
-
-            page.save(Path(self.arguments.html), self.headers, self.records)
-            written.append(Path(self.arguments.html))
-        return written
+            files[Path(self.arguments.html)] = page.html(self.headers, self.records, images).encode()
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return list(files)
 
 
 def _run(

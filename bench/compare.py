@@ -140,6 +140,9 @@ def main(console: Console, arguments: Sequence[str]) -> int:
     for name, version in old_headers[0]["versions"].items():
         if (now := new_headers[0]["versions"].get(name)) != version:
             console.print(f"{name} was {version} and is {now}", style="yellow", highlight=False)
+    if old_headers[0]["method"] != new_headers[0]["method"]:
+        console.print(f"Measured in different ways. OLD: {old_headers[0]['method']}", style="yellow", highlight=False)
+        console.print(f"NEW: {new_headers[0]['method']}", style="yellow", highlight=False)
     _print(console, changes)
     return int(any(c.regression for c in changes))
 

@@ -15,7 +15,7 @@ from .timing import PAUSE
 
 #: Seconds that a provider takes to prepare a case, where that is not nothing; measured on two cores of a Zen 5 server.
 #: torch.compile's are those of an empty cache, so a second run is shorter.
-PREPARE = {"torch.compile": 3.0}
+PREPARE = {"torch.compile": 2.0, "max-autotune": 20.0}
 #: Seconds of a new process that imports torch, and of one that compiles a kernel with nothing cached.
 PROCESS, COLD_PROCESS = 2.5, 10.0
 _ROUNDS = 5

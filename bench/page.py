@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from . import plots
+from .peers import OURS
 from .plots import bandwidths
 from .report import SHORT, duration, geometric_mean
-from .run import OURS, Record
+from .run import Record
 
 Header = dict[str, Any]
 
@@ -47,6 +46,10 @@ def _rows(cells: Iterable[tuple[str, object]]) -> str:
     return "<table>" + "\n".join(lines) + "</table>"
 
 
+def _fact(value: object) -> object:
+    return ", ".join(f"{name} {v}" for name, v in value.items()) if isinstance(value, dict) else value
+
+
 def _header(header: Header) -> Iterator[str]:
     """What a reader must know before believing a number."""
     machine, limits, load = header["machine"], header["limits"], header["load_average"]
@@ -55,14 +58,14 @@ def _header(header: Header) -> Iterator[str]:
     yield _rows(
         [
             ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}"),
-            *((name, machine[name]) for name in ("cpu_llvm", "simd", "caches", "memory", "features") if name in machine),
+            *((name, _fact(machine[name])) for name in ("cpu_llvm", "simd", "caches", "memory", "features") if name in machine),
             ("affinity", f"cores {machine['affinity']}"),
             ("threads", header["threads"]),
             ("load average before", "unknown" if load is None else f"{load:.2f}"),
-            ("versions", ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v)),
-            ("providers", ", ".join(f"{name} {v}" for name, v in header["providers"].items())),
+            ("versions", _fact({name: v for name, v in header["versions"].items() if v})),
+            ("providers", _fact(header["providers"])),
             *((f"{name} is missing", why) for name, why in header["missing"].items()),
-            ("environment", ", ".join(f"{k}={v}" for k, v in header["environment"].items()) or "nothing set"),
+            ("environment", _fact(header["environment"]) or "nothing set"),
             ("command", " ".join(header["command"])),
             *(
                 (f"limit: multiply-add {kind}", f"{rate:.0f} GFLOP/s" + (f", {one[kind]:.0f} one core" if kind in one else ""))
@@ -117,9 +120,8 @@ def _table(records: Sequence[Record]) -> Iterator[str]:
     yield "</table>"
 
 
-def html(headers: Sequence[Header], records: Sequence[Record]) -> str:
-    """The page."""
-    images = dict(plots.figures(headers, records))
+def html(headers: Sequence[Header], records: Sequence[Record], images: Mapping[str, bytes]) -> str:
+    """The page, with the PNGs that ``plots.figures`` made."""
     parts = ["<!DOCTYPE html><html lang=en><head><meta charset=utf-8><title>fastnn bench</title>"]
     parts += [f"<style>{_STYLE}</style></head><body>", _tag("h1", f"fastnn bench: {headers[0]['machine']['cpu']}")]
     for header in headers:
@@ -132,9 +134,3 @@ def html(headers: Sequence[Header], records: Sequence[Record]) -> str:
                 if name.startswith(start):
                     parts.append(f'<p><img alt="{escape(name)}" src="data:image/png;base64,{b64encode(png).decode()}"></p>')
     return "\n".join([*parts, "</body></html>\n"])
-
-
-def save(path: Path, headers: Sequence[Header], records: Sequence[Record]) -> None:
-    """Write the page."""
-    path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(headers, records), encoding="utf-8")

@@ -5,10 +5,8 @@ Figures are made without pyplot: no window, no global state, nothing to close.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -44,9 +42,16 @@ def pairs(records: Sequence[Record]) -> list[tuple[Record, Record | None]]:
 
 
 def bandwidths(header: Header) -> dict[str, float]:
-    """The measured limits of memory in GB/s, by name."""
-    found = ((re.fullmatch(r"(\w+?)_gbs_(\w+)", key), value) for key, value in header["limits"].items())
-    return {f"{m[1]} {m[2]}".replace("_", " "): value for m, value in found if m}
+    """The measured limits of memory in GB/s, by name: read l2, copy memory, …"""
+    limits = header["limits"]
+    found = {f"{what} {where}": v for what, rates in limits.get("bandwidth_gbs", {}).items() for where, v in rates.items()}
+    parts = ((key.partition("_gbs_"), value) for key, value in limits.items())
+    return found | {f"{what} {where.replace('_', ' ')}": value for (what, _, where), value in parts if where}
+
+
+def _drawn(header: Header) -> dict[str, float]:
+    """Those that the plots show: reading from each level, and what an operator without arithmetic is, a copy."""
+    return {name: rate for name, rate in bandwidths(header).items() if name.startswith("read") or name.endswith("new output")}
 
 
 # The plots ------------------------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def _points(
         Line2D([], [], marker="o", linestyle="", color="black", label=OURS),
         Line2D([], [], marker="o", linestyle="", color="black", markerfacecolor="white", label="best peer"),
     ]
-    axes.legend(handles=handles, fontsize=7, loc="lower right")
+    axes.legend(handles=handles, fontsize=7)
     return [x(ours) for ours, _ in found]
 
 
@@ -119,10 +124,11 @@ def roofline(header: Header, records: Sequence[Record]) -> Figure | None:
         axes.axhline(rate, color="black", linewidth=1)
         axes.annotate(f"multiply-add {SHORT.get(kind, kind)} {rate:.0f} GFLOP/s", (low, rate), fontsize=7, va="bottom")
     top = max(roofs.values(), default=float("inf"))
-    for name, rate in bandwidths(header).items():
-        axes.plot([low, high], [rate * low, rate * high], color="gray", linewidth=1, scaley=False)
-        if rate * low < top:
-            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray", annotation_clip=True)
+    for name, rate in _drawn(header).items():
+        ridge = min(high, top / rate)
+        if ridge > low:  # else memory limits nothing that is drawn
+            axes.plot([low, ridge], [rate * low, rate * ridge], color="gray", linewidth=1)
+            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray")
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP / byte (least traffic)", ylabel="GFLOP/s")
     return figure
 
@@ -135,7 +141,7 @@ def bandwidth(header: Header, records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     xs = _points(axes, mine, lambda r: r.bytes / 1e6, lambda r: r.bytes / (r.median or 1) / 1e9)
-    for name, rate in bandwidths(header).items():
+    for name, rate in _drawn(header).items():
         axes.axhline(rate, color="gray", linewidth=1)
         axes.annotate(f"{name} {rate:.0f} GB/s", (min(xs) / 2, rate), fontsize=7, color="gray", va="bottom")
     axes.set(xscale="log", yscale="log", xlim=(min(xs) / 2, max(xs) * 2))
@@ -181,7 +187,7 @@ def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
 PLOTS = (ratios, roofline, bandwidth, sizes)
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# All of them ----------------------------------------------------------------------------------------------------------
 
 
 def figures(headers: Sequence[Header], records: Sequence[Record]) -> Iterator[tuple[str, bytes]]:
@@ -198,13 +204,3 @@ def figures(headers: Sequence[Header], records: Sequence[Record]) -> Iterator[tu
             png = BytesIO()
             figure.savefig(png, dpi=140, format="png")
             yield f"{family}-{threads}threads-{draw.__name__}", png.getvalue()
-
-
-def save(folder: Path, headers: Sequence[Header], records: Sequence[Record]) -> list[Path]:
-    """Write every plot as a PNG into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, png in figures(headers, records):
-        written.append(folder / f"{name}.png")
-        written[-1].write_bytes(png)
-    return written

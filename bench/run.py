@@ -219,14 +219,8 @@ def measure_case(
         for record in records:
             record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
         return records
-    inputs = case.make(dtype)
+    job = Job.of(case, dtype, threads)
     with torch.set_grad_enabled(case.mode != "forward"), ExitStack() as settings:
-        grad = None
-        if case.mode != "forward":
-            with torch.no_grad():
-                out = case.theirs(TORCH, *inputs)
-            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
-        job = Job(case, inputs, grad, threads)
         works: dict[str, Work] = {}
         for peer, record in zip(providers, records, strict=True):
             if record.missing:
