@@ -15,6 +15,7 @@ import fastnn.bench.estimate as estimate
 import fastnn.bench.page as page
 import fastnn.bench.plots as plots
 import fastnn.bench.report as report
+import fastnn.bench.test_cases as test_cases
 from fastnn.__main__ import main
 from fastnn.bench import run
 from fastnn.bench.command import SECONDS
@@ -393,3 +394,46 @@ def test_make_bench_quick_takes_less_than_three_minutes() -> None:
 
 def test_minutes() -> None:
     assert [report.minutes(s) for s in (1, 44, 130, 1000)] == ["10 seconds", "40 seconds", "2 minutes", "17 minutes"]
+
+
+# The cases as pytest-benchmark tests ----------------------------------------------------------------------------------
+
+
+class _Benchmark:
+    """What a test uses of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.timed = "", dict[str, Any](), 0
+
+    def __call__(self, work: Any) -> None:
+        work()
+        self.timed += 1
+
+
+def test_cases_for_pytest_benchmark_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, dtype = next(iter(run.select(["matmul"], pattern="small/8")))
+    ours, theirs, numpy = run.available_peers(["fastnn", "torch", "numpy"])[0]
+    for peer in (ours, theirs, numpy):
+        benchmark = _Benchmark()
+        test_cases.test_case(small, dtype, peer, benchmark)
+        assert benchmark.timed == 1
+        assert benchmark.group == "matmul/small/8 forward float32"
+        assert benchmark.extra_info["flops"] == 1024
+    wrong = small.on(ours=lambda F, a, b: F.matmul(a, b) + 1)
+    with pytest.raises(AssertionError, match="ulp where torch has"):
+        test_cases.test_case(wrong, dtype, ours, benchmark := _Benchmark())
+    assert benchmark.timed == 0
+    broken = small.on(ours=lambda F, a, b: F.nothing(a, b), numpy=lambda a, b: a.nothing)
+    with pytest.raises(AttributeError):
+        test_cases.test_case(broken, dtype, ours, _Benchmark())
+    with pytest.raises(pytest.skip.Exception, match="numpy cannot: AttributeError"):
+        test_cases.test_case(broken, dtype, numpy, _Benchmark())
+    with pytest.raises(pytest.skip.Exception, match="NumPy has no gradients"):
+        test_cases.test_case(small.on(mode="backward"), dtype, numpy, _Benchmark())
+
+
+def test_every_case_and_provider_is_a_test_for_pytest_benchmark() -> None:
+    names = [parameters.id or "" for parameters in test_cases._parameters()]
+    assert len(set(names)) == len(names)
+    assert "matmul/square/1024-forward-bfloat16-torch.compile" in names
+    assert not any(name.startswith("startup") for name in names)
