@@ -58,8 +58,8 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
     The peer is the one that was fastest in OLD among those that both files timed; the same in both, so that a new rival
     is no regression. A slower day of the machine moves our time but not the quotient, a peer that got faster (or a
     disturbed one) moves the quotient but not our time; neither is called a regression. Where the files have no peer of a
-    case in common, the median change of the peers of all other cases stands in. The noise of a quotient is the root of
-    the sum of squares of the spreads (p80 - p20) / median of the times in it, and at least ``TOLERANCE``. Faster is the
+    case in common, the median change of the peers of all other cases stands in. The noise is the root of the sum of
+    squares of the spreads (p80 - p20) / median of the four times, and at least ``TOLERANCE``. Faster is the
     same the other way round. What was right and is red or missing now is a regression, whatever the times.
     """
     before, after = _by_case(old), _by_case(new)
@@ -77,12 +77,11 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
         else:
             peers = shared[key]
             machine = peers[1].median / peers[0].median if peers and peers[0].median and peers[1].median else typical
-            time, own = now.median / was.median, max(TOLERANCE, _spread(was, now))
-            noise = max(own, _spread(was, now, *(peers or ())))
+            time, noise = now.median / was.median, max(TOLERANCE, _spread(was, now, *(peers or ())))
             relative = time / machine
-            if time > 1 + own and relative > 1 + noise:
+            if min(time, relative) > 1 + noise:
                 verdict = "slower"
-            elif time < 1 / (1 + own) and relative < 1 / (1 + noise):
+            elif max(time, relative) < 1 / (1 + noise):
                 verdict = "faster"
             else:
                 verdict = "same"
