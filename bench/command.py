@@ -58,8 +58,8 @@ def main(arguments: Namespace) -> int:
         headers.append(header(limits, providers, missing))
         report.print_header(console, headers[-1])
         if count == threads[0]:
-            left = estimate(chosen, providers, seconds, headers[-1]) * len(threads)
-            console.print(f"{len(chosen)} cases: about {report.minutes(left)}; Ctrl-C keeps what is finished.")
+            left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
+            console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
         mine, interrupted = _run(console, chosen, count, seconds, providers, limits, save)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_doubts(console, mine)

@@ -411,7 +411,7 @@ def test_plots_and_the_page_are_written(quick: None, tmp_path: Path, capsys: pyt
         assert b64encode(picture.read_bytes()).decode() in text
     assert "small/8" in text
     out = capsys.readouterr().out
-    assert "1 cases: about 10 seconds; Ctrl-C keeps what is finished." in out
+    assert "1 cases: about 10 seconds if nothing else runs; Ctrl-C keeps what is finished." in out
     assert f"saved {page}" in out.replace("\n", "")
 
 
