@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastnn.verify import dtypes
 
-from . import report
+from . import compare, report
 from .cases import Case, families
+from .estimate import estimate
 from .limits import Limits
 from .peers import Peer
 from .run import Record, available_peers, header, run, select
 
-SECONDS = {"quick": 0.25, "full": 1.0}
+SECONDS = {"quick": 0.2, "full": 1.0}
 
 
 def main(arguments: Namespace) -> int:
     """Run the benchmark; 0 if every result was right, 1 if one was red, 130 if interrupted.
 
+    ``bench compare`` compares two results instead: see ``compare.main``.
+
     Raises:
         ValueError: an unknown family, dtype or number of threads, or no case is left.
+        ImportError: matplotlib is not installed, and a plot or page is wanted.
     """
+    console = Console(width=None if os.isatty(1) else 170)
+    if arguments.family[:1] == ["compare"]:
+        return compare.main(console, arguments.family[1:])
     chosen = select(
         arguments.family or families(),
         dtypes(arguments.dtype)[0] if arguments.dtype else None,
@@ -37,21 +45,22 @@ def main(arguments: Namespace) -> int:
     threads = arguments.threads or [torch.get_num_threads()]
     if wrong := [n for n in threads if n < 1]:
         raise ValueError(f"--threads is {wrong[0]}; it must be 1 or more")
-    if arguments.json:
-        Path(arguments.json).resolve().parent.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if os.isatty(1) else 170)
+    if arguments.plot or arguments.html:
+        import_module("matplotlib")  # said now if it is missing, not after the run
     seconds = SECONDS["quick" if arguments.quick else "full"]
     providers, missing = available_peers(arguments.providers)
     headers: list[dict[str, Any]] = []
     records: list[Record] = []
+    save = _Saver(arguments, headers, records)
     interrupted = False
     for count in threads:
         limits = Limits(count)
         headers.append(header(limits, providers, missing))
         report.print_header(console, headers[-1])
-        mine, interrupted = _run(
-            console, chosen, count, seconds, providers, limits, _Saver(arguments.json, headers, records)
-        )
+        if count == threads[0]:
+            left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
+            console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
+        mine, interrupted = _run(console, chosen, count, seconds, providers, limits, save)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_doubts(console, mine)
         if interrupted:
@@ -60,26 +69,50 @@ def main(arguments: Namespace) -> int:
                 style="yellow",
             )
             break
-    if arguments.plot:
-        for path in report.plot(Path(arguments.plot), headers[-1], records):
-            console.print(f"plotted {path}")
-    if arguments.json and records:
-        console.print(f"saved {arguments.json}")
+    if records:
+        for path in [*save.files(), *save.pictures()]:
+            console.print(f"saved {path}")
     return 130 if interrupted else int(any(r.correct is False for r in records))
 
 
 class _Saver:
-    """Keeps all records of all runs, and the file up to date."""
+    """Keeps all records of all runs, and the files up to date."""
 
-    def __init__(self, path: str | None, headers: list[dict[str, Any]], records: list[Record]) -> None:
-        self.path, self.headers, self.records = path, headers, records
+    def __init__(self, arguments: Namespace, headers: list[dict[str, Any]], records: list[Record]) -> None:
+        self.arguments, self.headers, self.records = arguments, headers, records
+
+    def files(self) -> dict[Path, list[Record]]:
+        """Which records are written where."""
+        found = {Path(self.arguments.json): self.records} if self.arguments.json else {}
+        if self.arguments.save:
+            folder = report.RESULTS / report.slug(self.headers[0]["machine"])
+            for r in self.records:
+                found.setdefault(folder / f"{r.family}.json", []).append(r)
+        return found
 
     def __call__(self, new: list[Record], limits: Limits) -> None:
         self.records += new
         # The limits are those of the whole run: the best that was measured in it.
         self.headers[-1]["limits"]["fma_gflops"] |= limits.known()
-        if self.path:
-            report.save_json(Path(self.path), self.headers, self.records)
+        for path, records in self.files().items():
+            report.save_json(path, self.headers, records)
+
+    def pictures(self) -> list[Path]:
+        """Draw the plots and write the page of whatever is there; the files written."""
+        if not (self.arguments.plot or self.arguments.html):
+            return []
+        from . import page, plots
+
+        images = dict(plots.figures(self.headers, self.records))
+        files: dict[Path, bytes] = {}
+        if self.arguments.plot:
+            files = {Path(self.arguments.plot, f"{name}.png"): png for name, png in images.items()}
+        if self.arguments.html:
+            files[Path(self.arguments.html)] = page.html(self.headers, self.records, images).encode()
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return list(files)
 
 
 def _run(

@@ -28,6 +28,16 @@ class Job:
     grad: Tensor | None
     threads: int
 
+    @classmethod
+    def of(cls, case: Case, dtype: torch.dtype, threads: int) -> Job:
+        """The case's own inputs, and a gradient of its output where its mode needs one."""
+        inputs, grad = case.make(dtype), None
+        if case.mode != "forward":
+            with torch.no_grad():
+                out = case.theirs(TORCH, *inputs)
+            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+        return cls(case, inputs, grad, threads)
+
     @property
     def leaves(self) -> list[Tensor]:
         return [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]

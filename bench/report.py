@@ -1,4 +1,4 @@
-"""How results are shown and kept: lines as they come, a summary against the goals, JSON, plots."""
+"""How results are shown and kept: lines as they come, a summary against the goals, JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .cases import Case
 from .peers import OURS
 from .run import Record, dtype_name
 
-_SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 
 def duration(seconds: float | None) -> str:
@@ -29,6 +29,11 @@ def duration(seconds: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def minutes(seconds: float) -> str:
+    """A time that nobody knows exactly."""
+    return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 # The lines of a run ---------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ class Lines:
         cells = [
             main.case,
             main.mode,
-            _SHORT.get(main.dtype, main.dtype),
+            SHORT.get(main.dtype, main.dtype),
             duration(ours.median if ours else None),
             f"{main.rate:.4g} {main.unit}" if main.rate else "–",
             f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
@@ -104,7 +109,7 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
     fma = ", ".join(
-        f"{_SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)"
+        f"{SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)"
         for k, v in limits["fma_gflops"].items()
     )
     console.print(
@@ -230,8 +235,13 @@ def print_doubts(console: Console, records: Sequence[Record]) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
+#: Committed results: a folder a machine, in it a file a family.
+RESULTS = Path("bench/results")
+
+
 def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
     """Write all results so far; the file is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(
         json.dumps(
@@ -245,55 +255,28 @@ def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[R
     os.replace(temporary, path)
 
 
-def plot(folder: Path, header: dict[str, Any], records: Sequence[Record]) -> list[Path]:
-    """A PNG a family and number of threads: for each case, how many times faster we are than each peer.
+def slug(machine: dict[str, Any]) -> str:
+    """A machine's name in bench/results: LLVM's name of the CPU, the vectors that the kernels use, the number of cores.
+
+    ``zen5-avx512-2cores``: what decides a speed, and nothing that changes from boot to boot.
+    """
+    cpu = machine.get("cpu_llvm", machine["architecture"]).replace("znver", "zen")
+    vectors = machine.get("simd", {}).get("name", "")
+    return "-".join(part for part in (cpu, vectors, f"{machine['cores']}cores") if part)
+
+
+def load(path: Path) -> tuple[list[dict[str, Any]], list[Record]]:
+    """The headers and records of a file.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ValueError: it cannot be read, or is not a benchmark's result.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for family, threads in dict.fromkeys((r.family, r.threads) for r in records):
-        ours = [r for r in records if (r.family, r.threads, r.provider) == (family, threads, OURS) and r.median]
-        if not ours:
-            continue
-        times = {(r.case, r.mode, r.dtype, r.provider): r.median for r in records if r.threads == threads and r.median}
-        names = list(dict.fromkeys(r.provider for r in records if r.provider != OURS))
-        height = 0.8 / max(1, len(names))
-        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.34 * len(ours)), layout="constrained")
-        for n, name in enumerate(names):
-            at, values = [], []
-            for row, r in enumerate(ours):
-                peer = times.get((r.case, r.mode, r.dtype, name))
-                if peer and r.median:
-                    at.append(row + (n - (len(names) - 1) / 2) * height)
-                    values.append(peer / r.median - 1)
-            axes.barh(at, values, height, left=1, label=name)
-        axes.axvline(1.0, color="black", linewidth=1)
-        axes.set_yticks(
-            range(len(ours)),
-            [
-                f"{r.case}  {'' if r.mode == 'forward' else r.mode + ' '}{_SHORT.get(r.dtype, r.dtype)}"
-                + (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "")
-                for r in ours
-            ],
-            fontsize=8,
-        )
-        axes.invert_yaxis()
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        axes.set_xlabel("times faster than the peer (median of the same run)")
-        axes.set_title(
-            f"{family}: {header['machine']['cpu']}, {threads} threads, torch {header['versions']['torch']}", fontsize=9
-        )
-        axes.legend(fontsize=8)
-        path = folder / f"{family}-{threads}threads.png"
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
-        written.append(path)
-    return written
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        headers, records = saved["headers"], [Record(**r) for r in saved["records"]]
+        machines = {slug(h["machine"]) for h in headers}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path} is not a result of bench --json: {type(problem).__name__}: {problem}") from problem
+    if len(machines) != 1:
+        raise ValueError(f"{path} has results of {len(machines)} machines; it must have those of one")
+    return headers, records

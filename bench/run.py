@@ -50,6 +50,7 @@ class Record:
             comes.
         ratio: the best peer's time over this one's: above 1, this provider is faster than the best peer (never above
             1 for a peer).
+        flops, bytes: operations and least memory traffic of one call; 0 where the case does not count them.
         error_ulp: largest error against the float64 reference; torch_error_ulp: PyTorch's own.
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
@@ -77,6 +78,8 @@ class Record:
     missing: str | None = None
     served_by: str | None = None
     notes: list[str] = field(default_factory=list)
+    flops: int = 0
+    bytes: int = 0
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,6 +158,7 @@ def fill(
     """The arithmetic: rates, fractions of the limit, ratios to the best peer."""
     peers = [t.median for name, t in times.items() if name != OURS]
     for record in records:
+        record.flops, record.bytes = case.flops, case.bytes(dtype)
         if record.provider not in times:
             continue
         t = times[record.provider]
@@ -215,14 +219,8 @@ def measure_case(
         for record in records:
             record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
         return records
-    inputs = case.make(dtype)
+    job = Job.of(case, dtype, threads)
     with torch.set_grad_enabled(case.mode != "forward"), ExitStack() as settings:
-        grad = None
-        if case.mode != "forward":
-            with torch.no_grad():
-                out = case.theirs(TORCH, *inputs)
-            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
-        job = Job(case, inputs, grad, threads)
         works: dict[str, Work] = {}
         for peer, record in zip(providers, records, strict=True):
             if record.missing:

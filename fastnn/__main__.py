@@ -27,7 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first"
     )
-    bench.add_argument("family", nargs="*", help="matmul, activation, softmax, … (default: all)")
+    bench.add_argument(
+        "family",
+        nargs="*",
+        help="matmul, activation, softmax, … (default: all); or: compare OLD.json NEW.json, which measures nothing, shows "
+        "what changed between two results of one machine, and exits with 1 if a case became slower or wrong",
+    )
     bench.add_argument(
         "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: torch.get_num_threads())"
     )
@@ -39,7 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family"
     )
     bench.add_argument("--json", metavar="FILE", help="write one record a case and provider; updated after each case")
-    bench.add_argument("--plot", metavar="DIR", help="write a PNG of ratio bars a family")
+    bench.add_argument(
+        "--save",
+        action="store_true",
+        help="write bench/results/MACHINE/FAMILY.json for each family, in place of what is there",
+    )
+    bench.add_argument("--html", metavar="FILE", help="write one page with everything, plots included; needs no other file")
+    bench.add_argument(
+        "--plot", metavar="DIR", help="write PNGs a family: ratio bars, rooflines, speed against size"
+    )
     bench.add_argument("--providers", nargs="+", metavar="NAME", help="only these of: fastnn torch torch.compile numpy")
 
     warmup = commands.add_parser("warmup", help="compile all kernels into the cache, so that no later call waits")

@@ -15,7 +15,7 @@ EXTRAS = {
     "triton": "the GPU kernels written in Triton",
     "cupy": "the GPU kernels written in CUDA C",
     "rich": "tables and progress bars of python -m fastnn",
-    "matplotlib": "python -m fastnn bench --plot",
+    "matplotlib": "python -m fastnn bench --plot and --html",
     "threadpoolctl": "NumPy as a peer of the benchmark at any number of threads",
 }
 _DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}

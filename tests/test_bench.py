@@ -5,6 +5,9 @@ Nothing here asserts a speed.
 
 import ctypes
 import json
+import re
+import sys
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import fastnn.bench.peers as peers
 import fastnn.bench.report as report
 import fastnn.bench.run as run
 import fastnn.bench.timing as timing
-from fastnn import backends
+from fastnn import _info, backends
 from fastnn.__main__ import main
 from fastnn._numerics import sum_of_magnitudes
 from fastnn.bench.cases import Case, random, together
@@ -134,6 +137,7 @@ def test_ratios_rates_and_fractions() -> None:
     ours, eager, compiled, numpy = records = _records(case, "fastnn", "torch", "torch.compile", "numpy")
     run.fill(records, _times(fastnn=0.002, torch=0.004, torch_compile=0.003), case, torch.float32, ("fma", 0.001))
     assert ours.ratio == pytest.approx(1.5)  # against the best peer, not the weakest
+    assert (ours.flops, ours.bytes) == (4_000_000, 0)
     assert [eager.ratio, compiled.ratio] == pytest.approx([0.75, 1.0])
     assert ours.rate == pytest.approx(2.0)
     assert ours.unit == "GFLOP/s"
@@ -148,6 +152,7 @@ def test_memory_bound_cases_count_bytes() -> None:
     records = _records(case, "fastnn")
     run.fill(records, {"fastnn": Times(1e-6, 0.5e-6, 2e-6, 9)}, case, torch.float32, None)
     assert (records[0].rate, records[0].unit) == (pytest.approx(8.0), "GB/s")
+    assert (records[0].flops, records[0].bytes) == (0, 8000)
     assert records[0].ratio is records[0].limit_fraction is None
     assert records[0].notes == ["spread 150%"]
 
@@ -395,11 +400,43 @@ def test_json_has_one_record_a_case_and_provider(
     assert "What was reached" in out
 
 
-def test_plots_are_written(quick: None, tmp_path: Path) -> None:
-    assert _bench("--case", "small/8", "--plot", str(tmp_path / "plots")) == 0
-    (picture,) = (tmp_path / "plots").iterdir()
-    assert picture.name == "matmul-1threads.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_plots_and_the_page_are_written(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "page.html"
+    assert _bench("--case", "small/8", "--plot", str(tmp_path / "plots"), "--html", str(page)) == 0
+    pictures = sorted((tmp_path / "plots").iterdir())
+    assert [p.name for p in pictures] == ["matmul-1threads-ratios.png", "matmul-1threads-roofline.png"]
+    text = page.read_text()
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert b64encode(picture.read_bytes()).decode() in text
+    assert "small/8" in text
+    out = capsys.readouterr().out
+    assert "1 cases: about 10 seconds if nothing else runs; Ctrl-C keeps what is finished." in out
+    assert f"saved {page}" in out.replace("\n", "")
+
+
+def test_plots_without_matplotlib_are_refused_before_the_run(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert _bench("--case", "small/8", "--html", str(tmp_path / "page.html")) == 2
+    found = capsys.readouterr()
+    assert "matplotlib is needed for this" in found.err
+    assert "small/8" not in found.out
+
+
+def test_results_are_saved_by_machine_and_family(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [_case(name="small/8"), _case(name="small/16")], [_case(family="activation")]
+    monkeypatch.setattr(run, "cases", lambda family: tiny[family == "activation"])
+    assert main(["bench", "matmul", "activation", "--save", "--providers", "fastnn", "torch"]) == 0
+    folder = tmp_path / "bench" / "results"
+    files = {str(p.relative_to(folder)): report.load(p)[1] for p in folder.rglob("*.json")}
+    machine = report.slug(_info.machine())
+    assert {name: {r.case for r in records} for name, records in files.items()} == {
+        f"{machine}/matmul.json": {"small/8", "small/16"},
+        f"{machine}/activation.json": {"test/relu/64"},
+    }
 
 
 def test_a_red_case_fails_the_command(
@@ -426,9 +463,11 @@ def test_an_interrupted_run_keeps_what_is_done(
         return measured(*arguments)
 
     monkeypatch.setattr(run, "measure_case", interrupt)
-    file = tmp_path / "part.json"
-    assert _bench("--case", "small/*", "--json", str(file)) == 130
+    file, page, plots = tmp_path / "part.json", tmp_path / "part.html", tmp_path / "plots"
+    assert _bench("--case", "small/*", "--json", str(file), "--html", str(page), "--plot", str(plots)) == 130
     assert {r["case"] for r in json.loads(file.read_text())["records"]} == {"small/8", "small/16"}
+    assert set(re.findall(r"small/\d+", page.read_text())) == {"small/8", "small/16"}
+    assert (plots / "matmul-1threads-ratios.png").exists()
     assert "Interrupted after 2 of 7 cases" in capsys.readouterr().out
 
 

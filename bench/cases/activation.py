@@ -69,7 +69,7 @@ def _goals(name: str) -> dict[str, float]:
     return {"limit": 0.85} | ({"best": 1.0} if name != "gelu" else {"torch": 2.5})
 
 
-_QUICK = ("relu", "gelu", "silu", "tanh")
+_QUICK = ("relu", "gelu", "silu")
 
 CASES = [
     *(

@@ -1,0 +1,440 @@
+"""What becomes of the benchmark's records: the page, the plots, the comparison, the files, the estimate. Nothing is measured."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastnn.bench.compare as compare
+import fastnn.bench.estimate as estimate
+import fastnn.bench.page as page
+import fastnn.bench.plots as plots
+import fastnn.bench.report as report
+import fastnn.bench.test_cases as test_cases
+from fastnn.__main__ import main
+from fastnn.bench import run
+from fastnn.bench.command import SECONDS
+from fastnn.bench.run import Record
+
+MACHINE = {"cpu": "Some <CPU> & more", "architecture": "x86_64", "os": "Linux", "cores": 2, "affinity": [0, 1],
+           "cpu_llvm": "znver5", "simd": {"name": "avx512", "bytes": 64}}  # fmt: skip
+
+
+def header(threads: int = 2, **machine: Any) -> dict[str, Any]:
+    return {
+        "started": "2026-01-01T00:00:00+00:00",
+        "command": ["bench", "--html", "<b>.html"],
+        "machine": MACHINE | machine,
+        "versions": {"fastnn": "1", "torch": "2.6", "triton": None},
+        "threads": threads,
+        "environment": {"OMP_WAIT_POLICY": "passive"},
+        "providers": {"fastnn": "1", "torch": "2.6"},
+        "missing": {"onnxruntime": "not <installed>"},
+        "load_average": 0.25,
+        "limits": {
+            "fma_gflops_one_core": {"float32": 250.0, "float64": 125.0},
+            "fma_gflops": {"float32": 500.0, "float64": 250.0},
+            "read_gbs_64MiB": 50.0,
+            "copy_gbs_64MiB_new_output": 10.0,
+        },
+        "method": "Checked & timed.",
+    }
+
+
+def record(case: str = "square/8", provider: str = "fastnn", median: float | None = 1e-3, **more: Any) -> Record:
+    more = {"family": "matmul", "dtype": "float32", "threads": 2, "mode": "forward", "correct": True} | more
+    if median:
+        more = {"p20": 0.98 * median, "p80": 1.02 * median, "runs": 50, "rate": 1.0, "unit": "GFLOP/s",
+                "flops": 1_000_000, "bytes": 10_000} | more  # fmt: skip
+    return Record(case=case, provider=provider, median=median, **more)
+
+
+def spread(r: Record, width: float) -> Record:
+    assert r.median
+    return replace(r, p20=r.median * (1 - width / 2), p80=r.median * (1 + width / 2))
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+class _Reader(HTMLParser):
+    """Elements that are closed in the wrong order, addresses that are loaded, and the lines of the tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.lines: list[list[str]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag == "tr":
+            self.lines.append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        assert "script" not in self.open
+        if "td" in self.open or "th" in self.open:
+            self.lines[-1].append(data)
+
+
+def _read(records: Sequence[Record], headers: Sequence[dict[str, Any]] = (header(),)) -> _Reader:
+    reader = _Reader()
+    reader.feed(page.html(headers, records, {"matmul-2threads-ratios": b"\x89PNG", "other-2threads-ratios": b"no"}))
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_needs_no_other_file() -> None:
+    """Its only picture is in it, and of the families that it shows."""
+    (address,) = _read([record()]).addresses
+    assert address == "data:image/png;base64,iVBORw=="
+
+
+def test_the_page_says_what_was_measured_on_what() -> None:
+    lines = {line[0]: line[1:] for line in _read([record()]).lines}
+    assert lines["machine"] == ["Some <CPU> & more, 2 cores, Linux"]
+    assert lines["simd"] == ["name avx512, bytes 64"]
+    assert lines["affinity"] == ["cores [0, 1]"]
+    assert lines["load average before"] == ["0.25"]
+    assert lines["versions"] == ["fastnn 1, torch 2.6"]
+    assert lines["limit: multiply-add float32"] == ["500 GFLOP/s, 250 one core"]
+    assert lines["limit: copy 64MiB new output"] == ["10.0 GB/s"]
+    assert lines["method"] == ["Checked & timed."]
+    assert lines["onnxruntime is missing"] == ["not <installed>"]
+    assert lines["command"] == ["bench --html <b>.html"]
+
+
+def test_the_page_has_a_line_a_case_and_provider() -> None:
+    records = [
+        record(median=2e-3, ratio=1.5, limit="fma", limit_fraction=0.8, rate=123.4, error_ulp=3.0, torch_error_ulp=1.0,
+               notes=["spread <30%>"], served_by="matmul: cpu"),
+        record(provider="torch", median=3e-3, ratio=1.0),
+        record(provider="numpy", median=None, correct=None, missing="not <here>"),
+        record("square/16", median=None, correct=False, error_ulp=9e9, torch_error_ulp=1.0),
+    ]  # fmt: skip
+    lines = _read(records).lines
+    at = lines.index(list(page._COLUMNS))
+    assert lines[at + 1] == ["square/8", "forward, f32", "fastnn", "2 ms", "1.96 ms", "2.04 ms", "50", "123.4 GFLOP/s", "1.50×",
+                             "80% fma", "3 (1)", "spread <30%>; matmul: cpu"]  # fmt: skip
+    assert lines[at + 2][:2] == ["torch", "3 ms"]
+    assert lines[at + 3] == ["numpy", "missing: not <here>"]
+    assert lines[at + 4] == ["square/16", "forward, f32", "fastnn", "red, so no speed is reported", "9e+09 (1)"]
+
+
+def test_every_number_of_threads_and_family_has_a_table() -> None:
+    records = [record(), record(threads=1), record(family="softmax")]
+    reader = _read(records, [header(2), header(1)])
+    assert reader.lines.count(list(page._COLUMNS)) == 3
+
+
+# The plots ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_peer_is_drawn_beside_us() -> None:
+    ours, slow, fast = record(), record(provider="torch", median=2.0), record(provider="numpy", median=1.0)
+    red = record("red/8", median=None, correct=False)
+    alone = record("alone/8")
+    assert plots.pairs([ours, slow, fast, red, alone]) == [(ours, fast), (alone, None)]
+
+
+def _drawn(figure: Any) -> set[tuple[float, float]]:
+    """The points of a figure's first axes, rounded."""
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    return {(round(float(x), 6), round(float(y), 6)) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+
+def _texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_roofline() -> None:
+    """Intensity 100 and a millisecond for a million operations: a GFLOP/s; the peer takes twice as long."""
+    figure = plots.roofline(header(), [record(), record(provider="torch", median=2e-3)])
+    assert _drawn(figure) == {(100.0, 1.0), (100.0, 0.5)}
+    assert _texts(figure) == ["multiply-add f32 500 GFLOP/s"]  # memory limits nothing at this intensity
+    figure = plots.roofline(header(), [record(bytes=500_000, dtype="float64"), record(bytes=500_000, dtype="float16")])
+    assert sorted(_texts(figure)) == ["copy 64MiB new output 10 GB/s", "multiply-add f32 500 GFLOP/s",
+                                      "multiply-add f64 250 GFLOP/s", "read 64MiB 50 GB/s"]  # fmt: skip
+    roofs = [line for line in figure.axes[0].get_lines() if line.get_color() == "gray"]
+    assert [tuple(line.get_ydata()) for line in roofs] == [(50.0, 200.0), (10.0, 40.0)]  # from intensity 1 to 4
+    assert plots.roofline(header(), [record(flops=0)]) is None
+    assert plots.roofline(header(), [record(median=None, flops=1, bytes=1)]) is None
+
+
+def test_bandwidth_is_the_roofline_of_cases_without_arithmetic() -> None:
+    figure = plots.bandwidth(header(), [record(flops=0, bytes=2_000_000), record("square/9")])
+    assert _drawn(figure) == {(2.0, 2.0)}
+    assert _texts(figure) == ["read 64MiB 50 GB/s", "copy 64MiB new output 10 GB/s"]
+    assert plots.bandwidth(header(), [record()]) is None
+
+
+def test_speed_against_size() -> None:
+    names = ["square/512", "square/8", "square/64", "mv/4096x4096", "linear/up/8", "linear/up/16"]
+    records = [record(name, rate=float(n + 1)) for n, name in enumerate(names)] + [record("square/8", "torch", rate=9.0)]
+    figure = plots.sizes(header(), records)
+    assert figure
+    (axes,) = figure.axes  # two sizes are no curve, and 4096x4096 is no number
+    assert axes.get_title() == "square/… f32"
+    assert {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axes.get_lines()} == {
+        "fastnn": [(8, 2.0), (64, 3.0), (512, 1.0)],
+        "torch": [(8, 9.0)],
+    }
+    assert plots.sizes(header(), records[3:]) is None
+
+
+def test_limits_of_every_level_are_known() -> None:
+    """The plots show reading from each, and the copy that makes a new output."""
+    levels = header()
+    levels["limits"]["bandwidth_gbs"] = {"read": {"l1": 900.0, "memory": 40.0}, "copy": {"l1": 700.0}}
+    assert set(plots.bandwidths(levels)) == {"read l1", "read memory", "copy l1", "read 64MiB", "copy 64MiB new output"}
+    figure = plots.bandwidth(levels, [record(flops=0)])
+    assert _texts(figure) == ["read l1 900 GB/s", "read memory 40 GB/s", "read 64MiB 50 GB/s", "copy 64MiB new output 10 GB/s"]
+
+
+def test_figures_are_named_and_drawn() -> None:
+    from PIL import Image
+
+    records = [record(f"square/{n}", p, ratio=1.0, threads=t) for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]
+    records.append(record("relu/8", family="activation", flops=0))
+    images = dict(plots.figures([header(1), header(2)], records))
+    assert sorted(images) == [
+        "activation-2threads-bandwidth", "activation-2threads-ratios",
+        *(f"matmul-{t}threads-{plot}" for t in (1, 2) for plot in ("ratios", "roofline", "sizes")),
+    ]  # fmt: skip
+    for png in images.values():
+        with Image.open(BytesIO(png)) as image:
+            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+
+
+# compare --------------------------------------------------------------------------------------------------------------
+
+
+def _verdict(old: Sequence[Record], new: Sequence[Record]) -> str:
+    (change,) = compare.compare(old, new)
+    return change.verdict
+
+
+OLD = [record(median=1.0), record(provider="torch", median=2.0)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "verdict"),
+    [(1.3, 2.0, "slower"), (0.7, 2.0, "faster"), (1.03, 2.0, "same"),
+     (1.3, 2.6, "same"),  # a slower day of the machine
+     (1.3, 2.1, "slower"),  # a slightly slower day, and a regression
+     (1.0, 1.5, "same"),  # the peer got faster
+     (0.8, 1.6, "same"),  # a faster day
+     (1.0, 1.0, "same")],
+)  # fmt: skip
+def test_a_regression_is_told_from_a_slow_machine(ours: float, peer: float, verdict: str) -> None:
+    assert _verdict(OLD, [record(median=ours), record(provider="torch", median=peer)]) == verdict
+
+
+def test_a_change_within_the_noise_is_no_regression() -> None:
+    peer = record(provider="torch", median=2.0)
+    slower = record(median=1.3)
+    assert _verdict(OLD, [slower, peer]) == "slower"
+    assert _verdict(OLD, [spread(slower, 0.4), peer]) == "same"
+    assert _verdict([spread(OLD[0], 0.4), peer], [slower, peer]) == "same"
+    assert _verdict(OLD, [slower, spread(peer, 0.4)]) == "same"  # then the machine's change is not known so well
+    assert _verdict(OLD, [spread(record(median=2.0), 0.4), peer]) == "slower"
+
+
+def test_the_machine_is_told_by_the_same_peer_in_both_files() -> None:
+    """A new rival, or one that is fast now because it was wrong before, must not look like a change of the machine."""
+    rival = record(provider="onnxruntime", median=0.1)
+    assert _verdict(OLD, [record(median=1.3), record(provider="torch", median=2.0), rival]) == "slower"
+    assert _verdict([*OLD, rival], [record(median=1.3), record(provider="torch", median=2.0)]) == "slower"
+    (change,) = compare.compare([*OLD, record(provider="numpy", median=1.5)], [*OLD, record(provider="numpy", median=1.8)])
+    assert change.machine == pytest.approx(1.2)  # numpy was the faster of the two
+
+
+def test_without_a_peer_the_other_cases_tell_the_machine() -> None:
+    slow_day = [record(median=1.3), record("alone/8", median=1.3), record(provider="torch", median=2.6)]
+    changes = compare.compare([*OLD, record("alone/8", median=1.0)], slow_day)
+    assert {c.key[1]: c.verdict for c in changes} == {"square/8": "same", "alone/8": "same"}
+    assert _verdict([record(median=1.0)], [record(median=1.3)]) == "slower"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "verdict", "regression"),
+    [({}, {"median": None, "correct": False}, "red", True),
+     ({}, {"median": None, "correct": None, "missing": "no kernel"}, "missing", True),
+     ({"median": None, "correct": None}, {"median": None, "correct": False}, "red", True),
+     ({"median": None, "correct": False}, {}, "repaired", False),
+     ({"median": None, "correct": False}, {"median": None, "correct": False}, "same", False)],
+)  # fmt: skip
+def test_what_was_right_must_stay_right(was: dict[str, Any], now: dict[str, Any], verdict: str, regression: bool) -> None:
+    (change,) = compare.compare([record(**was)], [record(**now)])
+    assert (change.verdict, change.regression) == (verdict, regression)
+
+
+def test_cases_are_paired_by_all_that_makes_them() -> None:
+    old = [record(), record(dtype="bfloat16"), record(threads=1), record(mode="train"), record(family="softmax")]
+    new = [replace(old[0], median=9.0), *old[1:-1], record("square/16")]
+    found = {c.key: c.verdict for c in compare.compare(old, new)}
+    assert sorted(found.values()) == ["new", "same", "same", "same", "slower", "vanished"]
+    assert found["matmul", "square/8", "float32", 2, "forward"] == "slower"
+    assert found["softmax", "square/8", "float32", 2, "forward"] == "vanished"
+    assert found["matmul", "square/16", "float32", 2, "forward"] == "new"
+
+
+def _file(path: Path, records: Sequence[Record], *headers: dict[str, Any]) -> str:
+    report.save_json(path, headers or [header()], records)
+    return str(path)
+
+
+def _compare(*files: str) -> int:
+    return main(["bench", "compare", *files])
+
+
+def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = _file(tmp_path / "old.json", [*OLD, record("gone/8")])
+    new = _file(tmp_path / "new.json", [record(median=1.3), OLD[1]])
+    assert _compare(old, old) == 0
+    assert "2 same: no regression" in capsys.readouterr().out
+    assert _compare(old, new) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"square/8 .*1 s .*1\.3 s .*1\.30× .*1\.00× .*1\.30× .*slower", out)
+    assert re.search(r"gone/8 .*vanished", out)
+    assert "1 slower, 1 vanished: 1 regressions" in out
+    red = _file(tmp_path / "red.json", [record(median=None, correct=False, missing="[boom]"), OLD[1]])
+    assert _compare(old, red) == 1
+    assert "red: [boom]" in capsys.readouterr().out
+
+
+def test_compare_says_what_else_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = header() | {"versions": {"fastnn": "1", "torch": "2.7", "triton": None}}
+    other["method"] = "Cold."
+    old, new = _file(tmp_path / "old.json", OLD), _file(tmp_path / "new.json", OLD, other, header(1))
+    assert _compare(old, new) == 0
+    out = capsys.readouterr().out
+    assert "torch was 2.6 and is 2.7" in out
+    assert "Only one of the files has 1 threads." in out
+    assert "Measured in different ways. OLD: Checked & timed.\nNEW: Cold." in out
+
+
+def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = _file(tmp_path / "good.json", OLD)
+    for name, text in (("text", "no json"), ("list", "[]"), ("keys", '{"headers": [], "records": [{"case": "x"}]}')):
+        (tmp_path / name).write_text(text)
+    bad = {
+        _file(tmp_path / "machine.json", OLD, header(cores=64)): "different machines, zen5-avx512-2cores and zen5-avx512-64cores",
+        _file(tmp_path / "threads.json", OLD, header(1)): "different numbers of threads, [2] and [1]",
+        _file(tmp_path / "cases.json", [record("else/8")]): "no case in common",
+        _file(tmp_path / "both.json", OLD, header(), header(cores=64)): "results of 2 machines",
+        _file(tmp_path / "none.json", []).replace("none", "nowhere"): "is not a result of bench --json: FileNotFoundError",
+        str(tmp_path / "text"): "is not a result of bench --json: JSONDecodeError",
+        str(tmp_path / "list"): "is not a result of bench --json: TypeError",
+        str(tmp_path / "keys"): "is not a result of bench --json: TypeError",
+    }
+    for file, message in bad.items():
+        assert _compare(good, file) == 2, file
+        assert message in capsys.readouterr().err
+    assert _compare(good) == 2
+    assert "compare needs two files" in capsys.readouterr().err
+
+
+# Files and the estimate -----------------------------------------------------------------------------------------------
+
+
+def test_a_machine_is_named_by_what_decides_its_speed() -> None:
+    assert report.slug(MACHINE) == "zen5-avx512-2cores"
+    assert report.slug(MACHINE | {"cpu_llvm": "skylake-avx512", "simd": {"name": "avx2"}}) == "skylake-avx512-avx2-2cores"
+    assert report.slug({"architecture": "arm64", "cores": 8}) == "arm64-8cores"
+
+
+def test_committed_results_lie_where_they_belong_and_can_be_read() -> None:
+    files = sorted((Path(__file__).parents[1] / report.RESULTS).glob("*/*.json"))
+    assert files
+    for file in files:
+        headers, records = report.load(file)
+        assert {report.slug(h["machine"]) for h in headers} == {file.parent.name}
+        assert {r.family for r in records} == {file.stem}
+        for r in records:
+            assert r.median is None or r.correct, f"{file.name}: {r.case} is red and has a speed"
+
+
+def test_the_estimate_counts_who_takes_part() -> None:
+    cases = run.select(["matmul", "activation"], quick=True)
+    everyone, _ = run.available_peers(["fastnn", "torch", "torch.compile", "numpy"])
+
+    def total(names: Sequence[str], seconds: float = 1.0, cases: Any = cases) -> float:
+        return estimate.estimate(cases, [p for p in everyone if p.name in names], seconds, header())
+
+    one, two = total(["torch"]), total(["fastnn", "torch"])
+    assert one < two < 2 * one  # the check is made once
+    assert total(["torch"], 2.0) > one + len(cases) * 0.99
+    (square,) = run.select(["matmul"], pattern="square/512")
+    assert total(["torch", "numpy"], cases=[square]) > total(["torch"], cases=[square])
+    relu, *_ = run.select(["activation"], pattern="relu/bert_base/*")
+    assert total(["torch", "numpy"], cases=[relu]) == total(["torch"], cases=[relu])  # NumPy has no relu
+    compiled = total(["torch.compile"], cases=[square]) - total(["torch"], cases=[square])
+    assert compiled == pytest.approx(estimate.PREPARE["torch.compile"])
+    large, *_ = run.select(["matmul"], pattern="square/4096")
+    call = 2 * 4096**3 / 500e9  # longer than a block, and each of five blocks has one at least
+    assert total(["torch", "numpy"], 0.1, [large]) > total(["torch"], 0.1, [large]) + 5 * call
+
+
+def test_make_bench_quick_takes_less_than_three_minutes() -> None:
+    """By the estimate, on a machine as slow as the one of ``header``: an estimate and not a measurement."""
+    everyone = [peer for peer in run.available_peers()[0] if not getattr(peer, "slow", False)]
+    cases = run.select(["activation", "matmul", "softmax", "startup"], quick=True)
+    assert estimate.estimate(cases, everyone, SECONDS["quick"], header()) < 180
+
+
+def test_minutes() -> None:
+    assert [report.minutes(s) for s in (1, 44, 130, 1000)] == ["10 seconds", "40 seconds", "2 minutes", "17 minutes"]
+
+
+# The cases as pytest-benchmark tests ----------------------------------------------------------------------------------
+
+
+class _Benchmark:
+    """What a test uses of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.timed = "", dict[str, Any](), 0
+
+    def __call__(self, work: Any) -> None:
+        work()
+        self.timed += 1
+
+
+def test_cases_for_pytest_benchmark_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, dtype = next(iter(run.select(["matmul"], pattern="small/8")))
+    ours, theirs, numpy = run.available_peers(["fastnn", "torch", "numpy"])[0]
+    for peer in (ours, theirs, numpy):
+        benchmark = _Benchmark()
+        test_cases.test_case(small, dtype, peer, benchmark)
+        assert benchmark.timed == 1
+        assert benchmark.group == "matmul/small/8 forward float32"
+        assert benchmark.extra_info["flops"] == 1024
+    wrong = small.on(ours=lambda F, a, b: F.matmul(a, b) + 1)
+    with pytest.raises(AssertionError, match="ulp where torch has"):
+        test_cases.test_case(wrong, dtype, ours, benchmark := _Benchmark())
+    assert benchmark.timed == 0
+    broken = small.on(ours=lambda F, a, b: F.nothing(a, b), numpy=lambda a, b: a.nothing)
+    with pytest.raises(AttributeError):
+        test_cases.test_case(broken, dtype, ours, _Benchmark())
+    with pytest.raises(pytest.skip.Exception, match="numpy cannot: AttributeError"):
+        test_cases.test_case(broken, dtype, numpy, _Benchmark())
+    with pytest.raises(pytest.skip.Exception, match="NumPy has no gradients"):
+        test_cases.test_case(small.on(mode="backward"), dtype, numpy, _Benchmark())
+
+
+def test_every_case_and_provider_is_a_test_for_pytest_benchmark() -> None:
+    names = [parameters.id or "" for parameters in test_cases._parameters()]
+    assert len(set(names)) == len(names)
+    assert "matmul/square/1024-forward-bfloat16-torch.compile" in names
+    assert not any(name.startswith("startup") for name in names)
