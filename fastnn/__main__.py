@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--failures", action="store_true", help="print only the lines that failed")
 
     bench = commands.add_parser(
-        "bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first"
+        "bench", help="measure speed against PyTorch, torch.compile, NumPy, ONNX Runtime; each result checked first"
     )
     bench.add_argument("family", nargs="*", help="matmul, activation, softmax, … (default: all)")
     bench.add_argument(
@@ -38,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", metavar="FILE", help="write one record a case and provider; updated after each case")
     bench.add_argument("--plot", metavar="DIR", help="write a PNG of ratio bars a family")
-    bench.add_argument("--providers", nargs="+", metavar="NAME", help="only these of: fastnn torch torch.compile numpy")
+    bench.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help="only these of: fastnn torch torch.compile max-autotune numpy onnxruntime",
+    )
 
     warmup = commands.add_parser("warmup", help="compile all kernels into the cache, so that no later call waits")
     warmup.add_argument("--dtype", help="one of float32, float64, bfloat16, float16 (default: all)")

@@ -33,6 +33,7 @@ class Case:
             reference.
         ours: the same in fastnn's words, where they differ (``activation=`` for a fused GELU).
         numpy: the same on NumPy arrays, where NumPy has the operation: ``numpy(*arrays)``.
+        parameters: positions of the inputs that are a model's constant weights in inference, which peers may pack beforehand.
         flops: floating-point operations, a multiply-add counted as two; 0 where memory is the measure.
         passes: (elements read, elements written) of each pass over memory that nobody can avoid.
         mode: forward (no gradients), backward (of a forward done before), train (both).
@@ -53,6 +54,7 @@ class Case:
     theirs: Callable[..., Tensor]
     ours: Callable[..., Tensor] | None = None
     numpy: Callable[..., Any] | None = None
+    parameters: tuple[int, ...] = ()
     flops: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     mode: str = "forward"
