@@ -41,16 +41,17 @@ def main(arguments: Namespace) -> int:
         Path(arguments.json).resolve().parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if os.isatty(1) else 170)
     seconds = SECONDS["quick" if arguments.quick else "full"]
-    providers, missing = available_peers(arguments.providers)
+    method = "cold" if arguments.cold else "interleaved" if arguments.interleaved else "warm"
+    providers, missing = available_peers(arguments.providers, arguments.quick)
     headers: list[dict[str, Any]] = []
     records: list[Record] = []
     interrupted = False
     for count in threads:
         limits = Limits(count)
-        headers.append(header(limits, providers, missing))
+        headers.append(header(limits, providers, missing, method))
         report.print_header(console, headers[-1])
         mine, interrupted = _run(
-            console, chosen, count, seconds, providers, limits, _Saver(arguments.json, headers, records)
+            console, chosen, count, seconds, providers, limits, method, _Saver(arguments.json, headers, records)
         )
         report.print_summary(console, report.summary(chosen, mine))
         report.print_doubts(console, mine)
@@ -89,6 +90,7 @@ def _run(
     seconds: float,
     providers: list[Peer],
     limits: Limits,
+    method: str,
     save: _Saver,
 ) -> tuple[list[Record], bool]:
     """The records of one number of threads, and whether the user has interrupted."""
@@ -117,7 +119,7 @@ def _run(
             bar.refresh()
 
         try:
-            run(chosen, threads, seconds, providers, done, limits)
+            run(chosen, threads, seconds, providers, done, limits, method)
         except KeyboardInterrupt:
             return mine, True
     return mine, False

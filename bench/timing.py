@@ -136,7 +136,7 @@ class Neighbours:
     """How much of the machine others used during a stretch of time (Linux; elsewhere unknown)."""
 
     def __init__(self) -> None:
-        self._begin = self._read()
+        self._begin, self._start = self._read(), time.perf_counter()
         self._switches = _involuntary_switches()
 
     @staticmethod
@@ -169,6 +169,10 @@ class Neighbours:
     def switches(self) -> int:
         """How often since then a thread of this process lost its core while it had work."""
         return _involuntary_switches() - self._switches
+
+    def seconds(self) -> float:
+        """How long that has been."""
+        return time.perf_counter() - self._start
 
     def _passed(self) -> tuple[float, float, float, float] | None:
         """Core seconds since this object was made: busy, our own, all that there were, stolen."""

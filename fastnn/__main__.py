@@ -36,6 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family"
     )
+    methods = bench.add_mutually_exclusive_group()
+    methods.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    methods.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="call PyTorch's operation before every call, as in a half-replaced model",
+    )
     bench.add_argument("--json", metavar="FILE", help="write one record a case and provider; updated after each case")
     bench.add_argument("--plot", metavar="DIR", help="write a PNG of ratio bars a family")
     bench.add_argument(

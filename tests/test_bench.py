@@ -3,7 +3,6 @@
 Nothing here asserts a speed.
 """
 
-import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,16 +56,20 @@ def test_the_fma_loop_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4, 8])
-@pytest.mark.parametrize(("sources", "store"), [(1, "plain"), (1, "stream"), (2, "plain"), (2, "stream"), (1, "")])
+@pytest.mark.parametrize(
+    ("sources", "store"),
+    [(0, "plain"), (0, "stream"), (1, "plain"), (1, "stream"), (2, "plain"), (2, "stream"), (1, "")],
+)
 def test_the_memory_loops_touch_every_byte(sources: int, store: str, streams: int) -> None:
     """A loop that skipped memory would make a limit that nobody can reach."""
     steps, size = limits._block(3, 100_000)
     a, b, out = (limits._buffer(size) for _ in range(3))
     a.random_(), b.random_(), out.zero_()
-    data = (ctypes.c_int64 * 6)(0, 3, steps, a.data_ptr(), b.data_ptr(), out.data_ptr())
+    data = limits._data(3, steps, a, b, out, times=2)
     limits.launch(limits._memory(sources, store, streams), data, 2)
+    first = a[: limits.vector_bytes()].repeat(size // limits.vector_bytes())
     if store:
-        assert torch.equal(out, a ^ b if sources == 2 else a)
+        assert torch.equal(out, (first, a, a ^ b)[sources])
     else:
         width = limits.vector_bytes()
         found, true = (t.view(-1, width).unbind() for t in (out[: 3 * width], a))
