@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastnn.verify import dtypes
 
-from . import report
+from . import models, report
 from .cases import Case, families
 from .limits import Limits
 from .peers import Peer
@@ -53,6 +53,9 @@ def main(arguments: Namespace) -> int:
         mine, interrupted = _run(
             console, chosen, count, seconds, providers, limits, method, _Saver(arguments.json, headers, records)
         )
+        for name in dict.fromkeys(r.case for r in mine if r.family == "models" and r.median):
+            headers[-1].setdefault("layers", {})[name] = rows = models.layer_table(name)
+            models.print_layers(console, name, rows)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_doubts(console, mine)
         if interrupted:
@@ -65,6 +68,7 @@ def main(arguments: Namespace) -> int:
         for path in report.plot(Path(arguments.plot), headers[-1], records):
             console.print(f"plotted {path}")
     if arguments.json and records:
+        report.save_json(Path(arguments.json), headers, records)  # with what has come after the last case
         console.print(f"saved {arguments.json}")
     return 130 if interrupted else int(any(r.correct is False for r in records))
 

@@ -128,18 +128,26 @@ def select(
 
 def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
     """PyTorch's own error, which is the yardstick, and each provider's."""
+    case = job.case
     inputs, grad = [widen(v) for v in job.inputs], widen(job.grad)
-    true = results(lambda *values: job.case.theirs(TORCH, *values), inputs, grad)
-    scales = job.case.scale(inputs, grad) if job.case.scale else (None,) * len(true)
-    yardstick = results(lambda *values: job.case.theirs(TORCH, *values), job.inputs, job.grad)
+    reference = case.reference or case.theirs
+    true = _judged(case, inputs, results(lambda *values: reference(TORCH, *values), inputs, grad))
+    scales = case.scale(inputs, grad) if case.scale else (None,) * len(true)
+    yardstick = _judged(case, job.inputs, results(lambda *values: case.theirs(TORCH, *values), job.inputs, job.grad))
 
     def worst(found: tuple[Any, ...], other: tuple[Tensor | None, ...]) -> Error:
-        tensors = [t if isinstance(t, Tensor) else torch.from_numpy(t) for t in found]
+        tensors = tuple(t if isinstance(t, Tensor) else torch.as_tensor(t) for t in found)
+        if found is not yardstick:
+            tensors = _judged(case, job.inputs, tensors)
         return sum(
             (error(*four, forward=grad is None) for four in zip(tensors, true, scales, other, strict=True)), Error()
         )
 
     return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
+
+
+def _judged(case: Case, inputs: Sequence[Any], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(case.judge(t, *inputs) for t in found) if case.judge else found
 
 
 # The limits of a case -------------------------------------------------------------------------------------------------
@@ -238,7 +246,12 @@ def measure_case(
         for record in records:
             record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
         return records
-    inputs = case.make(dtype)
+    try:
+        inputs = case.make(dtype)
+    except (ImportError, NotImplementedError) as problem:  # a whole model that is not there, or has one dtype only
+        for record in records:
+            record.missing = str(problem)
+        return records
     with torch.set_grad_enabled(case.mode != "forward"), ExitStack() as settings:
         grad = None
         if case.mode != "forward":

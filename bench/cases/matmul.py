@@ -17,7 +17,13 @@ LAYERS = {
     "bert_up": (768, 3072),
     "bert_down": (3072, 768),
     "llama_projection": (4096, 4096),
+    "llama_kv": (4096, 1024),
+    "gpt2_qkv": (768, 2304),
+    "vit_b_up": (768, 3072),
+    "mnist_hidden": (784, 512),
+    "mnist_output": (512, 10),
 }
+_BERT_AND_LLAMA = ("bert_attention", "bert_up", "bert_down", "llama_projection")
 
 
 def _numpy_product(a: Any, b: Any) -> Any:
@@ -187,14 +193,18 @@ CASES = [
             goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
             quick=(layer, m) in {("bert_up", 8), ("bert_up", 128), ("bert_down", 32), ("llama_projection", 32)},
         )
-        for layer in LAYERS
+        for layer in _BERT_AND_LLAMA
         for m in (8, 32, 128, 512)
     ),
     *(
         linear(layer, m, goals={"best": 1.0}, quick=(layer, m) == ("bert_up", 128))
-        for layer in LAYERS
+        for layer in _BERT_AND_LLAMA
         for m in (32, 128)
     ),
+    linear("llama_kv", 32, goals={"best": 1.0}),
+    linear("gpt2_qkv", 1024, goals={"best": 1.0}),
+    linear("vit_b_up", 3152, "gelu", "mlp", goals={"best": 1.0}),  # 16 images of 197 tokens
+    *(linear(layer, 64, goals={"best": 1.0}) for layer in ("mnist_hidden", "mnist_output")),
     vector("square", 4096, 4096, goals=_VECTOR, quick=True),
     row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
     row("gpt2_up", 768, 3072, goals=_VECTOR),
@@ -206,6 +216,7 @@ CASES = [
     bmm("vit_b_context", 96, 197, 197, 64, goals={"best": 1.2}),
     bmm("gpt2_scores", 12, 1024, 64, 1024, transposed=True, goals={"best": 1.2}),
     bmm("gpt2_context", 12, 1024, 1024, 64, goals={"best": 1.2}),
+    bmm("llama_scores", 32, 512, 128, 512, transposed=True, goals={"best": 1.2}),
     bmm("minilm_scores", 768, 32, 32, 32, transposed=True, goals={"best": 1.2}),
     *(
         linear(
@@ -221,6 +232,7 @@ CASES = [
         for layer in ("bert_attention", "bert_up", "bert_down")
         for m in (128, 512)
     ),
+    linear("mnist_hidden", 64, None, "linear_train", grad=True, mode="train", goals={"best": 1.1}),
     linear("bert_up", 128, None, "linear_backward", grad=True, mode="backward", goals={"best": 1.1}).on(
         flops=4 * 128 * 768 * 3072
     ),
