@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import fastnn
 
 from .cases import Inputs
+from .timing import pause
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,19 @@ _MAKERS: dict[str, Callable[[], Model]] = {
 }
 
 
-@cache
+#: The models that have been loaded, by the case's name. A plain dictionary: torch.compile looks through it.
+loaded: dict[str, Model] = {}
+
+
 def load(name: str) -> Model:
     """The model of a case.
 
     Raises:
         ImportError: something that it needs is not installed.
     """
-    return _MAKERS[name]()
+    if name not in loaded:
+        loaded[name] = _MAKERS[name]()
+    return loaded[name]
 
 
 # Layer by layer -------------------------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def _hooked(leaves: dict[str, nn.Module], enter: Callable[[str], None], leave: C
             hook.remove()
 
 
-def layers(model: nn.Module, inputs: Inputs, runs: int = 11) -> list[Layer]:
+def layers(model: nn.Module, inputs: Inputs, seconds: float = 1.0, least: int = 5) -> list[Layer]:
     """Time every module without children in the forward, in the order of the first calls. The hooks cost microseconds.
 
     A module that is called several times counts with the sum; a shared one has its first name.
@@ -157,7 +162,7 @@ def layers(model: nn.Module, inputs: Inputs, runs: int = 11) -> list[Layer]:
             with _hooked(leaves, lambda name: leave(OUTSIDE), leave):
                 model(*inputs)
             leave(OUTSIDE)
-        samples: dict[str, list[float]] = {name: [] for name in (*served, OUTSIDE)}
+        samples: dict[str, list[float]] = {name: [] for name in served}
 
         def start(name: str) -> None:
             entered[name] = time.perf_counter()
@@ -165,10 +170,11 @@ def layers(model: nn.Module, inputs: Inputs, runs: int = 11) -> list[Layer]:
         def stop(name: str) -> None:
             samples[name][-1] += time.perf_counter() - entered[name]
 
+        pause()
+        model(*inputs)
+        end = time.perf_counter() + seconds
         with _hooked(leaves, start, stop):
-            for run in range(runs + 2):
-                if run == 2:  # two for warming up
-                    samples = {name: [] for name in samples}
+            while len(samples[OUTSIDE]) < least or time.perf_counter() < end:
                 for values in samples.values():
                     values.append(0.0)
                 begin = time.perf_counter()

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from fastnn._numerics import Scale, results
 
+from ..models import load, loaded
 from . import Case, Inputs
-
-
-def _load(name: str) -> Any:
-    from ..models import load
-
-    return load(name)
 
 
 def _largest(reference: Callable[..., Tensor]) -> Scale:
@@ -36,12 +30,8 @@ def _largest(reference: Callable[..., Tensor]) -> Scale:
 
 
 def inference(name: str, **extra: Any) -> Case:
-    @cache
-    def wide() -> nn.Module:
-        return deepcopy(_load(name).before).double()
-
     def reference(F: Any, *inputs: Any) -> Tensor:
-        return wide()(*inputs)
+        return deepcopy(loaded[name].before).double()(*inputs)
 
     return _case(name, "forward", lambda model: model.inputs, reference, **extra)
 
@@ -50,7 +40,7 @@ def training(name: str, **extra: Any) -> Case:
     """Forward, loss and the gradients of all parameters, which are inputs for this purpose."""
 
     def reference(F: Any, *inputs: Any) -> Tensor:
-        model = _load(name)
+        model = loaded[name]
         names = [key for key, _ in model.before.named_parameters()]
         count = len(model.inputs)
         return functional_call(model.before, dict(zip(names, inputs[count:], strict=True)), inputs[:count])
@@ -64,14 +54,14 @@ def _case(
     def make(dtype: torch.dtype) -> Inputs:
         if dtype != torch.float32:
             raise NotImplementedError("the whole models are float32")
-        return inputs(_load(name))
+        return inputs(load(name))
 
     def before(F: Any, *inputs: Any) -> Tensor:
-        model = _load(name)
+        model = loaded[name]
         return model.before(*inputs[: len(model.inputs)])
 
     def after(F: Any, *inputs: Any) -> Tensor:
-        model = _load(name)
+        model = loaded[name]
         return model.after(*inputs[: len(model.inputs)])
 
     return Case(
