@@ -57,6 +57,7 @@ def main(arguments: Namespace) -> int:
             headers[-1].setdefault("layers", {})[name] = rows = models.layer_table(name)
             models.print_layers(console, name, rows)
         report.print_summary(console, report.summary(chosen, mine))
+        report.print_missing(console, mine)
         report.print_doubts(console, mine)
         if interrupted:
             console.print(

@@ -6,8 +6,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -136,12 +137,10 @@ class MaxAutotune(TorchCompile):
 
     def prepare(self, job: Job) -> Work:
         import torch._inductor.config as inductor
-        import torch._inductor.select_algorithm as select_algorithm
 
-        select_algorithm.PRINT_AUTOTUNE = False
         with_weights = _WithWeights(job)
         compiled = _compiled(with_weights, mode="max-autotune")
-        with inductor.patch(freezing=True):
+        with inductor.patch(freezing=True), redirect_stderr(StringIO()):  # where it lists all that it tries
             compiled(*with_weights.others)  # compiles here, where freezing is on
         return lambda: (compiled(*with_weights.others),)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,12 @@ def print_doubts(console: Console, records: Sequence[Record]) -> None:
             "Repeat the run on a quiet machine before quoting them.",
             style="yellow",
         )
+
+
+def print_missing(console: Console, records: Sequence[Record]) -> None:
+    """Why peers did not take part: a line a reason."""
+    for (provider, why), count in Counter((r.provider, r.missing) for r in records if r.missing).items():
+        console.print(Text(f"{provider} is missing in {count} cases: {why}", style="dim"))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     others: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for turn in range(rounds):
+    for turn in range(rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, batch = calls[name], batches[name]
             pause()
