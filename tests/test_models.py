@@ -82,7 +82,7 @@ class _Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation(self.norm(self.activation(self.first(x))))
-        return fastnn.functional.softmax(self.second(y), -1)
+        return self.second(fastnn.functional.softmax(y, -1))
 
 
 def test_layers_say_who_served_them() -> None:
