@@ -227,4 +227,5 @@ _NUMBERS = ("modules", "torch, ms", "replaced, ms", "times faster")
 
 
 def _milliseconds(before: float, after: float) -> tuple[str, str, str]:
-    return f"{before * 1e3:.3g}", f"{after * 1e3:.3g}", f"{before / after:.2f}" if after > 0 else "–"
+    first, second = (f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}" for seconds in (before, after))
+    return first, second, f"{before / after:.2f}" if after > 0 else "–"
