@@ -537,6 +537,14 @@ def test_a_red_case_fails_the_command(
     assert "no speed is reported" in out
 
 
+def test_a_red_peer_is_shown_and_no_failure(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers.NumPy, "prepare", lambda self, job: lambda: (job.inputs[0],))
+    assert _bench("--case", "small/16") == 0
+    assert "RED numpy: error" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_keeps_what_is_done(
     quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
