@@ -14,18 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastnn.verify import dtypes
 
-from . import compare, report
+from . import compare, models, report
 from .cases import Case, families
 from .estimate import estimate
 from .limits import Limits
-from .peers import Peer
+from .peers import OURS, Peer
 from .run import Record, available_peers, header, run, select
 
 SECONDS = {"quick": 0.2, "full": 1.0}
 
 
 def main(arguments: Namespace) -> int:
-    """Run the benchmark; 0 if every result was right, 1 if one was red, 130 if interrupted.
+    """Run the benchmark; 0 if all our results were right, 1 if one was red, 130 if interrupted.
+
+    A peer's red result is shown, and has no speed, but is nothing that we could mend.
 
     ``bench compare`` compares two results instead: see ``compare.main``.
 
@@ -48,20 +50,25 @@ def main(arguments: Namespace) -> int:
     if arguments.plot or arguments.html:
         import_module("matplotlib")  # said now if it is missing, not after the run
     seconds = SECONDS["quick" if arguments.quick else "full"]
-    providers, missing = available_peers(arguments.providers)
+    method = "cold" if arguments.cold else "interleaved" if arguments.interleaved else "warm"
+    providers, missing = available_peers(arguments.providers, arguments.quick)
     headers: list[dict[str, Any]] = []
     records: list[Record] = []
     save = _Saver(arguments, headers, records)
     interrupted = False
     for count in threads:
         limits = Limits(count)
-        headers.append(header(limits, providers, missing))
+        headers.append(header(limits, providers, missing, method))
         report.print_header(console, headers[-1])
         if count == threads[0]:
             left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
             console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
-        mine, interrupted = _run(console, chosen, count, seconds, providers, limits, save)
+        mine, interrupted = _run(console, chosen, count, seconds, providers, limits, method, save)
+        for name in dict.fromkeys(r.case for r in mine if r.family == "models" and r.median):
+            headers[-1].setdefault("layers", {})[name] = rows = models.layer_table(name)
+            models.print_layers(console, name, rows)
         report.print_summary(console, report.summary(chosen, mine))
+        report.print_missing(console, mine)
         report.print_doubts(console, mine)
         if interrupted:
             console.print(
@@ -70,9 +77,10 @@ def main(arguments: Namespace) -> int:
             )
             break
     if records:
+        save([], limits)  # with what has come after the last case
         for path in [*save.files(), *save.pictures()]:
             console.print(f"saved {path}")
-    return 130 if interrupted else int(any(r.correct is False for r in records))
+    return 130 if interrupted else int(any(r.correct is False for r in records if r.provider == OURS))
 
 
 class _Saver:
@@ -122,6 +130,7 @@ def _run(
     seconds: float,
     providers: list[Peer],
     limits: Limits,
+    method: str,
     save: _Saver,
 ) -> tuple[list[Record], bool]:
     """The records of one number of threads, and whether the user has interrupted."""
@@ -150,7 +159,7 @@ def _run(
             bar.refresh()
 
         try:
-            run(chosen, threads, seconds, providers, done, limits)
+            run(chosen, threads, seconds, providers, done, limits, method)
         except KeyboardInterrupt:
             return mine, True
     return mine, False

@@ -19,8 +19,8 @@ from .run import Record
 #: No change smaller than this is called one: runs of the same code differ by as much on a quiet machine.
 TOLERANCE = 0.05
 
-#: (family, case, dtype, threads, mode)
-Key = tuple[str, str, str, int, str]
+#: (family, case, dtype, threads, mode, method)
+Key = tuple[str, str, str, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
 def _by_case(records: Sequence[Record]) -> dict[Key, dict[str, Record]]:
     found: dict[Key, dict[str, Record]] = {}
     for r in records:
-        found.setdefault((r.family, r.case, r.dtype, r.threads, r.mode), {})[r.provider] = r
+        found.setdefault((r.family, r.case, r.dtype, r.threads, r.mode, r.method), {})[r.provider] = r
     return found
 
 
@@ -151,7 +151,7 @@ def _print(console: Console, changes: Sequence[Change]) -> None:
     for column in table.columns[3:10]:
         column.justify = "right"
     for c in changes:
-        _, case, dtype, threads, mode = c.key
+        _, case, dtype, threads, mode, _ = c.key
         quotients = [c.time, c.machine, c.time / c.machine if c.time and c.machine else None]
         why = f": {c.new.missing}" if c.regression and c.new and c.new.missing else ""
         cells = [

@@ -1,4 +1,4 @@
-"""What this machine can do at most: multiply-adds a second, and bytes read or copied a second.
+"""What this machine can do at most: multiply-adds a second, and bytes read, written or copied a second.
 
 The loops are LLVM text, compiled by llvmlite for the host with its widest vectors; they share no code with the
 kernels that they judge. Each is started on torch's own OpenMP pool where there is one (a start costs a microsecond),
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastnn.kernels.cpu.engine import host
 
 #: Vector loads a step of the memory loops.
 STEP = 8
@@ -44,8 +46,9 @@ def has_bf16_dot() -> bool:
     return bool(_features().get("avx512bf16"))
 
 
-# The loops. Every function takes one block of int64: [next part, parts, steps a part, addresses…]; a thread takes
-# parts until none is left, so it does not matter how many threads the runtime really starts.
+# The loops. Every function takes one block of int64: [next part, parts, steps a part, three addresses, times that a
+# part is gone through]; a thread takes parts until none is left, so it does not matter how many threads the runtime
+# really starts.
 
 _FRAME = """
 define void @{name}(ptr %d) {{
@@ -60,12 +63,15 @@ entry:
   %b = load ptr, ptr %p4
   %p5 = getelementptr i64, ptr %d, i64 5
   %out = load ptr, ptr %p5
+  %p6 = getelementptr i64, ptr %d, i64 6
+  %times = load i64, ptr %p6
   br label %next
 next:
   %part = atomicrmw add ptr %d, i64 1 monotonic
   %more = icmp slt i64 %part, %parts
   br i1 %more, label %start, label %done
 start:
+  %time = phi i64 [ 0, %next ], [ %time1, %finish ]
 {start}
   br label %loop
 loop:
@@ -76,7 +82,9 @@ loop:
   br i1 %again, label %loop, label %finish
 finish:
 {finish}
-  br label %next
+  %time1 = add i64 %time, 1
+  %onceMore = icmp slt i64 %time1, %times
+  br i1 %onceMore, label %start, label %next
 done:
   ret void
 }}
@@ -122,7 +130,7 @@ def _fma_text(dtype: torch.dtype) -> tuple[str, int]:
 
 def _memory_text(sources: int, store: str, streams: int) -> str:
     """Reads one or two arrays; writes their xor (``store``: "plain" or "stream", past the caches) or keeps only a
-    checksum.
+    checksum. With none, writes the first vector of the first array everywhere.
 
     A part is cut in ``streams`` that are walked side by side, since some memories serve several streams faster than
     one.
@@ -133,6 +141,7 @@ def _memory_text(sources: int, store: str, streams: int) -> str:
         f"  %stream = mul i64 %steps, {step * vector_bytes()}",
         f"  %size = mul i64 %stream, {streams}",
         "  %begin = mul i64 %part, %size",
+        f"  %first = load {vec}, ptr %a, align {vector_bytes()}",
     ]
     phis, body, finish = [], [], []
     end = ""
@@ -141,7 +150,7 @@ def _memory_text(sources: int, store: str, streams: int) -> str:
         body += [f"  %k{s} = mul i64 %i, {step * vector_bytes()}", f"  %q{s} = add i64 %o{s}, %k{s}"]
         for u in range(step):
             n = s * step + u
-            value = f"%va{n}"
+            value = f"%va{n}" if sources else "%first"
             body.append(f"  %w{n} = add i64 %q{s}, {u * vector_bytes()}")
             for array in "ab"[:sources]:
                 body += [
@@ -299,7 +308,7 @@ def fma(dtype: torch.dtype, threads: int, seconds: float = 0.1) -> float:
     source = torch.full((64 * 64,), 1e-3, dtype=fma_dtype(dtype))
     sink = torch.empty(64 * 64 * threads, dtype=torch.float64)
     steps = 200_000
-    data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), source.data_ptr(), sink.data_ptr())
+    data = _data(threads, steps, source, source, sink)
     return threads * steps * flops / min(_repeat(lambda: launch(function, data, threads), seconds))
 
 
@@ -315,26 +324,39 @@ def _block(threads: int, size: int) -> tuple[int, int]:
     return steps, steps * threads * STEP * vector_bytes()
 
 
-def read(size: int, threads: int, seconds: float = 0.05) -> float:
-    """Bytes a second when all threads read ``size`` bytes again and again; the best of several access patterns."""
+def _data(
+    parts: int, steps: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, times: int = 1
+) -> ctypes.Array[ctypes.c_int64]:
+    """The block that a loop takes."""
+    return (ctypes.c_int64 * 7)(0, parts, steps, a.data_ptr(), b.data_ptr(), out.data_ptr(), times)
+
+
+def read(size: int, threads: int, seconds: float = 0.05, times: int = 1) -> float:
+    """Bytes a second when all threads read ``size`` bytes again and again; the best of several access patterns.
+
+    With ``times`` so often in one call, each thread its own part: in small caches the start-up would else be the measure.
+    """
     steps, walked = _block(threads, size)
     source, sink = _buffer(walked), _buffer(4096 * threads)
     source.fill_(1)
-    data = (ctypes.c_int64 * 6)(0, threads, steps, source.data_ptr(), 0, sink.data_ptr())
+    data = _data(threads, steps, source, source, sink, times)
     functions = [_memory(1, "", streams) for streams in (1, 2, 4, 8)]
-    return max(walked / _quick_fifth(_repeat(partial(launch, f, data, threads), seconds)) for f in functions)
+    return max(times * walked / _quick_fifth(_repeat(partial(launch, f, data, threads), seconds)) for f in functions)
 
 
-def copy(size: int, threads: int, sources: int = 1, fresh: bool = True, seconds: float = 0.05) -> float:
+def copy(
+    size: int, threads: int, sources: int = 1, fresh: bool = True, seconds: float = 0.05, times: int = 1
+) -> float:
     """Bytes a second, reads and writes together, when ``size`` bytes are written from one or two arrays of that size.
 
-    With ``fresh`` each call allocates its output by ``torch.empty``, as an operator that returns a new tensor must;
-    the best of plain and streaming stores, and of ``torch.clone``.
+    Without a source they are written only; ``times`` as in ``read``. With ``fresh`` each call allocates its output by
+    ``torch.empty``, as an operator that returns a new tensor must; the best of plain and streaming stores, and of
+    ``torch.clone``.
     """
     steps, walked = _block(threads, size)
-    inputs = [_buffer(walked).fill_(1) for _ in range(sources)]
+    inputs = [_buffer(walked if sources else 64).fill_(1) for _ in range(sources or 1)]
     old = _buffer(walked)
-    data = (ctypes.c_int64 * 6)(0, threads, steps, inputs[0].data_ptr(), inputs[-1].data_ptr(), old.data_ptr())
+    data = _data(threads, steps, inputs[0], inputs[-1], old, times)
     rates = []
     for store in ("plain", "stream"):
         for streams in (1, 4):
@@ -346,10 +368,29 @@ def copy(size: int, threads: int, sources: int = 1, fresh: bool = True, seconds:
                 launch(function, data, threads)
                 return out
 
-            rates.append(walked * (sources + 1) / _quick_fifth(_repeat(call, seconds)))
+            rates.append(times * walked * (sources + 1) / _quick_fifth(_repeat(call, seconds)))
     if fresh and sources == 1:
         rates.append(walked * 2 / _quick_fifth(_repeat(inputs[0].clone, seconds)))
     return max(rates)
+
+
+def bandwidths(threads: int, seconds: float = 0.02) -> dict[str, dict[str, float]]:
+    """Bytes a second that all threads read, write and copy (reads and writes together) in each cache and in memory.
+
+    In L1 and L2 each thread has half of its core's; in L3 they share a half; in memory it is four times L3.
+    """
+    caches = host.caches()
+    sizes = {"l1": threads * caches.l1 // 2, "l2": threads * caches.l2 // 2, "l3": caches.l3 // 2}
+    sizes["memory"] = min(max(4 * caches.l3, 64 << 20), _LARGE)
+    found: dict[str, dict[str, float]] = {"read": {}, "write": {}, "copy": {}}
+    for level, size in sizes.items():
+        if not size:
+            continue
+        times = max(1, (16 << 20) // size)
+        found["read"][level] = read(size, threads, seconds, times)
+        found["write"][level] = copy(size, threads, 0, False, seconds, times)
+        found["copy"][level] = copy(size // 2, threads, 1, False, seconds, times)
+    return found
 
 
 class Limits:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnn._numerics import TORCH
 
@@ -64,6 +68,8 @@ class Peer:
     name = ""
     #: Where the version is said.
     version = ""
+    #: Whether getting ready takes so long that a quick run leaves it out.
+    slow = False
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         """Why this peer cannot do the case, in a sentence; None if it can."""
@@ -115,10 +121,8 @@ class TorchCompile(Peer):
         return None
 
     def prepare(self, job: Job) -> Work:
-        torch._dynamo.reset()  # else the eighth case would silently fall back to eager
         run = job.case.theirs
-        compiled = torch.compile(lambda *inputs: run(TORCH, *inputs), fullgraph=True, dynamic=False)
-        return as_work(job, compiled)
+        return as_work(job, _compiled(lambda *inputs: run(TORCH, *inputs)))
 
     @contextmanager
     def settings(self, threads: int) -> Iterator[None]:
@@ -128,6 +132,101 @@ class TorchCompile(Peer):
         # A donated buffer could be used by one backward only, and we call the same one again and again.
         with functorch.patch(donated_buffer=False), inductor.patch({"cpp.threads": threads}):
             yield
+
+
+class MaxAutotune(TorchCompile):
+    """torch.compile's search for the fastest product, with frozen weights: without those, it has no choice on a CPU."""
+
+    name = "max-autotune"
+    slow = True
+
+    def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
+        if case.mode != "forward" or not case.parameters:
+            return "on a CPU, max-autotune has a choice only in inference and for products with constant weights"
+        return super().missing(case, dtype, threads)
+
+    def prepare(self, job: Job) -> Work:
+        import torch._inductor.config as inductor
+
+        with_weights = _WithWeights(job)
+        compiled = _compiled(with_weights, mode="max-autotune")
+        with inductor.patch(freezing=True), redirect_stderr(StringIO()):  # where it lists all that it tries
+            compiled(*with_weights.others)  # compiles here, where freezing is on
+        return lambda: (compiled(*with_weights.others),)
+
+
+def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
+    torch._dynamo.reset()  # else the eighth case would silently fall back to eager
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+class _WithWeights(nn.Module):
+    """A case as a module: its parameters are the module's, which compilers may pack; the ``others`` are arguments."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.run, self.length = job.case.theirs, len(job.inputs)
+        self.weights = nn.ParameterDict({str(n): job.inputs[n] for n in job.case.parameters}).requires_grad_(False)
+        self.others = tuple(t for n, t in enumerate(job.inputs) if n not in job.case.parameters)
+        self.eval()
+
+    def forward(self, *others: Tensor) -> Tensor:
+        rest = iter(others)
+        return self.run(
+            TORCH, *(self.weights[str(n)] if str(n) in self.weights else next(rest) for n in range(self.length))
+        )
+
+
+class OnnxRuntime(Peer):
+    """Exported from the case itself; a session of its own a case, with as many threads as everyone has.
+
+    Its threads spin after a call, as they do by default. An output of a megabyte and more is allocated by torch in each
+    call, as everyone's is; smaller ones, and what is needed in between, come from its own arena, which keeps memory.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self) -> None:
+        import onnx  # noqa: F401  # which torch's exporter needs
+        import onnxruntime
+
+        self.version = onnxruntime.__version__
+
+    def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
+        return None if case.mode == "forward" else "ONNX Runtime is for inference: it has no gradients here"
+
+    def prepare(self, job: Job) -> Work:
+        import onnxruntime
+
+        module = _WithWeights(job)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        options.log_severity_level = 4  # what it cannot do it also raises
+        with TemporaryDirectory() as folder, warnings.catch_warnings():
+            # torch calls this exporter old. The new one gives the same graphs in a second a case instead of 10 ms.
+            warnings.simplefilter("ignore")
+            file = Path(folder) / "case.onnx"
+            torch.onnx.export(module, module.others, file, dynamo=False, opset_version=20)
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        out = module(*module.others)
+        if out.dtype not in (torch.float32, torch.float64, torch.float16):
+            raise NotImplementedError(f"NumPy, through which results pass, has no {out.dtype}")
+        arrays = {place.name: t.numpy() for place, t in zip(session.get_inputs(), module.others, strict=True)}
+        if out.nbytes < 1 << 20:
+            return lambda: tuple(session.run(None, arrays))
+        binding = session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        (result,) = session.get_outputs()
+        kind, shape, dtype = out.numpy().dtype, tuple(out.shape), out.dtype
+
+        def work() -> tuple[Tensor]:
+            out = torch.empty(shape, dtype=dtype)
+            binding.bind_output(result.name, "cpu", 0, kind, shape, out.data_ptr())
+            session.run_with_iobinding(binding)
+            return (out,)
+
+        return work
 
 
 class NumPy(Peer):
@@ -171,4 +270,4 @@ def _has_threadpoolctl() -> bool:
 
 
 #: Every provider, ours first.
-PEERS: tuple[type[Peer], ...] = (Fastnn, TorchEager, TorchCompile, NumPy)
+PEERS: tuple[type[Peer], ...] = (Fastnn, TorchEager, TorchCompile, MaxAutotune, NumPy, OnnxRuntime)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,15 @@ class Lines:
         )
         if notes:
             self.console.print(Text("  unsteady: " + "; ".join(notes), style="dim"))
+        if ours and ours.between:
+            alone = by.get("torch")
+            self.console.print(
+                Text(
+                    f"  torch's own call took {duration(ours.between)} between ours"
+                    + (f", {duration(alone.between)} between its own" if alone and alone.between else ""),
+                    style="dim",
+                )
+            )
         if ours and ours.served_by and "torch" in ours.served_by:
             self.console.print(Text(f"  served by {ours.served_by}", style="dim"))
 
@@ -123,6 +133,12 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         f"{limits['copy_gbs_64MiB_new_output']:.0f} GB/s",
         highlight=False,
     )
+    for what, rates in limits["bandwidth_gbs"].items():
+        console.print(
+            f"{what}: " + ", ".join(f"{level} {rate:.0f}" for level, rate in rates.items()) + " GB/s", highlight=False
+        )
+    if m["affinity"] is not None and len(m["affinity"]) != m["cores"]:
+        console.print(f"This process may use only cores {m['affinity']}.", style="yellow")
     console.print(header["method"], style="dim")
     if header["load_average"] is not None and header["load_average"] > 0.5:
         console.print(
@@ -230,6 +246,12 @@ def print_doubts(console: Console, records: Sequence[Record]) -> None:
             "Repeat the run on a quiet machine before quoting them.",
             style="yellow",
         )
+
+
+def print_missing(console: Console, records: Sequence[Record]) -> None:
+    """Why peers did not take part: a line a reason."""
+    for (provider, why), count in Counter((r.provider, r.missing) for r in records if r.missing).items():
+        console.print(Text(f"{provider} is missing in {count} cases: {why}", style="dim"))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -21,22 +21,31 @@ from torch import Tensor
 
 from fastnn._numerics import TORCH, Error, error, results, widen
 
+from . import memory
 from . import peers as peer_module
 from .cases import Case, cases
 from .limits import Limits
-from .peers import OURS, Job, Peer, Work
-from .timing import Neighbours, Times, load_average, measure
+from .peers import OURS, Job, Peer, TorchEager, Work
+from .timing import Neighbours, Times, evict, load_average, measure
 
-#: A case is called unsteady from these on: spread of the samples, share of other processes, loss of clock speed.
-SPREAD, SHARE, DRIFT = 0.25, 0.05, 0.07
+#: A case is called unsteady from these on: spread of the samples, share of other processes, loss of clock speed, and
+#: how often a second a thread of ours lost its core.
+SPREAD, SHARE, DRIFT, SWITCHES = 0.25, 0.05, 0.07, 100
 #: Products that read less are not limited by memory.
 _CACHED = 4 << 20
 
 METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each "
-    "after a pause of 30 ms and three discarded calls. Caches are warm: the same inputs every call. Every provider "
+    "after a pause (30 ms, and until no thread pool spins any more) and three discarded calls. {} Every provider "
     "allocates its output anew in each call, and so do the copies that memory-bound cases are compared with."
 )
+#: The ways to time: what happens between two samples.
+METHODS = {
+    "warm": "Caches are warm: the same inputs every call.",
+    "cold": "Caches are cold: before every call twice their size is read, and the thread pools have gone to sleep.",
+    "interleaved": "Every call comes right after PyTorch's own for the same case, as in a half-replaced model; PyTorch "
+    "after itself is the base line.",
+}
 
 
 @dataclass
@@ -52,6 +61,9 @@ class Record:
             1 for a peer).
         flops, bytes: operations and least memory traffic of one call; 0 where the case does not count them.
         error_ulp: largest error against the float64 reference; torch_error_ulp: PyTorch's own.
+        memory: bytes by which the process grew at most during a call, the result included.
+        method: what happens between two samples: see METHODS.
+        between: with "interleaved", the median of PyTorch's calls between this provider's.
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
         notes: what makes the numbers doubtful.
@@ -75,6 +87,9 @@ class Record:
     ratio: float | None = None
     error_ulp: float | None = None
     torch_error_ulp: float | None = None
+    memory: int | None = None
+    method: str = "warm"
+    between: float | None = None
     missing: str | None = None
     served_by: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -116,18 +131,26 @@ def select(
 
 def check(job: Job, works: dict[str, Work]) -> tuple[Error, dict[str, Error]]:
     """PyTorch's own error, which is the yardstick, and each provider's."""
+    case = job.case
     inputs, grad = [widen(v) for v in job.inputs], widen(job.grad)
-    true = results(lambda *values: job.case.theirs(TORCH, *values), inputs, grad)
-    scales = job.case.scale(inputs, grad) if job.case.scale else (None,) * len(true)
-    yardstick = results(lambda *values: job.case.theirs(TORCH, *values), job.inputs, job.grad)
+    reference = case.reference or case.theirs
+    true = _judged(case, inputs, results(lambda *values: reference(TORCH, *values), inputs, grad))
+    scales = case.scale(inputs, grad) if case.scale else (None,) * len(true)
+    yardstick = _judged(case, job.inputs, results(lambda *values: case.theirs(TORCH, *values), job.inputs, job.grad))
 
     def worst(found: tuple[Any, ...], other: tuple[Tensor | None, ...]) -> Error:
-        tensors = [t if isinstance(t, Tensor) else torch.from_numpy(t) for t in found]
+        tensors = tuple(t if isinstance(t, Tensor) else torch.as_tensor(t) for t in found)
+        if found is not yardstick:
+            tensors = _judged(case, job.inputs, tensors)
         return sum(
             (error(*four, forward=grad is None) for four in zip(tensors, true, scales, other, strict=True)), Error()
         )
 
     return worst(yardstick, (None,) * len(true)), {name: worst(work(), yardstick) for name, work in works.items()}
+
+
+def _judged(case: Case, inputs: Sequence[Any], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(case.judge(t, *inputs) for t in found) if case.judge else found
 
 
 # The limits of a case -------------------------------------------------------------------------------------------------
@@ -163,6 +186,7 @@ def fill(
             continue
         t = times[record.provider]
         record.median, record.p20, record.p80, record.runs = t.median, t.p20, t.p80, t.runs
+        record.between = t.between if record.method == "interleaved" else None
         work, record.unit = (case.flops, "GFLOP/s") if case.flops else (case.bytes(dtype), "GB/s")
         record.rate = work / t.median / 1e9 if work else None
         if limit:
@@ -198,9 +222,15 @@ def _available_memory() -> int | None:
 
 
 def measure_case(
-    case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], limits: Limits, seconds: float
+    case: Case,
+    dtype: torch.dtype,
+    threads: int,
+    providers: list[Peer],
+    limits: Limits,
+    seconds: float,
+    method: str = "warm",
 ) -> list[Record]:
-    """Check and time one case with every provider that can do it."""
+    """Check and time one case with every provider that can do it, and measure the memory that a call takes."""
     records = [
         Record(
             case.family,
@@ -209,6 +239,7 @@ def measure_case(
             threads,
             case.mode,
             peer.name,
+            method=method,
             missing=peer.missing(case, dtype, threads),
         )
         for peer in providers
@@ -219,7 +250,12 @@ def measure_case(
         for record in records:
             record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
         return records
-    job = Job.of(case, dtype, threads)
+    try:
+        job = Job.of(case, dtype, threads)
+    except (ImportError, NotImplementedError) as problem:  # a whole model that is not there, or has one dtype only
+        for record in records:
+            record.missing = str(problem)
+        return records
     with torch.set_grad_enabled(case.mode != "forward"), ExitStack() as settings:
         works: dict[str, Work] = {}
         for peer, record in zip(providers, records, strict=True):
@@ -251,19 +287,43 @@ def measure_case(
         gc.collect()
         # A red case prints no speed, and a peer with wrong results is no peer.
         right = {name: work for name, work in works.items() if errors[name].within(torch_error, dtype)}
+        for record in records:
+            if record.provider in right:
+                record.memory = memory.extra(right[record.provider])
         limit_of(case, dtype, limits)
+        between = evict(_last_cache()) if method == "cold" else None
+        if method == "interleaved":
+            between = TorchEager().prepare(job)
         neighbours = Neighbours()
-        times = measure(right, seconds)
-        share = neighbours.share()
+        times = measure(right, seconds, between=between)
+        doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)
         fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True))
+    if drift > DRIFT:
+        doubts.append(f"the clock was {drift:.0%} slower than at its best")
     for record in records:
-        if share is not None and share > SHARE:
-            record.notes.append(f"others used {share:.0%} of the machine")
-        if drift > DRIFT:
-            record.notes.append(f"the clock was {drift:.0%} slower than at its best")
+        record.notes += doubts
     return records
+
+
+def _doubts(neighbours: Neighbours) -> list[str]:
+    """What others took from us while we measured, where it is worth saying."""
+    doubts = []
+    share, stolen, switches = neighbours.share(), neighbours.stolen(), neighbours.switches()
+    if share is not None and share > SHARE:
+        doubts.append(f"others used {share:.0%} of the machine")
+    if stolen is not None and stolen > SHARE / 2:
+        doubts.append(f"the hypervisor gave {stolen:.0%} of it to other machines")
+    if switches > SWITCHES * neighbours.seconds():
+        doubts.append(f"our threads lost their cores {switches} times")
+    return doubts
+
+
+def _last_cache() -> int:
+    from fastnn import _info
+
+    return max(_info.machine().get("caches", {}).values(), default=32 << 20)
 
 
 def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 5) -> list[Record]:
@@ -307,8 +367,12 @@ def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int
     return records
 
 
-def available_peers(names: Sequence[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
-    """The providers (of the given names, or all) that can be imported, and why the others cannot.
+def available_peers(
+    names: Sequence[str] | None = None, quick: bool = False
+) -> tuple[list[Peer], dict[str, str]]:
+    """The providers (of the given names, or all) that can be imported, and why the others are not there.
+
+    With ``quick``, those that take long to get ready must be named.
 
     Raises:
         ValueError: a name that no provider has.
@@ -321,6 +385,9 @@ def available_peers(names: Sequence[str] | None = None) -> tuple[list[Peer], dic
     for kind in peer_module.PEERS:
         if names is not None and kind.name not in names:
             continue
+        if quick and names is None and kind.slow:
+            missing[kind.name] = f"too slow to get ready for a quick run, unless named: --providers {kind.name}"
+            continue
         try:
             there.append(kind())
         except ImportError as problem:
@@ -328,7 +395,9 @@ def available_peers(names: Sequence[str] | None = None) -> tuple[list[Peer], dic
     return there, missing
 
 
-def header(limits: Limits, providers: list[Peer], missing: dict[str, str]) -> dict[str, Any]:
+def header(
+    limits: Limits, providers: list[Peer], missing: dict[str, str], method: str = "warm"
+) -> dict[str, Any]:
     """Machine, versions, limits and method of a run."""
     from fastnn import _info
 
@@ -354,11 +423,15 @@ def header(limits: Limits, providers: list[Peer], missing: dict[str, str]) -> di
         "limits": {
             "fma_gflops_one_core": {dtype_name(k): one.fma(k) / 1e9 for k in kinds},
             "fma_gflops": {dtype_name(k): limits.fma(k) / 1e9 for k in kinds},
+            "bandwidth_gbs": {
+                what: {level: rate / 1e9 for level, rate in rates.items()}
+                for what, rates in measured.bandwidths(limits.threads).items()
+            },
             "read_gbs_64MiB": measured.read(size, limits.threads) / 1e9,
             "copy_gbs_64MiB_new_output": measured.copy(size, limits.threads) / 1e9,
             "copy_gbs_64MiB_same_output": measured.copy(size, limits.threads, fresh=False) / 1e9,
         },
-        "method": METHOD,
+        "method": METHOD.format(METHODS[method]),
     }
 
 
@@ -369,6 +442,7 @@ def run(
     providers: list[Peer],
     done: Callable[[Case, torch.dtype, list[Record]], None],
     limits: Limits | None = None,
+    method: str = "warm",
 ) -> None:
     """Measure the chosen cases one after the other; ``done`` gets each as soon as it is finished."""
     before = torch.get_num_threads()
@@ -379,7 +453,7 @@ def run(
             if case.programs:
                 done(case, dtype, measure_processes(case, threads, providers))
             else:
-                done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds))
+                done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds, method))
             gc.collect()
     finally:
         torch.set_num_threads(before)

@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", metavar="FILE", help="write one record a line")
 
     bench = commands.add_parser(
-        "bench", help="measure speed against PyTorch, torch.compile and NumPy, each result checked first"
+        "bench", help="measure speed against PyTorch, torch.compile, NumPy, ONNX Runtime; each result checked first"
     )
     bench.add_argument(
         "family",
@@ -43,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family"
     )
+    methods = bench.add_mutually_exclusive_group()
+    methods.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    methods.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="call PyTorch's operation before every call, as in a half-replaced model",
+    )
     bench.add_argument("--json", metavar="FILE", help="write one record a case and provider; updated after each case")
     bench.add_argument(
         "--save",
@@ -53,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--plot", metavar="DIR", help="write PNGs a family: ratio bars, rooflines, speed against size"
     )
-    bench.add_argument("--providers", nargs="+", metavar="NAME", help="only these of: fastnn torch torch.compile numpy")
+    bench.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help="only these of: fastnn torch torch.compile max-autotune numpy onnxruntime",
+    )
 
     warmup = commands.add_parser("warmup", help="compile all kernels into the cache, so that no later call waits")
     warmup.add_argument("--dtype", help="one of float32, float64, bfloat16, float16 (default: all)")

@@ -16,6 +16,7 @@ EXTRAS = {
     "cupy": "the GPU kernels written in CUDA C",
     "rich": "tables and progress bars of python -m fastnn",
     "matplotlib": "python -m fastnn bench --plot and --html",
+    "onnxruntime": "ONNX Runtime as a peer of the benchmark",
     "threadpoolctl": "NumPy as a peer of the benchmark at any number of threads",
 }
 _DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}

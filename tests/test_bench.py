@@ -3,10 +3,12 @@
 Nothing here asserts a speed.
 """
 
-import ctypes
+import contextlib
 import json
 import re
 import sys
+import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 import fastnn.bench.cases as cases
 import fastnn.bench.command as command
 import fastnn.bench.limits as limits
+import fastnn.bench.memory as memory
 import fastnn.bench.peers as peers
 import fastnn.bench.report as report
 import fastnn.bench.run as run
@@ -60,16 +63,20 @@ def test_the_fma_loop_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4, 8])
-@pytest.mark.parametrize(("sources", "store"), [(1, "plain"), (1, "stream"), (2, "plain"), (2, "stream"), (1, "")])
+@pytest.mark.parametrize(
+    ("sources", "store"),
+    [(0, "plain"), (0, "stream"), (1, "plain"), (1, "stream"), (2, "plain"), (2, "stream"), (1, "")],
+)
 def test_the_memory_loops_touch_every_byte(sources: int, store: str, streams: int) -> None:
     """A loop that skipped memory would make a limit that nobody can reach."""
     steps, size = limits._block(3, 100_000)
     a, b, out = (limits._buffer(size) for _ in range(3))
     a.random_(), b.random_(), out.zero_()
-    data = (ctypes.c_int64 * 6)(0, 3, steps, a.data_ptr(), b.data_ptr(), out.data_ptr())
+    data = limits._data(3, steps, a, b, out, times=2)
     limits.launch(limits._memory(sources, store, streams), data, 2)
+    first = a[: limits.vector_bytes()].repeat(size // limits.vector_bytes())
     if store:
-        assert torch.equal(out, a ^ b if sources == 2 else a)
+        assert torch.equal(out, (first, a, a ^ b)[sources])
     else:
         width = limits.vector_bytes()
         found, true = (t.view(-1, width).unbind() for t in (out[: 3 * width], a))
@@ -78,6 +85,27 @@ def test_the_memory_loops_touch_every_byte(sources: int, store: str, streams: in
             for vector in vectors:
                 total[n] ^= vector
         assert torch.equal(*total)
+
+
+def test_every_cache_has_a_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[tuple[int, int]] = []
+
+    def rate(size: int, threads: int, *options: Any) -> float:
+        walked.append((size * options[-1], size))
+        return 1e9
+
+    monkeypatch.setattr(limits, "read", rate)
+    monkeypatch.setattr(limits, "copy", rate)
+    found = limits.bandwidths(2)
+    assert set(found) == {"read", "write", "copy"}
+    assert set(found["read"]) >= {"l1", "l2", "memory"}
+    assert all(total > 4 << 20 for total, _ in walked)  # else the start-up would be measured
+    assert len({size for _, size in walked}) > 4
+
+
+def test_going_through_a_cache_several_times_counts() -> None:
+    assert 1e7 < limits.read(16 << 10, 1, seconds=0.01, times=100) < 1e14
+    assert 1e7 < limits.copy(16 << 10, 1, 0, False, seconds=0.01, times=100) < 1e14
 
 
 def test_limits_keep_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +146,61 @@ def test_measure_runs_everyone_in_turn() -> None:
     assert all(0 < t.p20 <= t.median <= t.p80 and t.runs >= 3 for t in found.values())
     blocks = [name for n, name in enumerate(order) if n == 0 or order[n - 1] != name]
     assert blocks == [*"abc", *"abc", *"bca", *"cab"]  # warm-up, then rotating rounds; neighbours of one name merge
+
+
+def test_what_is_called_between_is_timed_by_itself() -> None:
+    order: list[str] = []
+
+    def between() -> None:
+        order.append("b")
+        time.sleep(0.001)
+
+    found = timing.measure({"a": lambda: order.append("a")}, 0.003, rounds=1, between=between)
+    assert found["a"].between is not None
+    assert found["a"].between > 0.001  # it slept
+    assert "".join(order).endswith("ba" * found["a"].runs)
+
+
+def test_a_pause_outlasts_spinning_threads() -> None:
+    stop = time.perf_counter() + 0.2
+
+    def spin() -> None:
+        while time.perf_counter() < stop:
+            pass
+
+    spinning = threading.Thread(target=spin)
+    spinning.start()
+    timing.pause()
+    assert time.perf_counter() > stop
+
+
+def test_eviction_walks_twice_the_cache() -> None:
+    found = memory.extra(lambda: timing.evict(40 << 20), calls=1)
+    assert found is None or found > 80 << 20
+
+
+def test_neighbours_tell_others_from_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = 2
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    # seconds: busy on all cores, our own, wall clock, stolen
+    readings = iter([(10.0, 5.0, 100.0, 1.0), (14.0, 8.0, 102.0, 1.5), (14.0, 8.0, 102.0, 1.5)])
+    monkeypatch.setattr(timing.Neighbours, "_read", staticmethod(lambda: next(readings)))
+    switches = iter([40, 47])
+    monkeypatch.setattr(timing, "_involuntary_switches", lambda: next(switches))
+    neighbours = timing.Neighbours()
+    assert neighbours.share() == pytest.approx(1 / 4)
+    assert neighbours.stolen() == pytest.approx(0.5 / 4)
+    assert neighbours.switches() == 7
+
+
+def test_the_memory_of_a_call_is_its_peak() -> None:
+    a = torch.ones(4 << 20)
+    if memory.extra(lambda: a) is None:
+        pytest.skip("only Linux tells how much memory a process had at most")
+    slack = 1 << 20
+    assert (memory.extra(lambda: a) or 0) < slack
+    assert 16 << 20 <= (memory.extra(lambda: a + 1) or 0) + slack < 18 << 20
+    assert 32 << 20 <= (memory.extra(lambda: (a + 1) * 2) or 0) + slack < 34 << 20  # both are there at once
 
 
 def _case(**changes: Any) -> Case:
@@ -229,7 +312,7 @@ def test_cases_are_well_formed(family: str) -> None:
         assert case.family == family
         assert case.mode in ("forward", "backward", "train")
         assert case.goals
-        if case.programs or case.group == "call" or sum(map(sum, case.passes)) > 12_000_000:
+        if case.programs or family == "models" or case.group == "call" or sum(map(sum, case.passes)) > 12_000_000:
             continue
         inputs = case.make(torch.float32)
         tensors = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
@@ -291,6 +374,35 @@ def test_every_provider_does_the_same_work(mode: str) -> None:
     assert "cpu" in (found["fastnn"].served_by or "")
     best = min(found[name].median or 0 for name in ("torch", "torch.compile"))
     assert found["fastnn"].ratio == pytest.approx(best / (found["fastnn"].median or 1))
+
+
+@pytest.mark.parametrize("method", ["warm", "cold", "interleaved"])
+def test_methods_and_memory_are_recorded(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_last_cache", lambda: 1 << 20)
+    case = _case(make=together(random(1024, 1024, seed=1)))
+    providers, _ = run.available_peers(["fastnn", "torch"])
+    found = run.measure_case(
+        case, torch.float32, 1, providers, limits.Limits(1, seconds=0.01), seconds=0.01, method=method
+    )
+    for record in found:
+        assert record.correct
+        assert record.method == method
+        assert (record.between is not None) == (method == "interleaved")
+        assert record.memory is None or (4 << 20) - (256 << 10) < record.memory < 6 << 20
+
+
+def test_random_results_are_judged_by_what_must_hold() -> None:
+    """A dropout that drops nothing, too much, or scales wrongly is red; one that draws other elements is not."""
+    (case,) = (c for c in cases.cases("activation") if c.group == "dropout")
+    small = case.on(make=together(random(4096, 768, seed=1)))
+    wrong: list[Callable[..., Tensor]] = [
+        lambda F, x: x / 0.9,
+        lambda F, x: torch.nn.functional.dropout(x, 0.11),
+        lambda F, x: torch.nn.functional.dropout(x, 0.1) * 1.001,
+    ]
+    for ours in wrong:
+        assert _measure(small.on(ours=ours), "fastnn")["fastnn"].correct is False
+    assert _measure(small, "fastnn", "torch")["fastnn"].correct
 
 
 def test_a_red_case_has_no_speed() -> None:
@@ -439,17 +551,35 @@ def test_results_are_saved_by_machine_and_family(quick: None, monkeypatch: pytes
     }
 
 
+def test_the_method_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    assert _bench("--case", "small/8", "--interleaved", "--json", str(file)) == 0
+    saved = json.loads(file.read_text())
+    assert "PyTorch" in saved["headers"][0]["method"]
+    assert {r["method"] for r in saved["records"]} == {"interleaved"}
+    assert all(r["between"] > 0 for r in saved["records"])
+    assert "between its own" in capsys.readouterr().out
+
+
 def test_a_red_case_fails_the_command(
     quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def kernel(out: Tensor, *args: Any) -> None:
         out.zero_()
 
-    monkeypatch.setitem(backends.tables["cpu"], "matmul", (kernel, lambda op, *args: None))
+    monkeypatch.setitem(backends.tables["cpu"], "matmul", (kernel, None, None))
     assert _bench("--case", "small/16") == 1
     out = capsys.readouterr().out
     assert "RED fastnn: error" in out
     assert "no speed is reported" in out
+
+
+def test_a_red_peer_is_shown_and_no_failure(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers.NumPy, "prepare", lambda self, job: lambda: (job.inputs[0],))
+    assert _bench("--case", "small/16") == 0
+    assert "RED numpy: error" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_what_is_done(
@@ -473,14 +603,16 @@ def test_an_interrupted_run_keeps_what_is_done(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["poetry"], "unknown family 'poetry'; there are: activation, matmul, softmax, startup"),
+    [(["poetry"], "unknown family 'poetry'; there are: activation, matmul, models, softmax, startup"),
      (["matmul", "--threads", "0"], "--threads is 0; it must be 1 or more"),
      (["matmul", "--dtype", "int8"], "dtype is 'int8'; allowed: float32"),
      (["matmul", "--case", "nowhere"], "no case matches 'nowhere' in: matmul"),
-     (["matmul", "--providers", "abacus"], "no provider is called 'abacus'; there are: fastnn, torch, torch.compile")],
+     (["matmul", "--providers", "abacus"], "no provider is called 'abacus'; there are: fastnn, torch, torch.compile, max-"),
+     (["matmul", "--cold", "--interleaved"], "not allowed with argument")],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *arguments]) == 2
+    with contextlib.suppress(SystemExit):  # by argparse, whose status is also 2
+        assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -284,9 +284,9 @@ def test_cases_are_paired_by_all_that_makes_them() -> None:
     new = [replace(old[0], median=9.0), *old[1:-1], record("square/16")]
     found = {c.key: c.verdict for c in compare.compare(old, new)}
     assert sorted(found.values()) == ["new", "same", "same", "same", "slower", "vanished"]
-    assert found["matmul", "square/8", "float32", 2, "forward"] == "slower"
-    assert found["softmax", "square/8", "float32", 2, "forward"] == "vanished"
-    assert found["matmul", "square/16", "float32", 2, "forward"] == "new"
+    assert found["matmul", "square/8", "float32", 2, "forward", "warm"] == "slower"
+    assert found["softmax", "square/8", "float32", 2, "forward", "warm"] == "vanished"
+    assert found["matmul", "square/16", "float32", 2, "forward", "warm"] == "new"
 
 
 def _file(path: Path, records: Sequence[Record], *headers: dict[str, Any]) -> str:

@@ -31,8 +31,11 @@ class Case:
             and ``train``.
         theirs: the work in PyTorch's words: ``theirs(F, *inputs)``, F having torch's functions; also the float64
             reference.
+        reference: the float64 reference where ``theirs`` has weights of its own, which float64 inputs do not widen.
+        judge: what of the output is compared where the output itself is random: ``judge(output, *inputs)``.
         ours: the same in fastnn's words, where they differ (``activation=`` for a fused GELU).
         numpy: the same on NumPy arrays, where NumPy has the operation: ``numpy(*arrays)``.
+        parameters: positions of the inputs that are a model's constant weights in inference, which peers may pack beforehand.
         flops: floating-point operations, a multiply-add counted as two; 0 where memory is the measure.
         passes: (elements read, elements written) of each pass over memory that nobody can avoid.
         mode: forward (no gradients), backward (of a forward done before), train (both).
@@ -53,6 +56,9 @@ class Case:
     theirs: Callable[..., Tensor]
     ours: Callable[..., Tensor] | None = None
     numpy: Callable[..., Any] | None = None
+    reference: Callable[..., Tensor] | None = None
+    judge: Callable[..., Tensor] | None = None
+    parameters: tuple[int, ...] = ()
     flops: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     mode: str = "forward"

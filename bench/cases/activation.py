@@ -1,15 +1,33 @@
-"""Activations on what passes between the layers of BERT-base (32 sentences of 128 tokens) and larger."""
+"""Activations and dropout on what passes between the layers of BERT-base (32 sentences of 128 tokens) and others."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastnn._checks import POINTWISE
 from fastnn._numerics import sum_of_magnitudes
 
 from . import Case, random, together
 
-SIZES = {"bert_base": (4096, 768), "bert_base_up": (4096, 3072)}
+BERT = {"bert_base": (4096, 768), "bert_base_up": (4096, 3072)}
+SIZES = BERT | {
+    "gpt2_up": (1024, 3072),
+    "vit_b_up": (3152, 3072),  # 16 images of 197 tokens
+    "llama_gate": (512, 14336),
+    "mobilenet_v2": (768, 12544),  # 8 images, 96 channels of 112 × 112
+    "mnist_hidden": (64, 512),
+}
+#: The activation that a model really has.
+_OF_MODELS = [
+    ("gelu_tanh", "gpt2_up"),
+    ("gelu", "vit_b_up"),
+    ("silu", "llama_gate"),
+    ("relu6", "mobilenet_v2"),
+    ("relu", "mnist_hidden"),
+]
 
 
 def forward(name: str, model: str, **extra: Any) -> Case:
@@ -65,6 +83,28 @@ def glu(model: str, mode: str, **extra: Any) -> Case:
     )
 
 
+def dropout(model: str, **extra: Any) -> Case:
+    """Every provider draws other elements: what it keeps must be right, and a tenth must be zero."""
+    rows, columns = SIZES[model]
+    n, p = rows * columns, 0.1
+
+    def judge(out: Tensor, x: Tensor) -> Tensor:
+        dropped = (out == 0) & (x != 0)
+        if abs(dropped.double().mean().item() - p) > 6 * (p * (1 - p) / n) ** 0.5:  # six standard deviations
+            return torch.full_like(out, torch.nan)
+        return torch.where(dropped, x / (1 - p), out)
+
+    return Case(
+        "activation",
+        f"dropout/{model}/{rows}x{columns}",
+        together(random(rows, columns, seed=1)),
+        theirs=lambda F, x: F.dropout(x, p),
+        judge=judge,
+        passes=((n, n),),
+        **extra,
+    )
+
+
 def _goals(name: str) -> dict[str, float]:
     return {"limit": 0.85} | ({"best": 1.0} if name != "gelu" else {"torch": 2.5})
 
@@ -74,13 +114,15 @@ _QUICK = ("relu", "gelu", "silu")
 CASES = [
     *(
         forward(name, model, goals=_goals(name), quick=name in _QUICK and model == "bert_base")
-        for model in SIZES
+        for model in BERT
         for name in POINTWISE
     ),
     *(
         backward(name, model, goals=_goals(name), quick=name == "gelu" and model == "bert_base")
-        for model in SIZES
+        for model in BERT
         for name in POINTWISE
     ),
+    *(make(name, model, goals=_goals(name)) for name, model in _OF_MODELS for make in (forward, backward)),
+    dropout("bert_base", goals=_goals("")),
     *(make("bert_base", mode, goals=_goals("")) for make in (prelu, glu) for mode in ("forward", "backward")),
 ]

@@ -17,7 +17,13 @@ LAYERS = {
     "bert_up": (768, 3072),
     "bert_down": (3072, 768),
     "llama_projection": (4096, 4096),
+    "llama_kv": (4096, 1024),
+    "gpt2_qkv": (768, 2304),
+    "vit_b_up": (768, 3072),
+    "mnist_hidden": (784, 512),
+    "mnist_output": (512, 10),
 }
+_BERT_AND_LLAMA = ("bert_attention", "bert_up", "bert_down", "llama_projection")
 
 
 def _numpy_product(a: Any, b: Any) -> Any:
@@ -79,6 +85,7 @@ def linear(
         theirs=with_gelu if activation else plain,
         ours=fused if activation else None,
         numpy=None if activation else _numpy_linear,
+        parameters=(1, 2),
         flops=2 * m * n * k * (3 if grad else 1),
         passes=((m * k + n * k + n, m * n),),
         scale=sum_of_magnitudes(plain),
@@ -135,6 +142,7 @@ def row(name: str, k: int, n: int, **extra: Any) -> Case:
         together(random(1, k, seed=1), random(n, k, seed=2, scale=k**-0.5)),
         theirs=run,
         numpy=_numpy_linear,
+        parameters=(1,),
         passes=((n * k + k, n),),
         scale=sum_of_magnitudes(run),
         **extra,
@@ -157,6 +165,7 @@ def call_overhead() -> Case:
         together(random(8, 8, seed=1), random(8, 8, seed=2), random(8, seed=3)),
         theirs=run,
         numpy=_numpy_linear,
+        parameters=(1, 2),
         scale=sum_of_magnitudes(run),
         goals={"torch": 1 / 1.5},
         quick=True,
@@ -184,14 +193,18 @@ CASES = [
             goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
             quick=(layer, m) in {("bert_up", 8), ("bert_up", 128), ("llama_projection", 32)},
         )
-        for layer in LAYERS
+        for layer in _BERT_AND_LLAMA
         for m in (8, 32, 128, 512)
     ),
     *(
         linear(layer, m, goals={"best": 1.0}, quick=(layer, m) == ("bert_up", 128))
-        for layer in LAYERS
+        for layer in _BERT_AND_LLAMA
         for m in (32, 128)
     ),
+    linear("llama_kv", 32, goals={"best": 1.0}),
+    linear("gpt2_qkv", 1024, goals={"best": 1.0}),
+    linear("vit_b_up", 3152, "gelu", "mlp", goals={"best": 1.0}),  # 16 images of 197 tokens
+    *(linear(layer, 64, goals={"best": 1.0}) for layer in ("mnist_hidden", "mnist_output")),
     vector("square", 4096, 4096, goals=_VECTOR),
     row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
     row("gpt2_up", 768, 3072, goals=_VECTOR),
@@ -203,6 +216,7 @@ CASES = [
     bmm("vit_b_context", 96, 197, 197, 64, goals={"best": 1.2}),
     bmm("gpt2_scores", 12, 1024, 64, 1024, transposed=True, goals={"best": 1.2}),
     bmm("gpt2_context", 12, 1024, 1024, 64, goals={"best": 1.2}),
+    bmm("llama_scores", 32, 512, 128, 512, transposed=True, goals={"best": 1.2}),
     bmm("minilm_scores", 768, 32, 32, 32, transposed=True, goals={"best": 1.2}),
     *(
         linear(
@@ -218,6 +232,7 @@ CASES = [
         for layer in ("bert_attention", "bert_up", "bert_down")
         for m in (128, 512)
     ),
+    linear("mnist_hidden", 64, None, "linear_train", grad=True, mode="train", goals={"best": 1.1}),
     linear("bert_up", 128, None, "linear_backward", grad=True, mode="backward", goals={"best": 1.1}).on(
         flops=4 * 128 * 768 * 3072
     ),

@@ -16,6 +16,7 @@ SHAPES = {
     "bert_scores": (96, 128, 128),
     "gpt2_scores": (12, 1024, 1024),
     "vit_b_scores": (96, 197, 197),
+    "llama_scores": (32, 512, 512),
     "gpt2_vocabulary": (512, 50257),
 }
 
@@ -72,5 +73,7 @@ CASES = [
     *(rows("log_softmax", model, "backward", goals=_BOTH) for model in ("bert_base", "gpt2_vocabulary")),
     cross_entropy("bert_vocabulary", 512, 30522, "forward", goals={"best": 2.0}, quick=True),
     cross_entropy("bert_vocabulary", 512, 30522, "train", goals={"best": 2.0}, quick=True),
+    *(cross_entropy("resnet50", 256, 1000, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
+    *(cross_entropy("mnist", 64, 10, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
     *(cross_entropy("gpt2", 4096, 50257, mode, goals={"best": 2.0}) for mode in ("forward", "backward", "train")),
 ]

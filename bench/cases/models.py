@@ -1,0 +1,85 @@
+"""Whole models before and after ``fastnn.replace``: the MLP on digits, and sentence embeddings by MiniLM.
+
+They are loaded when they are run: what they need (scikit-learn, transformers) is in the extra ``demo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fastnn._numerics import Scale, results
+
+from ..models import load, loaded
+from . import Case, Inputs
+
+
+def _largest(reference: Callable[..., Tensor]) -> Scale:
+    """Errors are counted at a result's largest magnitude: every element is a sum over the whole model."""
+
+    def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+        true = results(lambda *values: reference(None, *values), inputs, grad)
+        return tuple(t.abs().max().expand_as(t) for t in true)
+
+    return scale
+
+
+def inference(name: str, **extra: Any) -> Case:
+    def reference(F: Any, *inputs: Any) -> Tensor:
+        return deepcopy(loaded[name].before).double()(*inputs)
+
+    return _case(name, "forward", lambda model: model.inputs, reference, **extra)
+
+
+def training(name: str, **extra: Any) -> Case:
+    """Forward, loss and the gradients of all parameters, which are inputs for this purpose."""
+
+    def reference(F: Any, *inputs: Any) -> Tensor:
+        model = loaded[name]
+        names = [key for key, _ in model.before.named_parameters()]
+        count = len(model.inputs)
+        return functional_call(model.before, dict(zip(names, inputs[count:], strict=True)), inputs[:count])
+
+    return _case(name, "train", lambda model: (*model.inputs, *model.before.parameters()), reference, **extra)
+
+
+def _case(
+    name: str, mode: str, inputs: Callable[[Any], Inputs], reference: Callable[..., Tensor], **extra: Any
+) -> Case:
+    def make(dtype: torch.dtype) -> Inputs:
+        if dtype != torch.float32:
+            raise NotImplementedError("the whole models are float32")
+        return inputs(load(name))
+
+    def before(F: Any, *inputs: Any) -> Tensor:
+        model = loaded[name]
+        return model.before(*inputs[: len(model.inputs)])
+
+    def after(F: Any, *inputs: Any) -> Tensor:
+        model = loaded[name]
+        return model.after(*inputs[: len(model.inputs)])
+
+    return Case(
+        "models",
+        name,
+        make,
+        theirs=before,
+        ours=after,
+        reference=reference,
+        scale=_largest(reference),
+        mode=mode,
+        goals={"torch": 1.0},
+        **extra,
+    )
+
+
+CASES = [
+    inference("digits_mlp/inference/1437", quick=True),
+    training("digits_mlp/training_step/64"),
+    inference("minilm/embeddings/96"),
+]

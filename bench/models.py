@@ -1,0 +1,231 @@
+"""Whole models before and after ``fastnn.replace``: what is run, and where the time goes, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import fastnn
+
+from .cases import Inputs
+from .timing import pause
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it comes, the same after ``fastnn.replace`` (its parameters are the first one's), and its inputs."""
+
+    before: nn.Module
+    after: nn.Module
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, before: nn.Module, inputs: Inputs) -> Model:
+        after = copy.deepcopy(before, {id(p): p for p in before.parameters()})
+        fastnn.replace(after)
+        return cls(before, after, inputs)
+
+
+class Training(nn.Module):
+    """The classifier with its loss: what is differentiated in a step of training."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.classifier.loss(self.classifier(x), y)
+
+
+def example(name: str) -> Any:
+    """The module ``examples/<name>.py``.
+
+    Raises:
+        ImportError: this is no checkout, or a package that the example needs is missing.
+    """
+    if module := sys.modules.get(f"fastnn_example_{name}"):
+        return module
+    file = Path(fastnn.__file__).resolve().parents[1] / "examples" / f"{name}.py"
+    spec = spec_from_file_location(f"fastnn_example_{name}", file)
+    if not file.exists() or spec is None or spec.loader is None:
+        raise ImportError(f"this model is examples/{name}.py, which only a checkout has")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _digits() -> Model:
+    digits = example("digits")
+    return Model.of(digits.classifier().eval().requires_grad_(False), (digits.digits().train_x,))
+
+
+def _digits_training() -> Model:
+    digits = example("digits")
+    data = digits.digits()
+    return Model.of(Training(digits.classifier()), (data.train_x[:64], data.train_y[:64]))
+
+
+def _minilm() -> Model:
+    model, tokens = example("embeddings").embedder()
+    return Model.of(model.requires_grad_(False), tuple(tokens.values()))
+
+
+_MAKERS: dict[str, Callable[[], Model]] = {
+    "digits_mlp/inference/1437": _digits,
+    "digits_mlp/training_step/64": _digits_training,
+    "minilm/embeddings/96": _minilm,
+}
+
+
+#: The models that have been loaded, by the case's name. A plain dictionary: torch.compile looks through it.
+loaded: dict[str, Model] = {}
+
+
+def load(name: str) -> Model:
+    """The model of a case.
+
+    Raises:
+        ImportError: something that it needs is not installed.
+    """
+    if name not in loaded:
+        loaded[name] = _MAKERS[name]()
+    return loaded[name]
+
+
+# Layer by layer -------------------------------------------------------------------------------------------------------
+
+OUTSIDE = "(outside of these modules)"
+
+
+@dataclass
+class Layer:
+    """A module without children in one call of the model: seconds (median), and who served it.
+
+    The last one of a model, called ``OUTSIDE``, stands for what happens between the modules.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    served_by: str
+
+
+@contextmanager
+def _hooked(leaves: dict[str, nn.Module], enter: Callable[[str], None], leave: Callable[[str], None]) -> Iterator[None]:
+    hooks = []
+    for name, leaf in leaves.items():
+        hooks.append(leaf.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        hooks.append(leaf.register_forward_hook(lambda *_, name=name: leave(name), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layers(model: nn.Module, inputs: Inputs, seconds: float = 1.0, least: int = 5) -> list[Layer]:
+    """Time every module without children in the forward, in the order of the first calls. The hooks cost microseconds.
+
+    A module that is called several times counts with the sum; a shared one has its first name.
+    """
+    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
+    calls: list[fastnn.backends.Call]
+    served: dict[str, list[str]] = {}
+    entered: dict[str, float] = {}
+
+    def leave(name: str) -> None:
+        served.setdefault(name, []).extend(_server(call) for call in calls)
+        calls.clear()
+
+    with torch.no_grad():
+        with fastnn.trace() as calls:
+            # What was called since the last module was left, and before this one, is nobody's.
+            with _hooked(leaves, lambda name: leave(OUTSIDE), leave):
+                model(*inputs)
+            leave(OUTSIDE)
+        samples: dict[str, list[float]] = {name: [] for name in served}
+
+        def start(name: str) -> None:
+            entered[name] = time.perf_counter()
+
+        def stop(name: str) -> None:
+            samples[name][-1] += time.perf_counter() - entered[name]
+
+        pause()
+        model(*inputs)
+        end = time.perf_counter() + seconds
+        with _hooked(leaves, start, stop):
+            while len(samples[OUTSIDE]) < least or time.perf_counter() < end:
+                for values in samples.values():
+                    values.append(0.0)
+                begin = time.perf_counter()
+                model(*inputs)
+                whole = time.perf_counter() - begin
+                samples[OUTSIDE][-1] = whole - sum(values[-1] for values in samples.values())
+    return [
+        Layer(name, type(leaves[name]).__name__ if name in leaves else "", median(samples[name]), _names(served[name]))
+        for name in (*(n for n in served if n != OUTSIDE), OUTSIDE)
+    ]
+
+
+def _server(call: fastnn.backends.Call) -> str:
+    return f"{call.op}: {call.backend}" + (f" ({call.reason})" if call.reason else "")
+
+
+def _names(servers: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(servers)) or "torch"
+
+
+def layer_table(name: str) -> list[dict[str, Any]]:
+    """A row a module: its name, class, seconds before and after replace, and who served it after."""
+    model = load(name)
+    return [
+        {"module": b.name, "class": b.kind, "before": b.seconds, "after": a.seconds, "served_by": a.served_by}
+        for b, a in zip(layers(model.before, model.inputs), layers(model.after, model.inputs), strict=True)
+    ]
+
+
+def print_layers(console: Console, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The table; modules whose names differ in numbers only (layers of a stack) and that are alike share a row."""
+    alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((re.sub(r"\d+", "*", row["module"]), row["class"], row["served_by"]), []).append(row)
+    table = Table(title=f"{name}: where the time of a forward goes", title_justify="left")
+    for column in ("module", "class", "modules", "torch, ms", "replaced, ms", "times faster", "served by"):
+        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+    total = {when: sum(row[when] for row in rows) for when in ("before", "after")}
+    for (module, kind, served), same in alike.items():
+        before, after = (sum(row[when] for row in same) for when in ("before", "after"))
+        first = same[0]["module"] if len(same) == 1 else module
+        count = str(len(same)) if kind else ""
+        table.add_row(first, kind, count, *_milliseconds(before, after), served)
+    table.add_section()
+    table.add_row("all", "", "", *_milliseconds(total["before"], total["after"]), "")
+    console.print(table)
+
+
+_NUMBERS = ("modules", "torch, ms", "replaced, ms", "times faster")
+
+
+def _milliseconds(before: float, after: float) -> tuple[str, str, str]:
+    first, second = (f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}" for seconds in (before, after))
+    return first, second, f"{before / after:.2f}" if after > 0 else "–"
