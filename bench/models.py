@@ -204,22 +204,34 @@ def layer_table(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def print_layers(console: Console, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The table; modules whose names differ in numbers only (layers of a stack) and that are alike share a row."""
+COLUMNS = ("module", "class", "modules", "torch, ms", "replaced, ms", "times faster", "served by")
+
+
+def layer_lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's lines, by COLUMNS, and the total last. Modules whose names differ in numbers only (layers of a stack) and
+    that are alike share a line."""
     alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault((re.sub(r"\d+", "*", row["module"]), row["class"], row["served_by"]), []).append(row)
-    table = Table(title=f"{name}: where the time of a forward goes", title_justify="left")
-    for column in ("module", "class", "modules", "torch, ms", "replaced, ms", "times faster", "served by"):
-        table.add_column(column, justify="right" if column in _NUMBERS else "left")
-    total = {when: sum(row[when] for row in rows) for when in ("before", "after")}
+    lines = []
     for (module, kind, served), same in alike.items():
         before, after = (sum(row[when] for row in same) for when in ("before", "after"))
         first = same[0]["module"] if len(same) == 1 else module
-        count = str(len(same)) if kind else ""
-        table.add_row(first, kind, count, *_milliseconds(before, after), served)
+        lines.append((first, kind, str(len(same)) if kind else "", *_milliseconds(before, after), served))
+    total = _milliseconds(*(sum(row[when] for row in rows) for when in ("before", "after")))
+    return [*lines, ("all", "", "", *total, "")]
+
+
+def print_layers(console: Console, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The table of one model."""
+    table = Table(title=f"{name}: where the time of a forward goes", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+    *lines, total = layer_lines(rows)
+    for line in lines:
+        table.add_row(*line)
     table.add_section()
-    table.add_row("all", "", "", *_milliseconds(total["before"], total["after"]), "")
+    table.add_row(*total)
     console.print(table)
 
 

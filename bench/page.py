@@ -8,6 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from .models import COLUMNS, layer_lines
 from .peers import OURS
 from .plots import bandwidths
 from .report import SHORT, duration, geometric_mean
@@ -30,7 +31,7 @@ img { max-width: 100%; }
 
 _COLUMNS = (
     "case", "provider", "time", "p20", "p80", "runs", "speed", "ratio to the best peer", "of the limit",
-    "error in ulp (torch’s)", "notes",
+    "error in ulp (torch’s)", "memory of a call", "notes",
 )  # fmt: skip
 
 
@@ -80,15 +81,16 @@ def _header(header: Header) -> Iterator[str]:
 def _cells(r: Record) -> str:
     """What follows the case's name in a provider's line: its numbers, or why it has none."""
     notes = _tag("td", "; ".join([*r.notes, *([r.served_by] if r.served_by else [])]), "note")
+    memory = "" if r.memory is None else f"{r.memory / 2**20:.1f} MiB"
     error = "" if r.error_ulp is None else f"{r.error_ulp:.3g} ({r.torch_error_ulp or 0:.3g})"
     if r.median is None:
         if r.correct is False:
             why = f"<td colspan=7 class=red>red, so no speed is reported{': ' * bool(r.missing)}{escape(r.missing or '')}</td>"
         else:
             why = f"<td colspan=7 class=missing>missing: {escape(r.missing or 'not timed')}</td>"
-        return _tag("td", r.provider) + why + _tag("td", error, "n") + notes
+        return _tag("td", r.provider) + why + _tag("td", error, "n") + _tag("td", memory, "n") + notes
     numbers = [
-        duration(r.median),
+        duration(r.median) + (f", and {duration(r.between)} of PyTorch between" if r.between else ""),
         duration(r.p20),
         duration(r.p80),
         r.runs,
@@ -96,6 +98,7 @@ def _cells(r: Record) -> str:
         f"{r.ratio:.2f}×" if r.ratio else "",
         f"{r.limit_fraction:.0%} {r.limit}" if r.limit_fraction else "",
         error,
+        memory,
     ]
     return _tag("td", r.provider, "ours" if r.provider == OURS else "") + "".join(_tag("td", n, "n") for n in numbers) + notes
 
@@ -120,6 +123,15 @@ def _table(records: Sequence[Record]) -> Iterator[str]:
     yield "</table>"
 
 
+def _layers(name: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where the time of a model's forward goes."""
+    yield _tag("h4", f"{name}: where the time of a forward goes")
+    yield "<table><thead><tr>" + "".join(_tag("th", column) for column in COLUMNS) + "</tr></thead>"
+    for line in layer_lines(rows):
+        yield "<tr>" + "".join(_tag("td", cell, "n" if 2 <= n <= 5 else "") for n, cell in enumerate(line)) + "</tr>"
+    yield "</table>"
+
+
 def html(headers: Sequence[Header], records: Sequence[Record], images: Mapping[str, bytes]) -> str:
     """The page, with the PNGs that ``plots.figures`` made."""
     parts = ["<!DOCTYPE html><html lang=en><head><meta charset=utf-8><title>fastnn bench</title>"]
@@ -129,6 +141,9 @@ def html(headers: Sequence[Header], records: Sequence[Record], images: Mapping[s
         for family in dict.fromkeys(r.family for r in records if r.threads == header["threads"]):
             parts.append(_tag("h3", f"{family}, {header['threads']} threads"))
             parts += _table([r for r in records if (r.family, r.threads) == (family, header["threads"])])
+            if family == "models":
+                for name, rows in header.get("layers", {}).items():
+                    parts += _layers(name, rows)
             start = f"{family}-{header['threads']}threads-"
             for name, png in images.items():
                 if name.startswith(start):

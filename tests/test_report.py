@@ -117,16 +117,16 @@ def test_the_page_says_what_was_measured_on_what() -> None:
 def test_the_page_has_a_line_a_case_and_provider() -> None:
     records = [
         record(median=2e-3, ratio=1.5, limit="fma", limit_fraction=0.8, rate=123.4, error_ulp=3.0, torch_error_ulp=1.0,
-               notes=["spread <30%>"], served_by="matmul: cpu"),
-        record(provider="torch", median=3e-3, ratio=1.0),
+               notes=["spread <30%>"], served_by="matmul: cpu", memory=3 << 19),
+        record(provider="torch", median=3e-3, ratio=1.0, between=1e-3),
         record(provider="numpy", median=None, correct=None, missing="not <here>"),
         record("square/16", median=None, correct=False, error_ulp=9e9, torch_error_ulp=1.0),
     ]  # fmt: skip
     lines = _read(records).lines
     at = lines.index(list(page._COLUMNS))
     assert lines[at + 1] == ["square/8", "forward, f32", "fastnn", "2 ms", "1.96 ms", "2.04 ms", "50", "123.4 GFLOP/s", "1.50×",
-                             "80% fma", "3 (1)", "spread <30%>; matmul: cpu"]  # fmt: skip
-    assert lines[at + 2][:2] == ["torch", "3 ms"]
+                             "80% fma", "3 (1)", "1.5 MiB", "spread <30%>; matmul: cpu"]  # fmt: skip
+    assert lines[at + 2][:2] == ["torch", "3 ms, and 1 ms of PyTorch between"]
     assert lines[at + 3] == ["numpy", "missing: not <here>"]
     assert lines[at + 4] == ["square/16", "forward, f32", "fastnn", "red, so no speed is reported", "9e+09 (1)"]
 
@@ -135,6 +135,15 @@ def test_every_number_of_threads_and_family_has_a_table() -> None:
     records = [record(), record(threads=1), record(family="softmax")]
     reader = _read(records, [header(2), header(1)])
     assert reader.lines.count(list(page._COLUMNS)) == 3
+
+
+def test_the_page_says_where_the_time_of_a_model_went() -> None:
+    linear = {"class": "Linear", "before": 2e-3, "after": 1e-3, "served_by": "linear: cpu"}
+    rest = {"module": "", "class": "", "before": 1e-3, "after": 1e-3, "served_by": ""}
+    rows = [linear | {"module": "layer.1.<up>"}, linear | {"module": "layer.2.<up>"}, rest]
+    lines = _read([record("mlp", family="models")], [header() | {"layers": {"mlp": rows}}]).lines
+    assert ["layer.*.<up>", "Linear", "2", "4", "2", "2.00", "linear: cpu"] in lines
+    assert ["all", "5", "3", "1.67"] in lines
 
 
 # The plots ------------------------------------------------------------------------------------------------------------
