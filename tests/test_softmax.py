@@ -208,7 +208,7 @@ def test_class_out_of_range_is_an_index_error(shape: tuple[int, ...], bad: int) 
     for function in (ours.cross_entropy, ours.nll_loss):
         with pytest.raises(IndexError, match=rf"{bad}.*\[0, 5\).*-100"):
             function(x, target)
-    loss, lse = torch.empty(()), torch.empty(target.shape, dtype=torch.float64)
+    loss, lse = torch.empty(()), torch.empty((2, *target.shape), dtype=torch.float64)
     with pytest.raises(IndexError, match=rf"Target {bad} "):
         KERNELS["cross_entropy"]((loss, lse), x, target, None, -100, "mean", 0.0)
     with pytest.raises(IndexError, match=rf"Target {bad} "):

@@ -205,13 +205,29 @@ cross_entropy: Operator = Operator(
     autocast="float32",
 )
 
+
+
+def _check_cross_entropy_backward(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> str | None:
+    reason = _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if list(lse.shape) != [2, *_rows(input)]:
+        raise RuntimeError(f"cross_entropy_backward(): lse must have shape (2, …), got {tuple(lse.shape)}")
+    return reason
+
+
 cross_entropy_backward: Operator = Operator(
     "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor lse, int ignore_index,"
     " str reduction, float label_smoothing) -> Tensor",
     "softmax",
-    check=lambda grad, input, target, weight, lse, ignore_index, reduction, label_smoothing: _check_cross_entropy(
-        input, target, weight, ignore_index, reduction, label_smoothing
-    ),
+    check=_check_cross_entropy_backward,
     allocate=lambda plan, grad, input, *_: input.new_empty(input.shape),
     torch=reference.cross_entropy_backward,
 )
