@@ -306,3 +306,53 @@ def test_what_is_too_small_for_a_call_of_ours_goes_to_torch(monkeypatch: pytest.
     f.linear(small, small, bias)
     f.linear(large, small, bias)
     assert served == [3], "a call that nobody traces follows the same rule"
+
+
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it."""
+    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 1 << 16)
+
+
+@pytest.mark.usefixtures("rule")
+def test_the_rule_is_the_same_with_out() -> None:
+    a, out = torch.randn(16, 16), torch.empty(16, 16)
+    with fastnn.trace() as calls:
+        assert f.matmul(a, a, out=out) is out
+    assert calls[0].backend == "torch"
+    again = torch.empty(16, 16)
+    f.matmul(a, a, out=again)
+    assert torch.equal(out, again)
+    assert torch.equal(out, torch.matmul(a, a)), "served by another than the trace says"
+
+
+@pytest.mark.usefixtures("rule")
+def test_the_rule_hides_no_op_from_what_traces() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda x, w: f.linear(x, w))(torch.randn(3, 4), torch.randn(5, 4))
+    assert "fastnn.linear" in graph.code
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(lambda x: f.mm(x, x), torch.randn(20, 20))
+
+
+@pytest.mark.usefixtures("rule")
+def test_the_rule_leaves_nothing_to_torch_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnn.kernels.cpu.engine import threads
+
+    monkeypatch.setattr(threads, "_forked", True)
+    with fastnn.trace() as calls:
+        f.matmul(torch.randn(16, 16), torch.randn(16, 16))
+    assert calls[0].backend == "cpu"
+
+
+def test_a_backward_may_be_served_by_another_backend_than_its_forward() -> None:
+    x, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, 2, 2])
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(x, target), x)
+    for first, second in (("reference", "cpu"), ("cpu", "reference"), ("torch", "cpu")):
+        with fastnn.backend(first):
+            loss = torch.ops.fastnn.cross_entropy(x, target, None, -100, "mean", 0.0)[0]
+        with fastnn.backend(second):
+            torch.testing.assert_close(torch.autograd.grad(loss, x), wanted)

@@ -302,3 +302,11 @@ def test_same_bits_for_any_number_of_threads() -> None:
     for results in found[1:]:
         for a, b in zip(results, found[0], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_no_classes(reduction: str) -> None:
+    x, target = torch.empty(2, 0), torch.full((2,), -100)
+    for name in ("cross_entropy", "nll_loss"):
+        theirs = getattr(F, name)(x, target, reduction=reduction)
+        torch.testing.assert_close(getattr(ours, name)(x, target, reduction=reduction), theirs, equal_nan=True)

@@ -41,39 +41,45 @@ _CALL = """\
 def make(op, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
     def {name}({args}, backend=None, out=None):
         if not is_dynamo_compiling() and {all_plain}:
-            kernel, supports, torch_is_faster = table.get("{name}") or load("cpu", op)
-            chosen = (backend or context()) is None and not traces
-            if torch_is_faster is not None and chosen and out is None and torch_is_faster({args}):
-                try:
-                    return by_torch({args})
-                except Exception:
-                    return op.general(({args},), backend, out)  # whose check says more about what is wrong
-            if chosen and not (
-                _are_functorch_transforms_active()
-                or forward_ad._current_level >= 0
-                or _get_tracing_state() is not None
-                or _len_torch_dispatch_stack()
-                or _get_deterministic_algorithms()
-                {or_autocast}
+            if (
+                (backend or context()) is None
+                and not traces
+                and {first}.is_cpu
+                and not _len_torch_dispatch_stack()
+                and _get_tracing_state() is None
             ):
-                plan = check({args})
-                try:
-                    if (
-                        type(plan) is not str
-                        and {all_on_cpu}
-                        and (supports is None or supports("{name}", {args}) is None)
-                    ):
-                        if is_grad_enabled() and ({any_requires_grad}):
-                            return {differentiable}
-                        {inspect}
-                        result = {allocate}
-                        if out is not None and may_be_written(out, result, ({tensors},)):
-                            result = out
-                        kernel(result, {args})
-                        return result{visible}
-                except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
-                    if all(t is None or dense(t) for t in ({tensors},)):
-                        raise
+                kernel, supports, torch_is_faster = table.get("{name}") or load("cpu", op)
+                if torch_is_faster is not None and torch_is_faster({args}):
+                    try:
+                        return by_torch({args})
+                    except Exception as error:
+                        refusal = error
+                    check({args})  # if it sees what is wrong, it says more about it
+                    raise refusal
+                if not (
+                    _are_functorch_transforms_active()
+                    or forward_ad._current_level >= 0
+                    or _get_deterministic_algorithms()
+                    {or_autocast}
+                ):
+                    plan = check({args})
+                    try:
+                        if (
+                            type(plan) is not str
+                            and {all_on_cpu}
+                            and (supports is None or supports("{name}", {args}) is None)
+                        ):
+                            if is_grad_enabled() and ({any_requires_grad}):
+                                return {differentiable}
+                            {inspect}
+                            result = {allocate}
+                            if out is not None and may_be_written(out, result, ({tensors},)):
+                                result = out
+                            kernel(result, {args})
+                            return result{visible}
+                    except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
+                        if all(t is None or dense(t) for t in ({tensors},)):
+                            raise
         return op.general(({args},), backend, out)
     return {name}
 """
@@ -286,6 +292,7 @@ class Operator:
         source = _CALL.format(
             name=self.name,
             args=args,
+            first=tensors[0][0],
             tensors=", ".join(name for name, _ in tensors),
             or_autocast="or _is_any_autocast_enabled()" if self.autocast else "",
             all_plain=each("type({}) in PLAIN", "True", " and "),

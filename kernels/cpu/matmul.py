@@ -324,8 +324,8 @@ TINY = 1 << 16
 
 
 def _tiny(left: Tensor, right: Tensor) -> str | None:
-    """Why torch is faster for the product of two operands this small; None if it is not."""
-    if left.numel() * right.numel() <= TINY and left.is_cpu:
+    """Why torch is faster for the product of two operands this small; None if it is not. (In a forked child torch might hang.)"""
+    if left.numel() * right.numel() <= TINY and not threads.forked():
         return "a product this small takes less time in torch than a call of ours"
     return None
 

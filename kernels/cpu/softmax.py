@@ -149,8 +149,9 @@ def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Te
     dim = 1 if input.dim() > 1 else 0
     lines, _kept = _lines_of(dim, (input, target) if probabilities else (input,))
     if not lines.number or not lines.n:
-        if reduction != "none":
-            out.fill_(0.0 if reduction == "sum" else float("nan"))
+        out.fill_(float("nan") if reduction == "mean" else 0.0)
+        if lse is not None:
+            lse.zero_()
         return
     if not probabilities:
         target = target.contiguous()

@@ -77,12 +77,15 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the log-sum-exp of each row in float64."""
+    """The loss, and in float64 the log-sum-exp of each row in two parts: (2, …), the maximum and the rest."""
     x = _classes_last(input)
     q = _target_weights(input, target, weight, ignore_index, label_smoothing)
     logs = log_softmax(x, -1)
     loss = -torch.where(q == 0, torch.zeros_like(logs), q * logs).sum(-1)
-    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), torch.logsumexp(x.double(), -1)
+    wide = x.detach().double()
+    top = wide.amax(-1) if wide.numel() else wide.sum(-1)
+    lse = torch.stack([top, torch.logsumexp(wide - top.unsqueeze(-1), -1)])
+    return _reduce(loss, reduction, _mean_over(input, target, weight, ignore_index)), lse
 
 
 def cross_entropy_backward(

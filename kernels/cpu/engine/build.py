@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import stat
 import sys
@@ -211,7 +212,7 @@ _METH_FASTCALL = 0x0080
 def _jit() -> llvm.LLJIT:
     """The loader of objects. JITLink, not MCJIT: it puts all sections of an object into one slab of memory, where MCJIT may
     put code and constants more than the 2 GiB apart that the code can reach, and then ends the process."""
-    return llvm.create_lljit_compiler(target_machine(), use_jit_link=True)
+    return llvm.create_lljit_compiler(target_machine(), use_jit_link=os.name != "nt")  # which has no JITLink
 
 
 @cache
@@ -224,6 +225,7 @@ def _symbols() -> dict[str, int]:
     return {"fastnn_" + name: address for name, address in found.items() if address}
 
 
+_numbers = itertools.count()  # a library's name is taken even if it could not be linked
 _alive: list[Any] = []  # what is referred to by address for as long as the process lives
 
 
@@ -231,7 +233,7 @@ def _load(name: str, code: bytes) -> Callable[..., None]:
     library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(name)
     for symbol, address in _symbols().items():
         library.import_symbol(symbol, address)
-    loaded = library.link(_jit(), f"{name}_{len(_alive)}")
+    loaded = library.link(_jit(), f"{name}_{next(_numbers)}")
     definition = _MethodDef(name.encode(), loaded[name], _METH_FASTCALL, None)
     _alive.extend((loaded, definition))
     new = ctypes.pythonapi.PyCFunction_NewEx

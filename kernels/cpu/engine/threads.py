@@ -34,6 +34,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def forked() -> bool:
+    """Whether this process was forked from one that used the pool: its threads do not exist here."""
+    return _forked
+
+
 def count() -> int:
     """Threads that a kernel may use now: torch's number; 1 in a process that was forked from one that used the pool."""
     return 1 if _forked else torch.get_num_threads()
