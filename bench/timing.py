@@ -21,6 +21,8 @@ PAUSE = 0.03
 #: A pause that is not quiet by then has met threads that never rest; they are everyone's neighbours.
 LONGEST_PAUSE = 0.5
 DISCARD = 3
+#: A peer without a kernel for the case can be a hundred times slower; that is known well enough after so many times the time.
+ENOUGH = 4
 #: A sample is at least so long, so that the clock (some 50 ns) does not count: short calls are timed in batches.
 SAMPLE = 20e-6
 
@@ -99,17 +101,17 @@ def warm_up(call: Call, seconds: float = 0.5) -> float:
 def measure(
     calls: Mapping[str, Call], seconds: float, rounds: int = 5, between: Call | None = None
 ) -> dict[str, Times]:
-    """Time every call for about so many seconds, in rotating blocks.
+    """Time every call for about so many seconds, in rotating blocks. One that has taken ENOUGH times as long sits out the rest.
 
     With ``between``, each sample is one call, and ``between`` is called before it and timed by itself.
 
     Raises:
         whatever a call raises: a provider that cannot do the work must not be among them.
     """
-    batches = {}
+    batches, lasts = {}, {}
     for name, call in calls.items():
         pause()
-        estimate = warm_up(call, min(0.5, seconds))
+        lasts[name] = estimate = warm_up(call, min(0.5, seconds))
         batches[name] = 1 if between else max(1, round(SAMPLE / max(estimate, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     others: dict[str, list[float]] = {name: [] for name in calls}
@@ -117,10 +119,11 @@ def measure(
     for turn in range(rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, batch = calls[name], batches[name]
+            if sum(samples[name]) * batch > ENOUGH * seconds:
+                continue
             pause()
-            discarded = sample(call, 1)
-            if discarded < 0.1:  # seconds: a call as long as that has outlived every spinning pool by itself
-                sample(call, DISCARD - 1)
+            if lasts[name] < 0.1:  # seconds: a call as long as that outlives every spinning pool by itself
+                sample(call, DISCARD)
                 sample(call, batch)
             stop = time.perf_counter() + seconds / rounds
             while True:

@@ -629,3 +629,9 @@ def test_startup_is_measured_in_new_processes() -> None:
     assert found["fastnn"].missing == "no such kernel"
     assert [r.correct for r in found.values()] == [False, False]
     assert [r.median for r in found.values()] == [None, None]
+
+
+def test_a_provider_that_is_far_too_slow_sits_out() -> None:
+    """One call of it says enough; five rounds of them would take minutes."""
+    times = timing.measure({"slow": lambda: time.sleep(0.05), "fast": lambda: None}, 0.01)
+    assert times["slow"].runs < 3 < times["fast"].runs
