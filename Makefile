@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
 
-bench-quick: $(INSTALLED)  ## the benchmark's short form: under three minutes on two cores
+bench-quick: $(INSTALLED)  ## the benchmark's short form: a few minutes; it says how many
 	$(RUN) -m fastnn bench --quick
 
 clean:  ## remove the environment and everything that was made
