@@ -84,10 +84,14 @@ def main(arguments: Namespace) -> int:
 
 
 class _Saver:
-    """Keeps all records of all runs, and the files up to date."""
+    """Keeps all records of all runs, and the files up to date.
+
+    A family's file among the committed results keeps what this run did not measure again.
+    """
 
     def __init__(self, arguments: Namespace, headers: list[dict[str, Any]], records: list[Record]) -> None:
         self.arguments, self.headers, self.records = arguments, headers, records
+        self._earlier: dict[Path, tuple[list[dict[str, Any]], list[Record]]] = {}
 
     def files(self) -> dict[Path, list[Record]]:
         """Which records are written where."""
@@ -99,11 +103,15 @@ class _Saver:
         return found
 
     def __call__(self, new: list[Record], limits: Limits) -> None:
+        for r in new:
+            r.run = self.headers[-1]["started"]
         self.records += new
         # The limits are those of the whole run: the best that was measured in it.
         self.headers[-1]["limits"]["fma_gflops"] |= limits.known()
         for path, records in self.files().items():
-            report.save_json(path, self.headers, records)
+            if str(path) != self.arguments.json and path not in self._earlier:
+                self._earlier[path] = report.load(path) if path.exists() else ([], [])
+            report.save_json(path, *report.merge(*self._earlier.get(path, ([], [])), self.headers, records))
 
     def pictures(self) -> list[Path]:
         """Draw the plots and write the page of whatever is there; the files written."""

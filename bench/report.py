@@ -302,3 +302,17 @@ def load(path: Path) -> tuple[list[dict[str, Any]], list[Record]]:
     if len(machines) != 1:
         raise ValueError(f"{path} has results of {len(machines)} machines; it must have those of one")
     return headers, records
+
+
+def merge(
+    headers: list[dict[str, Any]], records: list[Record], new_headers: list[dict[str, Any]], new: list[Record]
+) -> tuple[list[dict[str, Any]], list[Record]]:
+    """Results with those of a later run in the place of the same cases'; a run of which nothing is left goes."""
+
+    def case(r: Record) -> tuple[Any, ...]:
+        return r.case, r.mode, r.dtype, r.threads, r.method
+
+    again = {case(r) for r in new}
+    kept = [r for r in records if case(r) not in again]
+    runs = {r.run for r in kept}
+    return [h for h in headers if h["started"] in runs] + new_headers, kept + new

@@ -67,6 +67,7 @@ class Record:
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
         notes: what makes the numbers doubtful.
+        run: the ``started`` of the header of the run that it comes from.
     """
 
     family: str
@@ -95,6 +96,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     flops: int = 0
     bytes: int = 0
+    run: str = ""
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

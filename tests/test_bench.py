@@ -549,6 +549,12 @@ def test_results_are_saved_by_machine_and_family(quick: None, monkeypatch: pytes
         f"{machine}/matmul.json": {"small/8", "small/16"},
         f"{machine}/activation.json": {"test/relu/64"},
     }
+    before = {r.case: r.run for r in report.load(folder / machine / "matmul.json")[1]}
+    monkeypatch.setattr("fastnn.bench.command.header", lambda *args: run.header(*args) | {"started": "later"})
+    assert main(["bench", "matmul", "--case", "small/8", "--save", "--providers", "fastnn", "torch"]) == 0
+    headers, records = report.load(folder / machine / "matmul.json")
+    assert {(r.case, r.run) for r in records} == {("small/8", "later"), ("small/16", before["small/16"])}
+    assert {h["started"] for h in headers} == {"later", before["small/16"]}
 
 
 def test_the_method_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -370,6 +370,7 @@ def test_committed_results_lie_where_they_belong_and_can_be_read() -> None:
         headers, records = report.load(file)
         assert {report.slug(h["machine"]) for h in headers} == {file.parent.name}
         assert {r.family for r in records} == {file.stem}
+        assert {r.run for r in records} == {h["started"] for h in headers}
         for r in records:
             assert r.median is None or r.correct, f"{file.name}: {r.case} is red and has a speed"
 
