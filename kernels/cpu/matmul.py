@@ -35,6 +35,8 @@ class Format(NamedTuple):
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
+_TASK = 2 << 20  # multiplications that a thread takes on at once: about 40 µs
+_TASKS = 32  # times the threads: more would bring nothing
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
 _SMALL_WEIGHT = 32768  # elements below which packing anew is cheaper than looking the packed weight up
@@ -58,7 +60,7 @@ def _kernel(kind: str, dtype: torch.dtype, signature: str, *flags: str) -> Kerne
     return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
 
 
-_PRODUCT = {d: _kernel("product", d, "i" * 34 + "f" * 4, "pairs") for d in _NAMES}
+_PRODUCT = {d: _kernel("product", d, "i" * 35 + "f" * 4, "pairs") for d in _NAMES}
 _ROWS_DOT = {d: _kernel("rows_dot", d, "i" * 21 + "f" * 4) for d in _NAMES}
 _ROWS_SUM = {d: _kernel("rows_sum", d, "i" * 15 + "f" * 4) for d in _NAMES}
 _PACK = {d: _kernel("pack_weight", d, "i" * 8, "pairs") for d in _NAMES}
@@ -78,15 +80,20 @@ def _panels(f: Format, n: int, parts: int) -> int:
     return min(vectors, -(-max(1, -(-vectors // f.vecs)) // parts) * parts)
 
 
-def _grid(f: Format, batch: int, m: int, n: int, nt: int) -> tuple[int, int]:
-    """How many ways to divide the rows and the columns of each product among nt threads."""
-    if batch >= 4 * nt or batch % nt == 0:
+def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int) -> tuple[int, int]:
+    """Parts that the rows and the ``cut`` panels of each product are divided into: the tasks that nt threads take.
+
+    Many, so that a thread that is slowed down leaves more of them to the others, and a multiple of nt if they are few.
+    """
+    if nt == 1 or batch >= 4 * nt or batch % nt == 0:
         return 1, 1
-    columns = max(1, -(-n // f.lanes) // f.vecs)
-    for tn in range(nt, 0, -1):
-        if nt % tn == 0 and tn <= columns:
-            return min(nt // tn, -(-m // f.rows)), tn
-    return 1, 1
+    tasks = -(-min(_TASKS * nt, max(nt, m * cut * f.vecs * f.lanes * k // _TASK)) // nt) * nt
+    rows = -(-m // f.rows)
+    tm = min(rows, max(-(-m // mc), -(-tasks // cut)))
+    tn = next((d for d in range(1, cut + 1) if cut % d == 0 and tm * d >= tasks), cut)
+    if tm * tn % nt:
+        tm = min(rows, -(-tm // nt) * nt)
+    return tm, tn
 
 
 class Epilogue(NamedTuple):
@@ -181,27 +188,26 @@ def _run(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: i
             return _rows_sum(dtype, nt, n, k, b, b_k, a, a_k, c, bias, r, r_n, act, alpha, beta, p0, p1)
 
     keep = None if weight is None or k * n < _SMALL_WEIGHT else _kept(weight, n, k, b_k, b_n)
-    tm, tn, cut, direct, mc, kc, pack_a, need = _plan(dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
+    plan = _plan(dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
+    tm, tn, cut, direct, mc, kc, pack_a, need, share = plan
     if tm * tn < nt and count == 1 and k >= _LONG and size >= 4 and not (bias or r or act) and alpha == 1.0:
         return _split_k(dtype, nt, m, n, k, a, a_m, a_k, b, b_k, b_n, c)
-    packed_b = 0
-    if keep is not None:
-        packed_b, cut = keep.address, keep.cut
+    room = workspace(need * nt + share)
     _PRODUCT[dtype].run(
-        nt, count * tm * tn, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed_b, cut, direct,
+        nt, count * tm * tn, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n,
+        0 if keep is None else keep.address, room + need * nt if share else 0, cut if keep is None else keep.cut, direct,
         c, m * n * size, n * size, bias, r, r_b, r_m, r_n, act, int(act > 0 or r != 0 or alpha != 1.0), mc, kc, pack_a,
-        workspace(need * nt), need, alpha, beta, p0, p1)
+        room, need, alpha, beta, p0, p1)
 
 
 @lru_cache(4096)
 def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept: bool, b_rows: bool,
           a_rows: bool) -> tuple[int, ...]:
-    """(tm, tn, cut, direct, mc, kc, pack_a, bytes of scratch a thread): how a product of this shape is cut and packed.
+    """(tm, tn, cut, direct, mc, kc, pack_a, bytes of scratch a thread, and for all): how a product is cut and packed.
 
     ``b_rows``, ``a_rows``: the operand's elements lie next to each other along its last dimension.
     """
     f = _format(dtype)
-    tm, tn = _grid(f, count, m, n, nt) if nt > 1 else (1, 1)
     depth = max(1, (k + 1) // 2 if f.pairs else k)
     direct = not kept and b_rows and not f.half and (m <= 64 or k * n * f.size <= caches().l2 // 2)
     mc, kc = _blocks(f)
@@ -210,13 +216,18 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
         mc = max(f.rows, caches().l2 * 3 // 8 // (kc * f.unit) // f.rows * f.rows)
     else:
         kc = -(-depth // -(-depth // kc))
+    cut = _panels(f, n, nt)
+    tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt)
     pack_a = f.half and (not f.pairs or k % 2 == 1 or not a_rows)
-    need = _SCRATCH
+    need, share = _SCRATCH, 0
     if pack_a:
         need += (mc + 2 * f.lanes) * kc * f.unit
     if not (kept or direct):
-        need += (-(-n // f.lanes) // tn + 2 * f.vecs) * f.lanes * kc * f.unit
-    return tm, tn, _panels(f, n, tn), int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096
+        if count == 1:
+            share = -(-n // f.lanes) * f.lanes * kc * f.unit
+        else:
+            need += (-(-n // f.lanes) // tn + 2 * f.vecs) * f.lanes * kc * f.unit
+    return tm, tn, cut, int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096, share
 
 
 def _rows_sum(dtype: torch.dtype, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, c: int,

@@ -16,18 +16,19 @@ from .engine.activations import apply
 from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
 from .engine.pack import packer, pair_packer
-from .engine.region import parallel
+from .engine.region import parallel, parallel_tasks
 from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, outline, spread, store_n
-from .engine.tile import Tile, multiply, tile_size
+from .engine.tile import Tile, multiply_blocks, tile_size
 
 ROWS, VECS = tile_size()
+GROUP = 16  # tiles that are computed before their epilogue, while they are in L1
 # Products that one accumulator sums up. In a longer chain the rounding errors show, above all where terms are alike: at k = 1023
 # random positive terms were 26 ulp off, not 7. It costs a few percent.
 CHAIN = 256
 
 
 def _tiles(p: Any, pairs: bool) -> Any:
-    """run(rows, vecs, last, …): the tile of that size; ``last`` > 0 says how many lanes of its last vector exist.
+    """run(rows, vecs, last, …): tiles of that size; ``last`` > 0 says how many lanes of their last vector exist.
 
     Rows are 8, 4, 2 or 1, as the machine's tile allows. Where a masked load costs nothing (AVX-512) there are masked tiles only.
     """
@@ -41,36 +42,39 @@ def _tiles(p: Any, pairs: bool) -> Any:
         m1, m2, m3 = (grid[r, v, True] for v in (1, 2, 3))
 
         @inline
-        def run(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
+        def run(vecs, last, blocks, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, ahead, ahead_k):
+            parts = (k + CHAIN - 1) // CHAIN
+            rest = ((k + parts - 1) // parts if parts > 1 else k, a, a_row, a_k, r * a_row, b, b_k, init, init_row, r * init_row,
+                    c, c_row, r * c_row, last if last > 0 else p.lanes, ahead, ahead_k)
             if last == 0 or cheap_masks:
-                n = last if last > 0 else p.lanes
                 if vecs == 3:
-                    multiply(t3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
+                    multiply_blocks(t3, blocks, k, *rest)
                 elif vecs == 2:
-                    multiply(t2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
+                    multiply_blocks(t2, blocks, k, *rest)
                 else:
-                    multiply(t1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, n)
+                    multiply_blocks(t1, blocks, k, *rest)
             elif vecs == 3:
-                multiply(m3, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+                multiply_blocks(m3, blocks, k, *rest)
             elif vecs == 2:
-                multiply(m2, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+                multiply_blocks(m2, blocks, k, *rest)
             else:
-                multiply(m1, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last)
+                multiply_blocks(m1, blocks, k, *rest)
         return run
 
     run1, run2, run4 = rows_function(1), rows_function(2), rows_function(4)
     run8 = rows_function(8) if ROWS == 8 else run4
 
     @inline
-    def run(rows, vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
+    def run(rows, vecs, last, blocks, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, ahead, ahead_k):
+        rest = (vecs, last, blocks, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, ahead, ahead_k)
         if rows == 8:
-            run8(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+            run8(*rest)
         elif rows == 4:
-            run4(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+            run4(*rest)
         elif rows == 2:
-            run2(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+            run2(*rest)
         else:
-            run1(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
+            run1(*rest)
     return run
 
 
@@ -112,30 +116,21 @@ def product(elem_name: str, pairs: bool) -> Any:
     finish = _epilogue(e)
     scratch_row = VECS * pb
 
-    @inline
-    def sum_up(rows, vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
-        """The tile's sum over k in stretches of at most CHAIN, between which the sums wait in L1"""
-        parts = (k + CHAIN - 1) // CHAIN if k > CHAIN else 1
-        for part in range(parts):
-            i = k * part // parts
-            stretch = k * (part + 1) // parts - i
-            run(rows, vecs, last, stretch, a + i * a_k, a_row, a_k, b + i * b_k, b_k, init, init_row, c, c_row)
-            init, init_row = c, c_row
-
     @outline
-    def block(m0, m1, q0, q1, cut, n, k, a, a_m, a_k, b, b_k, b_n, packed, direct,
+    def block(m0, m1, q0, q1, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
               c, c_m, bias, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
-        """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be."""
+        """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1 of
+        the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows.
+        """
         vectors = (n + lanes - 1) // lanes
         v0 = q0 * vectors // cut
         depth = (k + 1) // 2 if pairs else k  # what the tile counts as k
         scratch = ws
-        a_block = ws + ROWS * scratch_row
+        a_block = ws + GROUP * ROWS * scratch_row
         b_block = a_block + (((mc + a_width - 1) // a_width * a_width) * kc * unit if pack_a else 0)
         b_step = 2 if pairs else 1
-        k0 = 0
         while True:
-            kn = min(kc, depth - k0)
+            kn = min(kc, k1 - k0)
             final = k0 + kn >= depth
             for mb in range(m0, m1, mc):
                 mn = min(mc, m1 - mb)
@@ -156,17 +151,21 @@ def product(elem_name: str, pairs: bool) -> Any:
                     else:
                         bk = vecs * lanes * unit
                         if packed != 0:
-                            bp = packed + (first * lanes * depth + k0 * vecs * lanes) * unit
+                            bp = packed + (first * lanes * deep + (k0 - base) * vecs * lanes) * unit
                         else:
                             bp = b_block + (first - v0) * lanes * kn * unit
                             if mb == m0:
                                 ks = min(kn * b_step, k - k0 * b_step)
                                 pack(b + k0 * b_step * b_k + col * b_n, b_n, b_k, cols, ks, bp, vecs * lanes)
+                    # While this panel is used, the next one is fetched into L2, a part with each tile.
+                    ahead_k = bk * ROWS // mn if mn >= ROWS and not direct else 0
                     i = 0
                     while i < mn:
                         rows = 8 if ROWS == 8 and mn - i >= 8 else 4 if mn - i >= 4 else 2 if mn - i >= 2 else 1
+                        blocks = min(GROUP, (mn - i) // ROWS) if rows == ROWS else 1
                         cp = c + (mb + i) * c_m + col * e.size
                         if pack_a:
+                            blocks = 1
                             ap = a_block + (i // a_width * a_width * kn + i % a_width) * unit
                             ar, ak = unit, a_width * unit
                         else:
@@ -176,47 +175,83 @@ def product(elem_name: str, pairs: bool) -> Any:
                             init, init_row = cp, c_m
                         else:
                             init, init_row = (bias + col * p.size if bias != 0 else 0), 0
+                        ahead = bp + kn * bk + i // ROWS * kn * ahead_k
                         rp = res + (mb + i) * res_m + col * res_n if res != 0 else 0
                         if half:
-                            sum_up(rows, vecs, 0, kn, ap, ar, ak, bp, bk, 0, 0, scratch, scratch_row)
+                            run(rows, vecs, 0, blocks, kn, ap, ar, ak, bp, bk, 0, 0, scratch, scratch_row, ahead, ahead_k)
                             bias_at = bias + col * e.size if bias != 0 else 0
-                            finish(rows, vecs, last, scratch, scratch_row, cp, c_m, alpha, bias_at, beta,
+                            finish(rows * blocks, vecs, last, scratch, scratch_row, cp, c_m, alpha, bias_at, beta,
                                    rp, res_m, res_n, act, p0, p1)
                         else:
-                            sum_up(rows, vecs, last, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m)
+                            run(rows, vecs, last, blocks, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m, ahead, ahead_k)
                             if epilogue and final:
-                                finish(rows, vecs, last, cp, c_m, cp, c_m, alpha, 0, beta,
+                                finish(rows * blocks, vecs, last, cp, c_m, cp, c_m, alpha, 0, beta,
                                        rp, res_m, res_n, act, p0, p1)
-                        i += rows
+                        i += rows * blocks
             k0 += kn
-            if final:
+            if k0 >= k1:
                 break
 
+    @outline
+    def pack_part(q, n, k, k0, i0, i1, kn, b, b_k, b_n, cut, dst):
+        """Rows i0 … i1 of panel q of the rows k0 … k0 + kn of B."""
+        vectors = (n + lanes - 1) // lanes
+        first = q * vectors // cut
+        vecs = (q + 1) * vectors // cut - first
+        col = first * lanes
+        i_k = k0 + i0 if not pairs else 2 * (k0 + i0)
+        ks = min(i1 - i0 if not pairs else 2 * (i1 - i0), k - i_k)
+        pack(b + i_k * b_k + col * b_n, b_n, b_k, min(vecs * lanes, n - col), ks,
+             dst + (col * kn + i0 * vecs * lanes) * unit, vecs * lanes)
+
     @inline
-    def body(t, nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
+    def pack_columns(t, q, n, k, k0, kn, b, b_k, b_n, cut, dst):
+        pack_part(q, n, k, k0, 0, kn, kn, b, b_k, b_n, cut, dst)
+
+    @inline
+    def pack_rows(t, task, n, k, k0, kn, b, b_k, b_n, cut, dst):
+        """Eight rows at a time along all panels: from panel to panel each row would be in another page, and in one cache set."""
+        for i in range(task * 32, min(kn, task * 32 + 32), 8):
+            for q in range(cut):
+                pack_part(q, n, k, k0, i, min(kn, i + 8), kn, b, b_k, b_n, cut, dst)
+
+    @inline
+    def body(t, task, tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
              c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws, ws_size):
         units = (m + ROWS - 1) // ROWS
-        for task in range(tasks * t // nt, tasks * (t + 1) // nt):
-            batch = task // (tm * tn)
-            rest = task - batch * (tm * tn)
-            mi = rest // tn
-            ni = rest - mi * tn
-            if table != 0:
-                ao, bo = load_scalar(INT64, table + batch * 24), load_scalar(INT64, table + batch * 24 + 8)
-                ro = load_scalar(INT64, table + batch * 24 + 16)
-            else:
-                ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
-            m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
-            ri = res + ro if res != 0 else 0
-            block(m0, m1, cut * ni // tn, cut * (ni + 1) // tn, cut, n, k,
-                  a + ao, a_m, a_k, b + bo, b_k, b_n, packed, direct, c + batch * c_b, c_m, bias, alpha, beta,
-                  ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
+        batch = task // (tm * tn)
+        rest = task - batch * (tm * tn)
+        mi = rest // tn
+        ni = rest - mi * tn
+        if table != 0:
+            ao, bo = load_scalar(INT64, table + batch * 24), load_scalar(INT64, table + batch * 24 + 8)
+            ro = load_scalar(INT64, table + batch * 24 + 16)
+        else:
+            ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
+        m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
+        ri = res + ro if res != 0 else 0
+        block(m0, m1, cut * ni // tn, cut * (ni + 1) // tn, cut, n, k, k0, k1,
+              a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, alpha, beta,
+              ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
 
-    def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
+    def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, shared, cut, direct,
                c, c_b, c_m, bias, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size, alpha, beta, p0, p1):
-        parallel(nt, body, (tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, cut, direct,
-                            c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
-                            pack_a, ws, ws_size))
+        depth = (k + 1) // 2 if pairs else k
+        k0 = 0
+        while True:  # once, or, where all threads share B's panels, once for each kc of the sum
+            k1 = min(depth, k0 + kc) if shared != 0 else depth
+            deep = k1 - k0
+            if shared != 0:
+                if b_n == e.size:
+                    parallel_tasks(nt, (deep + 31) // 32, pack_rows, (n, k, k0, deep, b, b_k, b_n, cut, shared))
+                else:
+                    parallel_tasks(nt, cut, pack_columns, (n, k, k0, deep, b, b_k, b_n, cut, shared))
+            parallel_tasks(nt, tasks, body, (
+                tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
+                c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws, ws_size))
+            k0 = k1
+            if k0 >= depth:
+                break
     return kernel
 
 

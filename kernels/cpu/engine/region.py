@@ -1,7 +1,8 @@
-"""The compiler's side of ``threads``: ``parallel`` and ``barrier`` as Numba intrinsics."""
+"""The compiler's side of ``threads``: parallel regions as Numba intrinsics."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -19,56 +20,98 @@ def _extern(module: ir.Module, name: str, result: Any, *args: Any) -> Any:
     return cgutils.get_or_insert_function(module, ir.FunctionType(result, args), "fastnn_" + name)
 
 
+def _compile(typingctx: Any, body: Any, args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Body, for two int64 and the args, and those types."""
+    full = (types.int64, types.int64, *(getattr(t, "literal_type", t) for t in args))
+    typingctx.resolve_function_type(body, full, {})  # compiles it
+    return body.dispatcher.overloads[full], full
+
+
+def _launch(context: Any, builder: ir.IRBuilder, n: Any, items: list[Any], region: Callable[..., None]) -> None:
+    """Run region(builder, thread, threads, items) on up to n threads, with the items as they are now."""
+    module = builder.module
+    struct = ir.LiteralStructType([v.type for v in items])
+    data = cgutils.alloca_once(builder, struct)
+    for k, v in enumerate(items):
+        builder.store(v, builder.gep(data, [_i32(0), _i32(k)]))
+    raw = builder.bitcast(data, _pointer)
+
+    # The region's body as a C function of (data, thread, threads) …
+    bodies = ir.FunctionType(_void, [_pointer, _i64, _i64])
+    outlined = ir.Function(module, bodies, module.get_unique_name("fastnn_region"))
+    outlined.linkage = "internal"
+    inside = ir.IRBuilder(outlined.append_basic_block())
+    view = inside.bitcast(outlined.args[0], struct.as_pointer())
+    unpacked = [inside.load(inside.gep(view, [_i32(0), _i32(k)])) for k in range(len(items))]
+    region(inside, outlined.args[1], outlined.args[2], unpacked)
+    inside.ret_void()
+
+    # … launched by whoever owns the threads.
+    with builder.if_else(builder.icmp_signed("<=", n, _i64(1))) as (serial, threaded):
+        with serial:
+            builder.call(outlined, [raw, _i64(0), _i64(1)])
+        with threaded:
+            if LAUNCHER == "gomp":
+                adapter = ir.Function(module, ir.FunctionType(_void, [_pointer]), module.get_unique_name("fastnn_adapter"))
+                adapter.linkage = "internal"
+                ab = ir.IRBuilder(adapter.append_basic_block())
+                thread = ab.call(_extern(module, "omp_get_thread_num", _i32), [])
+                team = ab.call(_extern(module, "omp_get_num_threads", _i32), [])
+                ab.call(outlined, [adapter.args[0], ab.sext(thread, _i64), ab.sext(team, _i64)])
+                ab.ret_void()
+                launch = _extern(module, "GOMP_parallel", _void, _pointer, _pointer, _i32, _i32)
+                builder.call(launch, [builder.bitcast(adapter, _pointer), raw, builder.trunc(n, _i32), _i32(0)])
+            else:
+                launch = _extern(module, "python_parallel", _void, _pointer, _pointer, _i64)
+                builder.call(launch, [builder.bitcast(outlined, _pointer), raw, n])
+
+
 @intrinsic
 def parallel(typingctx, n, body, args):
     """parallel(n, body, args): run body(thread, threads, *args) on up to n threads. args is a tuple of scalars."""
-    argument_types = tuple(getattr(t, "literal_type", t) for t in args)
-    full = (types.int64, types.int64, *argument_types)
-    typingctx.resolve_function_type(body, full, {})  # compiles it
-    compiled = body.dispatcher.overloads[full]
+    compiled, full = _compile(typingctx, body, args)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, values: Any) -> Any:
-        module = builder.module
-        items = cgutils.unpack_tuple(builder, values[2], len(argument_types))
-        struct = ir.LiteralStructType([v.type for v in items])
-        data = cgutils.alloca_once(builder, struct)
-        for k, v in enumerate(items):
-            builder.store(v, builder.gep(data, [_i32(0), _i32(k)]))
-        raw = builder.bitcast(data, _pointer)
+        def region(inside: ir.IRBuilder, thread: Any, threads: Any, items: list[Any]) -> None:
+            function = context.declare_function(inside.module, compiled.fndesc)
+            context.call_conv.call_function(inside, function, types.none, full, [thread, threads, *items])
 
-        # The region's body as a C function of (data, thread, threads) …
-        bodies = ir.FunctionType(_void, [_pointer, _i64, _i64])
-        outlined = ir.Function(module, bodies, module.get_unique_name("fastnn_region"))
-        outlined.linkage = "internal"
-        inside = ir.IRBuilder(outlined.append_basic_block())
-        view = inside.bitcast(outlined.args[0], struct.as_pointer())
-        unpacked = [inside.load(inside.gep(view, [_i32(0), _i32(k)])) for k in range(len(items))]
         context.add_linking_libs([compiled.library])
-        function = context.declare_function(module, compiled.fndesc)
-        context.call_conv.call_function(inside, function, types.none, full, [outlined.args[1], outlined.args[2], *unpacked])
-        inside.ret_void()
-
-        # … launched by whoever owns the threads.
-        with builder.if_else(builder.icmp_signed("<=", values[0], _i64(1))) as (serial, threaded):
-            with serial:
-                builder.call(outlined, [raw, _i64(0), _i64(1)])
-            with threaded:
-                if LAUNCHER == "gomp":
-                    adapter = ir.Function(module, ir.FunctionType(_void, [_pointer]), module.get_unique_name("fastnn_adapter"))
-                    adapter.linkage = "internal"
-                    ab = ir.IRBuilder(adapter.append_basic_block())
-                    thread = ab.call(_extern(module, "omp_get_thread_num", _i32), [])
-                    team = ab.call(_extern(module, "omp_get_num_threads", _i32), [])
-                    ab.call(outlined, [adapter.args[0], ab.sext(thread, _i64), ab.sext(team, _i64)])
-                    ab.ret_void()
-                    launch = _extern(module, "GOMP_parallel", _void, _pointer, _pointer, _i32, _i32)
-                    builder.call(launch, [builder.bitcast(adapter, _pointer), raw, builder.trunc(values[0], _i32), _i32(0)])
-                else:
-                    launch = _extern(module, "python_parallel", _void, _pointer, _pointer, _i64)
-                    builder.call(launch, [builder.bitcast(outlined, _pointer), raw, values[0]])
+        _launch(context, builder, values[0], cgutils.unpack_tuple(builder, values[2], len(args)), region)
         return context.get_dummy_value()
 
     return types.none(types.int64, body, args), codegen
+
+
+@intrinsic
+def parallel_tasks(typingctx, n, tasks, body, args):
+    """parallel_tasks(n, tasks, body, args): run body(thread, task, *args) for every task, each on whichever of up to n
+    threads is free next: a core that is slower, or busy with something else, holds nobody up.
+    """
+    compiled, full = _compile(typingctx, body, args)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, values: Any) -> Any:
+        def region(inside: ir.IRBuilder, thread: Any, threads: Any, items: list[Any]) -> None:
+            function = context.declare_function(inside.module, compiled.fndesc)
+            taken, total, *rest = items
+            loop, run, done = (inside.append_basic_block(name) for name in ("take", "run", "done"))
+            inside.branch(loop)
+            inside.position_at_end(loop)
+            task = inside.atomic_rmw("add", taken, _i64(1), "monotonic")
+            inside.cbranch(inside.icmp_signed("<", task, total), run, done)
+            inside.position_at_end(run)
+            context.call_conv.call_function(inside, function, types.none, full, [thread, task, *rest])
+            inside.branch(loop)
+            inside.position_at_end(done)
+
+        context.add_linking_libs([compiled.library])
+        taken = cgutils.alloca_once(builder, _i64)
+        builder.store(_i64(0), taken)
+        items = cgutils.unpack_tuple(builder, values[3], len(args))
+        _launch(context, builder, values[0], [taken, values[1], *items], region)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, body, args), codegen
 
 
 @intrinsic

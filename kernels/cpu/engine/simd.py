@@ -174,7 +174,9 @@ def splat(builder: ir.IRBuilder, scalar: Any, lanes: int) -> Any:
 
 
 def lane_mask(builder: ir.IRBuilder, n: Any, lanes: int) -> Any:
-    """The mask of the first ``n`` lanes (n: int64)."""
+    """The mask of the first ``n`` lanes (n: int64, or a mask already)."""
+    if isinstance(n.type, ir.VectorType):
+        return n
     index = ir.Constant(ir.VectorType(i32, lanes), list(range(lanes)))
     return builder.icmp_signed("<", index, splat(builder, builder.trunc(n, i32), lanes))
 

@@ -24,7 +24,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .host import simd
-from .simd import Elem, Static, i8, i32, i64, llvm_call, load_vector, multiply_add, splat, store_vector
+from .simd import Elem, Static, i8, i32, i64, lane_mask, llvm_call, load_vector, multiply_add, splat, store_vector
 
 
 class _BFloat(ir.types._BaseFloatType):  # llvmlite has no bfloat of its own
@@ -89,15 +89,20 @@ def _multiply_add(builder: ir.IRBuilder, tile: Tile, a: Any, b: Any, acc: Any) -
 
 
 def _define(module: ir.Module, t: Tile) -> ir.Function:
-    """The tile as an LLVM function: never inlined, so that its loop gets the registers for itself."""
+    """The tile as an LLVM function: never inlined, so that its loop gets the registers for itself.
+
+    It goes on to the next rows by itself: from loop to loop there are a dozen stores and hardly a branch. Calling it for each
+    tile cost 100 cycles of mispredicted branches, and 400 where another hyper-thread disturbs the predictor.
+    """
     name = "fastnn_tile_" + "".join(c if c.isalnum() else "_" for c in repr(t))
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 11), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 18), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
-    n, a0, ar, ak, b0, bk, init, init_row, c, cr, last = function.args
+    (blocks, n, stretch, a0, ar, ak, a_step, b0, bk, init0, init_row, init_step, c0, cr, c_step, last, ahead,
+     ahead_k) = function.args
     vb = t.elem.lanes * t.elem.size
     vt = t.elem.vector.llvm
     slots = [(i, j) for i in range(t.rows) for j in range(t.vecs)]
@@ -108,55 +113,103 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     def at(base: Any, row: Any, i: int, j: int) -> Any:
         return builder.add(base, builder.add(builder.mul(row, i64(i)), i64(j * vb)))
 
+    def positive(value: Any) -> Any:
+        return builder.icmp_signed(">", value, i64(0))
+
+    # Where registers are few, the mask lies in memory that the compiler is not allowed to remember: in a register it would cost
+    # an accumulator its own.
+    mask = None
+    if t.masked and simd().registers < 32:
+        signs = ir.VectorType(ir.IntType(8 * t.elem.size), t.elem.lanes)
+        mask = builder.alloca(signs)
+        builder.store(builder.sext(lane_mask(builder, last, t.elem.lanes), signs), mask)
+
+    zero = ir.Constant(vt, [0.0] * t.elem.lanes)
+    entry = builder.block
+    block, part, loop, done, plain, start, after, following, end = (
+        builder.append_basic_block(name)
+        for name in ("block", "part", "k", "done", "plain", "init", "after", "next", "end"))
+    offsets = [builder.mul(ar, i64(i)) for i in range(t.rows)]
+    builder.branch(block)
+
+    builder.position_at_end(block)
+    to_do, a, init, c, ahead_block = (builder.phi(i64) for _ in range(5))
     for i, j in slots:
         llvm_call(builder, "llvm.prefetch", ir.VoidType(),
                   [builder.inttoptr(at(c, cr, i, j), i8.as_pointer()), i32(1), i32(3), i32(1)], "p0")
-    offsets = [builder.mul(ar, i64(i)) for i in range(t.rows)]
-    zero = ir.Constant(vt, [0.0] * t.elem.lanes)
+    builder.branch(part)
 
-    entry = builder.block
-    loop, done = builder.append_basic_block("k"), builder.append_basic_block("end")
-    builder.cbranch(builder.icmp_signed(">", n, i64(0)), loop, done)
+    builder.position_at_end(part)
+    left, part_a, part_b, part_ahead, from_, from_row = (builder.phi(i64) for _ in range(6))
+    length = builder.select(builder.icmp_signed("<", stretch, left), stretch, left)
+    builder.cbranch(positive(length), loop, done)
+
     builder.position_at_end(loop)
-    count, pa, pb = (builder.phi(i64) for _ in range(3))
+    count, pa, pb, pf = (builder.phi(i64) for _ in range(4))
     acc = [builder.phi(vt) for _ in slots]
+    llvm_call(builder, "llvm.prefetch", ir.VoidType(),
+              [builder.inttoptr(pf, i8.as_pointer()), i32(0), i32(2), i32(1)], "p0")
     row = builder.add(b0, builder.load(builder.inttoptr(pb, i64.as_pointer()))) if t.table else pb
-    bs = [_load_b(builder, t, builder.add(row, i64(j * vb)), lanes(j)) for j in range(t.vecs)]
+    exist = last
+    if mask is not None:
+        hidden = builder.asm(ir.FunctionType(mask.type, [mask.type]), "", "=r,0", [mask], side_effect=True)
+        exist = builder.icmp_signed("<", builder.load(hidden), ir.Constant(signs, None))
+    bs = [_load_b(builder, t, builder.add(row, i64(j * vb)), exist if lanes(j) is last else None) for j in range(t.vecs)]
     new: list[Any] = []
     for i in range(t.rows):
         ai = _splat_a(builder, t, builder.add(pa, offsets[i]))
         new += [_multiply_add(builder, t, ai, bs[j], acc[i * t.vecs + j]) for j in range(t.vecs)]
-    left = builder.sub(count, i64(1))
-    steps = [(count, n, left), (pa, a0, builder.add(pa, ak)),
-             (pb, bk if t.table else b0, builder.add(pb, i64(8) if t.table else bk))]
+    fewer, next_a = builder.sub(count, i64(1)), builder.add(pa, ak)
+    next_b = builder.add(pb, i64(8) if t.table else bk)
+    next_pf = builder.add(pf, ahead_k)
+    steps = [(count, length, fewer), (pa, part_a, next_a), (pb, part_b, next_b), (pf, part_ahead, next_pf)]
     steps += [(p, zero, v) for p, v in zip(acc, new, strict=True)]
-    for phi, first, following in steps:
-        phi.add_incoming(first, entry)
-        phi.add_incoming(following, loop)
-    again = builder.cbranch(builder.icmp_signed(">", left, i64(0)), loop, done)
+    for phi, first, then in steps:
+        phi.add_incoming(first, part)
+        phi.add_incoming(then, loop)
+    back = builder.cbranch(positive(fewer), loop, done)
     if len(slots) >= 16:  # enough independent chains: unrolling would only press on the address registers
         no_unroll = module.add_metadata([module.add_metadata(["llvm.loop.unroll.disable"])])
         no_unroll.operands = [no_unroll, *no_unroll.operands]
-        again.set_metadata("llvm.loop", no_unroll)
+        back.set_metadata("llvm.loop", no_unroll)
 
     builder.position_at_end(done)
     result = []
-    for v in new:
-        phi = builder.phi(vt)
-        phi.add_incoming(zero, entry)
+    for none, v in [(part_a, next_a), (part_b, next_b), (part_ahead, next_pf)] + [(zero, v) for v in new]:
+        phi = builder.phi(v.type)
+        phi.add_incoming(none, part)
         phi.add_incoming(v, loop)
         result.append(phi)
-
-    plain, start = builder.append_basic_block("plain"), builder.append_basic_block("init")
-    builder.cbranch(builder.icmp_signed("==", init, i64(0)), plain, start)
+    end_a, end_b, end_ahead, *result = result
+    builder.cbranch(builder.icmp_signed("==", from_, i64(0)), plain, start)
     builder.position_at_end(plain)
     for (i, j), v in zip(slots, result, strict=True):
         store_vector(builder, t.elem, at(c, cr, i, j), v, lanes(j))
-    builder.ret_void()
+    builder.branch(after)
     builder.position_at_end(start)
     for (i, j), v in zip(slots, result, strict=True):
-        v = builder.fadd(v, load_vector(builder, t.elem, at(init, init_row, i, j), lanes(j)))
+        v = builder.fadd(v, load_vector(builder, t.elem, at(from_, from_row, i, j), lanes(j)))
         store_vector(builder, t.elem, at(c, cr, i, j), v, lanes(j))
+    builder.branch(after)
+
+    builder.position_at_end(after)
+    remaining = builder.sub(left, length)
+    builder.cbranch(positive(remaining), part, following)
+    for phi, first, then in [(left, n, remaining), (part_a, a, end_a), (part_b, bk if t.table else b0, end_b),
+                             (part_ahead, ahead_block, end_ahead), (from_, init, c), (from_row, init_row, cr)]:
+        phi.add_incoming(first, block)
+        phi.add_incoming(then, after)
+    builder.position_at_end(following)
+    fewer = builder.sub(to_do, i64(1))
+    for phi, first, step in [(a, a0, a_step), (init, init0, init_step), (c, c0, c_step)]:
+        phi.add_incoming(first, entry)
+        phi.add_incoming(builder.add(phi, step), following)
+    ahead_block.add_incoming(ahead, entry)
+    ahead_block.add_incoming(end_ahead, following)
+    to_do.add_incoming(blocks, entry)
+    to_do.add_incoming(fewer, following)
+    builder.cbranch(positive(fewer), block, end)
+    builder.position_at_end(end)
     builder.ret_void()
     return function
 
@@ -165,6 +218,23 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
 def multiply(typingctx, tile, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last):
     """multiply(tile, k, a, a_row, a_k, b, b_k | table, init, init_row, c, c_row, last): see the module. Strides in bytes."""
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        builder.call(_define(builder.module, tile.value), args[1:])
+        _, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last = args
+        no = i64(0)
+        builder.call(_define(builder.module, tile.value),
+                     [i64(1), k, k, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, last, b, no])
         return context.get_dummy_value()
     return types.none(tile, *(types.int64,) * 11), codegen
+
+
+@intrinsic
+def multiply_blocks(typingctx, tile, blocks, k, stretch, a, a_row, a_k, a_step, b, b_k, init, init_row, init_step, c, c_row,
+                    c_step, last, ahead, ahead_k):
+    """multiply_blocks(tile, blocks, k, stretch, a, a_row, a_k, a_step, b, b_k | table, init, init_row, init_step, c, c_row,
+    c_step, last, ahead, ahead_k): ``multiply`` for ``blocks`` tiles one below the other, ``…_step`` bytes apart (0 where init
+    is 0), each sum in stretches of k between which it waits in C. With every k, what lies at ``ahead`` is fetched into L2 and
+    ``ahead`` moves on by ``ahead_k``.
+    """
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        builder.call(_define(builder.module, tile.value), args[1:])
+        return context.get_dummy_value()
+    return types.none(tile, *(types.int64,) * 18), codegen
