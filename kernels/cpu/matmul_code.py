@@ -266,52 +266,52 @@ def rows_dot(elem_name: str) -> Any:
     d11, d12, d14 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)  # as d41 sums: a row has the same bits anywhere
 
     @inline
-    def body(t, nt, batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
+    def body(t, task, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
              act, p0, p1, ws):
         scratch = ws + t * 8 * row
         chunks = (n + chunk - 1) // chunk
-        for task in range(batches * chunks * t // nt, batches * chunks * (t + 1) // nt):
-            batch = task // chunks
-            r0 = (task - batch * chunks) * chunk
-            rn = min(chunk, n - r0)
-            wp, cp = w + batch * w_b + r0 * w_n, c + batch * c_b + r0 * e.size
-            for m0 in range(0, m, 8):
-                mn = min(8, m - m0)
-                r = 0
-                while r < rn:
-                    four = rn - r >= 4
-                    wr = wp + r * w_n
-                    v = 0
-                    while v < mn:
-                        many = 4 if mn - v >= 4 else 2 if mn - v >= 2 else 1
-                        y = scratch + v * row + r * p.size
-                        xp = x + batch * x_b + (m0 + v) * x_m
-                        if many == 4:
-                            if four:
-                                dot(d44, k, wr, w_n, xp, x_m, y, row)
-                            else:
-                                dot(d14, k, wr, w_n, xp, x_m, y, row)
-                        elif many == 2:
-                            if four:
-                                dot(d42, k, wr, w_n, xp, x_m, y, row)
-                            else:
-                                dot(d12, k, wr, w_n, xp, x_m, y, row)
-                        elif four:
-                            dot(d41, k, wr, w_n, xp, x_m, y, row)
+        batch = task // chunks
+        r0 = (task - batch * chunks) * chunk
+        rn = min(chunk, n - r0)
+        wp, cp = w + batch * w_b + r0 * w_n, c + batch * c_b + r0 * e.size
+        for m0 in range(0, m, 8):
+            mn = min(8, m - m0)
+            r = 0
+            while r < rn:
+                four = rn - r >= 4
+                wr = wp + r * w_n
+                v = 0
+                while v < mn:
+                    many = 4 if mn - v >= 4 else 2 if mn - v >= 2 else 1
+                    y = scratch + v * row + r * p.size
+                    xp = x + batch * x_b + (m0 + v) * x_m
+                    if many == 4:
+                        if four:
+                            dot(d44, k, wr, w_n, xp, x_m, y, row)
                         else:
-                            dot(d11, k, wr, w_n, xp, x_m, y, row)
-                        v += many
-                    r += 4 if four else 1
-                vecs = (rn + p.lanes - 1) // p.lanes
-                last = rn - (vecs - 1) * p.lanes
-                rp = res + batch * res_b + m0 * res_m + r0 * res_n if res != 0 else 0
-                bp = bias + r0 * e.size if bias != 0 else 0
-                finish(mn, vecs, last, scratch, row, cp + m0 * c_m, c_m, alpha, bp, beta, rp, res_m, res_n, act, p0, p1)
+                            dot(d14, k, wr, w_n, xp, x_m, y, row)
+                    elif many == 2:
+                        if four:
+                            dot(d42, k, wr, w_n, xp, x_m, y, row)
+                        else:
+                            dot(d12, k, wr, w_n, xp, x_m, y, row)
+                    elif four:
+                        dot(d41, k, wr, w_n, xp, x_m, y, row)
+                    else:
+                        dot(d11, k, wr, w_n, xp, x_m, y, row)
+                    v += many
+                r += 4 if four else 1
+            vecs = (rn + p.lanes - 1) // p.lanes
+            last = rn - (vecs - 1) * p.lanes
+            rp = res + batch * res_b + m0 * res_m + r0 * res_n if res != 0 else 0
+            bp = bias + r0 * e.size if bias != 0 else 0
+            finish(mn, vecs, last, scratch, row, cp + m0 * c_m, c_m, alpha, bp, beta, rp, res_m, res_n, act, p0, p1)
 
     def kernel(nt, batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, res, res_b, res_m, res_n, act, ws,
                alpha, beta, p0, p1):
-        parallel(nt, body, (batches, m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n,
-                            act, p0, p1, ws))
+        tasks = batches * ((n + chunk - 1) // chunk)
+        parallel_tasks(nt, tasks, body, (m, n, k, w, w_b, w_n, x, x_b, x_m, c, c_b, c_m, bias, alpha, beta, res, res_b, res_m,
+                                         res_n, act, p0, p1, ws))
     return kernel
 
 
