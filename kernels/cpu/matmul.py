@@ -209,7 +209,7 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
     """
     f = _format(dtype)
     depth = max(1, (k + 1) // 2 if f.pairs else k)
-    direct = not kept and b_rows and not f.half and (m <= 64 or k * n * f.size <= caches().l2 // 2)
+    direct = not kept and b_rows and not f.half and m <= 64
     mc, kc = _blocks(f)
     if f.half:  # the sums stay in float32 until they are whole
         kc = depth
