@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastnn.verify import dtypes
 
-from . import compare, models, report
+from . import compare, gpu, models, report
 from .cases import Case, families
 from .estimate import estimate
 from .limits import Limits
@@ -35,6 +35,8 @@ def main(arguments: Namespace) -> int:
         ValueError: an unknown family, dtype or number of threads, or no case is left.
         ImportError: matplotlib is not installed, and a plot or page is wanted.
     """
+    if arguments.device == gpu.DEVICE:
+        gpu.require()
     console = Console(width=None if os.isatty(1) else 170)
     if arguments.family[:1] == ["compare"]:
         return compare.main(console, arguments.family[1:])
@@ -43,8 +45,10 @@ def main(arguments: Namespace) -> int:
         dtypes(arguments.dtype)[0] if arguments.dtype else None,
         arguments.case,
         arguments.quick,
+        arguments.device,
     )
-    threads = arguments.threads or [torch.get_num_threads()]
+    on_gpu = arguments.device == gpu.DEVICE
+    threads = [torch.get_num_threads()] if on_gpu else arguments.threads or [torch.get_num_threads()]
     if wrong := [n for n in threads if n < 1]:
         raise ValueError(f"--threads is {wrong[0]}; it must be 1 or more")
     if arguments.plot or arguments.html:
@@ -57,7 +61,7 @@ def main(arguments: Namespace) -> int:
     save = _Saver(arguments, headers, records)
     interrupted = False
     for count in threads:
-        limits = Limits(count)
+        limits: Limits | gpu.Limits = gpu.Limits() if on_gpu else Limits(count)
         headers.append(header(limits, providers, missing, method))
         report.print_header(console, headers[-1])
         if count == threads[0]:
@@ -102,7 +106,7 @@ class _Saver:
                 found.setdefault(folder / f"{r.family}.json", []).append(r)
         return found
 
-    def __call__(self, new: list[Record], limits: Limits) -> None:
+    def __call__(self, new: list[Record], limits: Limits | gpu.Limits) -> None:
         for r in new:
             r.run = self.headers[-1]["started"]
         self.records += new
@@ -137,7 +141,7 @@ def _run(
     threads: int,
     seconds: float,
     providers: list[Peer],
-    limits: Limits,
+    limits: Limits | gpu.Limits,
     method: str,
     save: _Saver,
 ) -> tuple[list[Record], bool]:

@@ -34,9 +34,10 @@ def _case(case: Case, dtype: torch.dtype, providers: Sequence[Peer], seconds: fl
         return count * (2 * COLD_PROCESS if case.cold else 5 * PROCESS)
     there = [p.name for p in providers if p.missing(case, dtype, header["threads"]) is None]
     limits = header["limits"]
+    rates = limits["fma_gflops"]
     call = (
-        case.flops / limits["fma_gflops"][dtype_name(fma_dtype(dtype))]
-        + case.bytes(dtype) / limits["copy_gbs_64MiB_new_output"]
+        case.flops / rates.get(dtype_name(fma_dtype(dtype)), rates["float32"])
+        + case.bytes(dtype) / limits.get("copy_gbs_64MiB_new_output", limits.get("copy_gbs_memory"))
     ) / 1e9
     # Warm-up and, in each round, a pause, discarded calls, and the block itself, which is one call at least.
     block = max(seconds / _ROUNDS, call) + PAUSE + min(3 * call, 0.1)

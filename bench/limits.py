@@ -415,6 +415,22 @@ class Limits:
         self._fma[kind] = max(rate, self._fma.get(kind, 0.0))
         return rate
 
+    def describe(self) -> dict[str, Any]:
+        """What a header says of the limits, in GFLOP/s and GB/s."""
+        one, size = Limits(1), 64 << 20
+        kinds = [torch.float32, torch.float64] + ([torch.bfloat16] if has_bf16_dot() else [])
+        return {
+            "fma_gflops_one_core": {str(k).removeprefix("torch."): one.fma(k) / 1e9 for k in kinds},
+            "fma_gflops": {str(k).removeprefix("torch."): self.fma(k) / 1e9 for k in kinds},
+            "bandwidth_gbs": {
+                what: {level: rate / 1e9 for level, rate in rates.items()}
+                for what, rates in bandwidths(self.threads).items()
+            },
+            "read_gbs_64MiB": read(size, self.threads) / 1e9,
+            "copy_gbs_64MiB_new_output": copy(size, self.threads) / 1e9,
+            "copy_gbs_64MiB_same_output": copy(size, self.threads, fresh=False) / 1e9,
+        }
+
     def known(self) -> dict[str, float]:
         """The multiply-add limits measured so far, in GFLOP/s by dtype."""
         return {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}

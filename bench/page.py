@@ -54,12 +54,16 @@ def _fact(value: object) -> object:
 def _header(header: Header) -> Iterator[str]:
     """What a reader must know before believing a number."""
     machine, limits, load = header["machine"], header["limits"], header["load_average"]
-    one = limits["fma_gflops_one_core"]
+    one = limits.get("fma_gflops_one_core", {})
     yield _tag("h2", f"{header['threads']} threads, {header['started']}")
     yield _rows(
         [
             ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}"),
-            *((name, _fact(machine[name])) for name in ("cpu_llvm", "simd", "caches", "memory", "features") if name in machine),
+            *(
+                (name, _fact(machine[name]))
+                for name in ("gpu", "cpu_llvm", "simd", "caches", "memory", "features")
+                if name in machine
+            ),
             ("affinity", f"cores {machine['affinity']}"),
             ("threads", header["threads"]),
             ("load average before", "unknown" if load is None else f"{load:.2f}"),

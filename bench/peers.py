@@ -33,13 +33,17 @@ class Job:
     threads: int
 
     @classmethod
-    def of(cls, case: Case, dtype: torch.dtype, threads: int) -> Job:
-        """The case's own inputs, and a gradient of its output where its mode needs one."""
+    def of(cls, case: Case, dtype: torch.dtype, threads: int, device: str = "cpu") -> Job:
+        """The case's own inputs on the device, and a gradient of its output where its mode needs one."""
         inputs, grad = case.make(dtype), None
+        if device != "cpu":
+            inputs = tuple(
+                t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs
+            )
         if case.mode != "forward":
             with torch.no_grad():
                 out = case.theirs(TORCH, *inputs)
-            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(out.device, dtype)
         return cls(case, inputs, grad, threads)
 
     @property
@@ -70,6 +74,8 @@ class Peer:
     version = ""
     #: Whether getting ready takes so long that a quick run leaves it out.
     slow = False
+    #: Where it works.
+    devices: tuple[str, ...] = ("cpu",)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         """Why this peer cannot do the case, in a sentence; None if it can."""
@@ -86,6 +92,7 @@ class Peer:
 
 class Fastnn(Peer):
     name = OURS
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __init__(self) -> None:
         import fastnn
@@ -104,6 +111,7 @@ class Fastnn(Peer):
 
 class TorchEager(Peer):
     name, version = "torch", torch.__version__
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         return None
@@ -114,6 +122,7 @@ class TorchEager(Peer):
 
 class TorchCompile(Peer):
     name, version = "torch.compile", torch.__version__
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         if not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
@@ -139,6 +148,7 @@ class MaxAutotune(TorchCompile):
 
     name = "max-autotune"
     slow = True
+    devices: tuple[str, ...] = ("cpu",)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         if case.mode != "forward" or not case.parameters:

@@ -118,22 +118,24 @@ class Lines:
 def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
+    one = limits.get("fma_gflops_one_core", {})
     fma = ", ".join(
-        f"{SHORT[k]} {v:.0f} ({limits['fma_gflops_one_core'][k]:.0f} one core)"
+        f"{SHORT[k]} {v:.0f}" + (f" ({one[k]:.0f} one core)" if k in one else "")
         for k, v in limits["fma_gflops"].items()
     )
     console.print(
-        f"[bold]{m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
+        f"[bold]{m['gpu']['name'] if 'gpu' in m else m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
         highlight=False,
     )
-    console.print(
-        f"limits: multiply-add {fma} GFLOP/s; 64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy "
-        f"{limits['copy_gbs_64MiB_same_output']:.0f}, copy into new memory "
-        f"{limits['copy_gbs_64MiB_new_output']:.0f} GB/s",
-        highlight=False,
+    memory = (
+        f"copy {limits['copy_gbs_memory']:.0f}"
+        if "gpu" in m
+        else f"64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy {limits['copy_gbs_64MiB_same_output']:.0f}, "
+        f"copy into new memory {limits['copy_gbs_64MiB_new_output']:.0f}"
     )
-    for what, rates in limits["bandwidth_gbs"].items():
+    console.print(f"limits: multiply-add {fma} GFLOP/s; {memory} GB/s", highlight=False)
+    for what, rates in limits.get("bandwidth_gbs", {}).items():
         console.print(
             f"{what}: " + ", ".join(f"{level} {rate:.0f}" for level, rate in rates.items()) + " GB/s", highlight=False
         )
@@ -280,8 +282,10 @@ def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[R
 def slug(machine: dict[str, Any]) -> str:
     """A machine's name in bench/results: LLVM's name of the CPU, the vectors that the kernels use, the number of cores.
 
-    ``zen5-avx512-2cores``: what decides a speed, and nothing that changes from boot to boot.
+    ``zen5-avx512-2cores``: what decides a speed, and nothing that changes from boot to boot; or the GPU's, if it was measured.
     """
+    if "gpu" in machine:
+        return machine["gpu"]["name"].lower().replace(" ", "-")
     cpu = machine.get("cpu_llvm", machine["architecture"]).replace("znver", "zen")
     vectors = machine.get("simd", {}).get("name", "")
     return "-".join(part for part in (cpu, vectors, f"{machine['cores']}cores") if part)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastnn._numerics import TORCH, Error, error, results, widen
 
-from . import memory
+from . import gpu, memory
 from . import peers as peer_module
 from .cases import Case, cases
 from .limits import Limits
@@ -38,6 +38,11 @@ METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each "
     "after a pause (30 ms, and until no thread pool spins any more) and three discarded calls. {} Every provider "
     "allocates its output anew in each call, and so do the copies that memory-bound cases are compared with."
+)
+GPU_METHOD = (
+    "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each after "
+    "three discarded calls. A call is timed by CUDA events, and before each the L2 cache is overwritten; calls of less "
+    "than 20 µs are timed as CUDA graphs, with inputs in L2."
 )
 #: The ways to time: what happens between two samples.
 METHODS = {
@@ -107,9 +112,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def select(
-    families: Iterable[str], dtype: torch.dtype | None = None, pattern: str | None = None, quick: bool = False
+    families: Iterable[str],
+    dtype: torch.dtype | None = None,
+    pattern: str | None = None,
+    quick: bool = False,
+    device: str = "cpu",
 ) -> list[tuple[Case, torch.dtype]]:
-    """The cases to run. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``.
+    """The cases to run on a device. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``.
 
     Raises:
         ValueError: an unknown family, or no case is left.
@@ -120,7 +129,7 @@ def select(
             wanted = (
                 (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
             )
-            if wanted:
+            if wanted and device in case.devices:
                 for kind in (dtype,) if dtype else case.dtypes:
                     chosen.setdefault((family, case.name, case.mode, kind), (case, kind))
     if not chosen:
@@ -158,7 +167,7 @@ def _judged(case: Case, inputs: Sequence[Any], found: tuple[Tensor, ...]) -> tup
 # The limits of a case -------------------------------------------------------------------------------------------------
 
 
-def limit_of(case: Case, dtype: torch.dtype, limits: Limits, again: bool = False) -> tuple[str, float] | None:
+def limit_of(case: Case, dtype: torch.dtype, limits: Limits | gpu.Limits, again: bool = False) -> tuple[str, float] | None:
     """What limits a case, and the seconds that it takes at that limit: arithmetic or memory, whichever takes longer.
 
     With ``again`` memory is measured once more, and the better of the measurements counts.
@@ -228,11 +237,13 @@ def measure_case(
     dtype: torch.dtype,
     threads: int,
     providers: list[Peer],
-    limits: Limits,
+    limits: Limits | gpu.Limits,
     seconds: float,
     method: str = "warm",
 ) -> list[Record]:
     """Check and time one case with every provider that can do it, and measure the memory that a call takes."""
+    on_gpu = isinstance(limits, gpu.Limits)
+    device = gpu.DEVICE if on_gpu else "cpu"
     records = [
         Record(
             case.family,
@@ -241,8 +252,8 @@ def measure_case(
             threads,
             case.mode,
             peer.name,
-            method=method,
-            missing=peer.missing(case, dtype, threads),
+            method="gpu" if on_gpu else method,
+            missing=peer.missing(case, dtype, threads) if device in peer.devices else f"{peer.name} is not for {device}",
         )
         for peer in providers
     ]
@@ -253,7 +264,7 @@ def measure_case(
             record.missing = f"the check needs {needed >> 30} GiB of memory, {available >> 30} are free"
         return records
     try:
-        job = Job.of(case, dtype, threads)
+        job = Job.of(case, dtype, threads, device)
     except (ImportError, NotImplementedError) as problem:  # a whole model that is not there, or has one dtype only
         for record in records:
             record.missing = str(problem)
@@ -291,13 +302,18 @@ def measure_case(
         right = {name: work for name, work in works.items() if errors[name].within(torch_error, dtype)}
         for record in records:
             if record.provider in right:
-                record.memory = memory.extra(right[record.provider])
+                record.memory = (gpu if on_gpu else memory).extra(right[record.provider])
         limit_of(case, dtype, limits)
         between = evict(_last_cache()) if method == "cold" else None
         if method == "interleaved":
             between = TorchEager().prepare(job)
         neighbours = Neighbours()
-        times = measure(right, seconds, between=between)
+        if not on_gpu:
+            times = measure(right, seconds, between=between)
+        else:
+            times, notes = gpu.measure(right, seconds)
+            for record in records:
+                record.notes += [notes[record.provider]] if record.provider in notes else []
         doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)
@@ -398,20 +414,16 @@ def available_peers(
 
 
 def header(
-    limits: Limits, providers: list[Peer], missing: dict[str, str], method: str = "warm"
+    limits: Limits | gpu.Limits, providers: list[Peer], missing: dict[str, str], method: str = "warm"
 ) -> dict[str, Any]:
     """Machine, versions, limits and method of a run."""
     from fastnn import _info
 
-    from . import limits as measured
-
-    one = Limits(1)
-    size = 64 << 20
-    kinds = [torch.float32, torch.float64] + ([torch.bfloat16] if measured.has_bf16_dot() else [])
+    on_gpu = isinstance(limits, gpu.Limits)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv[1:],
-        "machine": _info.machine(),
+        "machine": _info.machine() | ({"gpu": gpu.describe()} if on_gpu else {}),
         "versions": _info.versions(),
         "threads": limits.threads,
         "environment": {
@@ -422,18 +434,8 @@ def header(
         "providers": {p.name: p.version for p in providers},
         "missing": missing,
         "load_average": load_average(),
-        "limits": {
-            "fma_gflops_one_core": {dtype_name(k): one.fma(k) / 1e9 for k in kinds},
-            "fma_gflops": {dtype_name(k): limits.fma(k) / 1e9 for k in kinds},
-            "bandwidth_gbs": {
-                what: {level: rate / 1e9 for level, rate in rates.items()}
-                for what, rates in measured.bandwidths(limits.threads).items()
-            },
-            "read_gbs_64MiB": measured.read(size, limits.threads) / 1e9,
-            "copy_gbs_64MiB_new_output": measured.copy(size, limits.threads) / 1e9,
-            "copy_gbs_64MiB_same_output": measured.copy(size, limits.threads, fresh=False) / 1e9,
-        },
-        "method": METHOD.format(METHODS[method]),
+        "limits": limits.describe(),
+        "method": GPU_METHOD if on_gpu else METHOD.format(METHODS[method]),
     }
 
 
@@ -443,7 +445,7 @@ def run(
     seconds: float,
     providers: list[Peer],
     done: Callable[[Case, torch.dtype, list[Record]], None],
-    limits: Limits | None = None,
+    limits: Limits | gpu.Limits | None = None,
     method: str = "warm",
 ) -> None:
     """Measure the chosen cases one after the other; ``done`` gets each as soon as it is finished."""

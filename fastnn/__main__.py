@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="a few representative cases, shorter: a minute or two a family"
     )
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what is measured (default: cpu)")
     methods = bench.add_mutually_exclusive_group()
     methods.add_argument("--cold", action="store_true", help="empty the caches before every call")
     methods.add_argument(
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--save",
         action="store_true",
-        help="write bench/results/MACHINE/FAMILY.json for each family, in place of what is there",
+        help="write bench/results/MACHINE/FAMILY.json for each family; what was not measured again stays",
     )
     bench.add_argument("--html", metavar="FILE", help="write one page with everything, plots included; needs no other file")
     bench.add_argument(

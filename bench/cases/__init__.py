@@ -48,6 +48,7 @@ class Case:
         quick: part of ``--quick``.
         programs: for what only a new process can show, a program a provider that prints the seconds and whether the
             result was right; ``cold``: each with an empty kernel cache.
+        devices: where it can be measured.
     """
 
     family: str
@@ -68,6 +69,7 @@ class Case:
     quick: bool = False
     programs: Mapping[str, str] = field(default_factory=dict)
     cold: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def group(self) -> str:

@@ -73,6 +73,7 @@ def _case(
         reference=reference,
         scale=_largest(reference),
         mode=mode,
+        devices=("cpu",),
         goals={"torch": 1.0},
         **extra,
     )

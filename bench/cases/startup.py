@@ -45,6 +45,7 @@ def _process(name: str, seconds: float, programs: dict[str, str], cold: bool = F
         goals={"seconds": seconds},
         programs=programs,
         cold=cold,
+        devices=("cpu",),
         quick=not cold,  # half a minute
     )
 
