@@ -27,14 +27,15 @@ GROUP = 16  # tiles that are computed before their epilogue, while they are in L
 CHAIN = 256
 
 
-def _tiles(p: Any, pairs: bool) -> Any:
-    """run(rows, vecs, last, …): tiles of that size; ``last`` > 0 says how many lanes of their last vector exist.
+def tiles(p: Any, pairs: bool, masked: bool = True) -> Any:
+    """run(rows, vecs, last, blocks, k, …): so many tiles of that size, one below the other; ``last`` > 0 says how many lanes of
+    their last vector exist, if there are ``masked`` tiles at all.
 
     Rows are 8, 4, 2 or 1, as the machine's tile allows. Where a masked load costs nothing (AVX-512) there are masked tiles only.
     """
     sizes = [r for r in (8, 4, 2, 1) if r <= ROWS]
-    cheap_masks = simd().name == "avx512"
-    grid = {(r, v, m): Tile(p, r, v, masked=m or cheap_masks, pairs=pairs)
+    cheap_masks = not masked or simd().name == "avx512"
+    grid = {(r, v, m): Tile(p, r, v, masked=masked and (m or cheap_masks), pairs=pairs)
             for r in sizes for v in (1, 2, 3) for m in (False, True)}
 
     def rows_function(r: int) -> Any:
@@ -111,7 +112,7 @@ def product(elem_name: str, pairs: bool) -> Any:
     unit = 4 if pairs else p.size  # bytes of one k of packed A and of one lane of packed B
     a_width = max(lanes, ROWS)
     half = e is not p
-    run = _tiles(p, pairs)
+    run = tiles(p, pairs)
     pack = pair_packer() if pairs else packer(e)
     finish = _epilogue(e)
     scratch_row = VECS * pb

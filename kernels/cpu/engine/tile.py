@@ -11,6 +11,7 @@ packed or blocked here; the operands say where they lie:
   end, after a prefetch at the start, so that its misses hide behind the loop.
 * the result goes to ``c``, in the compute type: the output, or a scratch tile that an epilogue reads while it is in L1.
 * ``pairs``: bfloat16 operands two k at a time (AVX512-BF16); then k counts pairs and A's element is a pair.
+* ``groups``: B's vectors lie in so many panels, ``b_group`` bytes apart: a tile of one row has enough accumulators then.
 
 Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008, section 5; the BLIS micro-kernel.
 """
@@ -49,14 +50,17 @@ class Tile(Static):
         masked: only the first ``last`` lanes of the last vector exist, in B, init and C alike.
         table: B is addressed by a table of byte offsets.
         pairs: bfloat16 pairs.
+        groups: panels of B that the vectors are divided among.
     """
 
-    def __init__(self, elem: Elem, rows: int, vecs: int, masked: bool = False, table: bool = False, pairs: bool = False) -> None:
+    def __init__(self, elem: Elem, rows: int, vecs: int, masked: bool = False, table: bool = False, pairs: bool = False,
+                 groups: int = 1) -> None:
         self.elem, self.rows, self.vecs, self.masked, self.table, self.pairs = elem, rows, vecs, masked, table, pairs
+        self.groups = groups
 
     def __repr__(self) -> str:
         flags = "".join(n[0] for n in ("masked", "table", "pairs") if getattr(self, n))
-        return f"{self.elem}:{self.rows}x{self.vecs}{flags}"
+        return f"{self.elem}:{self.rows}x{self.vecs}{flags}" + (f"g{self.groups}" if self.groups > 1 else "")
 
 
 def tile_size() -> tuple[int, int]:
@@ -97,12 +101,12 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     name = "fastnn_tile_" + "".join(c if c.isalnum() else "_" for c in repr(t))
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 18), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 19), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
     (blocks, n, stretch, a0, ar, ak, a_step, b0, bk, init0, init_row, init_step, c0, cr, c_step, last, ahead,
-     ahead_k) = function.args
+     ahead_k, b_group) = function.args
     vb = t.elem.lanes * t.elem.size
     vt = t.elem.vector.llvm
     slots = [(i, j) for i in range(t.rows) for j in range(t.vecs)]
@@ -130,6 +134,8 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         builder.append_basic_block(name)
         for name in ("block", "part", "k", "done", "plain", "init", "after", "next", "end"))
     offsets = [builder.mul(ar, i64(i)) for i in range(t.rows)]
+    panel = t.vecs // t.groups  # vectors of B next to each other
+    across = [builder.add(builder.mul(b_group, i64(j // panel)), i64(j % panel * vb)) for j in range(t.vecs)]
     builder.branch(block)
 
     builder.position_at_end(block)
@@ -154,7 +160,7 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     if mask is not None:
         hidden = builder.asm(ir.FunctionType(mask.type, [mask.type]), "", "=r,0", [mask], side_effect=True)
         exist = builder.icmp_signed("<", builder.load(hidden), ir.Constant(signs, None))
-    bs = [_load_b(builder, t, builder.add(row, i64(j * vb)), exist if lanes(j) is last else None) for j in range(t.vecs)]
+    bs = [_load_b(builder, t, builder.add(row, across[j]), exist if lanes(j) is last else None) for j in range(t.vecs)]
     new: list[Any] = []
     for i in range(t.rows):
         ai = _splat_a(builder, t, builder.add(pa, offsets[i]))
@@ -221,7 +227,19 @@ def multiply(typingctx, tile, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row
         _, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last = args
         no = i64(0)
         builder.call(_define(builder.module, tile.value),
-                     [i64(1), k, k, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, last, b, no])
+                     [i64(1), k, k, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, last, b, no, no])
+        return context.get_dummy_value()
+    return types.none(tile, *(types.int64,) * 11), codegen
+
+
+@intrinsic
+def multiply_groups(typingctx, tile, k, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row):
+    """multiply for a tile of groups, whose vectors are all whole"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        _, k, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row = args
+        no = i64(0)
+        builder.call(_define(builder.module, tile.value),
+                     [i64(1), k, k, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, no, b, no, b_group])
         return context.get_dummy_value()
     return types.none(tile, *(types.int64,) * 11), codegen
 
@@ -235,6 +253,6 @@ def multiply_blocks(typingctx, tile, blocks, k, stretch, a, a_row, a_k, a_step, 
     ``ahead`` moves on by ``ahead_k``.
     """
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        builder.call(_define(builder.module, tile.value), args[1:])
+        builder.call(_define(builder.module, tile.value), [*args[1:], i64(0)])
         return context.get_dummy_value()
     return types.none(tile, *(types.int64,) * 18), codegen
