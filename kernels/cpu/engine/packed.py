@@ -68,7 +68,7 @@ class Packing:
         self.address = self.cut = self.sample = 0
 
 
-_entries: OrderedDict[int, tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
+_entries: OrderedDict[tuple[int, str], tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
 _lock = threading.RLock()
 _limit: int | None = None
 _bytes = 0
@@ -96,7 +96,7 @@ def clear() -> None:
         _entries.clear()
 
 
-def _drop(key: int) -> None:
+def _drop(key: tuple[int, str]) -> None:
     global _bytes
     with _lock:
         found = _entries.pop(key, None)
@@ -109,14 +109,16 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None:
+def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: str = "") -> Packing | None:
     """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
+
+    ``kind`` tells apart packings of one tensor that differ in their layout.
 
     None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
     would not fit the limit: then the caller packs for this call only.
     """
     global _bytes, _limit
-    key = id(tensor)
+    key = id(tensor), kind
     found = _entries.get(key)
     if found is not None:
         entry = found[1]

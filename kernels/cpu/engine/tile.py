@@ -11,6 +11,7 @@ packed or blocked here; the operands say where they lie:
   end, after a prefetch at the start, so that its misses hide behind the loop.
 * the result goes to ``c``, in the compute type: the output, or a scratch tile that an epilogue reads while it is in L1.
 * ``pairs``: bfloat16 operands two k at a time (AVX512-BF16); then k counts pairs and A's element is a pair.
+* ``groups``: B's vectors lie in so many panels, ``b_group`` bytes apart: a tile of one row has enough accumulators then.
 
 Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008, section 5; the BLIS micro-kernel.
 """
@@ -49,14 +50,17 @@ class Tile(Static):
         masked: only the first ``last`` lanes of the last vector exist, in B, init and C alike.
         table: B is addressed by a table of byte offsets.
         pairs: bfloat16 pairs.
+        groups: panels of B that the vectors are divided among.
     """
 
-    def __init__(self, elem: Elem, rows: int, vecs: int, masked: bool = False, table: bool = False, pairs: bool = False) -> None:
+    def __init__(self, elem: Elem, rows: int, vecs: int, masked: bool = False, table: bool = False, pairs: bool = False,
+                 groups: int = 1) -> None:
         self.elem, self.rows, self.vecs, self.masked, self.table, self.pairs = elem, rows, vecs, masked, table, pairs
+        self.groups = groups
 
     def __repr__(self) -> str:
         flags = "".join(n[0] for n in ("masked", "table", "pairs") if getattr(self, n))
-        return f"{self.elem}:{self.rows}x{self.vecs}{flags}"
+        return f"{self.elem}:{self.rows}x{self.vecs}{flags}" + (f"g{self.groups}" if self.groups > 1 else "")
 
 
 def tile_size() -> tuple[int, int]:
@@ -93,11 +97,11 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     name = "fastnn_tile_" + "".join(c if c.isalnum() else "_" for c in repr(t))
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 11), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 12), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
-    n, a0, ar, ak, b0, bk, init, init_row, c, cr, last = function.args
+    n, a0, ar, ak, b0, bk, init, init_row, c, cr, last, b_group = function.args
     vb = t.elem.lanes * t.elem.size
     vt = t.elem.vector.llvm
     slots = [(i, j) for i in range(t.rows) for j in range(t.vecs)]
@@ -112,6 +116,8 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         llvm_call(builder, "llvm.prefetch", ir.VoidType(),
                   [builder.inttoptr(at(c, cr, i, j), i8.as_pointer()), i32(1), i32(3), i32(1)], "p0")
     offsets = [builder.mul(ar, i64(i)) for i in range(t.rows)]
+    panel = t.vecs // t.groups  # vectors of B next to each other
+    across = [builder.add(builder.mul(b_group, i64(j // panel)), i64(j % panel * vb)) for j in range(t.vecs)]
     zero = ir.Constant(vt, [0.0] * t.elem.lanes)
 
     entry = builder.block
@@ -121,7 +127,7 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     count, pa, pb = (builder.phi(i64) for _ in range(3))
     acc = [builder.phi(vt) for _ in slots]
     row = builder.add(b0, builder.load(builder.inttoptr(pb, i64.as_pointer()))) if t.table else pb
-    bs = [_load_b(builder, t, builder.add(row, i64(j * vb)), lanes(j)) for j in range(t.vecs)]
+    bs = [_load_b(builder, t, builder.add(row, across[j]), lanes(j)) for j in range(t.vecs)]
     new: list[Any] = []
     for i in range(t.rows):
         ai = _splat_a(builder, t, builder.add(pa, offsets[i]))
@@ -165,6 +171,16 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
 def multiply(typingctx, tile, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row, last):
     """multiply(tile, k, a, a_row, a_k, b, b_k | table, init, init_row, c, c_row, last): see the module. Strides in bytes."""
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        builder.call(_define(builder.module, tile.value), args[1:])
+        builder.call(_define(builder.module, tile.value), [*args[1:], i64(0)])
+        return context.get_dummy_value()
+    return types.none(tile, *(types.int64,) * 11), codegen
+
+
+@intrinsic
+def multiply_groups(typingctx, tile, k, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row):
+    """multiply for a tile of groups, whose vectors are all whole"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        *most, b_group, init, init_row, c, c_row = args[1:]
+        builder.call(_define(builder.module, tile.value), [*most, init, init_row, c, c_row, i64(0), b_group])
         return context.get_dummy_value()
     return types.none(tile, *(types.int64,) * 11), codegen
