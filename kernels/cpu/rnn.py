@@ -39,7 +39,7 @@ _FORWARD = {d: _kernel("recurrent", name, 41) for d, name in _NAMES.items()}
 _BACKWARD = {d: _kernel("recurrent_backward", name, 31) for d, name in _NAMES.items()}
 
 
-def _wide(t: Tensor | None) -> Tensor | None:
+def _wide(t: Any) -> Any:
     """16-bit numbers in float32: what the kernels compute with."""
     return t.float() if t is not None and t.itemsize == 2 else t
 
@@ -78,7 +78,6 @@ def _packed(dtype: torch.dtype, which: int, mode: int, weight: Tensor, units: in
 
     def pack(address: int) -> int:
         w = _wide(weight)
-        assert w is not None
         inputs, out = (depth, 0) if which == 1 else (0, depth)
         u, o = (depth, units) if which == 4 else (units, out)
         place = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
@@ -190,15 +189,13 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
             t.zero_()
         return
     if not reserve.numel() and _KEPT[MODES[mode]]:  # the gates were not kept: they are made again
-        reserve = allocate_reserve(input, hx, w_hh, mode)
+        units = w_hh.shape[0] // _GATES[MODES[mode]]
+        wide = torch.promote_types(input.dtype, torch.float32)
+        reserve = input.new_empty(input.shape[0], _KEPT[MODES[mode]] * units, dtype=wide)
         again = (torch.empty_like(y), torch.empty_like(hx), hx.new_empty(0) if cx is None else torch.empty_like(cx), reserve)
         recurrent(again, input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, mode, reverse, True)
     x, h0, c0, wi, wh, wr, y, grad_y, grad_h, grad_c = (
-        _wide(t) for t in (input, hx, cx, w_ih, w_hh, w_hr, y, grad_y, grad_h, grad_c))  # type: ignore[assignment]
-    assert x is not None
-    assert h0 is not None
-    assert wi is not None
-    assert wh is not None
+        _wide(t) for t in (input, hx, cx, w_ih, w_hh, w_hr, y, grad_y, grad_h, grad_c))
     gates_x, gates_h, dh, dc, d_out, hidden = _steps_back(grad_y, grad_h, grad_c, h0, c0, wh, wr, y, reserve, batch_sizes,
                                                           MODES[mode], reverse)
     if needs[0]:
@@ -249,12 +246,6 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
         *room[:2], y.data_ptr(), reserve.data_ptr(), grad_y.data_ptr(), dh.data_ptr(), dc.data_ptr(), gates_x.data_ptr(),
         gates_h.data_ptr(), d_out.data_ptr(), hidden.data_ptr(), *room[2:])
     return gates_x, gates_h, dh, dc, d_out, hidden
-
-
-def allocate_reserve(input: Tensor, hx: Tensor, w_hh: Tensor, mode: str) -> Tensor:
-    """What the forward keeps for the backward: float32 (or float64) a gate and unit, of every row."""
-    kept = _KEPT[MODES[mode]] * (w_hh.shape[0] // _GATES[MODES[mode]])
-    return input.new_empty(input.shape[0], kept, dtype=torch.promote_types(input.dtype, torch.float32))
 
 
 KERNELS: dict[str, Callable[..., None]] = {"recurrent": recurrent, "recurrent_backward": recurrent_backward}
