@@ -618,7 +618,6 @@ def lstm_cell(
     if reason is not None:
         backends.torch_serves("lstm_cell", (input, state, cell), backend, reason)
         return _VF.lstm_cell(input, (state, cell), w_ih, w_hh, b_ih, b_hh)
-    _need_dims("lstm_cell", input=(input, 2), hx=(state, 2), cx=(cell, 2))
     keep = torch.is_grad_enabled() and _any_requires_grad(input, state, cell, w_ih, w_hh, b_ih, b_hh)
     out = _recurrent(input, state, cell, w_ih, w_hh, b_ih, b_hh, None, None, "lstm", False, keep, backend)
     return out[1], out[2]
@@ -680,6 +679,5 @@ def _cell(
     if reason is not None:
         backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
         return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
-    _need_dims(f"{mode}_cell", input=(input, 2), hx=(hx, 2))
     keep = torch.is_grad_enabled() and _any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
     return _recurrent(input, hx, None, w_ih, w_hh, b_ih, b_hh, None, None, mode, False, keep, backend)[1]

@@ -280,36 +280,45 @@ class RNN(nn.RNN):
 
 def _run_cell(module: Any, function: Any, input: Tensor, hx: Any, cells: bool) -> Any:
     """torch's forward of the cells"""
-    states: Any
-    name = type(module).__name__
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    states = hx if cells or hx is None else (hx,)
-    for k, state in enumerate(states or ()):
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected {f'hx[{k}]' if cells else 'hidden'} to be 1D or 2D, got {state.dim()}D instead")
-    alone = input.dim() == 1
-    if alone:
-        input = input.unsqueeze(0)
-    if input.shape[1] != module.input_size:
-        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {module.input_size}")
-    if states is None:
-        state = input.new_zeros(input.shape[0], module.hidden_size)
-        states = (state, state) if cells else (state,)
-    elif alone:
-        states = tuple(t.unsqueeze(0) for t in states)
-    for state in states:
-        if state.shape[0] != input.shape[0]:
-            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden batch size {state.shape[0]}")
-        if state.shape[-1] != module.hidden_size:
-            raise RuntimeError(f"hidden has inconsistent hidden_size: got {state.shape[-1]}, expected {module.hidden_size}")
+    dims = input.dim()
+    state = hx[0] if cells and hx is not None else hx
+    if not (dims == 2 and state is not None and state.shape == (input.shape[0], module.hidden_size)
+            and input.shape[1] == module.input_size):  # fmt: skip
+        hx = _usual_states(module, input, hx, cells)
+    alone = dims == 1
     out = function(
-        input, states if cells else states[0], module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh,
+        input.unsqueeze(0) if alone else input, hx, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh,
         backend=module.backend,
     )  # fmt: skip
     if not alone:
         return out
     return tuple(t.squeeze(0) for t in out) if cells else out.squeeze(0)
+
+
+def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+    """A cell's states as matrices; torch's errors for what does not fit."""
+    name = type(module).__name__
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    batch, size = input.shape if input.dim() == 2 else (1, input.shape[0])
+    if size != module.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {size} expected {module.input_size}")
+    if hx is None:
+        state = input.new_zeros(batch, module.hidden_size)
+        return (state, state) if cells else state
+    states = hx if cells else (hx,)
+    for k, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            what = f"hx[{k}]" if cells else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    if input.dim() == 1:
+        states = tuple(t.unsqueeze(0) for t in states)
+    for state in states:
+        if state.shape[0] != batch:
+            raise RuntimeError(f"Input batch size {batch} doesn't match hidden batch size {state.shape[0]}")
+        if state.shape[-1] != module.hidden_size:
+            raise RuntimeError(f"hidden has inconsistent hidden_size: got {state.shape[-1]}, expected {module.hidden_size}")
+    return states if cells else states[0]
 
 
 class LSTMCell(nn.LSTMCell):

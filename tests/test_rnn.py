@@ -3,6 +3,7 @@
 import copy
 import itertools
 import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -224,7 +225,7 @@ def test_recomputing_gives_the_same_bits_and_keeps_less(mode: str) -> None:
     module: Any = layer(mode, 12, 30, num_layers=2, bidirectional=True)
     fastnn.replace(module, backend="cpu")
     x, hx = torch.randn(20, 3, 12), states(module, 3)
-    kept = []
+    kept: list[int] = []
 
     def count(t: Tensor) -> Tensor:
         kept[-1] += t.numel()
@@ -258,7 +259,7 @@ def test_packed_weights_are_made_anew_when_a_weight_changes(mode: str) -> None:
 
 def test_a_weight_may_also_be_a_linear_layers() -> None:
     """Packings of one tensor for different kernels are not taken for each other."""
-    module = fastnn.nn.LSTM(200, 60)
+    module: Any = fastnn.nn.LSTM(200, 60)
     x = torch.randn(6, 200)
     with torch.no_grad():
         for _ in range(3):
@@ -269,10 +270,13 @@ def test_a_weight_may_also_be_a_linear_layers() -> None:
 
 
 def _in_child(queue: Any, module: nn.Module, x: Tensor) -> None:
+    torch.use_deterministic_algorithms(False)  # whose filling of memory is torch's own region of threads, which hangs here
     with torch.no_grad():
         queue.put(module(x)[0].numpy())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_the_same_bits() -> None:
     module = fastnn.nn.GRU(100, 200)
     x = torch.randn(5, 4, 100)
@@ -334,7 +338,8 @@ def test_batch_of_none() -> None:
         y, last = ours(torch.empty(3, 0, 4))
         assert y.shape == (3, 0, 5)
         assert leaves(last)[0].shape == (1, 0, 5)
-        assert all(not p.grad.any() for p in ours.parameters() if not y.sum().backward() and p.grad is not None)
+        y.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
 # Derivatives of derivatives
@@ -421,7 +426,7 @@ def test_other_backends(mode: str, backend: str) -> None:
     found = []
     for name in ("cpu", backend):
         out = torch.ops.fastnn.recurrent(*args, backend=name)
-        found.append([*out, *torch.autograd.grad([o for o in out[:2]], inputs, [torch.ones_like(o) for o in out[:2]])])
+        found.append([*out, *torch.autograd.grad(list(out[:2]), inputs, [torch.ones_like(o) for o in out[:2]])])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -476,7 +481,7 @@ def test_cells(kind: str, bias: bool, batch: int | None) -> None:
         a, b = leaves(ours(*given)), leaves(cell(*given))
         for mine, theirs in zip(a, b, strict=True):
             torch.testing.assert_close(mine, theirs)
-        grads = [torch.autograd.grad(sum((t * t).sum() for t in out), list(m.parameters()), allow_unused=len(given) == 1,
+        grads = [torch.autograd.grad(torch.stack([(t * t).sum() for t in out]).sum(), list(m.parameters()), allow_unused=True,
                                      materialize_grads=True)
                  for out, m in ((a, ours), (b, cell))]  # fmt: skip
         for mine, theirs in zip(*grads, strict=True):
@@ -516,7 +521,7 @@ def test_errors(kind: str, call: str, words: list[str]) -> None:
     theirs = getattr(nn, kind)(4, 5)
     ours = copy.deepcopy(theirs)
     fastnn.replace(ours)
-    with pytest.raises(Exception) as expected:  # noqa: PT011  # whatever torch raises
+    with pytest.raises(Exception) as expected:  # whatever torch raises
         eval(call, globals(), {"m": theirs})
     with pytest.raises(type(expected.value)) as got:
         eval(call, globals(), {"m": ours})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnn.kernels.reference import rnn as reference
 
-from ._operator import Operator
+from ._operator import FLOATING, PLAIN, Operator, _get_deterministic_algorithms, empty_matrix
 from .activation import only_torch
 
 MODES = tuple(reference.GATES)
@@ -42,6 +42,41 @@ def _check(
     mode: str,
     reverse: bool,
     keep: bool,
+) -> str | None:
+    """None, or why only torch can serve the call. The usual call is looked at here; `_complain` knows what else may be."""
+    if w_hr is None and batch_sizes is None and mode in reference.GATES and input.dim() == 2 and hx.dim() == 2:
+        dtype, shape, (batch, units) = input.dtype, input.shape, hx.shape
+        wide = (reference.GATES[mode] * units,)
+        if (
+            batch
+            and shape[0] % batch == 0
+            and w_ih.shape == (*wide, shape[1])
+            and w_hh.shape == (*wide, units)
+            and hx.dtype is w_ih.dtype is w_hh.dtype is dtype
+            and (cx.shape == hx.shape and cx.dtype is dtype if cx is not None and mode == "lstm" else cx is None and mode != "lstm")
+            and (
+                b_ih.shape == b_hh.shape == wide and b_ih.dtype is b_hh.dtype is dtype
+                if b_ih is not None and b_hh is not None
+                else b_ih is b_hh
+            )
+            and input.device == hx.device == w_ih.device == w_hh.device
+            and dtype in FLOATING
+        ):
+            return None
+    return _complain(input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, mode)
+
+
+def _complain(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    mode: str,
 ) -> str | None:
     if mode not in reference.GATES:
         raise ValueError(f"recurrent(): mode got {mode!r}, allowed are {', '.join(MODES)}")
@@ -95,6 +130,16 @@ def _inspect(input: Tensor, hx: Tensor, *rest: Any) -> None:
 
 def _allocate(plan: None, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> Any:
     mode, keep = rest[4], rest[6]
+    if not keep and type(input) in PLAIN and input.is_cpu and not _get_deterministic_algorithms():  # the same, sooner
+        dtype, (batch, out) = input.dtype, hx.shape
+        cells = (0,) if cx is None else (batch, cx.shape[1])
+        nothing = torch.float64 if dtype is torch.float64 else torch.float32
+        return (
+            empty_matrix((input.shape[0], out), (out, 1), dtype),
+            empty_matrix((batch, out), (out, 1), dtype),
+            empty_matrix(cells, (*cells[1:], 1), dtype),
+            empty_matrix((0,), (1,), nothing),
+        )
     shape = (input.shape[0], reference.KEPT[mode] * (w_hh.shape[0] // reference.GATES[mode])) if keep else (0,)
     return (
         input.new_empty(input.shape[0], hx.shape[1]),

@@ -5,8 +5,9 @@ one layer; a cell is a layer with one step. What happens in the two kernels is t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def _kernel(kind: str, name: str, arguments: int) -> Kernel:
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_FORWARD = {d: _kernel("recurrent", name, 41) for d, name in _NAMES.items()}
+_FORWARD = {d: _kernel("recurrent", name, 42) for d, name in _NAMES.items()}
 _BACKWARD = {d: _kernel("recurrent_backward", name, 31) for d, name in _NAMES.items()}
 
 
@@ -60,37 +61,53 @@ def _cut(units: int, size: int, nt: int) -> tuple[int, int]:
     return min(vectors, -(-max(1, -(-vectors // _VECS)) // nt) * nt), vectors * simd().width
 
 
-def _room(*sizes: int) -> list[int]:
-    """Addresses of so many bytes each, in this thread's scratch memory; 0 for nothing."""
-    sizes = tuple(-(-size // 64) * 64 for size in sizes)
-    at, addresses = workspace(sum(sizes)), []
-    for size in sizes:
-        addresses.append(at if size else 0)
-        at += size
-    return addresses
+def _places(*sizes: int) -> list[int]:
+    """Where so many bytes each begin in one piece of memory, and where the last ends"""
+    ends = list(accumulate(-(-size // 64) * 64 for size in sizes))
+    return [0, *ends]
 
 
-def _packed(dtype: torch.dtype, which: int, mode: int, weight: Tensor, units: int, depth: int, cut: int, nt: int,
-            size: int) -> packed.Packing | None:
-    """The kept panels of a weight that has been seen before, unchanged; ``which``: 1, 2, 4 for w_ih, w_hh, w_hr."""
+class Plan(NamedTuple):
+    """How a layer of some shape is cut and where its parts lie in scratch memory."""
+
+    threads: int
+    cuts: tuple[int, int, int]  # panels of w_ih, w_hh, w_hr
+    sizes: tuple[int, int, int]  # bytes of their packings
+    places: list[int]  # packings (3), state, hidden, sums, xs, bias, counter, end
+
+
+@lru_cache(1024)
+def _plan(mode: int, size: int, batch: int, inputs: int, units: int, out: int, projected: bool, nt: int) -> Plan:
+    gates, slots = _GATES[mode], 4 if mode < 2 else 1
+    (cut, width), (cut_p, width_p) = _cut(units, size, nt), _cut(out, size, nt) if projected else (0, 0)
+    sizes = (width * gates * inputs, width * gates * out, width_p * units)
+    places = _places(*sizes, 2 * batch * out * size, batch * units * size if projected else 0, width_p * batch,
+                     width * slots * max(batch, _CHUNK), width * slots, 64)
+    few = batch * gates * units * (inputs + out) < _SERIAL
+    return Plan(1 if few else nt, (cut, cut, cut_p), sizes, places)
+
+
+def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: int) -> packed.Packing | None:
+    """The kept panels of a weight that has been seen before, unchanged. ``which``: 0, 1, 2 for w_ih, w_hh, w_hr."""
     if weight.is_inference() or not weight.is_contiguous():
         return None
+    cut = plan.cuts[which]
 
     def pack(address: int) -> int:
         w = _wide(weight)
-        inputs, out = (depth, 0) if which == 1 else (0, depth)
-        u, o = (depth, units) if which == 4 else (units, out)
-        place = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
-        nothing = [0, 0, 0]
-        _FORWARD[dtype].run(
-            nt, mode, 0, 0, 1, 0, 0, inputs, u, o, cut, cut if which == 4 else 0, which, 1, 0, 0, 0,
-            *(place if which == 1 else nothing), *(place if which == 2 else nothing), *(place if which == 4 else nothing),
-            0, 0, *(address if which == w else 0 for w in (1, 2, 4)), *[0] * 9, _COUNTER.data_ptr())
+        source = [[0] * 3] * 3
+        source[which] = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
+        inputs, u, out = ((depth, units, 0), (0, units, depth), (0, depth, units))[which]
+        _FORWARD[w.dtype].run(plan.threads, mode, 0, 0, 1, 0, 0, inputs, u, out, cut, cut if which == 2 else 0, 1 << which, 1,
+                              0, 0, 0, 0, *source[0], *source[1], *source[2], 0, 0,
+                              *(address if which == k else 0 for k in range(3)), *[0] * 9, _COUNTER.data_ptr())
         return cut
-    return packed.get(weight, size, pack, f"rnn{which}.{mode if which < 4 else 0}")
+    entry = packed.get(weight, plan.sizes[which], pack, _KINDS[mode][which])
+    return entry if entry is not None and entry.cut == cut else None
 
 
-_COUNTER = torch.zeros(8, dtype=torch.int64)
+_KINDS = [[f"rnn{which}.{mode}" for which in range(3)] for mode in range(4)]
+_COUNTER = torch.zeros(8, dtype=torch.int64)  # of the barriers of a call that only packs
 
 
 def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor,
@@ -102,57 +119,56 @@ def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | Non
     if rounding:
         tensors = [_wide(t) for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr)]
         results = [_wide(t) for t in (y, h_n, c_n)]
-        _run(rounding, (w_ih, w_hh, w_hr), results, reserve, tensors, batch_sizes, MODES[mode], reverse)
+        _run(rounding, (w_ih, w_hh, w_hr), results, reserve, tensors, batch_sizes, MODES[mode], reverse, keep)
         for to, value in zip((y, h_n, c_n), results, strict=True):
             to.copy_(value)
     else:
         _run(0, (w_ih, w_hh, w_hr), (y, h_n, c_n), reserve, (input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr), batch_sizes,
-             MODES[mode], reverse)
+             MODES[mode], reverse, keep)
 
 
 def _run(rounding: int, keys: Sequence[Any], results: Sequence[Any], reserve: Tensor, tensors: Sequence[Any],
-         batch_sizes: Tensor | None, mode: int, reverse: bool) -> None:
+         batch_sizes: Tensor | None, mode: int, reverse: bool, training: bool) -> None:
     """The forward in float32 or float64; ``keys``: the weights as the caller has them, by which packings are kept."""
     x, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr = tensors
     y, h_n, c_n = results
     rows, inputs = x.shape
-    batch, n_out = hx.shape
+    batch, out = hx.shape
     if rows == 0 or batch == 0:
         return
-    dtype, size, gates = x.dtype, x.itemsize, _GATES[mode]
-    units = w_hh.shape[0] // gates
+    dtype = x.dtype
+    size, (gate_units, _) = dtype.itemsize, w_hh.shape
+    units = gate_units // _GATES[mode]
     steps, table = _steps(rows, batch, batch_sizes)
-    if mode == 0:
-        c_n.copy_(cx)
-    if x.stride(1) != 1 and inputs > 1:
-        x = x.contiguous()
+    x_row, x_col = x.stride()
+    if x_col != 1 and inputs > 1:
+        x, x_row = x.contiguous(), inputs
     hx = hx.contiguous()
+    if cx is not None:
+        cx = cx.contiguous()
     if b_ih is not None:
         b_ih, b_hh = b_ih.contiguous(), b_hh.contiguous()
-    nt = 1 if batch * gates * units * (inputs + n_out) < _SERIAL else threads.count()
-    cut, width = _cut(units, size, threads.count())
-    cut_p, width_p = (0, 0) if w_hr is None else _cut(n_out, size, threads.count())
-    needs = (width * gates * inputs, width * gates * n_out, width_p * units)
-    kept = [
-        _packed(dtype, which, mode, key, n, depth, cut_of, threads.count(), need) if key is not None else None
-        for which, key, n, depth, cut_of, need in zip(
-            (1, 2, 4), keys, (units, units, n_out), (inputs, n_out, units), (cut, cut, cut_p), needs, strict=True)
-    ]
-    kept = [k if k is not None and k.cut == c else None for k, c in zip(kept, (cut, cut, cut_p), strict=True)]
-    fresh = sum(which for which, k in zip((1, 2, 4), kept, strict=True) if k is None)
-    slots = 4 if mode < 2 else 1
-    room = _room(*(0 if k else need for k, need in zip(kept, needs, strict=True)), 2 * batch * n_out * size,
-                 batch * units * size if cut_p else 0, width_p * batch, width * slots * max(batch, _CHUNK),
-                 width * slots if b_ih is not None else 0, 64)
-    addresses = [k.address if k else r for k, r in zip(kept, room, strict=False)]
+    plan = _plan(mode, size, batch, inputs, units, out, w_hr is not None, threads.count())
+    kept: list[packed.Packing | None] = [None] * 3
+    if not training:  # else the weights will have changed when they are seen again
+        kept[:2] = _keep(0, mode, keys[0], plan, units, inputs), _keep(1, mode, keys[1], plan, units, out)
+    fresh = (kept[0] is None) + 2 * (kept[1] is None)
+    projection = (0, 0, 0)
+    if w_hr is not None:
+        kept[2] = None if training else _keep(2, mode, keys[2], plan, out, units)
+        fresh += 4 * (kept[2] is None)
+        projection = (w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size)
+    room = workspace(plan.places[-1])
+    pi, ph, pp, *scratch = [room + place for place in plan.places[:-1]]
+    wi_n, wi_k = w_ih.stride()
+    wh_n, wh_k = w_hh.stride()
     _FORWARD[dtype].run(
-        nt, mode, rounding, steps, batch, 0 if table is None else table.data_ptr(), int(reverse), inputs, units, n_out,
-        cut, cut_p, fresh if cut_p else fresh & 3, _CHUNK, x.data_ptr(), x.stride(0) * size, hx.data_ptr(),
-        w_ih.data_ptr(), w_ih.stride(0) * size, w_ih.stride(1) * size,
-        w_hh.data_ptr(), w_hh.stride(0) * size, w_hh.stride(1) * size,
-        *((w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size) if cut_p else (0, 0, 0)),
-        0 if b_ih is None else b_ih.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(), *addresses,
-        y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), reserve.data_ptr() if reserve.numel() else 0, *room[3:])
+        plan.threads, mode, rounding, steps, batch, 0 if table is None else table.data_ptr(), reverse, inputs, units, out,
+        plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x.data_ptr(), x_row * size, hx.data_ptr(), 0 if cx is None else cx.data_ptr(),
+        w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, *projection,
+        0 if b_ih is None else b_ih.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),
+        *(place if k is None else k.address for k, place in zip(kept, (pi, ph, pp), strict=True)),
+        y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), reserve.data_ptr() if reserve.numel() else 0, *scratch)
 
 
 def _before(hx: Tensor, y: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
@@ -238,13 +254,14 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
     nt = 1 if batch * gates * units * n_out < _SERIAL else threads.count()
     cut, width = _cut(units, size, nt)
     cut_p, width_p = (0, width) if w_hr is None else _cut(n_out, size, nt)
-    room = _room(width_p * gates * units, width * n_out if cut_p else 0, max(width, width_p) * batch, 64)
+    places = _places(width_p * gates * units, width * n_out if cut_p else 0, max(width, width_p) * batch, 64)
+    room = workspace(places[-1])
     _BACKWARD[dtype].run(
         nt, mode, steps, batch, 0 if table is None else table.data_ptr(), int(reverse), units, n_out, cut, cut_p,
         hx.data_ptr(), 0 if cx is None else cx.data_ptr(), w_hh.data_ptr(), w_hh.stride(1) * size, w_hh.stride(0) * size,
         *((w_hr.data_ptr(), w_hr.stride(1) * size, w_hr.stride(0) * size) if w_hr is not None else (0, 0, 0)),
-        *room[:2], y.data_ptr(), reserve.data_ptr(), grad_y.data_ptr(), dh.data_ptr(), dc.data_ptr(), gates_x.data_ptr(),
-        gates_h.data_ptr(), d_out.data_ptr(), hidden.data_ptr(), *room[2:])
+        *(room + place for place in places[:2]), y.data_ptr(), reserve.data_ptr(), grad_y.data_ptr(), dh.data_ptr(),
+        dc.data_ptr(), gates_x.data_ptr(), gates_h.data_ptr(), d_out.data_ptr(), hidden.data_ptr(), *(room + place for place in places[2:-1]))
     return gates_x, gates_h, dh, dc, d_out, hidden
 
 

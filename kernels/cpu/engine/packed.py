@@ -49,21 +49,22 @@ def _make_sample() -> Callable[..., object]:
 _SAMPLE = Kernel("packed_sample", "iiii", _make_sample)
 
 
-def _sample(tensor: Tensor) -> int:
+def _sample(entry: Packing) -> int:
     """A number that changes if any of a few elements, spread over the tensor, changes."""
     out = workspace(8)
-    words = tensor.nbytes // 8
-    _SAMPLE.run(tensor.data_ptr(), words // _SAMPLES * 8, min(_SAMPLES, words), out)
+    _SAMPLE.run(*entry.sampled, out)
     return ctypes.c_int64.from_address(out).value
 
 
 class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
-    __slots__ = ("address", "buffer", "cut", "origin", "sample", "shape", "version")
+    __slots__ = ("address", "buffer", "cut", "origin", "sample", "sampled", "shape", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
+        words = tensor.nbytes // 8
+        self.sampled = self.origin, words // _SAMPLES * 8, min(_SAMPLES, words)
         self.buffer: Tensor | None = None
         self.address = self.cut = self.sample = 0
 
@@ -124,7 +125,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: str = "") -
         entry = found[1]
         if (found[0]() is tensor and entry.version == tensor._version and entry.origin == tensor.data_ptr()
                 and entry.shape == tensor.shape
-                and (entry.buffer is None or entry.sample == _sample(tensor))):
+                and (entry.buffer is None or entry.sample == _sample(entry))):
             if entry.buffer is not None:
                 return entry
         else:
@@ -144,7 +145,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: str = "") -
         _shrink(_limit - size)
         buffer = torch.empty(size + 64, dtype=torch.uint8)
         entry.address = -(-buffer.data_ptr() // 64) * 64
-        entry.cut, entry.sample = pack(entry.address), _sample(tensor)
+        entry.cut, entry.sample = pack(entry.address), _sample(entry)
         entry.buffer = buffer
         if _entries.get(key) is found:  # else another thread has dropped it, and it serves this call only
             _bytes += buffer.nbytes
