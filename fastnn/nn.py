@@ -224,7 +224,7 @@ def _run_layers(module: Any, function: Any, input: Any, hx: Any, cells: bool) ->
         data = data.unsqueeze(batch_dim)
     if hx is None:
         directions = module.num_layers * (2 if module.bidirectional else 1)
-        batch = int(sizes[0]) if packed else data.shape[batch_dim]
+        batch = data.shape[batch_dim] if sizes is None else int(sizes[0])
         state = data.new_zeros(directions, batch, module.proj_size or module.hidden_size)
         hx = (state, data.new_zeros(directions, batch, module.hidden_size)) if cells else state
     else:

@@ -53,7 +53,8 @@ def _check(
             and w_ih.shape == (*wide, shape[1])
             and w_hh.shape == (*wide, units)
             and hx.dtype is w_ih.dtype is w_hh.dtype is dtype
-            and (cx.shape == hx.shape and cx.dtype is dtype if cx is not None and mode == "lstm" else cx is None and mode != "lstm")
+            and (cx is None) != (mode == "lstm")
+            and (cx is None or (cx.shape == hx.shape and cx.dtype is dtype))
             and (
                 b_ih.shape == b_hh.shape == wide and b_ih.dtype is b_hh.dtype is dtype
                 if b_ih is not None and b_hh is not None

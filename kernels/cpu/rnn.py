@@ -261,7 +261,8 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
         hx.data_ptr(), 0 if cx is None else cx.data_ptr(), w_hh.data_ptr(), w_hh.stride(1) * size, w_hh.stride(0) * size,
         *((w_hr.data_ptr(), w_hr.stride(1) * size, w_hr.stride(0) * size) if w_hr is not None else (0, 0, 0)),
         *(room + place for place in places[:2]), y.data_ptr(), reserve.data_ptr(), grad_y.data_ptr(), dh.data_ptr(),
-        dc.data_ptr(), gates_x.data_ptr(), gates_h.data_ptr(), d_out.data_ptr(), hidden.data_ptr(), *(room + place for place in places[2:-1]))
+        dc.data_ptr(), gates_x.data_ptr(), gates_h.data_ptr(), d_out.data_ptr(), hidden.data_ptr(),
+        *(room + place for place in places[2:-1]))
     return gates_x, gates_h, dh, dc, d_out, hidden
 
 
