@@ -31,6 +31,13 @@ def _step(mode: str, x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor
     return ((x + z).tanh() if mode == "rnn_tanh" else (x + z).relu()), c, []
 
 
+def _sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    """The rows of each step"""
+    if batch_sizes is not None:
+        return batch_sizes.tolist()
+    return [hx.shape[0]] * (input.shape[0] // max(1, hx.shape[0]))
+
+
 def recurrent(
     input: Tensor,
     hx: Tensor,
@@ -45,10 +52,9 @@ def recurrent(
     reverse: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = hx.shape[0]
-    sizes = [batch] * (input.shape[0] // max(1, batch)) if batch_sizes is None else batch_sizes.tolist()
+    sizes = _sizes(input, hx, batch_sizes)
     gates = torch.nn.functional.linear(input, w_ih, b_ih).split(sizes)
-    h, c = hx, hx.new_zeros(batch, 0) if cx is None else cx
+    h, c = hx, hx.new_zeros(hx.shape[0], 0) if cx is None else cx
     states: list[Tensor] = [hx] * len(sizes)
     kept: list[Tensor] = [hx] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
@@ -62,25 +68,60 @@ def recurrent(
     return y, h, c if cx is not None else hx.new_empty(0), reserve.detach()
 
 
+def _step_back(
+    mode: str, d: Tensor, dc: Tensor, h: Tensor, c: Tensor, new: Tensor, parts: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """From a new state's and cell's gradients those of the gates, on the input's and the state's side; of the last state as
+    far as it does not pass the gates; of the last cell."""
+    if mode == "lstm":
+        i, f, g, o, cell = parts
+        dc = dc + d * o * (1 - cell.tanh() ** 2)
+        gates = torch.cat(
+            [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), d * cell.tanh() * o * (1 - o)], 1
+        )
+        return gates, gates, 0.0, dc * f
+    if mode == "gru":
+        r, z, n, part = parts
+        d_n, d_z = d * (1 - z) * (1 - n * n), d * (h - n) * z * (1 - z)
+        d_r = d_n * part * r * (1 - r)
+        return torch.cat([d_r, d_z, d_n], 1), torch.cat([d_r, d_z, d_n * r], 1), d * z, dc
+    gates = d * (1 - new * new) if mode == "rnn_tanh" else d * (new > 0)
+    return gates, gates, 0.0, dc
+
+
 def recurrent_backward(
     grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor,
     w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, y: Tensor, reserve: Tensor,
     batch_sizes: Tensor | None, mode: str, reverse: bool, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of input, hx, cx and the weights, by differentiating the forward; those not needed are empty."""
-    create_graph = torch.is_grad_enabled()
-    given = (input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr)
-    with torch.enable_grad():
-        leaves: list[Any] = [
-            None if t is None else t if create_graph and t.requires_grad else t.detach().requires_grad_() for t in given
-        ]
-        out = recurrent(*leaves, batch_sizes, mode, reverse, False)  # type: ignore[call-arg]
-        wanted = [t for t, needed in zip(leaves, needs, strict=True) if t is not None and needed]
-        pairs = [p for p in zip(out[:3], (grad_y, grad_h, grad_c), strict=True) if p[0].requires_grad]
-        found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph,
-                                allow_unused=True, materialize_grads=True) if wanted else ()
-        )  # fmt: skip
-    return tuple(
-        next(found) if t is not None and needed else input.new_empty(0) for t, needed in zip(given, needs, strict=True)
-    )
+    """The gradients of input, hx, cx and the weights; those not needed are empty. y and reserve are made again."""
+    sizes = _sizes(input, hx, batch_sizes)
+    order = list(reversed(range(len(sizes))) if reverse else range(len(sizes)))
+    gates, grads = torch.nn.functional.linear(input, w_ih, b_ih).split(sizes), grad_y.split(sizes)
+    h, c = hx, hx.new_zeros(hx.shape[0], 0) if cx is None else cx
+    done: dict[int, Any] = {}
+    for t in order:
+        n = sizes[t]
+        new, cell, parts = _step(mode, gates[t], h[:n], c[:n], w_hh, b_hh)
+        done[t] = h[:n], c[:n], new, parts
+        h, c = torch.cat([new if w_hr is None else new @ w_hr.t(), h[n:]]), torch.cat([cell, c[n:]])
+    dh, dc = grad_h, grad_c.reshape(c.shape)
+    d_input: dict[int, Tensor] = {}
+    d_state: dict[int, Tensor] = {}
+    d_out: dict[int, Tensor] = {}
+    for t in reversed(order):
+        n = sizes[t]
+        d_out[t] = d = dh[:n] + grads[t]
+        d_input[t], d_state[t], around, cell = _step_back(mode, d if w_hr is None else d @ w_hr, dc[:n], *done[t])
+        dh, dc = torch.cat([d_state[t] @ w_hh + around, dh[n:]]), torch.cat([cell, dc[n:]])
+
+    def all_rows(steps: dict[int, Any], like: Tensor) -> Tensor:
+        return torch.cat([steps[t] for t in range(len(sizes))]) if steps else like[:0]
+
+    wide = grad_y.new_zeros(0, w_hh.shape[0])
+    gates_x, gates_h, out = all_rows(d_input, wide), all_rows(d_state, wide), all_rows(d_out, grad_y)
+    before = all_rows({t: value[0] for t, value in done.items()}, hx)
+    made = all_rows({t: value[2] for t, value in done.items()}, hx)
+    found = (gates_x @ w_ih, dh, dc, gates_x.t() @ input, gates_h.t() @ before, gates_x.sum(0), gates_h.sum(0),
+             out.t() @ made if w_hr is not None else out)  # fmt: skip
+    return tuple(value if needed else input.new_empty(0) for value, needed in zip(found, needs, strict=True))
