@@ -599,7 +599,9 @@ def _layers(
     if batch_sizes is None:
         rows = rows.view(steps, batch, rows.shape[1])
         rows = rows.transpose(0, 1) if batch_first else rows
-    return rows, torch.stack(last), torch.stack(last_cells)
+    if len(last) == 1:
+        return rows, last[0].unsqueeze(0), last_cells[0].unsqueeze(0)
+    return rows, torch.stack(last), torch.stack(last_cells) if cells else last_cells[0]
 
 
 def lstm_cell(

@@ -187,11 +187,12 @@ def _before(hx: Tensor, y: Tensor, batch_sizes: Tensor | None, reverse: bool) ->
     return torch.cat([y, hx]).index_select(0, torch.where(inside, starts[near] + row, n + row))
 
 
-def _transposed(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right: a weight's gradient, over all steps at once"""
-    result = left.new_empty(left.shape[1], right.shape[1])
-    matmul(result, left.t(), right)
-    return result
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left right; out may have 16 bits, and any strides"""
+    whole = out if out.dtype == left.dtype and out.is_contiguous() else left.new_empty(out.shape)
+    matmul(whole, left, right)
+    if whole is not out:
+        out.copy_(whole)
 
 
 def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
@@ -215,24 +216,21 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
     gates_x, gates_h, dh, dc, d_out, hidden = _steps_back(grad_y, grad_h, grad_c, h0, c0, wh, wr, y, reserve, batch_sizes,
                                                           MODES[mode], reverse)
     if needs[0]:
-        value = d_input if d_input.dtype == x.dtype else torch.empty_like(x)
-        matmul(value, gates_x, wi)
-        if value is not d_input:
-            d_input.copy_(value)
+        _product(d_input, gates_x, wi)
     if needs[1]:
         d_hx.copy_(dh)
     if needs[2]:
         d_cx.copy_(dc)
     if needs[3]:
-        d_w_ih.copy_(_transposed(gates_x, x))
+        _product(d_w_ih, gates_x.t(), x)
     if needs[4]:
-        d_w_hh.copy_(_transposed(gates_h, _before(h0, y, batch_sizes, reverse)))
+        _product(d_w_hh, gates_h.t(), _before(h0, y, batch_sizes, reverse))
     if needs[5]:
         d_b_ih.copy_(gates_x.sum(0))
     if needs[6]:
         d_b_hh.copy_(d_b_ih if gates_h is gates_x and needs[5] else gates_h.sum(0))
     if needs[7]:
-        d_w_hr.copy_(_transposed(d_out, hidden))
+        _product(d_w_hr, d_out.t(), hidden)
 
 
 def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
