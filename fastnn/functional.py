@@ -7,23 +7,26 @@ not match, IndexError for a dimension or class out of range, ValueError for an u
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _VF, Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import _reduction
 
 from . import backends
 from .ops import activation as _activation
 from .ops import matmul as _matmul
+from .ops import rnn as _rnn
 from .ops import softmax as _softmax
 from .ops._operator import FLOATING, PLAIN
 
 __all__ = [
-    "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu",
-    "relu6", "sigmoid", "silu", "softmax", "softplus", "tanh",
+    "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "gru", "gru_cell", "hardsigmoid",
+    "hardswish", "hardtanh", "leaky_relu", "linear", "log_softmax", "lstm", "lstm_cell", "matmul", "mish", "mm", "mse_loss",
+    "mv", "nll_loss", "prelu", "relu", "relu6", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "sigmoid", "silu",
+    "softmax", "softplus", "tanh",
 ]  # fmt: skip
 
 _matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
@@ -410,3 +413,273 @@ def mse_loss(
         )
         input, target = torch.broadcast_tensors(input, target)
     return _softmax.mse_loss.call(input, target, reduction, backend)
+
+
+# Recurrent layers: the arguments of torch.lstm, torch.gru, … and of torch.lstm_cell, …
+
+_recurrent = _rnn.recurrent.call
+
+
+def lstm(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LSTM layers, by torch.lstm's rules: output, last states and last cells.
+
+    input (T, B, I), or (B, T, I) if batch_first, or with ``batch_sizes`` a PackedSequence's data (N, I); hx: states
+    (L·D, B, H) and cells (L·D, B, H), with a projection (L·D, B, P) and (L·D, B, H), of L layers in D directions;
+    params: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, as far as they exist.
+    ``recompute``: for the backward only outputs are kept, and each layer's gates are made again when its turn comes: a
+    third more time, and 5·T·B·H numbers in all instead of a layer.
+    Raises RuntimeError for shapes, dtypes or devices that do not match, and for no steps.
+    """
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _layers("lstm", input, hx[0], hx[1], params, *options, batch_sizes, recompute, backend)
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GRU layers, by torch.gru's rules: output and last states. Arguments as lstm's, without cells and projection."""
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _layers("gru", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman layers with tanh, by torch.rnn_tanh's rules: output and last states. Arguments as gru's."""
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _layers("rnn_tanh", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman layers with relu, by torch.rnn_relu's rules: output and last states. Arguments as gru's."""
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _layers("rnn_relu", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+
+
+def _only_torch(op: str, input: Tensor, backend: str | None) -> str | None:
+    """Why torch serves a recurrent layer whole, rather than step by step as plain maths"""
+    if input.dtype not in FLOATING:
+        return f"dtype {input.dtype} has no fastnn kernel"
+    if not (input.is_cpu or is_dynamo_compiling()):
+        return f"there is no kernel for {op} on device {str(input.device)!r}"
+    if op != "lstm" and torch.is_autocast_enabled("cpu"):
+        return f"what autocast does inside {op} is torch's"
+    named = backend if is_dynamo_compiling() else backend or backends.context()
+    return "backend 'torch' was named" if named == "torch" else None
+
+
+def _layers(
+    mode: str,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    recompute: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reason = _only_torch(mode, input, backend)
+    if reason is not None:
+        backends.torch_serves(mode, (input, hx), backend, reason)
+        initial = hx if cx is None else (hx, cx)
+        options = (params, has_biases, num_layers, dropout, train, bidirectional)
+        by_torch = getattr(_VF, mode)
+        if batch_sizes is not None:
+            return by_torch(input, batch_sizes, initial, *options)
+        return by_torch(input, initial, *options, batch_first)
+    if batch_sizes is not None:
+        rows = input
+    elif input.dim() != 3:
+        raise RuntimeError(f"{mode}(): input must have 3 dimensions, got shape {tuple(input.shape)}")
+    else:
+        steps, batch, size = (input := input.transpose(0, 1) if batch_first else input).shape
+        if steps == 0:
+            raise RuntimeError(f"{mode}(): Expected sequence length to be larger than 0 in RNN, got {tuple(input.shape)}")
+        rows = input.reshape(steps * batch, size)
+    directions = 2 if bidirectional else 1
+    count = len(params) // (num_layers * directions)
+    least = 4 if has_biases else 2
+    most = least + 1 if mode == "lstm" else least
+    if len(params) != count * num_layers * directions or not least <= count <= most:
+        raise RuntimeError(
+            f"{mode}(): params must have {least} tensors for each of {num_layers} layers and {directions} directions"
+            f"{', or one more for a projection' if most > least else ''}, got {len(params)}"
+        )
+    for name, state in (("hx", hx), ("cx", cx)):
+        if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
+            raise RuntimeError(
+                f"{mode}(): {name} must have 3 dimensions, the first {num_layers * directions}, got {tuple(state.shape)}"
+            )
+    keep = not recompute and torch.is_grad_enabled() and _any_requires_grad(input, hx, cx, *params)
+    states, cells = hx.unbind(0), cx.unbind(0) if cx is not None else ()
+    last: list[Tensor] = []
+    last_cells: list[Tensor] = []
+    for layer in range(num_layers):
+        outputs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            w_ih, w_hh, *rest = params[k * count : (k + 1) * count]
+            y, h_n, c_n = _recurrent(
+                rows,
+                states[k],
+                cells[k] if cells else None,
+                w_ih,
+                w_hh,
+                *(rest[:2] if has_biases else (None, None)),
+                rest[-1] if count > least else None,
+                batch_sizes,
+                mode,
+                k % directions == 1,
+                keep,
+                backend,
+            )
+            outputs.append(y)
+            last.append(h_n)
+            last_cells.append(c_n)
+        rows = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+        if train and dropout > 0 and layer < num_layers - 1:  # torch's own, so that a seed gives torch's own mask
+            rows = F.dropout(rows, dropout, True)
+    if batch_sizes is None:
+        rows = rows.view(steps, batch, rows.shape[1])
+        rows = rows.transpose(0, 1) if batch_first else rows
+    if len(last) == 1:
+        return rows, last[0].unsqueeze(0), last_cells[0].unsqueeze(0)
+    return rows, torch.stack(last), torch.stack(last_cells) if cells else last_cells[0]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: input (B, I), hx = (state, cell), each (B, H) → (state, cell)."""
+    state, cell = hx
+    reason = _only_torch("lstm_cell", input, backend)
+    if reason is not None:
+        backends.torch_serves("lstm_cell", (input, state, cell), backend, reason)
+        return _VF.lstm_cell(input, (state, cell), w_ih, w_hh, b_ih, b_hh)
+    keep = torch.is_grad_enabled() and _any_requires_grad(input, state, cell, w_ih, w_hh, b_ih, b_hh)
+    out = _recurrent(input, state, cell, w_ih, w_hh, b_ih, b_hh, None, None, "lstm", False, keep, backend)
+    return out[1], out[2]
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of a GRU: input (B, I), hx (B, H) → (B, H)."""
+    return _cell("gru", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
+
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of an Elman network with tanh: input (B, I), hx (B, H) → (B, H)."""
+    return _cell("rnn_tanh", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
+
+
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of an Elman network with relu: input (B, I), hx (B, H) → (B, H)."""
+    return _cell("rnn_relu", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
+
+
+def _cell(
+    mode: str,
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    reason = _only_torch(f"{mode}_cell", input, backend)
+    if reason is not None:
+        backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
+        return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
+    keep = torch.is_grad_enabled() and _any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _recurrent(input, hx, None, w_ih, w_hh, b_ih, b_hh, None, None, mode, False, keep, backend)[1]

@@ -4,7 +4,11 @@ Constructors, attributes, state_dicts and errors are torch.nn's. `backend` is No
 ``fastnn.replace(model, backend=...)``, or you, set it on a module.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from . import functional as F
 
@@ -12,11 +16,16 @@ __all__ = [
     "ELU",
     "GELU",
     "GLU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "CrossEntropyLoss",
     "Dropout",
+    "GRUCell",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "LSTMCell",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",
@@ -24,6 +33,7 @@ __all__ = [
     "Mish",
     "NLLLoss",
     "PReLU",
+    "RNNCell",
     "ReLU",
     "ReLU6",
     "SiLU",
@@ -196,6 +206,140 @@ class MSELoss(nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(input, target, reduction=self.reduction, backend=self.backend)
+
+
+# Recurrent layers. ``recompute``: see fastnn.functional.lstm.
+
+
+def _run_layers(module: Any, function: Any, input: Any, hx: Any, cells: bool) -> Any:
+    """torch's forward of LSTM (which has cells), GRU and RNN: the input's kind, missing states, batched or not."""
+    module._update_flat_weights()
+    packed = isinstance(input, PackedSequence)
+    data, sizes, order, back = input if packed else (input, None, None, None)
+    batch_dim = 0 if module.batch_first else 1
+    alone = not packed and data.dim() == 2
+    if not packed and data.dim() not in (2, 3):
+        raise ValueError(f"{module._get_name()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+    if alone:
+        data = data.unsqueeze(batch_dim)
+    if hx is None:
+        directions = module.num_layers * (2 if module.bidirectional else 1)
+        batch = data.shape[batch_dim] if sizes is None else int(sizes[0])
+        state = data.new_zeros(directions, batch, module.proj_size or module.hidden_size)
+        hx = (state, data.new_zeros(directions, batch, module.hidden_size)) if cells else state
+    else:
+        states = hx if cells else (hx,)
+        if not packed and any(t.dim() != 3 - alone for t in states):
+            kind, dims = ("unbatched 2-D", 2) if alone else ("batched 3-D", 3)
+            got = ", ".join(f"{t.dim()}-D" for t in states)
+            raise RuntimeError(
+                f"For {kind} input, {'hx and cx' if cells else 'hx'} should also be {dims}-D but got ({got}) "
+                f"tensor{'s' if cells else ''}"
+            )
+        states = tuple(t.unsqueeze(1) if alone else t if order is None else t.index_select(1, order) for t in states)
+        hx = states if cells else states[0]
+    module.check_forward_args(data, hx, sizes)
+    given: Any = hx if cells else (hx,)
+    for name, state in zip(("hidden[0]", "hidden[1]") if cells else ("hidden",), given, strict=True):
+        if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"Expected {name} dtype {data.dtype}, got {state.dtype}")
+    output, *last = function(
+        data, hx, module._flat_weights, module.bias, module.num_layers, module.dropout, module.training,
+        module.bidirectional, module.batch_first and not packed, batch_sizes=sizes, recompute=module.recompute,
+        backend=module.backend,
+    )  # fmt: skip
+    last = [t.squeeze(1) if alone else t if back is None else t.index_select(1, back) for t in last]
+    if packed:
+        output = PackedSequence(output, sizes, order, back)
+    return output.squeeze(batch_dim) if alone else output, tuple(last) if cells else last[0]
+
+
+class LSTM(nn.LSTM):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        return _run_layers(self, F.lstm, input, hx, True)
+
+
+class GRU(nn.GRU):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return _run_layers(self, F.gru, input, hx, False)
+
+
+class RNN(nn.RNN):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return _run_layers(self, F.rnn_tanh if self.mode == "RNN_TANH" else F.rnn_relu, input, hx, False)
+
+
+def _run_cell(module: Any, function: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+    """torch's forward of the cells"""
+    dims = input.dim()
+    state = hx[0] if cells and hx is not None else hx
+    if not (dims == 2 and state is not None and state.shape == (input.shape[0], module.hidden_size)
+            and input.shape[1] == module.input_size):  # fmt: skip
+        hx = _usual_states(module, input, hx, cells)
+    alone = dims == 1
+    out = function(
+        input.unsqueeze(0) if alone else input, hx, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh,
+        backend=module.backend,
+    )  # fmt: skip
+    if not alone:
+        return out
+    return tuple(t.squeeze(0) for t in out) if cells else out.squeeze(0)
+
+
+def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+    """A cell's states as matrices; torch's errors for what does not fit."""
+    name = type(module).__name__
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    batch, size = input.shape if input.dim() == 2 else (1, input.shape[0])
+    if size != module.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {size} expected {module.input_size}")
+    if hx is None:
+        state = input.new_zeros(batch, module.hidden_size)
+        return (state, state) if cells else state
+    states = hx if cells else (hx,)
+    for k, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            what = f"hx[{k}]" if cells else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    if input.dim() == 1:
+        states = tuple(t.unsqueeze(0) for t in states)
+    for state in states:
+        if state.shape[0] != batch:
+            raise RuntimeError(f"Input batch size {batch} doesn't match hidden batch size {state.shape[0]}")
+        if state.shape[-1] != module.hidden_size:
+            raise RuntimeError(f"hidden has inconsistent hidden_size: got {state.shape[-1]}, expected {module.hidden_size}")
+    return states if cells else states[0]
+
+
+class LSTMCell(nn.LSTMCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return _run_cell(self, F.lstm_cell, input, hx, True)
+
+
+class GRUCell(nn.GRUCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _run_cell(self, F.gru_cell, input, hx, False)
+
+
+class RNNCell(nn.RNNCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _run_cell(self, F.rnn_tanh_cell if self.nonlinearity == "tanh" else F.rnn_relu_cell, input, hx, False)
 
 
 # torch.nn's class: ours

@@ -84,7 +84,8 @@ def _why_left(module: nn.Module) -> str | None:
     if kind in REPLACEMENTS:
         if "forward" in module.__dict__:
             return "its forward is overridden on the instance"
-        own = [name for name in ("weight", "bias") if name in module.__dict__]
+        names = getattr(module, "_flat_weights_names", ("weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        own = [name for name in names if isinstance(module.__dict__.get(name), Tensor)]
         if own:
             return f"its {own[0]} is computed, not a parameter (an old-style parametrisation such as weight_norm)"
         for name, parameter in module.named_parameters(recurse=False):
@@ -122,6 +123,17 @@ def _softmax_method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return softmax
 
 
+def _layers_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.lstm and its like, which also take a PackedSequence's data, with batch sizes in second place."""
+
+    def layers(input: Tensor, second: Any, *args: Any) -> Any:
+        if isinstance(args[0], (Tensor, tuple)) or (isinstance(args[0], list) and isinstance(args[1], list)):
+            return function(input, *args, batch_sizes=second)
+        return function(input, second, *args)
+
+    return layers
+
+
 def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
     served: dict[Callable[..., Any], Callable[..., Any]] = {}
     for name in functional.__all__:
@@ -136,6 +148,10 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours = _softmax_method(getattr(functional, name))
         served[getattr(torch, name)] = ours
         served[getattr(Tensor, name)] = ours
+    for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+        served[getattr(torch, name)] = getattr(functional, name)
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        served[getattr(torch, name)] = _layers_of(getattr(functional, name))
     served[Tensor.__matmul__] = functional.matmul
     served[Tensor.__rmatmul__] = lambda other, input: functional.matmul(input, other)
     served[torch_functional.linear] = _linear

@@ -199,7 +199,26 @@ def softmax_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
                 yield Case("nll_loss_backward", (grad, layout(x), target, weight, -100, reduction))
 
 
-CASES = {"matmul": matmul_cases, "activation": activation_cases, "softmax": softmax_cases}
+def rnn_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+    lengths = [torch.tensor(sizes) for sizes in ([3, 3, 1], [2], [4, 3, 2, 1])]
+    for (mode, count), units, reverse, layout in itertools.product(gates.items(), (1, 7, 8, 33), (False, True), LAYOUTS):
+        for sizes, projection in ((None, 0), (lengths[units % 3], 0), *([(None, 5)] if mode == "lstm" else [])):
+            out, batch, wide = projection or units, 3 if sizes is None else int(sizes[0]), count * units
+            rows = 2 * batch if sizes is None else int(sizes.sum())
+            weights = [0.5 * random(*shape) for shape in ((wide, 5), (wide, out), (wide,), (wide,))]
+            projector = 0.5 * random(projection, units) if projection else None
+            args = (layout(random(rows, 5)), layout(random(batch, out)), layout(random(batch, units)) if mode == "lstm" else None,
+                    *(layout(w) for w in weights), projector, sizes, mode, reverse)  # fmt: skip
+            yield Case("recurrent", (*args, True))
+            yield Case("recurrent", (*args, False), 3)
+            *_, reserve = out_ = torch.ops.fastnn.recurrent(*args, True, backend="reference")
+            grads = [layout(random(*t.shape)) for t in out_[:3]]
+            needs = [isinstance(t, Tensor) for t in args[:8]]
+            yield Case("recurrent_backward", (*grads, *args[:8], out_[0], reserve, *args[8:], needs))
+
+
+CASES = {"matmul": matmul_cases, "activation": activation_cases, "softmax": softmax_cases, "rnn": rnn_cases}
 
 
 def run(family: str, dtype: torch.dtype, first: int) -> None:

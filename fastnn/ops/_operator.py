@@ -98,7 +98,8 @@ class Operator:
     backward  (ctx, grad): a gradient or None for each argument, made of operators.
     autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
     inspect   raises for bad values inside the tensors (a check that has to read them).
-    extra     outputs after the first exist for the backward only: computes them where torch serves the first.
+    extra     outputs after the visible ones exist for the backward only: computes them where torch serves the others.
+    visible   how many outputs the caller sees, if there are extra ones; ``backward`` gets a gradient for each of them.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Operator:
         autocast: str | None = None,
         inspect: Callable[..., None] | None = None,
         extra: Callable[..., Tensor] | None = None,
+        visible: int = 1,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.family = family
@@ -125,6 +127,7 @@ class Operator:
         self.autocast = autocast
         self.inspect = inspect
         self.extra = extra
+        self.visible = visible
         self.overload = self._register(schema)
         self.arguments = [a.name for a in self.overload._schema.arguments if not a.kwarg_only]
         self.tensors = [  # (name, may be None): the leading arguments
@@ -232,7 +235,7 @@ class Operator:
         return result
 
     def _visible(self, out: Any) -> Any:
-        return out if self.extra is None else out[0]
+        return out if self.extra is None else out[0] if self.visible == 1 else out[: self.visible]
 
     def _torch(self, args: tuple[Any, ...]) -> Any:
         try:
@@ -243,7 +246,10 @@ class Operator:
             raise
 
     def _all_by_torch(self, args: tuple[Any, ...]) -> Any:
-        return self._torch(args) if self.extra is None else (self._torch(args), self.extra(*args))
+        if self.extra is None:
+            return self._torch(args)
+        seen = self._torch(args)
+        return (*(seen if self.visible > 1 else (seen,)), self.extra(*args))
 
     def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
         if backends.chosen(backend) == "reference":
@@ -289,6 +295,7 @@ class Operator:
                 for name, optional in tensors
             )  # fmt: skip
 
+        seen = "" if self.extra is None else "[0]" if self.visible == 1 else f"[:{self.visible}]"
         source = _CALL.format(
             name=self.name,
             args=args,
@@ -298,7 +305,7 @@ class Operator:
             all_plain=each("type({}) in PLAIN", "True", " and "),
             all_on_cpu=each("{0}.is_cpu and not {0}.is_neg()", "True", " and "),
             any_requires_grad=each("{}.requires_grad", "False", " or "),
-            differentiable=f"differentiable({args}, op, kernel, plan, None)" + ("" if self.extra is None else "[0]")
+            differentiable=f"differentiable({args}, op, kernel, plan, None){seen}"
             if self.backward
             else f"op.general(({args},), backend, out)",
             inspect=f"inspect({args})" if self.inspect else "",
@@ -306,7 +313,7 @@ class Operator:
             f"allocate(plan, {args})"
             if by_shape
             else f"allocate(plan, {args})",
-            visible="" if self.extra is None else "[0]",
+            visible=seen,
         )
         filename = f"<fastnn operator {self.name}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -366,9 +373,9 @@ class _Differentiable(torch.autograd.Function):
         ctx.op, ctx.backend = op, backend
         op.save(ctx, args, out)
         if op.extra is not None:
-            ctx.mark_non_differentiable(*out[1:])
+            ctx.mark_non_differentiable(*out[op.visible :])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (*ctx.op.backward(ctx, grads[0]), None, None, None, None)
+        return (*ctx.op.backward(ctx, *grads[: ctx.op.visible]), None, None, None, None)

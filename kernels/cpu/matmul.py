@@ -36,7 +36,7 @@ class Format(NamedTuple):
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SCRATCH = 64 << 10  # a thread's room for tiles that wait for their epilogue
 _TASK = 2 << 20  # multiplications that a thread takes on at once: about 40 µs
-_TASKS = 32  # times the threads: more would bring nothing
+_TASKS = 32  # for each thread, at most: more would bring nothing
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
 _SMALL_WEIGHT = 32768  # elements below which packing anew is cheaper than looking the packed weight up
@@ -80,14 +80,15 @@ def _panels(f: Format, n: int, parts: int) -> int:
     return min(vectors, -(-max(1, -(-vectors // f.vecs)) // parts) * parts)
 
 
-def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int) -> tuple[int, int]:
+def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int, pack_a: bool) -> tuple[int, int]:
     """Parts that the rows and the ``cut`` panels of each product are divided into: the tasks that nt threads take.
 
     Many, so that a thread that is slowed down leaves more of them to the others, and a multiple of nt if they are few.
     """
     if nt == 1 or batch >= 4 * nt or batch % nt == 0:
         return 1, 1
-    tasks = -(-min(_TASKS * nt, max(nt, m * cut * f.vecs * f.lanes * k // _TASK)) // nt) * nt
+    most = 4 if pack_a else _TASKS  # each task packs its A
+    tasks = -(-min(most * nt, max(nt, m * cut * f.vecs * f.lanes * k // _TASK)) // nt) * nt
     rows = -(-m // f.rows)
     tm = min(rows, max(-(-m // mc), -(-tasks // cut)))
     tn = next((d for d in range(1, cut + 1) if cut % d == 0 and tm * d >= tasks), cut)
@@ -216,9 +217,10 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
         mc = max(f.rows, caches().l2 * 3 // 8 // (kc * f.unit) // f.rows * f.rows)
     else:
         kc = -(-depth // -(-depth // kc))
+    # A transposed A (a weight's gradient) is worth a copy where enough panels read it: 98 → 153 GFLOP/s at 1024×1600×256.
+    pack_a = (not f.pairs or k % 2 == 1 or not a_rows) if f.half else not a_rows and n > 64
     cut = _panels(f, n, nt)
-    tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt)
-    pack_a = f.half and (not f.pairs or k % 2 == 1 or not a_rows)
+    tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a)
     need, share = _SCRATCH, 0
     if pack_a:
         need += (mc + 2 * f.lanes) * kc * f.unit

@@ -49,26 +49,27 @@ def _make_sample() -> Callable[..., object]:
 _SAMPLE = Kernel("packed_sample", "iiii", _make_sample)
 
 
-def _sample(tensor: Tensor) -> int:
+def _sample(entry: Packing) -> int:
     """A number that changes if any of a few elements, spread over the tensor, changes."""
     out = workspace(8)
-    words = tensor.nbytes // 8
-    _SAMPLE.run(tensor.data_ptr(), words // _SAMPLES * 8, min(_SAMPLES, words), out)
+    _SAMPLE.run(*entry.sampled, out)
     return ctypes.c_int64.from_address(out).value
 
 
 class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
-    __slots__ = ("address", "buffer", "cut", "origin", "sample", "shape", "version")
+    __slots__ = ("address", "buffer", "cut", "origin", "sample", "sampled", "shape", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
+        words = tensor.nbytes // 8
+        self.sampled = self.origin, words // _SAMPLES * 8, min(_SAMPLES, words)
         self.buffer: Tensor | None = None
         self.address = self.cut = self.sample = 0
 
 
-_entries: OrderedDict[int, tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
+_entries: OrderedDict[tuple[int, str], tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
 _lock = threading.RLock()
 _limit: int | None = None
 _bytes = 0
@@ -96,7 +97,7 @@ def clear() -> None:
         _entries.clear()
 
 
-def _drop(key: int) -> None:
+def _drop(key: tuple[int, str]) -> None:
     global _bytes
     with _lock:
         found = _entries.pop(key, None)
@@ -109,20 +110,22 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None:
+def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: str = "") -> Packing | None:
     """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
+
+    ``kind`` tells apart packings of one tensor that differ in their layout.
 
     None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
     would not fit the limit: then the caller packs for this call only.
     """
     global _bytes, _limit
-    key = id(tensor)
+    key = id(tensor), kind
     found = _entries.get(key)
     if found is not None:
         entry = found[1]
         if (found[0]() is tensor and entry.version == tensor._version and entry.origin == tensor.data_ptr()
                 and entry.shape == tensor.shape
-                and (entry.buffer is None or entry.sample == _sample(tensor))):
+                and (entry.buffer is None or entry.sample == _sample(entry))):
             if entry.buffer is not None:
                 return entry
         else:
@@ -142,7 +145,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None
         _shrink(_limit - size)
         buffer = torch.empty(size + 64, dtype=torch.uint8)
         entry.address = -(-buffer.data_ptr() // 64) * 64
-        entry.cut, entry.sample = pack(entry.address), _sample(tensor)
+        entry.cut, entry.sample = pack(entry.address), _sample(entry)
         entry.buffer = buffer
         if _entries.get(key) is found:  # else another thread has dropped it, and it serves this call only
             _bytes += buffer.nbytes

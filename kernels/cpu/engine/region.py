@@ -1,7 +1,8 @@
-"""The compiler's side of ``threads``: parallel regions as Numba intrinsics."""
+"""The compiler's side of ``threads``: parallel regions, and what threads of a region use to wait for each other."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .simd import inline
 from .threads import LAUNCHER
 
 _i32, _i64 = ir.IntType(32), ir.IntType(64)
 _pointer = ir.IntType(8).as_pointer()
 _void = ir.VoidType()
+SPINS = 20000  # looks at a barrier before a thread gives its core away: about half a millisecond
 
 
 def _extern(module: ir.Module, name: str, result: Any, *args: Any) -> Any:
@@ -128,3 +131,40 @@ def atomic_load(typingctx, address):
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], _i64.as_pointer()), "acquire", 8)
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def relax(typingctx):
+    """relax(): what a loop that waits does each time, so that the core's other thread may work"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_void, []), "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+    return types.none(), codegen
+
+
+@intrinsic
+def give_way(typingctx):
+    """give_way(): let the operating system run something else on this core"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        builder.call(_extern(builder.module, "give_way", _i32), [])
+        return context.get_dummy_value()
+    return types.none(), codegen
+
+
+@inline
+def barrier(counter, threads, number):
+    """barrier(address, threads, number): wait until all of a region's ``threads`` have come to their barrier of this number,
+    counted from 1. The int64 at ``address`` is 0 before the region; ``threads`` is the region's true number, or it never ends.
+
+    A thread whose partner has lost its core gives its own away, for else it would spin for the rest of its time slice.
+    """
+    if threads > 1:
+        atomic_add(counter, 1)
+        spins = 0
+        while atomic_load(counter) < threads * number:
+            spins += 1
+            if spins < SPINS:
+                relax()
+            else:
+                give_way()

@@ -387,6 +387,16 @@ def spread(typingctx, elem, scalar):
 
 
 @intrinsic
+def round_to(typingctx, elem, v):
+    """round_to(elem, vector) -> the values that a store as ``elem`` and a load would give"""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        return widen(builder, e, narrow(builder, e, args[1]))
+    return e.vector(elem, v), codegen
+
+
+@intrinsic
 def prefetch(typingctx, address):
     """prefetch(address): bring the cache line in, to read"""
     def codegen(context, builder, sig, args):

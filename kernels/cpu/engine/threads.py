@@ -76,5 +76,6 @@ def symbols() -> dict[str, int | None]:
     else:
         functions = {"python_parallel": ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
             _run_in_python_threads)}
+    functions["give_way"] = ctypes.CDLL("kernel32").SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
     _alive.extend(functions.values())
     return {name: ctypes.cast(f, ctypes.c_void_p).value for name, f in functions.items()}

@@ -1,0 +1,113 @@
+"""Recurrent layers: speech, language models, translation, voices, and single steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn._numerics import TORCH, Scale, results
+
+from . import Case, random
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+
+
+def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
+    """A state is made of all that went before: errors are counted at the largest number."""
+
+    def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(torch.full_like(t, float(t.abs().max())) for t in results(partial(run, TORCH), inputs, grad))
+
+    return scale
+
+
+def layers(
+    mode: str, model: str, steps: int, batch: int, inputs: int, units: int, number: int = 1, directions: int = 1,
+    kind: str = "forward", lengths: tuple[int, ...] = (), **extra: Any,
+) -> Case:  # fmt: skip
+    """Layers over a batch of sequences; ``lengths``: a packed batch of so long ones."""
+    grad, wide = kind == "train", GATES[mode] * units
+    shapes = [
+        shape
+        for layer in range(number)
+        for _ in range(directions)
+        for shape in ((wide, directions * units if layer else inputs), (wide, units), (wide,), (wide,))
+    ]
+    sizes = [sum(n > t for n in lengths) for t in range(max(lengths, default=0))]
+    rows = (sum(sizes), inputs) if lengths else (steps, batch, inputs)
+    states = 2 if mode == "lstm" else 1
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        state = torch.zeros(number * directions, batch, units, dtype=dtype)
+        weights = (random(*s, seed=n, scale=units**-0.5, grad=grad)(dtype) for n, s in enumerate(shapes))
+        return random(*rows, seed=99)(dtype), *[state] * states, *weights
+
+    def run(F: Any, x: Tensor, *rest: Tensor, ours: bool = False) -> Tensor:
+        hx: Any = tuple(rest[:2]) if states == 2 else rest[0]
+        options = (list(rest[states:]), True, number, 0.0, False, directions == 2)
+        if not lengths:
+            return getattr(F, mode)(x, hx, *options, False)[0]
+        if ours:
+            return getattr(F, mode)(x, hx, *options, batch_sizes=torch.tensor(sizes))[0]
+        return getattr(F, mode)(x, torch.tensor(sizes), hx, *options)[0]
+
+    products = sum(s[0] * s[1] for s in shapes if len(s) == 2) * (sum(sizes) or steps * batch)
+    size = f"{number}x{directions}_T{steps}_B{batch}_I{inputs}_H{units}"
+    return Case(
+        "rnn",
+        f"{mode}/{model}/{size}",
+        make,
+        theirs=run,
+        ours=partial(run, ours=True),
+        parameters=tuple(range(1 + states, 1 + states + len(shapes))),
+        flops=2 * products * (3 if grad else 1),
+        mode=kind,
+        scale=_of_the_largest(run),
+        **extra,
+    )
+
+
+def cell(mode: str, batch: int, units: int, **extra: Any) -> Case:
+    """One step of a cell, as a stream or a decoder makes it."""
+    wide, states = GATES[mode] * units, 2 if mode == "lstm" else 1
+    shapes = ((wide, units), (wide, units), (wide,), (wide,))
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        others = (random(*s, seed=n, scale=units**-0.5)(dtype) for n, s in enumerate(shapes))
+        return *(random(batch, units, seed=90 + n)(dtype) for n in range(1 + states)), *others
+
+    def run(F: Any, x: Tensor, *rest: Tensor) -> Tensor:
+        out = getattr(F, f"{mode}_cell")(x, rest[:2] if states == 2 else rest[0], *rest[states:])
+        return out[0] if states == 2 else out
+
+    return Case(
+        "rnn", f"{mode}_cell/step/B{batch}_H{units}", make, theirs=run, parameters=tuple(range(1 + states, 5 + states)),
+        flops=4 * batch * units * wide, scale=_of_the_largest(run), **extra,
+    )  # fmt: skip
+
+
+_LENGTHS = tuple(sorted((5 + 37 * n % 96 for n in range(32)), reverse=True))
+
+CASES = [
+    layers("lstm", "usual", 50, 32, 128, 256, goals={"best": 1.1}, quick=True),
+    layers("gru", "usual", 50, 32, 128, 256, goals={"best": 1.7, "torch": 2.2}, quick=True),
+    layers("rnn_tanh", "usual", 50, 32, 128, 256, goals={"best": 2.0}, quick=True),
+    layers("lstm", "usual", 50, 32, 128, 256, kind="train", goals={"best": 1.15}, quick=True),
+    layers("gru", "usual", 50, 32, 128, 256, kind="train", goals={"best": 2.0}, quick=True),
+    layers("rnn_tanh", "usual", 50, 32, 128, 256, kind="train", goals={"best": 2.0}),
+    layers("lstm", "one_sequence", 100, 1, 256, 512, goals={"best": 1.5}, quick=True),
+    layers("lstm", "seq2seq_encoder", 40, 16, 256, 256, 2, 2, goals={"best": 1.3}),
+    layers("gru", "seq2seq_encoder", 40, 16, 256, 256, 2, 2, goals={"best": 1.3}),
+    layers("lstm", "deepspeech", 150, 8, 512, 512, 1, 2, goals={"best": 1.3}),
+    layers("lstm", "language_model", 35, 20, 650, 650, 2, goals={"best": 1.1}),
+    layers("lstm", "language_model", 35, 20, 650, 650, 2, kind="train", goals={"best": 1.15}),
+    layers("lstm", "resemblyzer", 160, 4, 40, 256, 3, goals={"best": 1.3}),
+    layers("lstm", "packed_5_to_100", 100, 32, 128, 256, lengths=_LENGTHS, goals={"torch": 2.0}),
+    layers("lstm", "tiny", 50, 8, 32, 32, goals={"best": 1.5}),
+    layers("gru", "tiny", 50, 8, 64, 64, goals={"best": 1.5}),
+    *(cell(mode, 1, units, goals={"best": 6.0 if units == 64 else 2.5}) for mode in GATES for units in (64, 256)),
+]

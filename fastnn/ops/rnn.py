@@ -1,0 +1,229 @@
+"""Recurrent layers: one direction of one layer over a whole sequence, and its backward through time. A cell is one step.
+
+Rows, not steps, are what the op sees: (T·B, I), or the data of a PackedSequence with its batch sizes.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn.kernels.reference import rnn as reference
+
+from ._operator import FLOATING, PLAIN, Operator, _get_deterministic_algorithms, empty_matrix
+from .activation import only_torch
+
+MODES = tuple(reference.GATES)
+
+
+def _need(argument: str, t: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
+    if t is None or tuple(t.shape) != shape:
+        raise RuntimeError(
+            f"recurrent(): {argument} must have shape {shape}, got {None if t is None else tuple(t.shape)}"
+        )
+    if t.dtype != input.dtype:
+        raise RuntimeError(f"recurrent(): {argument} must have input's dtype {input.dtype}, got {t.dtype}")
+    if t.device != input.device:
+        raise RuntimeError(f"recurrent(): {argument} must be on input's device {input.device}, got {t.device}")
+
+
+def _check(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    mode: str,
+    reverse: bool,
+    keep: bool,
+) -> str | None:
+    """None, or why only torch can serve the call. The usual call is looked at here; `_complain` knows what else may be."""
+    if w_hr is None and batch_sizes is None and mode in reference.GATES and input.dim() == 2 and hx.dim() == 2:
+        dtype, shape, (batch, units) = input.dtype, input.shape, hx.shape
+        wide = (reference.GATES[mode] * units,)
+        if (
+            batch
+            and shape[0] % batch == 0
+            and w_ih.shape == (*wide, shape[1])
+            and w_hh.shape == (*wide, units)
+            and hx.dtype is w_ih.dtype is w_hh.dtype is dtype
+            and (cx is None) != (mode == "lstm")
+            and (cx is None or (cx.shape == hx.shape and cx.dtype is dtype))
+            and (
+                b_ih.shape == b_hh.shape == wide and b_ih.dtype is b_hh.dtype is dtype
+                if b_ih is not None and b_hh is not None
+                else b_ih is b_hh
+            )
+            and input.device == hx.device == w_ih.device == w_hh.device
+            and dtype in FLOATING
+        ):
+            return None
+    return _complain(input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, mode)
+
+
+def _complain(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    mode: str,
+) -> str | None:
+    if mode not in reference.GATES:
+        raise ValueError(f"recurrent(): mode got {mode!r}, allowed are {', '.join(MODES)}")
+    if input.dim() != 2 or hx.dim() != 2 or w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise RuntimeError(
+            "recurrent(): input, hx, w_ih and w_hh must be matrices, got shapes "
+            + ", ".join(str(tuple(t.shape)) for t in (input, hx, w_ih, w_hh))
+        )
+    gates = reference.GATES[mode]
+    batch, out = hx.shape
+    units = w_hh.shape[0] // gates
+    _need("w_ih", w_ih, (gates * units, input.shape[1]), input)
+    _need("w_hh", w_hh, (gates * units, out), input)
+    _need("hx", hx, (batch, out), input)
+    if (b_ih is None) != (b_hh is None):
+        raise RuntimeError("recurrent(): b_ih and b_hh must both be given, or neither")
+    if b_ih is not None:
+        _need("b_ih", b_ih, (gates * units,), input)
+        _need("b_hh", b_hh, (gates * units,), input)
+    if mode == "lstm":
+        _need("cx", cx, (batch, units), input)
+    elif cx is not None or w_hr is not None:
+        raise RuntimeError(f"recurrent(): cx and w_hr are for mode 'lstm', got them for {mode!r}")
+    if w_hr is not None:
+        _need("w_hr", w_hr, (out, units), input)
+    elif units != out:
+        raise RuntimeError(f"recurrent(): hx must have as many columns as there are units, {units}, got {out}")
+    if batch_sizes is None and input.shape[0] and (batch == 0 or input.shape[0] % batch):
+        raise RuntimeError(f"recurrent(): input's rows must be a multiple of hx's {batch}, got {input.shape[0]}")
+    if batch_sizes is not None and (batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu):
+        raise RuntimeError(
+            "recurrent(): batch_sizes must be a vector of int64 on the CPU, got "
+            f"{tuple(batch_sizes.shape)}, {batch_sizes.dtype}, {batch_sizes.device}"
+        )
+    return only_torch(input.dtype)
+
+
+def _inspect(input: Tensor, hx: Tensor, *rest: Any) -> None:
+    sizes = rest[6]
+    if sizes is None:
+        return
+    values = sizes.tolist()
+    if not values or values[0] != hx.shape[0] or values[-1] < 1 or any(a < b for a, b in pairwise(values)):
+        raise RuntimeError(
+            f"recurrent(): batch_sizes must start with the batch {hx.shape[0]}, never grow and stay positive, "
+            f"got {values if len(values) < 20 else [*values[:20], '…']}"
+        )
+    if sum(values) != input.shape[0]:
+        raise RuntimeError(f"recurrent(): batch_sizes must sum to input's rows {input.shape[0]}, got {sum(values)}")
+
+
+def _allocate(plan: None, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> Any:
+    mode, keep = rest[4], rest[6]
+    if not keep and type(input) in PLAIN and input.is_cpu and not _get_deterministic_algorithms():  # the same, sooner
+        dtype, (batch, out) = input.dtype, hx.shape
+        cells = (0,) if cx is None else (batch, cx.shape[1])
+        nothing = torch.float64 if dtype is torch.float64 else torch.float32
+        return (
+            empty_matrix((input.shape[0], out), (out, 1), dtype),
+            empty_matrix((batch, out), (out, 1), dtype),
+            empty_matrix(cells, (*cells[1:], 1), dtype),
+            empty_matrix((0,), (1,), nothing),
+        )
+    shape = (input.shape[0], reference.KEPT[mode] * (w_hh.shape[0] // reference.GATES[mode])) if keep else (0,)
+    return (
+        input.new_empty(input.shape[0], hx.shape[1]),
+        input.new_empty(hx.shape),
+        input.new_empty((0,) if cx is None else cx.shape),
+        input.new_empty(shape, dtype=torch.promote_types(input.dtype, torch.float32)),
+    )
+
+
+def _extra(*args: Any) -> Tensor:
+    reserve = reference.recurrent(*args)[3]
+    return reserve.to(torch.promote_types(reserve.dtype, torch.float32))
+
+
+def _save(ctx: Any, args: Any, out: tuple[Tensor, ...]) -> None:
+    ctx.rest = args[9:11]  # mode, reverse
+    ctx.save_for_backward(*args[:8], out[0], out[3], args[8])
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
+    *given, y, reserve, batch_sizes = ctx.saved_tensors
+    needs = [t is not None and n for t, n in zip(given, ctx.needs_input_grad, strict=False)]
+    found = recurrent_backward.call(
+        grad_y, grad_h, grad_c, *given, y, reserve, batch_sizes, *ctx.rest, needs, ctx.backend
+    )
+    return *(g if n else None for g, n in zip(found, needs, strict=True)), None, None, None, None
+
+
+recurrent: Operator = Operator(
+    "recurrent(Tensor input, Tensor hx, Tensor? cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr,"
+    " Tensor? batch_sizes, str mode, bool reverse, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rnn",
+    check=_check,
+    inspect=_inspect,
+    allocate=_allocate,
+    torch=lambda *args: reference.recurrent(*args)[:3],
+    extra=_extra,
+    visible=3,
+    save=_save,
+    backward=_gradients,
+    autocast="lower",
+)
+"""One direction of one layer: every state, the last state, the last cell (empty but for an LSTM).
+
+input (N, I): T·B rows, or a PackedSequence's data with its ``batch_sizes``; hx (B, H) or with a projection (B, P); cx (B, H);
+w_ih (G·H, I), w_hh (G·H, H or P), b_ih and b_hh (G·H), w_hr (P, H), G and the gates' order as torch has them → (N, H or P),
+(B, H or P), (B, H). ``reverse``: from the last step to the first. ``keep``: the gates are kept for the backward, 5 (LSTM) or
+4 (GRU) numbers a unit and row; else the backward runs the forward once more.
+"""
+
+
+def _check_backward(
+    grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor,
+    w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, y: Tensor, reserve: Tensor,
+    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: Sequence[bool],
+) -> str | None:  # fmt: skip
+    reason = _check(input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, mode, reverse, True)
+    _need("y", y, (input.shape[0], hx.shape[1]), input)
+    _need("grad_y", grad_y, tuple(y.shape), input)
+    _need("grad_h", grad_h, tuple(hx.shape), input)
+    _need("grad_c", grad_c, (0,) if cx is None else tuple(cx.shape), input)
+    whole = (input.shape[0], reference.KEPT[mode] * (w_hh.shape[0] // reference.GATES[mode]))
+    if reserve.numel() and tuple(reserve.shape) != whole:
+        raise RuntimeError(f"recurrent_backward(): reserve must have shape {whole} or be empty, got {tuple(reserve.shape)}")
+    if len(needs) != 8:
+        raise RuntimeError(f"recurrent_backward(): needs must have 8 entries, got {len(needs)}")
+    return reason
+
+
+def _allocate_backward(plan: None, *args: Any) -> tuple[Tensor, ...]:
+    given, needs = args[3:11], args[16]
+    return tuple(
+        args[3].new_empty(t.shape if t is not None and needed else (0,)) for t, needed in zip(given, needs, strict=True)
+    )
+
+
+recurrent_backward: Operator = Operator(
+    "recurrent_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor input, Tensor hx, Tensor? cx, Tensor w_ih,"
+    " Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor y, Tensor reserve, Tensor? batch_sizes, str mode,"
+    " bool reverse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "rnn",
+    check=_check_backward,
+    inspect=lambda *args: _inspect(*args[3:11], args[13]),
+    allocate=_allocate_backward,
+    torch=reference.recurrent_backward,
+)

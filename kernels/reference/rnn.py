@@ -1,0 +1,127 @@
+"""Recurrent layers as plain maths: one direction of one layer, step by step. Differentiable any number of times.
+
+LSTM: Hochreiter & Schmidhuber 1997, with forget gates (Gers et al. 2000), and optionally a projection (Sak et al. 2014,
+section 2); GRU: Cho et al. 2014, in the variant that resets after the product, as cuDNN and torch have it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+KEPT = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # numbers a unit and row that the backward needs besides the output
+
+
+def _step(mode: str, x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """From the input's part of the gates and the last state: the new state, the new cell, and what is kept."""
+    z = torch.nn.functional.linear(h, w_hh, b_hh)
+    if mode == "lstm":
+        i, f, g, o = (x + z).chunk(4, 1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = f * c + i * g
+        return o * c.tanh(), c, [i, f, g, o, c]
+    if mode == "gru":
+        x_r, x_z, x_n = x.chunk(3, 1)
+        h_r, h_z, h_n = z.chunk(3, 1)
+        r, u = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        n = (x_n + r * h_n).tanh()
+        return n + u * (h - n), c, [r, u, n, h_n]
+    return ((x + z).tanh() if mode == "rnn_tanh" else (x + z).relu()), c, []
+
+
+def _sizes(input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    """The rows of each step"""
+    if batch_sizes is not None:
+        return batch_sizes.tolist()
+    return [hx.shape[0]] * (input.shape[0] // max(1, hx.shape[0]))
+
+
+def recurrent(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    mode: str,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = _sizes(input, hx, batch_sizes)
+    gates = torch.nn.functional.linear(input, w_ih, b_ih).split(sizes)
+    h, c = hx, hx.new_zeros(hx.shape[0], 0) if cx is None else cx
+    states: list[Tensor] = [hx] * len(sizes)
+    kept: list[Tensor] = [hx] * len(sizes)
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        n = sizes[t]
+        new, cell, parts = _step(mode, gates[t], h[:n], c[:n], w_hh, b_hh)
+        states[t] = new if w_hr is None else new @ w_hr.t()
+        kept[t] = torch.cat(parts, 1) if parts else new[:, :0]
+        h, c = torch.cat([states[t], h[n:]]), torch.cat([cell, c[n:]])
+    y = torch.cat(states) if states else hx[:0]
+    reserve = torch.cat(kept) if keep and kept else hx.new_empty(0)
+    return y, h, c if cx is not None else hx.new_empty(0), reserve.detach()
+
+
+def _step_back(
+    mode: str, d: Tensor, dc: Tensor, h: Tensor, c: Tensor, new: Tensor, parts: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """From a new state's and cell's gradients those of the gates, on the input's and the state's side; of the last state as
+    far as it does not pass the gates; of the last cell."""
+    if mode == "lstm":
+        i, f, g, o, cell = parts
+        dc = dc + d * o * (1 - cell.tanh() ** 2)
+        gates = torch.cat(
+            [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), d * cell.tanh() * o * (1 - o)], 1
+        )
+        return gates, gates, 0.0, dc * f
+    if mode == "gru":
+        r, z, n, part = parts
+        d_n, d_z = d * (1 - z) * (1 - n * n), d * (h - n) * z * (1 - z)
+        d_r = d_n * part * r * (1 - r)
+        return torch.cat([d_r, d_z, d_n], 1), torch.cat([d_r, d_z, d_n * r], 1), d * z, dc
+    gates = d * (1 - new * new) if mode == "rnn_tanh" else d * (new > 0)
+    return gates, gates, 0.0, dc
+
+
+def recurrent_backward(
+    grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor,
+    w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, y: Tensor, reserve: Tensor,
+    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of input, hx, cx and the weights; those not needed are empty. y and reserve are made again."""
+    sizes = _sizes(input, hx, batch_sizes)
+    order = list(reversed(range(len(sizes))) if reverse else range(len(sizes)))
+    gates, grads = torch.nn.functional.linear(input, w_ih, b_ih).split(sizes), grad_y.split(sizes)
+    h, c = hx, hx.new_zeros(hx.shape[0], 0) if cx is None else cx
+    done: dict[int, Any] = {}
+    for t in order:
+        n = sizes[t]
+        new, cell, parts = _step(mode, gates[t], h[:n], c[:n], w_hh, b_hh)
+        done[t] = h[:n], c[:n], new, parts
+        h, c = torch.cat([new if w_hr is None else new @ w_hr.t(), h[n:]]), torch.cat([cell, c[n:]])
+    dh, dc = grad_h, grad_c.reshape(c.shape)
+    d_input: dict[int, Tensor] = {}
+    d_state: dict[int, Tensor] = {}
+    d_out: dict[int, Tensor] = {}
+    for t in reversed(order):
+        n = sizes[t]
+        d_out[t] = d = dh[:n] + grads[t]
+        d_input[t], d_state[t], around, cell = _step_back(mode, d if w_hr is None else d @ w_hr, dc[:n], *done[t])
+        dh, dc = torch.cat([d_state[t] @ w_hh + around, dh[n:]]), torch.cat([cell, dc[n:]])
+
+    def all_rows(steps: dict[int, Any], like: Tensor) -> Tensor:
+        return torch.cat([steps[t] for t in range(len(sizes))]) if steps else like[:0]
+
+    wide = grad_y.new_zeros(0, w_hh.shape[0])
+    gates_x, gates_h, out = all_rows(d_input, wide), all_rows(d_state, wide), all_rows(d_out, grad_y)
+    before = all_rows({t: value[0] for t, value in done.items()}, hx)
+    made = all_rows({t: value[2] for t, value in done.items()}, hx)
+    found = (gates_x @ w_ih, dh, dc, gates_x.t() @ input, gates_h.t() @ before, gates_x.sum(0), gates_h.sum(0),
+             out.t() @ made if w_hr is not None else out)  # fmt: skip
+    return tuple(value if needed else input.new_empty(0) for value, needed in zip(found, needs, strict=True))
