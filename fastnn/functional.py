@@ -7,7 +7,8 @@ not match, IndexError for a dimension or class out of range, ValueError for an u
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.nn import _reduction
 from . import backends
 from .ops import activation as _activation
 from .ops import matmul as _matmul
+from .ops import pool as _pool
 from .ops import softmax as _softmax
 from .ops._operator import FLOATING, PLAIN
 
@@ -24,6 +26,9 @@ __all__ = [
     "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
     "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu",
     "relu6", "sigmoid", "silu", "softmax", "softplus", "tanh",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d", "lp_pool3d", "max_pool1d",
+    "max_pool2d", "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d",
 ]  # fmt: skip
 
 _matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
@@ -410,3 +415,209 @@ def mse_loss(
         )
         input, target = torch.broadcast_tensors(input, target)
     return _softmax.mse_loss.call(input, target, reduction, backend)
+
+
+# Pooling: each function of torch's three is the general one with the number of dimensions filled in. An output is
+# channels_last where the input is, in three dimensions too. lp_pool is our average between torch's powers.
+
+_Sizes = int | Sequence[int]
+
+
+def _sizes(op: str, name: str, value: Any, dims: int) -> list[int]:
+    """`value` for each dimension: an int for all, or a sequence."""
+    values = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value] * dims
+    if not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise TypeError(f"{op}(): argument '{name}' must be an int or a tuple of ints, got {value!r}")
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims:
+        raise RuntimeError(f"{op}(): {name} must be an int or a tuple of {dims} ints, got {len(values)}: {tuple(values)}")
+    return values
+
+
+def _autocast_3d(input: Tensor, dims: int) -> Tensor:
+    """torch's autocast pools in float32 in three dimensions, and leaves the dtype in fewer."""
+    lower = dims == 3 and isinstance(input, Tensor) and input.dtype in (torch.bfloat16, torch.float16)
+    return input.float() if lower and torch.is_autocast_enabled("cpu") else input
+
+
+def _max(name: str, dims: int) -> Callable[..., Any]:
+    def max_pool(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        dilation: _Sizes = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> Any:
+        """The maximum of each window; with return_indices also where it is, counted through the image.
+
+        input (N, C, …) or (C, …). A NaN in a window is its maximum. RuntimeError for a window that does not fit, a
+        padding over half the window, a stride that is not positive.
+        """
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        window = (
+            size,
+            size if stride is None or stride == () or stride == [] else _sizes(name, "stride", stride, dims),
+            _sizes(name, "padding", padding, dims),
+            _sizes(name, "dilation", dilation, dims),
+            ceil_mode,
+        )
+        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
+        return op.call(_autocast_3d(input, dims), False, *window, backend)
+
+    return _named(max_pool, name)
+
+
+def _average(name: str, dims: int) -> Callable[..., Tensor]:
+    def average(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None,
+        padding: _Sizes,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor: int | None,
+        backend: str | None,
+    ) -> Tensor:
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        steps = size if stride is None or stride == () or stride == [] else _sizes(name, "stride", stride, dims)
+        if divisor == 0:
+            raise RuntimeError(f"{name}(): divisor_override must not be zero, got 0")
+        pads = _sizes(name, "padding", padding, dims)
+        input = _autocast_3d(input, dims)
+        return _pool.avg_pool.call(input, False, size, steps, pads, ceil_mode, count_include_pad, divisor or 0, backend)
+
+    def avg_pool1d(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The mean of each window. input (N, C, L) or (C, L). Errors as max_pool1d."""
+        return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, backend)
+
+    def avg_pool(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The mean of each window, or its sum over divisor_override. input (N, C, …) or (C, …). Errors as max_pool."""
+        return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, backend)
+
+    return _named(avg_pool1d if dims == 1 else avg_pool, name)
+
+
+def _adaptive_sizes(name: str, input: Tensor, output_size: Any, dims: int) -> list[int]:
+    """None stands for the input's size, which torch allows in two and three dimensions."""
+    if isinstance(output_size, (tuple, list)) and len(output_size) == dims > 1 and isinstance(input, Tensor):
+        if len(output_size) >= input.dim():
+            raise ValueError(f"{name}(): input must have at least {dims + 1} dimensions, got {tuple(input.shape)}")
+        output_size = [n if o is None else o for o, n in zip(output_size, input.shape[-dims:], strict=True)]
+    if isinstance(output_size, (tuple, list)) and len(output_size) != dims:
+        raise RuntimeError(f"{name}(): output_size must have {dims} numbers, got {len(output_size)}: {output_size}")
+    return _sizes(name, "output_size", output_size, dims)
+
+
+def _adaptive_max(name: str, dims: int) -> Callable[..., Any]:
+    def adaptive_max_pool(
+        input: Tensor, output_size: Any, return_indices: bool = False, *, backend: str | None = None
+    ) -> Any:
+        """The maxima of windows that divide the input, (N, C, …) or (C, …), evenly; with return_indices also where."""
+        size = _adaptive_sizes(name, input, output_size, dims)
+        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
+        return op.call(_autocast_3d(input, dims), True, size, [], [], [], False, backend)
+
+    return _named(adaptive_max_pool, name)
+
+
+def _adaptive_average(name: str, dims: int) -> Callable[..., Tensor]:
+    def adaptive_avg_pool(input: Tensor, output_size: Any, *, backend: str | None = None) -> Tensor:
+        """The means of windows that divide the input, (N, C, …) or (C, …), evenly."""
+        size = _adaptive_sizes(name, input, output_size, dims)
+        return _pool.avg_pool.call(_autocast_3d(input, dims), True, size, [], [], False, True, 0, backend)
+
+    return _named(adaptive_avg_pool, name)
+
+
+def _power_average(name: str, dims: int) -> Callable[..., Tensor]:
+    maximum, average = globals()[f"max_pool{dims}d"], globals()[f"avg_pool{dims}d"]
+
+    def lp_pool(
+        input: Tensor,
+        norm_type: float,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        ceil_mode: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """(Σ x^norm_type)^(1 / norm_type) over each window; the largest or smallest magnitude for ±inf."""
+        if norm_type == float("inf"):
+            return maximum(input.abs(), kernel_size, stride, 0, 1, ceil_mode, backend=backend)
+        if norm_type == -float("inf"):
+            return -maximum(-input.abs(), kernel_size, stride, 0, 1, ceil_mode, backend=backend)
+        mean = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode, backend=backend)
+        count = 1
+        for k in _sizes(name, "kernel_size", kernel_size, dims):
+            count *= k
+        return (torch.sign(mean) * F.relu(torch.abs(mean))).mul(count).pow(1.0 / norm_type)
+
+    return _named(lp_pool, name)
+
+
+def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
+    def max_unpool(
+        input: Tensor,
+        indices: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        output_size: Sequence[int] | None = None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Each of input's pixels where the index says, among zeros: what max_pool with return_indices took apart.
+
+        RuntimeError for an index outside the output, ValueError for an output_size that no such pooling has.
+        """
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        steps = size if stride is None else _sizes(name, "stride", stride, dims)
+        pads = _sizes(name, "padding", padding, dims)
+        if input.dim() in (dims + 1, dims + 2):
+            wanted = F._unpool_output_size(input, size, steps, pads, output_size)
+        else:
+            wanted = [0] * dims  # the op says what is wrong
+        return _pool.max_unpool.call(input, indices, list(wanted), backend)
+
+    return _named(max_unpool, name)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+for _dims in (1, 2, 3):
+    for _kind, _make in (
+        ("max_pool", _max),
+        ("avg_pool", _average),
+        ("adaptive_max_pool", _adaptive_max),
+        ("adaptive_avg_pool", _adaptive_average),
+        ("lp_pool", _power_average),
+        ("max_unpool", _unpool),
+    ):
+        globals()[f"{_kind}{_dims}d"] = _make(f"{_kind}{_dims}d", _dims)

@@ -95,7 +95,8 @@ class Operator:
     allocate  (plan, *args): the outputs, not yet written: what a kernel writes into, and what tracing sees.
     torch     torch's own implementation.
     save      (ctx, args, out) keeps what backward needs. Only where the op has a backward.
-    backward  (ctx, grad): a gradient or None for each argument, made of operators.
+    backward  (ctx, grad): a gradient or None for each argument, made of operators. Of several outputs the first is
+              differentiable.
     autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
     inspect   raises for bad values inside the tensors (a check that has to read them).
     extra     outputs after the first exist for the backward only: computes them where torch serves the first.
@@ -365,7 +366,7 @@ class _Differentiable(torch.autograd.Function):
                 out = op.overload(*args, backend=backend)
         ctx.op, ctx.backend = op, backend
         op.save(ctx, args, out)
-        if op.extra is not None:
+        if isinstance(out, tuple):
             ctx.mark_non_differentiable(*out[1:])
         return out
 
