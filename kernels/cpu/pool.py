@@ -77,6 +77,8 @@ class _Geometry:
         (_, _, *outs), y_steps = _as_3d(y, dims)
         k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
                                                 (dilation or [1] * dims, 1)))
+        if adaptive and all(n % o == 0 for n, o in zip(sizes, outs)):  # windows of one size, next to each other
+            adaptive, k, s = False, *[[n // o for n, o in zip(sizes, outs)]] * 2
         one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
         dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
         whole = one and dense and not across and not argmax and x_steps[4] == x.itemsize
@@ -109,7 +111,7 @@ class _Geometry:
         if self.across:
             block = self.channels if self.images >= self.threads else -(-self.channels // self.threads // 16) * 16
             self.slots[BLOCK] = min(block, 32) if half else block
-        room = (2 * self.line + 2 * self.row) * self.compute
+        room = 2 * (self.line + self.row) * self.compute
         plane = self.volume * self.compute * (self.slots[BLOCK] if self.across else 1)
         self.run(kernel, room + (plane if half else 0), *addresses)
 
@@ -144,7 +146,7 @@ def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: b
     across, (x,) = _prepared(y, (input,), len(size))
     g = _Geometry(x, y, across, adaptive, size, stride, padding, dilation, argmax="indices")
     kernel = _kernel("argmax_across" if across else "argmax_along", "iiiii", y.dtype)
-    g.run(kernel, (2 * g.line + 2 * g.row) * g.compute, x.data_ptr(), y.data_ptr(), indices.data_ptr())
+    g.run(kernel, 2 * (g.line + g.row) * g.compute, x.data_ptr(), y.data_ptr(), indices.data_ptr())
 
 
 def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,

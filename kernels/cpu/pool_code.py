@@ -33,6 +33,7 @@ from .engine.simd import (
     load,
     load_n,
     load_scalar,
+    load_steps,
     maximum_fast,
     reduce_add,
     reduce_max,
@@ -108,11 +109,10 @@ def plane_of(g, first, base, unit):
 
 
 class Combine(NamedTuple):
-    """A reduction: of two vectors, of two scalars, of a vector's lanes."""
+    """A reduction: of two vectors, of a vector's lanes."""
 
     nothing: float
     both: Any
-    two: Any
     lanes: Any
 
 
@@ -123,17 +123,12 @@ def _larger(a, b):
 
 
 @inline
-def _larger_scalar(a, b):
-    return b if b > a or b != b else a
-
-
-@inline
 def _sum(a, b):
     return a + b
 
 
-MAXIMUM = Combine(-inf, _larger, _larger_scalar, reduce_max)
-SUM = Combine(0.0, _sum, _sum, reduce_add)
+MAXIMUM = Combine(-inf, _larger, reduce_max)
+SUM = Combine(0.0, _sum, reduce_add)
 
 
 @inline
@@ -175,46 +170,79 @@ def copy(source: Elem, target: Elem, add: bool = False) -> Any:
 
 def whole_run(elem: Elem, combine: Combine) -> Any:
     """whole_run(address, n): the reduction of n elements next to each other"""
-    several, L, W, size = wide(elem, WIDTH), elem.lanes, elem.lanes * WIDTH, elem.size
-    nothing, both, two, lanes = combine
+    L, size = elem.lanes, elem.size
+    W = L * WIDTH
+    nothing, both, lanes = combine.nothing, combine.both, combine.lanes
 
     @inline
     def run(address, n):
-        rest, i = spread(elem, nothing), 0
-        total = lanes(rest)
-        if n >= W:
-            sums = spread(several, nothing)
-            while i + W <= n:
-                stop, part = min(n, i + W * CHAIN), spread(several, nothing)
-                while i + W <= stop:
-                    part = both(part, load(several, address + i * size))
-                    i += W
-                sums = both(sums, part)
-            total = lanes(sums)
+        total, i = spread(elem, nothing), 0
+        while i + W <= n:
+            stop = min(n, i + W * CHAIN)
+            a = spread(elem, nothing)
+            b, c, d = a, a, a
+            while i + W <= stop:
+                place = address + i * size
+                a, b = both(a, load(elem, place)), both(b, load(elem, place + L * size))
+                c, d = both(c, load(elem, place + 2 * L * size)), both(d, load(elem, place + 3 * L * size))
+                i += W
+            total = both(total, both(both(a, b), both(c, d)))
         while i + L <= n:
-            rest = both(rest, load(elem, address + i * size))
+            total = both(total, load(elem, address + i * size))
             i += L
         if i < n:
-            last = load_n(elem, address + i * size, n - i)
-            rest = both(rest, select(first_lanes(elem, n - i), last, nothing))
-        return two(total, lanes(rest))
+            total = both(total, select(first_lanes(elem, n - i), load_n(elem, address + i * size, n - i), nothing))
+        return lanes(total)
     return run
 
 
+@inline
+def first_row(g, unit, channels):
+    """The place of a row of the output, counted through all planes: (n, c, od, oh)"""
+    depth, height = at(g, OUT), at(g, OUT + 1)
+    plane = unit // height // depth
+    return plane // channels, plane % channels, unit // height % depth, unit % height
+
+
+@inline
+def next_row(g, channels, n, c, d, h):
+    h += 1
+    if h == at(g, OUT + 1):
+        h = 0
+        d += 1
+        if d == at(g, OUT):
+            d = 0
+            c += 1
+            if c == channels:
+                c = 0
+                n += 1
+    return n, c, d, h
+
+
+@inline
+def row_of(g, first, base, n, c, d, h):
+    """The address of a row in the tensor whose strides start at slot ``first``"""
+    return base + n * at(g, first) + c * at(g, first + 1) + d * at(g, first + 2) + h * at(g, first + 3)
+
+
 # Along ----------------------------------------------------------------------------------------------------------------
+
+# A row's last vector overlaps the one before it, where the row is at least as long as a vector: on AVX2 a masked store
+# costs as much as ten others.
 
 
 def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
     """kernel(threads, x, y, geometry)"""
     elem = ELEMS[elem_name]
-    c = compute_elem(elem)
+    c_elem = compute_elem(elem)
     combine = SUM if average else MAXIMUM
-    nothing, both, two = combine.nothing, combine.both, combine.two
-    several, c_several = wide(elem, WIDTH), wide(c, WIDTH)
-    L, W, size, c_size = elem.lanes, elem.lanes * WIDTH, elem.size, c.size
-    run_input, run_buffer, fill_row = whole_run(elem, combine), whole_run(c, combine), fill(c)
+    nothing, both = combine.nothing, combine.both
+    L, W, size, c_size = elem.lanes, elem.lanes * WIDTH, elem.size, c_elem.size
+    run_input, run_buffer, fill_row = whole_run(elem, combine), whole_run(c_elem, combine), fill(c_elem)
 
-    def column(source: Elem, target: Elem, masked: bool) -> Any:
+    def column(vectors: int, masked: bool) -> Any:
+        source, target = wide(elem, vectors), wide(c_elem, vectors)
+
         @inline
         def reduce(x, xd, xh, dt, ht, y, n):
             """y = the reduction of dt · ht rows"""
@@ -224,90 +252,81 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                 for _h in range(ht):
                     total = both(total, load_n(source, row, n) if masked else load(source, row))
                     row += xh
-            if masked:
-                store_n(target, y, total, n)
-            else:
-                store(target, y, total)
+            store(target, y, select(first_lanes(target, n), total, nothing) if masked else total)
         return reduce
-    column_several, column_one, column_rest = column(several, c_several, False), column(elem, c, False), column(elem, c, True)
-
-    @inline
-    def finish(v, counts, scale, o):
-        return v / (load(c, counts + o * c_size) * scale) if average else v
-
-    @inline
-    def put(y, v, o, n):
-        if o + L <= n:
-            store(elem, y + o * size, v)
-        else:
-            store_n(elem, y + o * size, v, n - o)
+    column_several, column_one, column_rest = column(WIDTH, False), column(1, False), column(1, True)
 
     @inline
     def body(thread, threads, x, y, g):
-        w_in, w_out, k, stride, pad, step = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2), at(g, DILATION + 2)
+        w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
+        tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
         whole, adaptive, divisor = at(g, WHOLE), at(g, ADAPTIVE), at(g, DIVISOR)
         counts = at(g, SCRATCH) + thread * at(g, ROOM)
         buffer = counts + (w_out + L) * c_size
-        fill_row(buffer, (w_out + L) * stride + k * step + w_in + 2 * L, nothing)
+        here = buffer + pad * c_size
+        fill_row(buffer, (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 2 * L, nothing)
         for o in range(w_out + L):
             count = window(g, 2, o)[2] if o < w_out and not divisor else 1
-            store_scalar(c, counts + o * c_size, count)
-        depth, height = at(g, OUT), at(g, OUT + 1)
-        rows = depth * height
-        first, end = over(thread, threads, at(g, N) * at(g, C) * rows)
-        for unit in range(first, end):
-            plane, row = unit // rows, unit % rows
-            od, oh = row // height, row % height
+            store_scalar(c_elem, counts + o * c_size, count)
+        first, end = over(thread, threads, at(g, N) * at(g, C) * at(g, OUT) * at(g, OUT + 1))
+        channels = at(g, C)
+        n, c, od, oh = first_row(g, first, channels)
+        for _unit in range(first, end):
             d0, dt, dc = window(g, 0, od)
             h0, ht, hc = window(g, 1, oh)
+            source, target = row_of(g, X, x, n, c, d0, h0), row_of(g, Y, y, n, c, od, oh)
+            n, c, od, oh = next_row(g, channels, n, c, od, oh)
             scale = float(divisor if divisor else dc * hc)
-            source = plane_of(g, X, x, plane) + d0 * at(g, X + 2) + h0 * at(g, X + 3)
-            target = plane_of(g, Y, y, plane) + od * at(g, Y + 2) + oh * at(g, Y + 3)
             if whole:
                 total = run_input(source, w_in)
-                store_scalar(elem, target, total / (load_scalar(c, counts) * scale) if average else total)
+                store_scalar(elem, target, total / (load_scalar(c_elem, counts) * scale) if average else total)
                 continue
-            here, i = buffer + pad * c_size, 0
+            i = 0
             while i + W <= w_in:
                 column_several(source + i * size, xd, xh, dt, ht, here + i * c_size, W)
                 i += W
             while i + L <= w_in:
                 column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
                 i += L
-            if i < w_in:
-                column_rest(source + i * size, xd, xh, dt, ht, here + i * c_size, w_in - i)
-            o = 0
-            if adaptive or stride > 2:
+            if i < w_in and w_in >= L:
+                i = w_in - L
+                column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
+            elif i < w_in:
+                column_rest(source, xd, xh, dt, ht, here, w_in)
+            if adaptive or k > 2 * L and stride > 2:
                 for o in range(w_out):
-                    start, taps = o * stride, k
+                    place, taps = o * stride, k
                     if adaptive:
-                        start, taps, _ = window(g, 2, o)
-                    place = buffer + start * c_size
-                    if step == 1:
-                        total = run_buffer(place, taps)
-                    else:
-                        total = load_scalar(c, place)
-                        for t in range(1, taps):
-                            total = two(total, load_scalar(c, place + t * step * c_size))
-                    store_scalar(elem, target + o * size, total / (load_scalar(c, counts + o * c_size) * scale) if average else total)
-            elif stride == 2:
-                while o < w_out:
-                    place = buffer + o * 2 * c_size
-                    v = evens(load(c, place), load(c, place + L * c_size))
+                        place, taps, _ = window(g, 2, o)
+                    total = run_buffer(buffer + place * c_size, taps)
+                    store_scalar(elem, target + o * size, total / (load_scalar(c_elem, counts + o * c_size) * scale) if average else total)
+                continue
+            o = 0
+            while o < w_out:
+                if o + L > w_out and w_out >= L:
+                    o = w_out - L
+                place = buffer + o * stride * c_size
+                if stride == 1:
+                    v = load(c_elem, place)
                     for t in range(1, k):
-                        there = place + t * step * c_size
-                        v = both(v, evens(load(c, there), load(c, there + L * c_size)))
-                    put(target, finish(v, counts, scale, o), o, w_out)
-                    o += L
-            else:
-                while o < w_out:
-                    place = buffer + o * c_size
-                    v = load(c, place)
+                        v = both(v, load(c_elem, place + t * tap))
+                elif stride == 2:
+                    v = evens(load(c_elem, place), load(c_elem, place + L * c_size))
                     for t in range(1, k):
-                        v = both(v, load(c, place + t * step * c_size))
-                    put(target, finish(v, counts, scale, o), o, w_out)
-                    o += L
+                        there = place + t * tap
+                        v = both(v, evens(load(c_elem, there), load(c_elem, there + L * c_size)))
+                else:
+                    v = load_steps(c_elem, place, stride * c_size)
+                    for t in range(1, k):
+                        v = both(v, load_steps(c_elem, place + t * tap, stride * c_size))
+                if average:
+                    v = v / (load(c_elem, counts + o * c_size) * scale)
+                if w_out >= L:
+                    store(elem, target + o * size, v)
+                else:
+                    store_n(elem, target, v, w_out)
+                o += L
 
     def kernel(threads, x, y, g):
         parallel(threads, body, (x, y, g))
@@ -323,21 +342,21 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
     """kernel(threads, x, y, z, geometry): where geometry says INDICES, y = the maxima and z = their indices; else
     y is the gradient of the output, and z, that of the input, gets each of its elements where the maximum is."""
     elem = ELEMS[elem_name]
-    c = compute_elem(elem)
-    keys = _keys(c)
-    L, size, c_size, half = elem.lanes, elem.size, c.size, elem.size != c.size
-    fill_row, fill_keys, narrow_plane = fill(c), fill(keys), copy(c, elem)
+    c_elem = compute_elem(elem)
+    keys = _keys(c_elem)
+    L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
+    fill_row, fill_keys, narrow_plane = fill(c_elem), fill(keys), copy(c_elem, elem)
     far = 2**31 - 1
 
     def column(vectors: int, masked: bool) -> Any:
-        source, target, places = wide(elem, vectors), wide(c, vectors), wide(keys, vectors)
+        source, target, places = wide(elem, vectors), wide(c_elem, vectors), wide(keys, vectors)
 
         @inline
         def reduce(x, xd, xh, dt, ht, i, plane, row, values, indices, n):
             """For the elements from i on of dt · ht rows, the values and places of the maxima"""
             v = spread(target, -inf)
             number = iota_like(v) + i
-            best = number + far
+            best = (number & 0) + far
             for d in range(dt):
                 at_row, key = x + d * xd, d * plane
                 for h in range(ht):
@@ -350,21 +369,21 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                     at_row += xh
                     key += row
             if masked:
-                store_n(target, values, v, n)
-                store_n(places, indices, best, n)
-            else:
-                store(target, values, v)
-                store(places, indices, best)
+                inside = first_lanes(target, n)
+                v, best = select(inside, v, -inf), select(inside, best, far)
+            store(target, values, v)
+            store(places, indices, best)
         return reduce
     column_several, column_one, column_rest = column(2, False), column(1, False), column(1, True)
 
     @inline
     def body(thread, threads, x, y, z, g):
-        w_in, w_out, k, stride, pad, step = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2), at(g, DILATION + 2)
+        w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
+        tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
         step_h, step_d = at(g, DILATION + 1) * w_in, at(g, DILATION) * at(g, IN + 1) * w_in
         adaptive, indices = at(g, ADAPTIVE), at(g, INDICES)
-        length = (w_out + L) * stride + k * step + w_in + 4 * L
+        length = (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 4 * L
         values = at(g, SCRATCH) + thread * at(g, ROOM)
         places = values + length * c_size
         chosen = places + length * c_size
@@ -377,59 +396,64 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
         if not indices:  # one thread adds to a plane
             first, end = over(thread, threads, planes)
             first, end = first * rows, end * rows
-        for unit in range(first, end):
-            plane, row = unit // rows, unit % rows
-            od, oh = row // height, row % height
+        channels = at(g, C)
+        n, c, od, oh = first_row(g, first, channels)
+        for _unit in range(first, end):
             d0, dt, _ = window(g, 0, od)
             h0, ht, _ = window(g, 1, oh)
             base = (d0 * at(g, IN + 1) + h0) * w_in - pad
-            source = plane_of(g, X, x, plane) + d0 * at(g, X + 2) + h0 * at(g, X + 3)
-            target = plane_of(g, Y, y, plane) + od * at(g, Y + 2) + oh * at(g, Y + 3)
-            i = 0
+            source, target = row_of(g, X, x, n, c, d0, h0), row_of(g, Y, y, n, c, od, oh)
+            plane, row = n * channels + c, od * height + oh
+            n, c, od, oh = next_row(g, channels, n, c, od, oh)
+            i, here, there = 0, values + pad * c_size, places + pad * c_size
             while i + 2 * L <= w_in:
-                column_several(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, values + (pad + i) * c_size, places + (pad + i) * c_size, 2 * L)
+                column_several(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, 2 * L)
                 i += 2 * L
             while i + L <= w_in:
-                column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, values + (pad + i) * c_size, places + (pad + i) * c_size, L)
+                column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, L)
                 i += L
-            if i < w_in:
-                column_rest(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, values + (pad + i) * c_size, places + (pad + i) * c_size, w_in - i)
-            o = 0
-            if adaptive or stride > 2:
+            if i < w_in and w_in >= L:
+                i = w_in - L
+                column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, L)
+            elif i < w_in:
+                column_rest(source, xd, xh, dt, ht, pad, step_d, step_h, here, there, w_in)
+            if adaptive:
                 for o in range(w_out):
-                    start, taps = o * stride, k
-                    if adaptive:
-                        start, taps, _ = window(g, 2, o)
-                    v, best = load_scalar(c, values + start * c_size), load_scalar(keys, places + start * c_size)
-                    for t in range(1, taps):
-                        there = (start + t * step) * c_size
-                        u, key = load_scalar(c, values + there), load_scalar(keys, places + there)
+                    w0, taps, _ = window(g, 2, o)
+                    v, best = load_scalar(c_elem, values + w0 * c_size), load_scalar(keys, places + w0 * c_size)
+                    for t in range(w0 + 1, w0 + taps):
+                        u, key = load_scalar(c_elem, values + t * c_size), load_scalar(keys, places + t * c_size)
                         if beyond(u, key, v, best):
                             v, best = u, key
                     store_scalar(keys, chosen + o * c_size, best)
                     if indices:
                         store_scalar(elem, target + o * size, v)
             else:
+                o = 0
                 while o < w_out:
-                    there = o * stride * c_size
-                    v, best = load(c, values + there), load(keys, places + there)
-                    if stride == 2:
-                        v = evens(v, load(c, values + there + L * c_size))
-                        best = evens(best, load(keys, places + there + L * c_size))
+                    if o + L > w_out and w_out >= L:
+                        o = w_out - L
+                    place = o * stride * c_size
+                    v, best = load_steps(c_elem, values + place, stride * c_size), load_steps(keys, places + place, stride * c_size)
                     for t in range(1, k):
-                        there += step * c_size
-                        u, key = load(c, values + there), load(keys, places + there)
-                        if stride == 2:
-                            u = evens(u, load(c, values + there + L * c_size))
-                            key = evens(key, load(keys, places + there + L * c_size))
+                        place += tap
+                        if stride == 1:
+                            u, key = load(c_elem, values + place), load(keys, places + place)
+                        elif stride == 2:
+                            u = evens(load(c_elem, values + place), load(c_elem, values + place + L * c_size))
+                            key = evens(load(keys, places + place), load(keys, places + place + L * c_size))
+                        else:
+                            u, key = load_steps(c_elem, values + place, stride * c_size), load_steps(keys, places + place, stride * c_size)
                         better = beyond(u, key, v, best)
                         v, best = select(better, u, v), select(better, key, best)
                     store(keys, chosen + o * c_size, best)
-                    if indices:
-                        store_n(elem, target + o * size, v, w_out - o)
+                    if indices and w_out >= L:
+                        store(elem, target + o * size, v)
+                    elif indices:
+                        store_n(elem, target, v, w_out)
                     o += L
             if indices:
-                target = z + ((plane * depth + od) * height + oh) * w_out * 8
+                target = z + (plane * rows + row) * w_out * 8
                 for o in range(w_out):
                     store_scalar(INT64, target + o * 8, base + load_scalar(keys, chosen + o * c_size))
                 continue
@@ -441,7 +465,7 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                 place = base + load_scalar(keys, chosen + o * c_size)
                 if place < volume:  # else nothing of its window is inside
                     place = total + place * c_size
-                    store_scalar(c, place, load_scalar(c, place) + load_scalar(elem, target + o * size))
+                    store_scalar(c_elem, place, load_scalar(c_elem, place) + load_scalar(elem, target + o * size))
             if half and row == rows - 1:
                 narrow_plane(total, gradient, volume)
 
@@ -453,16 +477,21 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
 def average_backward_along(elem_name: str) -> Callable[..., Any]:
     """kernel(threads, y, z, geometry): z, the input's gradient, from y, the output's"""
     elem = ELEMS[elem_name]
-    c = compute_elem(elem)
-    L, size, c_size, half = elem.lanes, elem.size, c.size, elem.size != c.size
-    fill_row, narrow_plane, add_row = fill(c), copy(c, elem), copy(c, c, add=True)
+    c_elem = compute_elem(elem)
+    L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
+    fill_row, narrow_plane, add_row = fill(c_elem), copy(c_elem, elem), copy(c_elem, c_elem, add=True)
 
     @inline
     def body(thread, threads, y, z, g):
-        w_in, w_out, pad, divisor = at(g, IN + 2), at(g, OUT + 2), at(g, PAD + 2), at(g, DIVISOR)
-        shares = at(g, SCRATCH) + thread * at(g, ROOM)
-        line = shares + (w_out + L) * c_size
-        whole = line + (w_in + L) * c_size
+        w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
+        adaptive, divisor = at(g, ADAPTIVE), at(g, DIVISOR)
+        length = (w_out + L) * stride + k + w_in + 2 * L
+        counts = at(g, SCRATCH) + thread * at(g, ROOM)
+        shares = counts + (w_out + L) * c_size
+        line = shares + (w_out + L) * c_size  # with the padding
+        whole = line + length * c_size
+        for o in range(w_out):
+            store_scalar(c_elem, counts + o * c_size, 1 if divisor else window(g, 2, o)[2])
         depth, height, volume = at(g, OUT), at(g, OUT + 1), at(g, IN) * at(g, IN + 1) * w_in
         first, end = over(thread, threads, at(g, N) * at(g, C))
         for plane in range(first, end):
@@ -474,21 +503,31 @@ def average_backward_along(elem_name: str) -> Callable[..., Any]:
                 for oh in range(height):
                     h0, ht, hc = window(g, 1, oh)
                     source = plane_of(g, Y, y, plane) + od * at(g, Y + 2) + oh * at(g, Y + 3)
-                    fill_row(line, w_in, 0.0)
-                    for o in range(w_out):
-                        w0, wt, wc = window(g, 2, o)
-                        count = divisor if divisor else dc * hc * wc
-                        share = load_scalar(elem, source + o * size) / count
-                        place, t = line + w0 * c_size, 0
-                        while t + L <= wt:
-                            store(c, place + t * c_size, load(c, place + t * c_size) + share)
-                            t += L
-                        while t < wt:
-                            store_scalar(c, place + t * c_size, load_scalar(c, place + t * c_size) + share)
-                            t += 1
+                    scale = float(divisor if divisor else dc * hc)
+                    o = 0
+                    while o < w_out:
+                        grad = load(elem, source + o * size) if o + L <= w_out else load_n(elem, source + o * size, w_out - o)
+                        store(c_elem, shares + o * c_size, grad / (load(c_elem, counts + o * c_size) * scale))
+                        o += L
+                    fill_row(line, w_in + 2 * pad, 0.0)
+                    if stride == 1 and not adaptive:
+                        for t in range(k):
+                            add_row(shares, line + t * c_size, w_out)
+                    else:
+                        for o in range(w_out):
+                            place, taps, t = o * stride, k, 0
+                            if adaptive:
+                                place, taps, _ = window(g, 2, o)
+                            share, place = load_scalar(c_elem, shares + o * c_size), line + place * c_size
+                            while t + L <= taps:
+                                store(c_elem, place + t * c_size, load(c_elem, place + t * c_size) + share)
+                                t += L
+                            while t < taps:
+                                store_scalar(c_elem, place + t * c_size, load_scalar(c_elem, place + t * c_size) + share)
+                                t += 1
                     for d in range(d0, d0 + dt):
                         for h in range(h0, h0 + ht):
-                            add_row(line, total + (d * at(g, IN + 1) + h) * w_in * c_size, w_in)
+                            add_row(line + pad * c_size, total + (d * at(g, IN + 1) + h) * w_in * c_size, w_in)
             if half:
                 narrow_plane(total, gradient, volume)
 
@@ -549,21 +588,21 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
 
     @inline
     def body(thread, threads, x, y, g):
-        depth, height, width, channels, block = at(g, OUT), at(g, OUT + 1), at(g, OUT + 2), at(g, C), at(g, BLOCK)
-        xd, xh, xw = at(g, X + 2), at(g, X + 3), at(g, X + 4)
-        blocks, pixels, divisor = (channels + block - 1) // block, depth * height * width, at(g, DIVISOR)
-        first, end = over(thread, threads, at(g, N) * blocks * pixels)
-        for unit in range(first, end):
-            image, pixel = unit // pixels, unit % pixels
-            n, c0 = image // blocks, image % blocks * block
-            od, oh, ow = pixel // width // height, pixel // width % height, pixel % width
+        width, channels, block, divisor = at(g, OUT + 2), at(g, C), at(g, BLOCK), at(g, DIVISOR)
+        xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
+        blocks = (channels + block - 1) // block
+        first, end = over(thread, threads, at(g, N) * blocks * at(g, OUT) * at(g, OUT + 1))
+        n, b, od, oh = first_row(g, first, blocks)
+        for _unit in range(first, end):
             d0, dt, dc = window(g, 0, od)
             h0, ht, hc = window(g, 1, oh)
-            w0, wt, wc = window(g, 2, ow)
-            source = x + n * at(g, X) + d0 * xd + h0 * xh + w0 * xw
-            target = y + n * at(g, Y) + od * at(g, Y + 2) + oh * at(g, Y + 3) + ow * at(g, Y + 4)
-            chunks(c0, min(channels, c0 + block),
-                   (source, xd * at(g, DILATION), xh * at(g, DILATION + 1), xw * at(g, DILATION + 2), dt, ht, wt, target, float(divisor if divisor else dc * hc * wc)))
+            source, target = row_of(g, X, x, n, 0, d0, h0), row_of(g, Y, y, n, 0, od, oh)
+            c0, c1 = b * block, min(channels, b * block + block)
+            n, b, od, oh = next_row(g, blocks, n, b, od, oh)
+            for ow in range(width):
+                w0, wt, wc = window(g, 2, ow)
+                chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, target + ow * at(g, Y + 4),
+                                float(divisor if divisor else dc * hc * wc)))
 
     def kernel(threads, x, y, g):
         parallel(threads, body, (x, y, g))
@@ -605,14 +644,6 @@ def _scatter_across(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors
                 for pixel in range(volume):
                     narrow_row(total + pixel * zw + c0 * c_size, gradient + (pixel * channels + c0) * size, c1 - c0)
     return body
-
-
-@inline
-def _taps(g, t, ht, wt):
-    """Where tap number t of a window is, counted from its first: in the input (bytes), and in elements of a plane"""
-    d, h, w = t // wt // ht, t // wt % ht, t % wt
-    d, h, w = d * at(g, DILATION), h * at(g, DILATION + 1), w * at(g, DILATION + 2)
-    return d * at(g, X + 2) + h * at(g, X + 3) + w * at(g, X + 4), (d * at(g, IN + 1) + h) * at(g, IN + 2) + w
 
 
 def _argmax_of_taps(source: Elem, target: Elem, masked: bool) -> Any:
@@ -664,18 +695,18 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
 
     @inline
     def body(thread, threads, x, y, z, g):
-        depth, height, width, channels = at(g, OUT), at(g, OUT + 1), at(g, OUT + 2), at(g, C)
-        pixels, scratch = depth * height * width, at(g, SCRATCH) + thread * at(g, ROOM)
-        first, end = over(thread, threads, at(g, N) * pixels)
+        width, channels, scratch = at(g, OUT + 2), at(g, C), at(g, SCRATCH) + thread * at(g, ROOM)
+        first, end = over(thread, threads, at(g, N) * at(g, OUT) * at(g, OUT + 1))
+        n, c, od, oh = first_row(g, first, 1)
         for unit in range(first, end):
-            n, pixel = unit // pixels, unit % pixels
-            od, oh, ow = pixel // width // height, pixel // width % height, pixel % width
             d0, dt, _ = window(g, 0, od)
             h0, ht, _ = window(g, 1, oh)
-            w0, wt, _ = window(g, 2, ow)
-            source = x + n * at(g, X) + d0 * at(g, X + 2) + h0 * at(g, X + 3) + w0 * at(g, X + 4)
-            target = y + n * at(g, Y) + od * at(g, Y + 2) + oh * at(g, Y + 3) + ow * at(g, Y + 4)
-            chunks(0, channels, (source, target, z + unit * channels * 8, (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, scratch, g))
+            source, target = row_of(g, X, x, n, 0, d0, h0), row_of(g, Y, y, n, 0, od, oh)
+            n, c, od, oh = next_row(g, 1, n, c, od, oh)
+            for ow in range(width):
+                w0, wt, _ = window(g, 2, ow)
+                chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4), z + (unit * width + ow) * channels * 8,
+                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, scratch, g))
 
     def kernel(threads, x, y, z, g):
         parallel(threads, body, (x, y, z, g))

@@ -313,6 +313,21 @@ def load_n(typingctx, elem, address, n):
 
 
 @intrinsic
+def load_steps(typingctx, elem, address, step):
+    """load_steps(elem, address, step) -> vector of elements ``step`` bytes apart; not of the half types"""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        value = ir.Constant(e.vector.llvm, ir.Undefined)
+        place = args[1]
+        for k in range(e.lanes):
+            value = builder.insert_element(value, builder.load(_pointer(builder, place, e.memory)), i32(k))
+            place = builder.add(place, args[2])
+        return value
+    return e.vector(elem, types.int64, types.int64), codegen
+
+
+@intrinsic
 def store(typingctx, elem, address, value):
     """store(elem, address, vector)"""
     e = elem.value
