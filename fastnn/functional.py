@@ -425,6 +425,8 @@ _Sizes = int | Sequence[int]
 
 def _sizes(op: str, name: str, value: Any, dims: int) -> list[int]:
     """`value` for each dimension: an int for all, or a sequence."""
+    if type(value) is int:
+        return [value] * dims
     values = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value] * dims
     if not all(isinstance(v, (int, torch.SymInt)) for v in values):
         raise TypeError(f"{op}(): argument '{name}' must be an int or a tuple of ints, got {value!r}")

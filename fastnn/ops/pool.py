@@ -6,6 +6,7 @@ that reads no more than torch's 64-bit indices, and nothing is stored for it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,28 +26,38 @@ def _name(kind: str, adaptive: bool, dims: int) -> str:
     return f"{'adaptive_' if adaptive else ''}{kind}_pool{dims}d"
 
 
-def check_planes(op: str, input: Tensor, dims: int, channels: bool = True) -> None:
+def check_planes(op: str, shape: Sizes, dims: int, channels: bool = True) -> None:
     """input must be (N, C, …) or (C, …) with `dims` more, none of them empty but the batch (and C unless `channels`)."""
-    shape = tuple(input.shape)
     if len(shape) not in (dims + 1, dims + 2):
-        raise RuntimeError(f"{op}(): Expected {dims + 1}D or {dims + 2}D (batch mode) input, but got {len(shape)}D: {shape}")
+        raise RuntimeError(f"{op}(): Expected {dims + 1}D or {dims + 2}D (batch mode) input, but got {len(shape)}D: {tuple(shape)}")
     if 0 in shape[-dims - channels :]:
         raise RuntimeError(
-            f"{op}(): Expected non-zero sizes for all but the batch dimension of input, but got {shape}"
+            f"{op}(): Expected non-zero sizes for all but the batch dimension of input, but got {tuple(shape)}"
         )
 
 
 def _output_shape(
     kind: str, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
 ) -> list[int]:
+    """Raises RuntimeError for what torch refuses."""
+    window = adaptive, tuple(size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
+    try:
+        return _known_shape(kind, input.shape, *window)
+    except TypeError:  # a tracer's sizes cannot be looked up
+        return _checked_shape(kind, input.shape, *window)
+
+
+def _checked_shape(
+    kind: str, shape: Sizes, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
+) -> list[int]:
     dims = len(size)
     op = _name(kind, adaptive, dims)
-    check_planes(op, input, dims, channels=not (adaptive and kind == "avg" and dims < 3))
-    sizes = input.shape[-dims:]
+    check_planes(op, shape, dims, channels=not (adaptive and kind == "avg" and dims < 3))
+    sizes = shape[-dims:]
     if adaptive:
         if min(size) < 0:
             raise RuntimeError(f"{op}(): output_size must be greater than or equal to 0, but got {tuple(size)}")
-        return [*input.shape[:-dims], *size]
+        return [*shape[:-dims], *size]
     for argument, values in (("kernel_size", size), ("stride", stride), ("dilation", dilation)):
         if min(values) <= 0:
             raise RuntimeError(f"{op}(): {argument} must be greater than zero, but got {tuple(values)}")
@@ -64,7 +75,10 @@ def _output_shape(
             f"{op}(): Given input size {tuple(sizes)} and kernel_size={tuple(size)}, stride={tuple(stride)}, "
             f"padding={tuple(padding)}, dilation={tuple(dilation)}, the output size would be {tuple(outs)}: too small"
         )
-    return [*input.shape[:-dims], *outs]
+    return [*shape[:-dims], *outs]
+
+
+_known_shape = lru_cache(1024)(_checked_shape)
 
 
 def _empty(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
@@ -206,7 +220,7 @@ avg_pool_backward: Operator = Operator(
 def _check_unpool(input: Tensor, indices: Tensor, output_size: Sizes) -> Any:
     dims = len(output_size)
     op = f"max_unpool{dims}d"
-    check_planes(op, input, dims)
+    check_planes(op, input.shape, dims)
     if indices.dtype != torch.int64:
         raise RuntimeError(f"{op}(): indices must have dtype torch.int64, got {indices.dtype}")
     if indices.shape != input.shape:

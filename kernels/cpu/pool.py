@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from .engine import threads
 from .engine.build import Kernel
 from .engine.host import simd
 from .engine.workspace import workspace
-from .pool_slots import BLOCK, ROOM, SCRATCH
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
@@ -44,10 +43,9 @@ def _across(out: Tensor, like: Tensor, dims: int) -> bool:
     return out.shape[c] > 1 and out.stride(c) == 1 and (not out.is_contiguous() or like.stride(c) == 1)
 
 
-def _as_3d(t: Tensor, dims: int) -> tuple[list[int], list[int]]:
+def _as_3d(sizes: Sizes, steps: Sizes, item: int, dims: int) -> tuple[list[int], list[int]]:
     """(sizes, strides in bytes) of N, C, depth, height, width"""
-    size, item = list(t.shape), t.itemsize
-    step = [s * item for s in t.stride()]
+    size, step = list(sizes), [s * item for s in steps]
     if len(size) == dims + 1:
         size, step = [1, *size], [0, *step]
     return [*size[:2], *[1] * (3 - dims), *size[2:]], [*step[:2], *[0] * (3 - dims), *step[2:]]
@@ -67,53 +65,56 @@ def _three(values: Sizes, missing: int) -> list[int]:
     return [*[missing] * (3 - len(values)), *values]
 
 
-class _Geometry:
-    """What a kernel has to know about a call: see pool_slots."""
+class _Plan(NamedTuple):
+    """What a kernel has to know about a call; see pool_slots."""
 
-    def __init__(self, x: Tensor, y: Tensor, across: bool, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
-                 dilation: Sizes, divisor: int = 0, include_pad: bool = True, argmax: str = "") -> None:
-        dims = len(size)
-        (n, c, *sizes), x_steps = _as_3d(x, dims)
-        (_, _, *outs), y_steps = _as_3d(y, dims)
-        k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
-                                                (dilation or [1] * dims, 1)))
-        if adaptive and all(n % o == 0 for n, o in zip(sizes, outs)):  # windows of one size, next to each other
-            adaptive, k, s = False, *[[n // o for n, o in zip(sizes, outs)]] * 2
-        one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
-        dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
-        whole = one and dense and not across and not argmax and x_steps[4] == x.itemsize
-        if whole:  # one row of all pixels
-            sizes = [1, 1, prod(sizes)]
-            k = sizes
-        work = max(x.numel(), y.numel()) * x.itemsize
-        self.threads = 1 if work < _SERIAL else threads.count()
-        self.across, self.compute = across, 4 if x.itemsize == 2 else x.itemsize
-        self.volume, self.channels, self.images = prod(sizes), c, n
-        lanes = simd().width // self.compute
-        # Four vectors more than the last window needs: kernels read whole ones.
-        self.line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
-        self.row = outs[2] + lanes
-        pixels = n * prod(outs)
-        self.block = c if pixels >= 4 * self.threads else -(-c // self.threads // 64) * 64
-        self.slots = [n, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x_steps, *y_steps, divisor, include_pad, whole,
-                      argmax == "indices",
-                      self.block, 0, 0]
+    threads: int
+    geometry: array[int]
+    address: int  # the geometry's
+    scratch: int  # bytes
 
-    def run(self, kernel: Callable[..., None], room: int, *addresses: int) -> None:
-        """With so many bytes of scratch memory for each thread"""
-        room = -(-room // 128) * 128
-        self.slots[SCRATCH], self.slots[ROOM] = workspace(room * self.threads), room
-        packed = array("q", self.slots)
-        kernel(self.threads, *addresses, packed.buffer_info()[0])
 
-    def run_backward(self, kernel: Callable[..., None], half: bool, *addresses: int) -> None:
-        """The half types' gradients are summed in the compute type: along a plane, across images of a few channels"""
-        if self.across:
-            block = self.channels if self.images >= self.threads else -(-self.channels // self.threads // 16) * 16
-            self.slots[BLOCK] = min(block, 32) if half else block
-        room = 2 * (self.line + self.row) * self.compute
-        plane = self.volume * self.compute * (self.slots[BLOCK] if self.across else 1)
-        self.run(kernel, room + (plane if half else 0), *addresses)
+@lru_cache(1024)
+def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Sizes, x_step: Sizes, y_size: Sizes, y_step: Sizes,
+          adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int, include_pad: bool) -> _Plan:
+    """kind: forward, backward, indices (forward, with them), argmax (backward of it)"""
+    (n, c, *sizes), x_steps = _as_3d(x_size, x_step, item, dims)
+    (_, _, *outs), y_steps = _as_3d(y_size, y_step, item, dims)
+    k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
+                                            (dilation or [1] * dims, 1)))
+    if adaptive and all(a % o == 0 for a, o in zip(sizes, outs, strict=True)):  # windows of one size, next to each other
+        adaptive, k = False, [a // o for a, o in zip(sizes, outs, strict=True)]
+        s = k
+    one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
+    dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
+    whole = one and dense and not across and kind in ("forward", "backward") and x_steps[4] == item
+    if whole:  # one row of all pixels
+        k = sizes = [1, 1, prod(sizes)]
+        s = [1, 1, 1]
+    volume, pixels = prod(sizes), prod(outs)
+    threads = 1 if max(volume, pixels) * n * c * item < _SERIAL else count
+    compute, scattered = max(item, 4), kind in ("backward", "argmax")
+    lanes = simd().width // compute
+    # A few vectors more than the last window needs: kernels read whole ones.
+    line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
+    room = 2 * (line + outs[2] + lanes) * compute
+    block = c
+    if across and scattered and n < threads or n * pixels < 4 * threads:
+        block = -(-c // threads // 16) * 16
+    if scattered and item == 2:  # summed in the compute type: a plane, or the image of a few channels
+        block = min(block, 32)
+        room += volume * compute * (block if across else 1)
+    room = -(-room // 128) * 128
+    geometry = array("q", [n, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x_steps, *y_steps, divisor, include_pad, whole,
+                           kind == "indices", block, room])
+    return _Plan(threads, geometry, geometry.buffer_info()[0], room * threads)
+
+
+def _run(kernel: Callable[..., None], kind: str, across: bool, x: Tensor, y: Tensor, addresses: Sequence[int], adaptive: bool,
+         size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
+    plan = _plan(kind, across, x.itemsize, threads.count(), len(size), x.shape, x.stride(), y.shape, y.stride(), adaptive,
+                 tuple(size), tuple(stride), tuple(padding), tuple(dilation), divisor, include_pad)
+    kernel(plan.threads, *addresses, plan.address, workspace(plan.scratch))
 
 
 def _prepared(out: Tensor, tensors: Sequence[Tensor], dims: int) -> tuple[bool, list[Tensor]]:
@@ -132,9 +133,8 @@ def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Si
     if not out.numel():
         return
     across, (x,) = _prepared(out, (input,), len(size))
-    g = _Geometry(x, out, across, adaptive, size, stride, padding, dilation, *rest)
-    kernel = _kernel("pool_across" if across else "pool_along", "iiii", out.dtype, average)
-    g.run(kernel, (g.line + g.row) * g.compute, x.data_ptr(), out.data_ptr())
+    kernel = _kernel("pool_across" if across else "pool_along", "iiiii", out.dtype, average)
+    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, *rest)
 
 
 def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
@@ -144,9 +144,9 @@ def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: b
     if not y.numel():
         return
     across, (x,) = _prepared(y, (input,), len(size))
-    g = _Geometry(x, y, across, adaptive, size, stride, padding, dilation, argmax="indices")
-    kernel = _kernel("argmax_across" if across else "argmax_along", "iiiii", y.dtype)
-    g.run(kernel, 2 * (g.line + g.row) * g.compute, x.data_ptr(), y.data_ptr(), indices.data_ptr())
+    kernel = _kernel("argmax_across" if across else "argmax_along", "iiiiii", y.dtype)
+    addresses = (x.data_ptr(), y.data_ptr(), indices.data_ptr())
+    _run(kernel, "indices", across, x, y, addresses, adaptive, size, stride, padding, dilation)
 
 
 def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
@@ -156,9 +156,9 @@ def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, 
         out.zero_()
         return
     across, (x, y) = _prepared(out, (input, grad), len(size))
-    g = _Geometry(x, y, across, adaptive, size, stride, padding, dilation, argmax="gradient")
-    kernel = _kernel("max_backward_across" if across else "argmax_along", "iiiii", out.dtype)
-    g.run_backward(kernel, out.itemsize == 2, x.data_ptr(), y.data_ptr(), out.data_ptr())
+    kernel = _kernel("max_backward_across" if across else "argmax_along", "iiiiii", out.dtype)
+    addresses = (x.data_ptr(), y.data_ptr(), out.data_ptr())
+    _run(kernel, "argmax", across, x, y, addresses, adaptive, size, stride, padding, dilation)
 
 
 def avg_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, ceil_mode: bool,
@@ -174,9 +174,9 @@ def avg_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, 
         out.zero_()
         return
     across, (y,) = _prepared(out, (grad,), len(size))
-    g = _Geometry(out, y, across, adaptive, size, stride, padding, (), divisor, count_include_pad)
-    kernel = _kernel("average_backward_across" if across else "average_backward_along", "iiii", out.dtype)
-    g.run_backward(kernel, out.itemsize == 2, y.data_ptr(), out.data_ptr())
+    kernel = _kernel("average_backward_across" if across else "average_backward_along", "iiiii", out.dtype)
+    _run(kernel, "backward", across, out, y, (y.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, (), divisor,
+         count_include_pad)
 
 
 def _unpool(backward: bool, small: Tensor, large: Tensor, indices: Tensor, dims: int) -> None:

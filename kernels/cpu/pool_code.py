@@ -35,6 +35,7 @@ from .engine.simd import (
     load_scalar,
     load_steps,
     maximum_fast,
+    prefetch,
     reduce_add,
     reduce_max,
     select,
@@ -57,7 +58,6 @@ from .pool_slots import (
     OUT,
     PAD,
     ROOM,
-    SCRATCH,
     SIZE,
     STRIDE,
     WHOLE,
@@ -65,6 +65,7 @@ from .pool_slots import (
     Y,
 )
 
+LINE = 64  # bytes
 WIDTH = 4  # vectors that are worked on at once
 CHAIN = 64  # of them that are added one to another before they go to the total: the error grows more slowly
 
@@ -232,7 +233,7 @@ def row_of(g, first, base, n, c, d, h):
 
 
 def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
-    """kernel(threads, x, y, geometry)"""
+    """kernel(threads, x, y, geometry, scratch)"""
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
     combine = SUM if average else MAXIMUM
@@ -244,12 +245,15 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         source, target = wide(elem, vectors), wide(c_elem, vectors)
 
         @inline
-        def reduce(x, xd, xh, dt, ht, y, n):
-            """y = the reduction of dt · ht rows"""
+        def reduce(x, xd, xh, dt, ht, ahead, y, n):
+            """y = the reduction of dt · ht rows; those that the next output row adds are fetched"""
             total = spread(target, nothing)
             for d in range(dt):
                 row = x + d * xd
                 for _h in range(ht):
+                    if vectors > 1:
+                        prefetch(row + ahead)
+                        prefetch(row + ahead + LINE)
                     total = both(total, load_n(source, row, n) if masked else load(source, row))
                     row += xh
             store(target, y, select(first_lanes(target, n), total, nothing) if masked else total)
@@ -257,12 +261,13 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
     column_several, column_one, column_rest = column(WIDTH, False), column(1, False), column(1, True)
 
     @inline
-    def body(thread, threads, x, y, g):
+    def body(thread, threads, x, y, g, scratch):
         w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
         tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
+        ahead = at(g, STRIDE + 1) * at(g, X + 3)
         whole, adaptive, divisor = at(g, WHOLE), at(g, ADAPTIVE), at(g, DIVISOR)
-        counts = at(g, SCRATCH) + thread * at(g, ROOM)
+        counts = scratch + thread * at(g, ROOM)
         buffer = counts + (w_out + L) * c_size
         here = buffer + pad * c_size
         fill_row(buffer, (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 2 * L, nothing)
@@ -284,16 +289,16 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                 continue
             i = 0
             while i + W <= w_in:
-                column_several(source + i * size, xd, xh, dt, ht, here + i * c_size, W)
+                column_several(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, W)
                 i += W
             while i + L <= w_in:
-                column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
+                column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
                 i += L
             if i < w_in and w_in >= L:
                 i = w_in - L
-                column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
+                column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
             elif i < w_in:
-                column_rest(source, xd, xh, dt, ht, here, w_in)
+                column_rest(source, xd, xh, dt, ht, ahead, here, w_in)
             if adaptive or k > 2 * L and stride > 2:
                 for o in range(w_out):
                     place, taps = o * stride, k
@@ -328,8 +333,8 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                     store_n(elem, target, v, w_out)
                 o += L
 
-    def kernel(threads, x, y, g):
-        parallel(threads, body, (x, y, g))
+    def kernel(threads, x, y, g, scratch):
+        parallel(threads, body, (x, y, g, scratch))
     return kernel
 
 
@@ -339,7 +344,7 @@ def _keys(c: Elem) -> Elem:
 
 
 def argmax_along(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry): where geometry says INDICES, y = the maxima and z = their indices; else
+    """kernel(threads, x, y, z, geometry, scratch): where geometry says INDICES, y = the maxima and z = their indices; else
     y is the gradient of the output, and z, that of the input, gets each of its elements where the maximum is."""
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
@@ -377,14 +382,14 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
     column_several, column_one, column_rest = column(2, False), column(1, False), column(1, True)
 
     @inline
-    def body(thread, threads, x, y, z, g):
+    def body(thread, threads, x, y, z, g, scratch):
         w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
         tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
         step_h, step_d = at(g, DILATION + 1) * w_in, at(g, DILATION) * at(g, IN + 1) * w_in
         adaptive, indices = at(g, ADAPTIVE), at(g, INDICES)
         length = (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 4 * L
-        values = at(g, SCRATCH) + thread * at(g, ROOM)
+        values = scratch + thread * at(g, ROOM)
         places = values + length * c_size
         chosen = places + length * c_size
         whole = chosen + (w_out + L) * c_size  # a plane in the compute type, for the half types' gradients
@@ -469,24 +474,24 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
             if half and row == rows - 1:
                 narrow_plane(total, gradient, volume)
 
-    def kernel(threads, x, y, z, g):
-        parallel(threads, body, (x, y, z, g))
+    def kernel(threads, x, y, z, g, scratch):
+        parallel(threads, body, (x, y, z, g, scratch))
     return kernel
 
 
 def average_backward_along(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, y, z, geometry): z, the input's gradient, from y, the output's"""
+    """kernel(threads, y, z, geometry, scratch): z, the input's gradient, from y, the output's"""
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
     L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
     fill_row, narrow_plane, add_row = fill(c_elem), copy(c_elem, elem), copy(c_elem, c_elem, add=True)
 
     @inline
-    def body(thread, threads, y, z, g):
+    def body(thread, threads, y, z, g, scratch):
         w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
         adaptive, divisor = at(g, ADAPTIVE), at(g, DIVISOR)
         length = (w_out + L) * stride + k + w_in + 2 * L
-        counts = at(g, SCRATCH) + thread * at(g, ROOM)
+        counts = scratch + thread * at(g, ROOM)
         shares = counts + (w_out + L) * c_size
         line = shares + (w_out + L) * c_size  # with the padding
         whole = line + length * c_size
@@ -531,8 +536,8 @@ def average_backward_along(elem_name: str) -> Callable[..., Any]:
             if half:
                 narrow_plane(total, gradient, volume)
 
-    def kernel(threads, y, z, g):
-        parallel(threads, body, (y, z, g))
+    def kernel(threads, y, z, g, scratch):
+        parallel(threads, body, (y, z, g, scratch))
     return kernel
 
 
@@ -558,7 +563,7 @@ def _chunks(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors: int) -
 
 
 def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
-    """kernel(threads, x, y, geometry)"""
+    """kernel(threads, x, y, geometry, scratch)"""
     elem = ELEMS[elem_name]
     combine = SUM if average else MAXIMUM
     nothing, both, size = combine.nothing, combine.both, elem.size
@@ -587,7 +592,7 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     chunks = _chunks(elem, step, WIDTH)
 
     @inline
-    def body(thread, threads, x, y, g):
+    def body(thread, threads, x, y, g, scratch):
         width, channels, block, divisor = at(g, OUT + 2), at(g, C), at(g, BLOCK), at(g, DIVISOR)
         xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
         blocks = (channels + block - 1) // block
@@ -604,8 +609,8 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
                 chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, target + ow * at(g, Y + 4),
                                 float(divisor if divisor else dc * hc * wc)))
 
-    def kernel(threads, x, y, g):
-        parallel(threads, body, (x, y, g))
+    def kernel(threads, x, y, g, scratch):
+        parallel(threads, body, (x, y, g, scratch))
     return kernel
 
 
@@ -617,17 +622,17 @@ def _scatter_across(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors
     chunks, fill_row, narrow_row = _chunks(elem, step, vectors), fill(c), copy(c, elem)
 
     @inline
-    def body(thread, threads, x, y, z, g):
+    def body(thread, threads, x, y, z, g, scratch):
         depth, height, width, channels, block = at(g, OUT), at(g, OUT + 1), at(g, OUT + 2), at(g, C), at(g, BLOCK)
         h_in, w_in, divisor = at(g, IN + 1), at(g, IN + 2), at(g, DIVISOR)
-        scratch, blocks, volume = at(g, SCRATCH) + thread * at(g, ROOM), (channels + block - 1) // block, at(g, IN) * h_in * w_in
+        room, blocks, volume = scratch + thread * at(g, ROOM), (channels + block - 1) // block, at(g, IN) * h_in * w_in
         first, end = over(thread, threads, at(g, N) * blocks)
         for unit in range(first, end):
             n, c0 = unit // blocks, unit % blocks * block
             c1 = min(channels, c0 + block)
             gradient = z + n * volume * channels * size
             # The sums' first channel and their pixels' distance
-            total, zw = (scratch - c0 * c_size, block * c_size) if half else (gradient, channels * c_size)
+            total, zw = (room - c0 * c_size, block * c_size) if half else (gradient, channels * c_size)
             for pixel in range(volume):
                 fill_row(total + pixel * zw + c0 * c_size, c1 - c0, 0.0)
             for od in range(depth):
@@ -671,7 +676,7 @@ def _argmax_of_taps(source: Elem, target: Elem, masked: bool) -> Any:
 
 
 def argmax_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry): y = the maxima, z = their indices"""
+    """kernel(threads, x, y, z, geometry, scratch): y = the maxima, z = their indices"""
     elem = ELEMS[elem_name]
     size = elem.size
 
@@ -694,8 +699,8 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
     chunks = _chunks(elem, step, 2)
 
     @inline
-    def body(thread, threads, x, y, z, g):
-        width, channels, scratch = at(g, OUT + 2), at(g, C), at(g, SCRATCH) + thread * at(g, ROOM)
+    def body(thread, threads, x, y, z, g, scratch):
+        width, channels, room = at(g, OUT + 2), at(g, C), scratch + thread * at(g, ROOM)
         first, end = over(thread, threads, at(g, N) * at(g, OUT) * at(g, OUT + 1))
         n, c, od, oh = first_row(g, first, 1)
         for unit in range(first, end):
@@ -706,15 +711,15 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
             for ow in range(width):
                 w0, wt, _ = window(g, 2, ow)
                 chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4), z + (unit * width + ow) * channels * 8,
-                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, scratch, g))
+                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
 
-    def kernel(threads, x, y, z, g):
-        parallel(threads, body, (x, y, z, g))
+    def kernel(threads, x, y, z, g, scratch):
+        parallel(threads, body, (x, y, z, g, scratch))
     return kernel
 
 
 def max_backward_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry): z, the input's gradient, from x, the input, and y, the output's gradient"""
+    """kernel(threads, x, y, z, geometry, scratch): z, the input's gradient, from x, the input, and y, the output's gradient"""
     elem = ELEMS[elem_name]
     size, c_size = elem.size, compute_elem(elem).size
 
@@ -740,13 +745,13 @@ def max_backward_across(elem_name: str) -> Callable[..., Any]:
         return chunk
     body = _scatter_across(elem, step, 2)
 
-    def kernel(threads, x, y, z, g):
-        parallel(threads, body, (x, y, z, g))
+    def kernel(threads, x, y, z, g, scratch):
+        parallel(threads, body, (x, y, z, g, scratch))
     return kernel
 
 
 def average_backward_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, y, z, geometry): z, the input's gradient, from y, the output's"""
+    """kernel(threads, y, z, geometry, scratch): z, the input's gradient, from y, the output's"""
     elem = ELEMS[elem_name]
     size, c_size = elem.size, compute_elem(elem).size
 
@@ -767,8 +772,8 @@ def average_backward_across(elem_name: str) -> Callable[..., Any]:
         return chunk
     body = _scatter_across(elem, step, WIDTH)
 
-    def kernel(threads, y, z, g):
-        parallel(threads, body, (0, y, z, g))
+    def kernel(threads, y, z, g, scratch):
+        parallel(threads, body, (0, y, z, g, scratch))
     return kernel
 
 

@@ -11,5 +11,4 @@ INCLUDE_PAD = 32  # whether these are also those in the padding
 WHOLE = 33  # whether each window is a whole plane, and that one row
 INDICES = 34  # argmax_along: whether the indices are wanted, or the gradient
 BLOCK = 35  # across: channels that a thread works on at once
-SCRATCH, ROOM = 36, 37  # address, bytes a thread
-SLOTS = 38
+ROOM = 36  # bytes of scratch memory a thread
