@@ -81,7 +81,7 @@ def _checked_shape(
 _known_shape = lru_cache(1024)(_checked_shape)
 
 
-def _empty(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like_format(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
     """For an output: in like's memory format. torch leaves it in some of three dimensions, where it has no kernels."""
     if len(shape) > 2 and like.dim() == len(shape) and 0 < like.stride(1) < like.stride(-1):
         planes = like.unsqueeze(2) if like.dim() == 3 else like
@@ -130,7 +130,7 @@ max_pool: Operator = Operator(
     f"max_pool{_MAX} -> Tensor",
     "pool",
     check=_check_max,
-    allocate=lambda shape, input, *_: _empty(input, shape),
+    allocate=lambda shape, input, *_: empty_like_format(input, shape),
     torch=lambda *args: _max_by_torch(*args)[0],
     save=_save_max,
     backward=_max_gradient,
@@ -140,7 +140,7 @@ max_pool_with_indices: Operator = Operator(
     f"max_pool_with_indices{_MAX} -> (Tensor, Tensor)",
     "pool",
     check=_check_max,
-    allocate=lambda shape, input, *_: (_empty(input, shape), _empty(input, shape, torch.int64)),
+    allocate=lambda shape, input, *_: (empty_like_format(input, shape), empty_like_format(input, shape, torch.int64)),
     torch=_max_by_torch,
     save=_save_max,
     backward=_max_gradient,
@@ -150,7 +150,7 @@ max_pool_backward: Operator = Operator(
     f"max_pool_backward{_MAX.replace('(', '(Tensor grad, ', 1)} -> Tensor",
     "pool",
     check=lambda grad, input, *window: _check_grad("max", grad, input, _output_shape("max", input, *window)),
-    allocate=lambda plan, grad, input, *_: _empty(input, input.shape),
+    allocate=lambda plan, grad, input, *_: empty_like_format(input, input.shape),
     torch=reference.max_pool_backward,
 )
 
@@ -199,7 +199,7 @@ avg_pool: Operator = Operator(
     f"avg_pool{_AVG} -> Tensor",
     "pool",
     check=_check_average,
-    allocate=lambda shape, input, *_: _empty(input, shape),
+    allocate=lambda shape, input, *_: empty_like_format(input, shape),
     torch=_average_by_torch,
     save=_save_max,
     backward=_average_gradient,
@@ -209,7 +209,7 @@ avg_pool_backward: Operator = Operator(
     f"avg_pool_backward{_AVG.replace('(', '(Tensor grad, ', 1)} -> Tensor",
     "pool",
     check=lambda grad, input, *window: _check_grad("avg", grad, input, _average_shape(input, *window)),
-    allocate=lambda plan, grad, input, *_: _empty(input, input.shape),
+    allocate=lambda plan, grad, input, *_: empty_like_format(input, input.shape),
     torch=reference.avg_pool_backward,
 )
 
@@ -250,7 +250,7 @@ max_unpool: Operator = Operator(
     "max_unpool(Tensor input, Tensor indices, int[] output_size) -> Tensor",
     "pool",
     check=_check_unpool,
-    allocate=lambda shape, input, *_: _empty(input, shape),
+    allocate=lambda shape, input, *_: empty_like_format(input, shape),
     torch=_unpool_by_torch,
     save=_save_unpool,
     backward=lambda ctx, grad: (max_unpool_backward.call(grad, *ctx.saved_tensors, ctx.size, ctx.backend), None, None),
@@ -271,6 +271,6 @@ max_unpool_backward: Operator = Operator(
     "max_unpool_backward(Tensor grad, Tensor indices, int[] output_size) -> Tensor",
     "pool",
     check=_check_unpool_backward,
-    allocate=lambda plan, grad, indices, output_size: _empty(indices, indices.shape, grad.dtype),
+    allocate=lambda plan, grad, indices, output_size: empty_like_format(indices, indices.shape, grad.dtype),
     torch=reference.max_unpool_backward,
 )
