@@ -24,13 +24,55 @@ from .ops import softmax as _softmax
 from .ops._operator import FLOATING, PLAIN
 
 __all__ = [
-    "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "linear", "log_softmax", "matmul", "mish", "mm", "mse_loss", "mv", "nll_loss", "prelu", "relu",
-    "relu6", "sigmoid", "silu", "softmax", "softplus", "tanh",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d", "lp_pool3d", "max_pool1d",
-    "max_pool2d", "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d", "batch_norm", "group_norm",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "addmm",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "baddbmm",
+    "batch_norm",
+    "bmm",
+    "cross_entropy",
+    "dropout",
+    "elu",
+    "gelu",
+    "glu",
+    "group_norm",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
     "instance_norm",
+    "leaky_relu",
+    "linear",
+    "log_softmax",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "matmul",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_unpool1d",
+    "max_unpool2d",
+    "max_unpool3d",
+    "mish",
+    "mm",
+    "mse_loss",
+    "mv",
+    "nll_loss",
+    "prelu",
+    "relu",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "tanh",
 ]  # fmt: skip
 
 _matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
@@ -558,7 +600,8 @@ def _adaptive_average(name: str, dims: int) -> Callable[..., Tensor]:
 
 
 def _power_average(name: str, dims: int) -> Callable[..., Tensor]:
-    maximum, average = globals()[f"max_pool{dims}d"], globals()[f"avg_pool{dims}d"]
+    maximum = (max_pool1d, max_pool2d, max_pool3d)[dims - 1]
+    average = (avg_pool1d, avg_pool2d, avg_pool3d)[dims - 1]
 
     def lp_pool(
         input: Tensor,
@@ -615,16 +658,16 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function
 
 
-for _dims in (1, 2, 3):
-    for _kind, _make in (
-        ("max_pool", _max),
-        ("avg_pool", _average),
-        ("adaptive_max_pool", _adaptive_max),
-        ("adaptive_avg_pool", _adaptive_average),
-        ("lp_pool", _power_average),
-        ("max_unpool", _unpool),
-    ):
-        globals()[f"{_kind}{_dims}d"] = _make(f"{_kind}{_dims}d", _dims)
+def _each(make: Callable[[str, int], Callable[..., Any]], kind: str) -> list[Callable[..., Any]]:
+    return [make(f"{kind}{dims}d", dims) for dims in (1, 2, 3)]
+
+
+max_pool1d, max_pool2d, max_pool3d = _each(_max, "max_pool")
+avg_pool1d, avg_pool2d, avg_pool3d = _each(_average, "avg_pool")
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = _each(_adaptive_max, "adaptive_max_pool")
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = _each(_adaptive_average, "adaptive_avg_pool")
+lp_pool1d, lp_pool2d, lp_pool3d = _each(_power_average, "lp_pool")
+max_unpool1d, max_unpool2d, max_unpool3d = _each(_unpool, "max_unpool")
 
 
 # Normalisation

@@ -99,7 +99,7 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
     line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
     room = 2 * (line + outs[2] + lanes) * compute
     block = c
-    if across and scattered and n < threads or n * pixels < 4 * threads:
+    if (across and scattered and n < threads) or n * pixels < 4 * threads:
         block = -(-c // threads // 16) * 16
     if scattered and item == 2:  # summed in the compute type: a plane, or the image of a few channels
         block = min(block, 32)

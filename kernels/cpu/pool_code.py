@@ -48,19 +48,19 @@ from .engine.simd import (
 from .pool_slots import (
     ADAPTIVE,
     BLOCK,
-    C,
     DILATION,
     DIVISOR,
     IN,
     INCLUDE_PAD,
     INDICES,
-    N,
     OUT,
     PAD,
     ROOM,
     SIZE,
     STRIDE,
     WHOLE,
+    C,
+    N,
     X,
     Y,
 )
@@ -299,7 +299,7 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                 column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
             elif i < w_in:
                 column_rest(source, xd, xh, dt, ht, ahead, here, w_in)
-            if adaptive or k > 2 * L and stride > 2:
+            if adaptive or (k > 2 * L and stride > 2):
                 for o in range(w_out):
                     place, taps = o * stride, k
                     if adaptive:
