@@ -141,7 +141,7 @@ def _check_group_norm(
 def _group_norm_by_torch(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    grouped = input.detach().double().reshape(input.shape[0], groups, -1)
+    grouped = input.detach().double().reshape(input.shape[0], groups, input.shape[1:].numel() // groups)
     var, mean = torch.var_mean(grouped, -1, correction=0)
     return F.group_norm(input, groups, weight, bias, eps), torch.stack([mean, var])
 

@@ -29,7 +29,9 @@ def _name(kind: str, adaptive: bool, dims: int) -> str:
 def check_planes(op: str, shape: Sizes, dims: int, channels: bool = True) -> None:
     """input must be (N, C, …) or (C, …) with `dims` more, none of them empty but the batch (and C unless `channels`)."""
     if len(shape) not in (dims + 1, dims + 2):
-        raise RuntimeError(f"{op}(): Expected {dims + 1}D or {dims + 2}D (batch mode) input, but got {len(shape)}D: {tuple(shape)}")
+        raise RuntimeError(
+            f"{op}(): Expected {dims + 1}D or {dims + 2}D (batch mode) input, but got {len(shape)}D: {tuple(shape)}"
+        )
     if 0 in shape[-dims - channels :]:
         raise RuntimeError(
             f"{op}(): Expected non-zero sizes for all but the batch dimension of input, but got {tuple(shape)}"

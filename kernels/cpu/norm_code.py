@@ -376,7 +376,8 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
         units = images * rows
         for unit in range(units * thread // threads, units * (thread + 1) // threads):
             image, r = unit // rows, unit % rows
-            row(channels, (x + image * xn + r * xr, y + image * yn + r * yr, lines + (image * 3 * channels * c_size if groups else 0), channels))
+            line = lines + (image * 3 * channels * c_size if groups else 0)
+            row(channels, (x + image * xn + r * xr, y + image * yn + r * yr, line, channels))
 
     def kernel(threads, images, rows, channels, groups, parts, x, xn, xr, y, yn, yr, weight, bias, mean, var, given, work, eps):
         lines = work + 2 * images * parts * channels * 8
@@ -394,8 +395,9 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
                         k = rows * (unit % parts + 1) // parts - rows * (unit % parts) // parts
                         for j in range(i * each, (i + 1) * each):
                             if k:
-                                count, mu, m2 = joined(count, mu, m2, k, load_scalar(FLOAT64, work + (2 * unit * channels + j) * 8),
-                                                       load_scalar(FLOAT64, work + ((2 * unit + 1) * channels + j) * 8))
+                                a = load_scalar(FLOAT64, work + (2 * unit * channels + j) * 8)
+                                b = load_scalar(FLOAT64, work + ((2 * unit + 1) * channels + j) * 8)
+                                count, mu, m2 = joined(count, mu, m2, k, a, b)
                     store_scalar(FLOAT64, mean + at, mu)
                     store_scalar(FLOAT64, var + at, m2 / count)
                 mu = load_scalar(FLOAT64, mean + at)
@@ -406,7 +408,8 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
                     place = lines + (o * 3 * channels + j) * c_size
                     store_scalar(c, place, high)
                     store_scalar(c, place + channels * c_size, scale)
-                    store_scalar(c, place + 2 * channels * c_size, (load_scalar(FLOAT64, bias + j * 8) if bias else 0.0) - (mu - high) * scale)
+                    shift = (load_scalar(FLOAT64, bias + j * 8) if bias else 0.0) - (mu - high) * scale
+                    store_scalar(c, place + 2 * channels * c_size, shift)
         parallel(threads, apply, (images, rows, channels, groups, x, xn, xr, y, yn, yr, lines))
     return kernel
 
@@ -473,7 +476,8 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
                 store_scalar(FLOAT64, work + (2 * unit * channels + j) * 8, 0.0)
             first, end = _row_block(rows, parts, part, block)
             while first < end:
-                block_products(channels, (x + image * xn + first * xr, xr, g + image * gn + first * gr, gr, end - first, line, own, channels))
+                block_products(channels, (x + image * xn + first * xr, xr, g + image * gn + first * gr, gr, end - first, line,
+                                          own, channels))
                 for j in range(2 * channels):
                     at = work + (2 * unit * channels + j) * 8
                     store_scalar(FLOAT64, at, load_scalar(FLOAT64, at) + load_scalar(c, own + j * c_size))

@@ -305,7 +305,9 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                     if adaptive:
                         place, taps, _ = window(g, 2, o)
                     total = run_buffer(buffer + place * c_size, taps)
-                    store_scalar(elem, target + o * size, total / (load_scalar(c_elem, counts + o * c_size) * scale) if average else total)
+                    if average:
+                        total = total / (load_scalar(c_elem, counts + o * c_size) * scale)
+                    store_scalar(elem, target + o * size, total)
                 continue
             o = 0
             while o < w_out:
@@ -412,7 +414,8 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
             n, c, od, oh = next_row(g, channels, n, c, od, oh)
             i, here, there = 0, values + pad * c_size, places + pad * c_size
             while i + 2 * L <= w_in:
-                column_several(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, 2 * L)
+                column_several(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size,
+                               2 * L)
                 i += 2 * L
             while i + L <= w_in:
                 column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, L)
@@ -439,7 +442,8 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                     if o + L > w_out and w_out >= L:
                         o = w_out - L
                     place = o * stride * c_size
-                    v, best = load_steps(c_elem, values + place, stride * c_size), load_steps(keys, places + place, stride * c_size)
+                    v = load_steps(c_elem, values + place, stride * c_size)
+                    best = load_steps(keys, places + place, stride * c_size)
                     for t in range(1, k):
                         place += tap
                         if stride == 1:
@@ -448,7 +452,8 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                             u = evens(load(c_elem, values + place), load(c_elem, values + place + L * c_size))
                             key = evens(load(keys, places + place), load(keys, places + place + L * c_size))
                         else:
-                            u, key = load_steps(c_elem, values + place, stride * c_size), load_steps(keys, places + place, stride * c_size)
+                            u = load_steps(c_elem, values + place, stride * c_size)
+                            key = load_steps(keys, places + place, stride * c_size)
                         better = beyond(u, key, v, best)
                         v, best = select(better, u, v), select(better, key, best)
                     store(keys, chosen + o * c_size, best)
@@ -681,8 +686,8 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
     size = elem.size
 
     def step(source: Elem, target: Elem, masked: bool) -> Any:
-        argmax, keys = _argmax_of_taps(source, target, masked), wide(_keys(target), target.lanes // _keys(compute_elem(elem)).lanes)
-        key, key_size = _keys(compute_elem(elem)), _keys(compute_elem(elem)).size
+        argmax, key = _argmax_of_taps(source, target, masked), _keys(target)
+        keys, key_size = wide(key, target.lanes // key.lanes), key.size
 
         @inline
         def chunk(i, n, args):
@@ -710,8 +715,8 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
             n, c, od, oh = next_row(g, 1, n, c, od, oh)
             for ow in range(width):
                 w0, wt, _ = window(g, 2, ow)
-                chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4), z + (unit * width + ow) * channels * 8,
-                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
+                chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4),
+                                     z + (unit * width + ow) * channels * 8, (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
 
     def kernel(threads, x, y, z, g, scratch):
         parallel(threads, body, (x, y, z, g, scratch))

@@ -1,4 +1,4 @@
-"""Where the numbers lie that host and kernels of pooling share: slots of an array of int64. Importing this imports no compiler."""
+"""Where the numbers lie that host and kernels of pooling share: slots of an array of int64."""
 
 from __future__ import annotations
 

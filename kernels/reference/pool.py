@@ -58,7 +58,8 @@ def _windows(
     dims, sizes = len(size), input.shape[-len(size) :]
     outs = output_size(sizes, adaptive, size, stride, padding, dilation, ceil_mode)
     flat = input.flatten(-dims)
-    place, inside, count = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.int64)
+    place, inside = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    count = torch.ones(1, dtype=torch.int64)
     for k in range(dims):
         one = [1] * dims if adaptive else None
         at, ok, counted = _positions(
