@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numerics import TORCH, Scale, results, softmax_scale, sum_of_magnitudes
+from ._numerics import TORCH, Scale, results, softmax_scale, sum_of_magnitudes, widen
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -678,6 +678,93 @@ def _rnn_checks() -> Iterator[Check]:
     yield layers("lstm", "1,000 steps", 1000, 2, 5, 17)
     yield layers("gru", "1,000 steps", 1000, 2, 5, 17)
     yield layers("lstm", "projection", 13, 6, 21, 40, True, 17)
+def _images(make: Callable[[torch.dtype], Tensor], *shape: int, last: bool = False) -> Callable[[torch.dtype], Tensor]:
+    """The numbers as a batch of images, with ``last`` in memory format channels_last."""
+
+    def images(dtype: torch.dtype) -> Tensor:
+        x = make(dtype).detach().reshape(shape)
+        return (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).requires_grad_()
+
+    return images
+
+
+def _pool_checks() -> Iterator[Check]:
+    def pool(name: str, function: Callable[..., Tensor], make: Callable[[torch.dtype], Tensor]) -> Check:
+        scale = sum_of_magnitudes(function) if "avg" in name else None
+        return Check("pool", name, _all(make), function, scale=scale)
+
+    def special(last: bool) -> Callable[[torch.dtype], Tensor]:
+        return _images(lambda dtype: _special_rows(36)(dtype), 1, 29, 6, 6, last=last)
+
+    for last in (False, True):
+        suffix = ", channels last" if last else ""
+        for name, shape, function in (
+            ("max_pool1d", (2, 5, 131), lambda F, x: F.max_pool1d(x, 3, 2, 1)),
+            ("max_pool2d", (2, 5, 13, 37), lambda F, x: F.max_pool2d(x, 3, 2, 1)),
+            ("max_pool2d, overlapping", (2, 35, 9, 7), lambda F, x: F.max_pool2d(x, 3, 1, 1)),
+            ("max_pool3d", (2, 3, 6, 7, 9), lambda F, x: F.max_pool3d(x, 2)),
+            ("adaptive_max_pool2d", (2, 5, 13, 37), lambda F, x: F.adaptive_max_pool2d(x, 5)),
+            ("avg_pool2d", (2, 5, 13, 37), lambda F, x: F.avg_pool2d(x, 3, 2, 1)),
+            ("avg_pool2d, overlapping", (2, 35, 9, 7), lambda F, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
+            ("adaptive_avg_pool2d", (2, 5, 13, 37), lambda F, x: F.adaptive_avg_pool2d(x, 5)),
+            ("adaptive_avg_pool2d, global", (2, 5, 31, 37), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
+        ):
+            n = torch.Size(shape).numel()
+            yield pool(name + suffix, function, _images(_normal(n, seed=1), *shape, last=last))
+        yield pool(
+            f"max_pool2d, special values{suffix}", lambda F, x: F.max_pool2d(x, 2), special(last)
+        )
+        yield pool(
+            f"avg_pool2d, huge and tiny in turn{suffix}",
+            lambda F, x: F.avg_pool2d(x, 3, 1, 1),
+            _images(_huge_and_tiny(45, 63, 1, 1, 0.4), 1, 45, 9, 7, last=last),
+        )
+        yield pool(
+            f"avg_pool2d, large means{suffix}",
+            lambda F, x: F.avg_pool2d(x, 7),
+            _images(_normal(6, 3087, seed=1, mean=200), 6, 7, 21, 21, last=last),
+        )
+
+
+def _norm_checks() -> Iterator[Check]:
+    """Counted at the largest result: differences from a mean cancel, and a gradient of a mean is small beside its terms."""
+
+    def largest(function: Callable[..., Tensor]) -> Scale:
+        def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+            wide = [widen(v) for v in inputs]
+            return tuple(t.abs().amax().expand(t.shape) for t in results(lambda *v: function(TORCH, *v), wide, widen(grad)))
+
+        return scale
+
+    def norm(name: str, function: Callable[..., Tensor], make: Callable[[torch.dtype], Tensor], channels: int) -> Check:
+        makers = (make, _normal(channels, seed=2), _normal(channels, seed=3))
+        return Check("norm", name, _all(*makers), function, names=("input", "weight", "bias"), scale=largest(function))
+
+    def batch_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, bias, True)
+
+    def known(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mean = torch.linspace(-1, 1, x.shape[1]).to(x.dtype)
+        return F.batch_norm(x, mean, mean.abs() + 0.5, weight, bias)
+
+    def group_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.group_norm(x, 3, weight, bias)
+
+    def instance_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.instance_norm(x, None, None, weight, bias)
+
+    functions = (("batch_norm", batch_norm), ("batch_norm, known moments", known), ("group_norm", group_norm),
+                 ("instance_norm", instance_norm))  # fmt: skip
+    for last in (False, True):
+        suffix = ", channels last" if last else ""
+        for name, function in functions:
+            for kind, make in (
+                ("", _images(_normal(4 * 33 * 63, seed=1), 4, 33, 9, 7, last=last)),
+                (", large means", _images(_normal(4 * 33 * 63, seed=1, mean=50), 4, 33, 9, 7, last=last)),
+                (", one channel of large values", _images(_huge_and_tiny(33, 63, 1, 0, 0.1), 1, 33, 9, 7, last=last)),
+            ):
+                yield norm(name + kind + suffix, function, make, 33)
+    yield norm("batch_norm of rows", batch_norm, _normal(97, 37, seed=1), 37)
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
@@ -685,6 +772,8 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "activation": _activation_checks,
     "softmax": _softmax_checks,
     "rnn": _rnn_checks,
+    "pool": _pool_checks,
+    "norm": _norm_checks,
 }
 
 

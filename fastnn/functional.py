@@ -8,6 +8,7 @@ not match, IndexError for a dimension or class out of range, ValueError for an u
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,70 @@ from torch.nn import _reduction
 from . import backends
 from .ops import activation as _activation
 from .ops import matmul as _matmul
+from .ops import norm as _norm
+from .ops import pool as _pool
 from .ops import rnn as _rnn
 from .ops import softmax as _softmax
 from .ops._operator import FLOATING, PLAIN
 
 __all__ = [
-    "addmm", "baddbmm", "bmm", "cross_entropy", "dropout", "elu", "gelu", "glu", "gru", "gru_cell", "hardsigmoid",
-    "hardswish", "hardtanh", "leaky_relu", "linear", "log_softmax", "lstm", "lstm_cell", "matmul", "mish", "mm", "mse_loss",
-    "mv", "nll_loss", "prelu", "relu", "relu6", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "sigmoid", "silu",
-    "softmax", "softplus", "tanh",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "addmm",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "baddbmm",
+    "batch_norm",
+    "bmm",
+    "cross_entropy",
+    "dropout",
+    "elu",
+    "gelu",
+    "glu",
+    "group_norm",
+    "gru",
+    "gru_cell",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "instance_norm",
+    "leaky_relu",
+    "linear",
+    "log_softmax",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "lstm",
+    "lstm_cell",
+    "matmul",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_unpool1d",
+    "max_unpool2d",
+    "max_unpool3d",
+    "mish",
+    "mm",
+    "mse_loss",
+    "mv",
+    "nll_loss",
+    "prelu",
+    "relu",
+    "relu6",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "tanh",
 ]  # fmt: skip
 
 _matmul_call, _linear_call, _activation_call = _matmul.matmul.call, _matmul.linear.call, _activation.activation.call
@@ -683,3 +739,330 @@ def _cell(
         return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     keep = torch.is_grad_enabled() and _any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
     return _recurrent(input, hx, None, w_ih, w_hh, b_ih, b_hh, None, None, mode, False, keep, backend)[1]
+# Pooling: each function of torch's three is the general one with the number of dimensions filled in. An output is
+# channels_last where the input is, in three dimensions too. lp_pool is our average between torch's powers.
+
+_Sizes = int | Sequence[int]
+
+
+def _sizes(op: str, name: str, value: Any, dims: int) -> list[int]:
+    """`value` for each dimension: an int for all, or a sequence."""
+    if type(value) is int:
+        return [value] * dims
+    values = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value] * dims
+    if not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise TypeError(f"{op}(): argument '{name}' must be an int or a tuple of ints, got {value!r}")
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims:
+        raise RuntimeError(f"{op}(): {name} must be an int or a tuple of {dims} ints, got {len(values)}: {tuple(values)}")
+    return values
+
+
+def _autocast_3d(input: Tensor, dims: int) -> Tensor:
+    """torch's autocast pools in float32 in three dimensions, and leaves the dtype in fewer."""
+    lower = dims == 3 and isinstance(input, Tensor) and input.dtype in (torch.bfloat16, torch.float16)
+    return input.float() if lower and torch.is_autocast_enabled("cpu") else input
+
+
+def _max(name: str, dims: int) -> Callable[..., Any]:
+    def max_pool(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        dilation: _Sizes = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> Any:
+        """The maximum of each window; with return_indices also where it is, counted through the image.
+
+        input (N, C, …) or (C, …). A NaN in a window is its maximum. RuntimeError for a window that does not fit, a
+        padding over half the window, a stride that is not positive.
+        """
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        window = (
+            size,
+            size if stride is None or stride == () or stride == [] else _sizes(name, "stride", stride, dims),
+            _sizes(name, "padding", padding, dims),
+            _sizes(name, "dilation", dilation, dims),
+            ceil_mode,
+        )
+        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
+        return op.call(_autocast_3d(input, dims), False, *window, backend)
+
+    return _named(max_pool, name)
+
+
+def _average(name: str, dims: int) -> Callable[..., Tensor]:
+    def average(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None,
+        padding: _Sizes,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor: int | None,
+        backend: str | None,
+    ) -> Tensor:
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        steps = size if stride is None or stride == () or stride == [] else _sizes(name, "stride", stride, dims)
+        if divisor == 0:
+            raise RuntimeError(f"{name}(): divisor_override must not be zero, got 0")
+        pads = _sizes(name, "padding", padding, dims)
+        input = _autocast_3d(input, dims)
+        return _pool.avg_pool.call(input, False, size, steps, pads, ceil_mode, count_include_pad, divisor or 0, backend)
+
+    def avg_pool1d(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The mean of each window. input (N, C, L) or (C, L). Errors as max_pool1d."""
+        return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, backend)
+
+    def avg_pool(
+        input: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The mean of each window, or its sum over divisor_override. input (N, C, …) or (C, …). Errors as max_pool."""
+        return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, backend)
+
+    return _named(avg_pool1d if dims == 1 else avg_pool, name)
+
+
+def _adaptive_sizes(name: str, input: Tensor, output_size: Any, dims: int) -> list[int]:
+    """None stands for the input's size, which torch allows in two and three dimensions."""
+    if isinstance(output_size, (tuple, list)) and len(output_size) == dims > 1 and isinstance(input, Tensor):
+        if len(output_size) >= input.dim():
+            raise ValueError(f"{name}(): input must have at least {dims + 1} dimensions, got {tuple(input.shape)}")
+        output_size = [n if o is None else o for o, n in zip(output_size, input.shape[-dims:], strict=True)]
+    if isinstance(output_size, (tuple, list)) and len(output_size) != dims:
+        raise RuntimeError(f"{name}(): output_size must have {dims} numbers, got {len(output_size)}: {output_size}")
+    return _sizes(name, "output_size", output_size, dims)
+
+
+def _adaptive_max(name: str, dims: int) -> Callable[..., Any]:
+    def adaptive_max_pool(
+        input: Tensor, output_size: Any, return_indices: bool = False, *, backend: str | None = None
+    ) -> Any:
+        """The maxima of windows that divide the input, (N, C, …) or (C, …), evenly; with return_indices also where."""
+        size = _adaptive_sizes(name, input, output_size, dims)
+        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
+        return op.call(_autocast_3d(input, dims), True, size, [], [], [], False, backend)
+
+    return _named(adaptive_max_pool, name)
+
+
+def _adaptive_average(name: str, dims: int) -> Callable[..., Tensor]:
+    def adaptive_avg_pool(input: Tensor, output_size: Any, *, backend: str | None = None) -> Tensor:
+        """The means of windows that divide the input, (N, C, …) or (C, …), evenly."""
+        size = _adaptive_sizes(name, input, output_size, dims)
+        return _pool.avg_pool.call(_autocast_3d(input, dims), True, size, [], [], False, True, 0, backend)
+
+    return _named(adaptive_avg_pool, name)
+
+
+def _power_average(name: str, dims: int) -> Callable[..., Tensor]:
+    maximum = (max_pool1d, max_pool2d, max_pool3d)[dims - 1]
+    average = (avg_pool1d, avg_pool2d, avg_pool3d)[dims - 1]
+
+    def lp_pool(
+        input: Tensor,
+        norm_type: float,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        ceil_mode: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """(Σ x^norm_type)^(1 / norm_type) over each window; the largest or smallest magnitude for ±inf."""
+        if norm_type == float("inf"):
+            return maximum(input.abs(), kernel_size, stride, 0, 1, ceil_mode, backend=backend)
+        if norm_type == -float("inf"):
+            return -maximum(-input.abs(), kernel_size, stride, 0, 1, ceil_mode, backend=backend)
+        mean = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode, backend=backend)
+        count = 1
+        for k in _sizes(name, "kernel_size", kernel_size, dims):
+            count *= k
+        return (torch.sign(mean) * F.relu(torch.abs(mean))).mul(count).pow(1.0 / norm_type)
+
+    return _named(lp_pool, name)
+
+
+def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
+    def max_unpool(
+        input: Tensor,
+        indices: Tensor,
+        kernel_size: _Sizes,
+        stride: _Sizes | None = None,
+        padding: _Sizes = 0,
+        output_size: Sequence[int] | None = None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Each of input's pixels where the index says, among zeros: what max_pool with return_indices took apart.
+
+        RuntimeError for an index outside the output, ValueError for an output_size that no such pooling has.
+        """
+        size = _sizes(name, "kernel_size", kernel_size, dims)
+        steps = size if stride is None else _sizes(name, "stride", stride, dims)
+        pads = _sizes(name, "padding", padding, dims)
+        if input.dim() in (dims + 1, dims + 2):
+            wanted = F._unpool_output_size(input, size, steps, pads, output_size)
+        else:
+            wanted = [0] * dims  # the op says what is wrong
+        return _pool.max_unpool.call(input, indices, list(wanted), backend)
+
+    return _named(max_unpool, name)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def _each(make: Callable[[str, int], Callable[..., Any]], kind: str) -> list[Callable[..., Any]]:
+    return [make(f"{kind}{dims}d", dims) for dims in (1, 2, 3)]
+
+
+max_pool1d, max_pool2d, max_pool3d = _each(_max, "max_pool")
+avg_pool1d, avg_pool2d, avg_pool3d = _each(_average, "avg_pool")
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = _each(_adaptive_max, "adaptive_max_pool")
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = _each(_adaptive_average, "adaptive_avg_pool")
+lp_pool1d, lp_pool2d, lp_pool3d = _each(_power_average, "lp_pool")
+max_unpool1d, max_unpool2d, max_unpool3d = _each(_unpool, "max_unpool")
+
+
+# Normalisation
+
+
+def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+    running.mul_(1 - momentum).add_(value.to(running.dtype), alpha=momentum)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """input (N, C, …), normalised a channel: by the batch's moments in training, else by the running ones.
+
+    Running statistics that are given are updated in training, with the unbiased variance. ValueError where a channel
+    has a single value in training, or eps is not positive; RuntimeError for parameters of another size.
+    """
+    if training:
+        if isinstance(input, Tensor) and input.dim() > 1 and input.numel() == input.shape[1]:
+            raise ValueError(
+                f"batch_norm(): Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
+            )
+        if eps <= 0:
+            raise ValueError(f"batch_norm(): eps must be positive during training, but got {eps}")
+    elif eps < 0:
+        raise ValueError(f"batch_norm(): eps must be non-negative, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
+    if not training and running_mean is None:
+        raise RuntimeError("batch_norm(): running_mean must be defined in evaluation mode, got None")
+    if not training:
+        return _norm.batch_norm.call(input, weight, bias, running_mean, running_var, eps, backend)[0]
+    out, stats = _norm.batch_norm.call(input, weight, bias, None, None, eps, backend)
+    if running_mean is not None and running_var is not None:
+        channels = (input.shape[1],)
+        if running_mean.shape != channels or running_var.shape != channels:
+            raise RuntimeError(
+                f"batch_norm(): running_mean and running_var should contain {channels[0]} elements, not "
+                f"{running_mean.numel()} and {running_var.numel()}"
+            )
+        if input.numel():
+            count = input.numel() // channels[0]
+            with torch.no_grad():
+                _update(running_mean, stats[0], momentum)
+                _update(running_var, stats[1] * (count / (count - 1)), momentum)
+    return out
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """input (N, C, …), each image's channels normalised in num_groups groups; weight and bias (C).
+
+    RuntimeError where num_groups does not divide C, ValueError where a group has a single value in a single image.
+    """
+    if isinstance(input, Tensor) and input.dim() > 1 and num_groups > 0 and input.numel() == num_groups:
+        raise ValueError(
+            "group_norm(): Expected more than 1 value per channel when training, got input size "
+            f"{tuple(input.shape)} and num_groups={num_groups}"
+        )
+    return _norm.group_norm.call(input, weight, bias, num_groups, eps, backend)[0]
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """input (N, C, …), each image's channel normalised by itself, or with use_input_stats=False by the running moments.
+
+    Running statistics that are given take the mean over the batch of each image's. ValueError where an image has a
+    single pixel, RuntimeError for parameters of another size.
+    """
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                "instance_norm(): Expected running_mean and running_var to be defined when use_input_stats is false"
+            )
+        return _norm.batch_norm.call(input, weight, bias, running_mean, running_var, eps, backend)[0]
+    if isinstance(input, Tensor) and input.dim() > 1 and input.shape[2:].numel() == 1:
+        raise ValueError(
+            f"instance_norm(): Expected more than 1 spatial element when training, got input size {tuple(input.shape)}"
+        )
+    channels = input.shape[1] if isinstance(input, Tensor) and input.dim() > 1 else 1
+    out, stats = _norm.group_norm.call(input, weight, bias, channels, eps, backend)
+    for running in (running_mean, running_var):
+        if running is not None and running.shape != (channels,):
+            raise RuntimeError(
+                f"instance_norm(): running_mean and running_var should contain {channels} elements, not {running.numel()}"
+            )
+    if input.numel():
+        count = input.shape[2:].numel()
+        with torch.no_grad():
+            if running_mean is not None:
+                _update(running_mean, stats[0].mean(0), momentum)
+            if running_var is not None:
+                _update(running_var, stats[1].mean(0) * (count / (count - 1)), momentum)
+    return out

@@ -19,17 +19,42 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "CrossEntropyLoss",
     "Dropout",
     "GRUCell",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LPPool1d",
+    "LPPool2d",
+    "LPPool3d",
     "LSTMCell",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",
     "MSELoss",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
     "Mish",
     "NLLLoss",
     "PReLU",
@@ -340,6 +365,236 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return _run_cell(self, F.rnn_tanh_cell if self.nonlinearity == "tanh" else F.rnn_relu_cell, input, hx, False)
+# Pooling and normalisation
+
+
+def _batch_norm(self: Any, input: Tensor) -> Tensor:
+    """torch's forward of a BatchNorm: which statistics serve, and how the running ones move on."""
+    self._check_input_dim(input)
+    momentum = 0.0 if self.momentum is None else self.momentum
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:  # the mean of all batches
+            momentum = 1.0 / float(self.num_batches_tracked)
+    training = self.training or (self.running_mean is None and self.running_var is None)
+    kept = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
+    return F.batch_norm(input, *kept, self.weight, self.bias, training, momentum, self.eps, backend=self.backend)
+
+
+def _instance_norm(self: Any, input: Tensor) -> Tensor:
+    own = self.training or not self.track_running_stats
+    momentum = 0.0 if self.momentum is None else self.momentum
+    kept = (self.running_mean, self.running_var)
+    return F.instance_norm(input, *kept, self.weight, self.bias, own, momentum, self.eps, backend=self.backend)
+
+
+class MaxPool1d(nn.MaxPool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool1d(input, *window, self.return_indices, backend=self.backend)
+
+
+
+class MaxPool2d(nn.MaxPool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool2d(input, *window, self.return_indices, backend=self.backend)
+
+
+
+class MaxPool3d(nn.MaxPool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool3d(input, *window, self.return_indices, backend=self.backend)
+
+
+
+class AvgPool1d(nn.AvgPool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.ceil_mode)
+        return F.avg_pool1d(input, *window, self.count_include_pad, backend=self.backend)
+
+
+
+class AvgPool2d(nn.AvgPool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.ceil_mode)
+        return F.avg_pool2d(input, *window, self.count_include_pad, self.divisor_override, backend=self.backend)
+
+
+
+class AvgPool3d(nn.AvgPool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.padding, self.ceil_mode)
+        return F.avg_pool3d(input, *window, self.count_include_pad, self.divisor_override, backend=self.backend)
+
+
+
+class AdaptiveMaxPool1d(nn.AdaptiveMaxPool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_max_pool1d(input, self.output_size, self.return_indices, backend=self.backend)
+
+
+
+class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices, backend=self.backend)
+
+
+
+class AdaptiveMaxPool3d(nn.AdaptiveMaxPool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_max_pool3d(input, self.output_size, self.return_indices, backend=self.backend)
+
+
+
+class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_avg_pool1d(input, self.output_size, backend=self.backend)
+
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_avg_pool2d(input, self.output_size, backend=self.backend)
+
+
+
+class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return F.adaptive_avg_pool3d(input, self.output_size, backend=self.backend)
+
+
+
+class LPPool1d(nn.LPPool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool1d(input, float(self.norm_type), *window, backend=self.backend)
+
+
+
+class LPPool2d(nn.LPPool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool2d(input, float(self.norm_type), *window, backend=self.backend)
+
+
+
+class LPPool3d(nn.LPPool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        window = (self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool3d(input, float(self.norm_type), *window, backend=self.backend)
+
+
+
+class MaxUnpool1d(nn.MaxUnpool1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Any:
+        window = (self.kernel_size, self.stride, self.padding)
+        return F.max_unpool1d(input, indices, *window, output_size, backend=self.backend)
+
+
+
+class MaxUnpool2d(nn.MaxUnpool2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Any:
+        window = (self.kernel_size, self.stride, self.padding)
+        return F.max_unpool2d(input, indices, *window, output_size, backend=self.backend)
+
+
+
+class MaxUnpool3d(nn.MaxUnpool3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Any:
+        window = (self.kernel_size, self.stride, self.padding)
+        return F.max_unpool3d(input, indices, *window, output_size, backend=self.backend)
+
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _batch_norm(self, input)
+
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _batch_norm(self, input)
+
+
+
+class BatchNorm3d(nn.BatchNorm3d):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _batch_norm(self, input)
+
+
+
+class GroupNorm(nn.GroupNorm):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, backend=self.backend)
+
+
+
+class InstanceNorm1d(nn.InstanceNorm1d):
+    backend: str | None = None
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _instance_norm(self, input)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    backend: str | None = None
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _instance_norm(self, input)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    backend: str | None = None
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _instance_norm(self, input)
 
 
 # torch.nn's class: ours

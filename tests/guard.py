@@ -218,7 +218,59 @@ def rnn_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             yield Case("recurrent_backward", (*grads, *args[:8], out_[0], reserve, *args[8:], needs))
 
 
-CASES = {"matmul": matmul_cases, "activation": activation_cases, "softmax": softmax_cases, "rnn": rnn_cases}
+def last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    shapes = [(2, 3, 17), (1, 2, 131), (2, 3, 7, 9), (1, 19, 6, 5), (1, 2, 4, 75), (1, 3, 5, 6, 19)]
+    windows = [(2, 2, 0, 1), (3, 2, 1, 1), (3, 1, 1, 1), (3, 3, 1, 1), (2, 1, 0, 2), (4, 5, 2, 1)]
+    for shape, (layout, other) in itertools.product(shapes, ((plain, plain), (last, last), (stepped, transposed))):
+        dims = len(shape) - 2
+        x = layout(random(*shape))
+        calls = [(False, *([v] * dims for v in window)) for window in windows]
+        for adaptive, size, stride, padding, dilation in [*calls, *((True, [o] * dims, [], [], []) for o in (1, 2, 5))]:
+            if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(shape[2:], size, padding, dilation)):
+                continue
+            window = (adaptive, size, stride, padding, dilation, False)
+            y = torch.ops.fastnn.max_pool(x, *window, backend="torch")
+            grad = other(random(*y.shape))
+            yield Case("max_pool", (x, *window))
+            yield Case("max_pool_with_indices", (x, *window))
+            yield Case("max_pool_backward", (grad, x, *window))
+            if not dilation or dilation[0] == 1:
+                if x.itemsize == 2 and dims == 3 and not adaptive:
+                    continue  # torch has none
+                average = (adaptive, size, stride, padding, False, False, 0)
+                yield Case("avg_pool", (x, *average))
+                yield Case("avg_pool_backward", (grad, x, *average))
+
+
+def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    shapes = [(5, 3), (70, 33), (3, 4, 17), (2, 6, 5, 7), (1, 34, 3, 11), (2, 4, 2, 3, 4)]
+    for shape, (layout, other), affine in itertools.product(shapes, ((plain, plain), (last, last), (stepped, transposed)), (0, 1)):
+        x, grad, c = layout(random(*shape)), other(random(*shape)), shape[1]
+        weight, bias = (random(c), random(c)) if affine else (None, None)
+        mean, var = random(c), random(c).abs() + 0.5
+        for given in ((None, None), (mean, var)):
+            yield Case("batch_norm", (x, weight, bias, *given, 1e-5))
+            moments = torch.ops.fastnn.batch_norm(x, weight, bias, *given, 1e-5, backend="torch")[1]
+            yield Case("batch_norm_backward", (grad, x, weight, moments, given[0] is None, 1e-5))
+        for groups in {1, c // 2 if c % 2 == 0 else c}:
+            if x.numel() > shape[0] * groups:
+                yield Case("group_norm", (x, weight, bias, groups, 1e-5))
+                moments = torch.ops.fastnn.group_norm(x, weight, bias, groups, 1e-5, backend="torch")[1]
+                yield Case("group_norm_backward", (grad, x, weight, moments, groups, 1e-5))
+
+
+CASES = {
+    "matmul": matmul_cases,
+    "activation": activation_cases,
+    "softmax": softmax_cases,
+    "pool": pool_cases,
+    "norm": norm_cases,
+    "rnn": rnn_cases,
+}
 
 
 def run(family: str, dtype: torch.dtype, first: int) -> None:

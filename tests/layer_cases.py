@@ -148,7 +148,54 @@ SOFTMAX = [
     Case("mse_loss", ((), ())),
     *_losses(),
 ]
-CASES = [*MATMUL, *ACTIVATION, *SOFTMAX]
+
+
+def _wide_average(name: str) -> Callable[..., Tensor]:
+    """torch averages no 16-bit numbers in three dimensions (but for autocast, which makes them float32)."""
+
+    def average(input: Tensor, *args: Any, **options: Any) -> Tensor:
+        narrow = input.itemsize == 2 and not torch.is_autocast_enabled("cpu")
+        out: Tensor = getattr(F, name)(input.float() if narrow else input, *args, **options)
+        return out.to(input.dtype) if narrow else out
+
+    return average
+
+
+_PIXELS = {1: (2, 3, 9), 2: (2, 3, 5, 7), 3: (2, 3, 4, 5, 6)}
+_PAIRS = torch.tensor([1, 2, 5, 7])
+POOL = [
+    *(Case(f"max_pool{d}d", (_PIXELS[d],), {"kernel_size": 3, "stride": 2, "padding": 1}) for d in (1, 2, 3)),
+    *(
+        Case(f"avg_pool{d}d", (_PIXELS[d],), {"kernel_size": 3, "stride": 2, "padding": 1}, _wide_average(f"avg_pool{d}d"))
+        for d in (1, 2, 3)
+    ),
+    *(Case(f"adaptive_max_pool{d}d", (_PIXELS[d],), {"output_size": 3}) for d in (1, 2, 3)),
+    *(
+        Case(f"adaptive_avg_pool{d}d", (_PIXELS[d],), {"output_size": 3}, _wide_average(f"adaptive_avg_pool{d}d"))
+        for d in (1, 2, 3)
+    ),
+    *(
+        Case(f"lp_pool{d}d", (_PIXELS[d],), {"norm_type": 2.0, "kernel_size": 2}, _wide_average(f"lp_pool{d}d"))
+        for d in (1, 2, 3)
+    ),
+    Case("max_unpool1d", ((2, 3, 4),), {"indices": _PAIRS.expand(2, 3, 4), "kernel_size": 2}),
+    Case("max_unpool2d", ((2, 3, 2, 2),), {"indices": _PAIRS.reshape(2, 2).expand(2, 3, 2, 2), "kernel_size": 2}),
+    Case("max_unpool3d", ((2, 3, 1, 2, 2),), {"indices": _PAIRS.reshape(2, 2).expand(2, 3, 1, 2, 2), "kernel_size": 2}),
+    Case("max_pool2d", ((3, 7, 5),), {"kernel_size": (2, 3), "dilation": 2, "ceil_mode": True}),
+    Case("avg_pool2d", ((2, 3, 7, 5),), {"kernel_size": 3, "ceil_mode": True, "divisor_override": 5}),
+    Case("adaptive_avg_pool2d", ((2, 3, 5, 7),), {"output_size": (None, 1)}),
+]
+NORM = [
+    Case("batch_norm", ((4, 3, 5),), {"running_mean": None, "running_var": None, "training": True}),
+    Case(
+        "batch_norm",
+        ((4, 3, 2, 5),),
+        {"running_mean": torch.tensor([0.5, -1.0, 2.0]), "running_var": torch.tensor([0.5, 1.0, 2.0])},
+    ),
+    Case("group_norm", ((3, 4, 5),), {"num_groups": 2}),
+    Case("instance_norm", ((3, 4, 5, 2),)),
+]
+CASES = [*MATMUL, *ACTIVATION, *SOFTMAX, *POOL, *NORM]
 
 # what torch has no single call for
 FUSED = [

@@ -295,6 +295,8 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("matmul", g) for g in ("square", "linear_gelu", "mv", "small", "bmm", "linear_train", "call")),
         *(("activation", g) for g in ("relu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "prelu", "glu")),
         *(("softmax", g) for g in ("softmax", "log_softmax", "cross_entropy")),
+        *(("pool", g) for g in ("max_pool", "avg_pool")),
+        *(("norm", g) for g in ("batch_norm", "batch_norm_eval", "group_norm")),
         *(("startup", g) for g in ("import", "first_linear")),
     }  # fmt: skip
     sizes = {case.name for case in cases.cases("matmul") if case.group == "linear_gelu"}

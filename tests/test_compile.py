@@ -12,13 +12,15 @@ import fastnn
 import fastnn.functional as f
 from fastnn.ops import activation as activation_ops
 from fastnn.ops import matmul as matmul_ops
+from fastnn.ops import norm as norm_ops
+from fastnn.ops import pool as pool_ops
 from fastnn.ops import softmax as softmax_ops
 from fastnn.ops._operator import Operator
-from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, SOFTMAX, Case
+from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, NORM, POOL, SOFTMAX, Case
 
 OPERATORS: dict[str, Operator] = {
     op.name: op
-    for module in (matmul_ops, activation_ops, softmax_ops)
+    for module in (matmul_ops, activation_ops, softmax_ops, pool_ops, norm_ops)
     for op in vars(module).values()
     if isinstance(op, Operator)
 }
@@ -28,6 +30,19 @@ def t(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape).requires_grad_(grad)
 
 
+def last(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1).detach().requires_grad_(grad)
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
+    var, mean = torch.var_mean(x.double().reshape(x.shape[0], groups, -1), -1, correction=0)
+    return torch.stack([mean, var])
+
+
+X = torch.linspace(-2, 3, 40).cos().reshape(2, 4, 5)
+WINDOW = False, [3, 2], [2, 2], [1, 1]
+EVENLY: Any = (True, [4], [], [])
+PLACES = torch.tensor([3, 0, 11, 7]).reshape(2, 2).expand(2, 3, 2, 2)
 INDEX = torch.tensor([1, -100, 0, 4])
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5])
 SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
@@ -75,6 +90,30 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "none"),
     ],
     "mse_loss_backward": [lambda g: (t(), t(3, 4), t(3, 4), "mean")],
+    "max_pool": [lambda g: (t(2, 3, 9, 7, grad=g), *WINDOW, [1, 2], False), lambda g: (t(3, 9, grad=g), *EVENLY, [], False)],
+    "max_pool_with_indices": [
+        lambda g: (last(2, 3, 9, 7, grad=g), *WINDOW, [1, 1], True),
+        lambda g: (t(2, 3, 9, grad=g), *EVENLY, [], False),
+    ],
+    "max_pool_backward": [lambda g: (t(2, 3, 5, 4), t(2, 3, 9, 7), *WINDOW, [1, 1], False)],
+    "avg_pool": [
+        lambda g: (last(2, 3, 9, 7, grad=g), *WINDOW, False, True, 0),
+        lambda g: (t(2, 3, 9, grad=g), *EVENLY, False, True, 0),
+    ],
+    "avg_pool_backward": [lambda g: (t(2, 3, 5, 4), t(2, 3, 9, 7), *WINDOW, False, True, 0)],
+    "max_unpool": [lambda g: (t(2, 3, 2, 2, grad=g), PLACES, [3, 4])],
+    "max_unpool_backward": [lambda g: (t(2, 3, 3, 4), PLACES, [3, 4])],
+    "batch_norm": [
+        lambda g: (t(4, 3, 5, grad=g), t(3, grad=g), t(3, grad=g), None, None, 1e-5),
+        lambda g: (last(4, 3, 5, 2, grad=g), None, None, None, None, 1e-5),
+        lambda g: (t(4, 3, grad=g), t(3, grad=g), None, t(3), t(3).exp(), 1e-5),
+    ],
+    "batch_norm_backward": [lambda g: (t(4, 3, 5), t(4, 3, 5), t(3), t(2, 3).double().exp(), False, 1e-5)],
+    "group_norm": [
+        lambda g: (t(2, 4, 5, grad=g), t(4, grad=g), t(4, grad=g), 2, 1e-5),
+        lambda g: (last(2, 4, 3, 3, grad=g), None, t(4, grad=g), 4, 1e-5),
+    ],
+    "group_norm_backward": [lambda g: (t(2, 4, 5), X, t(4), moments(X, 2), 2, 1e-5)],
 }
 
 
@@ -255,7 +294,7 @@ def test_make_fx_sees_the_ops() -> None:
 # torch.func: torch's own ops serve, and say so
 
 
-@pytest.mark.parametrize("case", [*MATMUL, *ACTIVATION, *SOFTMAX], ids=str)
+@pytest.mark.parametrize("case", [*MATMUL, *ACTIVATION, *SOFTMAX, *POOL, *NORM], ids=str)
 def test_func_grad_and_vmap(case: Case) -> None:
     tensors = case.tensors(torch.float64)
     every = tuple(range(len(tensors)))

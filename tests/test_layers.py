@@ -572,6 +572,15 @@ MODULES: list[tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = [
     (lambda m: m.Softmax(0), (3, 6)),
     (lambda m: m.LogSoftmax(-1), (3, 6)),
     (lambda m: m.Dropout(0.5).eval(), (3, 6)),
+    *((lambda m, d=d: getattr(m, f"MaxPool{d}d")(3, 2, 1), (2, 3, *[7] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"AvgPool{d}d")(3, 2, 1), (2, 3, *[7] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"AdaptiveMaxPool{d}d")(3), (2, 3, *[7] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"AdaptiveAvgPool{d}d")(3), (2, 3, *[7] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"LPPool{d}d")(2, 2), (2, 3, *[6] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"BatchNorm{d}d")(3), (2, 3, *[4] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"BatchNorm{d}d")(3, momentum=None).eval(), (2, 3, *[4] * d)) for d in (1, 2, 3)),
+    *((lambda m, d=d: getattr(m, f"InstanceNorm{d}d")(3, affine=True), (2, 3, *[4] * d)) for d in (1, 2, 3)),
+    (lambda m: m.GroupNorm(2, 4), (2, 4, 5)),
 ]  # fmt: skip
 LOSSES: list[tuple[Callable[[Any], nn.Module], Tensor]] = [
     (lambda m: m.CrossEntropyLoss(torch.rand(6), label_smoothing=0.1), torch.tensor([0, 5, -100])),
@@ -614,6 +623,7 @@ def test_loss_modules(make: Callable[[Any], nn.Module], target: Tensor) -> None:
 
 def test_every_module_has_been_tested() -> None:
     tested = {type(make(fastnn.nn)).__name__ for make, _ in [*MODULES, *LOSSES]}
+    tested |= {f"MaxUnpool{d}d" for d in (1, 2, 3)}  # in test_pool
     assert tested == set(fastnn.nn.__all__)
     assert set(f.__all__) == {case.name for case in CASES} | {"dropout"}
 

@@ -95,11 +95,11 @@ class Operator:
     allocate  (plan, *args): the outputs, not yet written: what a kernel writes into, and what tracing sees.
     torch     torch's own implementation.
     save      (ctx, args, out) keeps what backward needs. Only where the op has a backward.
-    backward  (ctx, grad): a gradient or None for each argument, made of operators.
+    backward  (ctx, *grads): a gradient or None for each argument, made of operators.
     autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
     inspect   raises for bad values inside the tensors (a check that has to read them).
     extra     outputs after the visible ones exist for the backward only: computes them where torch serves the others.
-    visible   how many outputs the caller sees, if there are extra ones; ``backward`` gets a gradient for each of them.
+    visible   how many outputs are differentiable, and all that the caller sees if there are extra ones.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class _Differentiable(torch.autograd.Function):
                 out = op.overload(*args, backend=backend)
         ctx.op, ctx.backend = op, backend
         op.save(ctx, args, out)
-        if op.extra is not None:
+        if isinstance(out, tuple):
             ctx.mark_non_differentiable(*out[op.visible :])
         return out
 

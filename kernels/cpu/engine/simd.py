@@ -315,6 +315,21 @@ def load_n(typingctx, elem, address, n):
 
 
 @intrinsic
+def load_steps(typingctx, elem, address, step):
+    """load_steps(elem, address, step) -> vector of elements ``step`` bytes apart; not of the half types"""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        value = ir.Constant(e.vector.llvm, ir.Undefined)
+        place = args[1]
+        for k in range(e.lanes):
+            value = builder.insert_element(value, builder.load(_pointer(builder, place, e.memory)), i32(k))
+            place = builder.add(place, args[2])
+        return value
+    return e.vector(elem, types.int64, types.int64), codegen
+
+
+@intrinsic
 def store(typingctx, elem, address, value):
     """store(elem, address, vector)"""
     e = elem.value
@@ -622,6 +637,15 @@ def _reduction(name: str, combine: Callable[..., Any], doc: str) -> Any:
 reduce_add = _reduction("reduce_add", lambda b, x, y: b.fadd(x, y), "the sum of the lanes")
 reduce_max = _reduction("reduce_max", lambda b, x, y: b.select(
     b.or_(b.fcmp_ordered(">", x, y), b.fcmp_unordered("uno", x, x)), x, y), "the largest lane; NaN if one is NaN")
+
+
+@intrinsic
+def evens(typingctx, a, b):
+    """evens(a, b) -> the even lanes of a, then those of b"""
+    def codegen(context, builder, sig, args):
+        index = ir.Constant(ir.VectorType(i32, a.lanes), list(range(0, 2 * a.lanes, 2)))
+        return builder.shuffle_vector(args[0], args[1], index)
+    return a(a, b), codegen
 
 
 @intrinsic

@@ -1,0 +1,87 @@
+"""Batch and group normalisation in the networks for images and sound that they come from, in both memory formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Case
+
+SHAPES = {
+    "resnet50_stem": (8, 64, 112, 112),
+    "resnet50_56": (8, 256, 56, 56),
+    "resnet50_28": (8, 512, 28, 28),
+    "resnet50_7": (8, 2048, 7, 7),
+    "pointnet": (16, 256, 1024),
+    "mlp": (4096, 512),
+}
+
+
+def _inputs(shape: tuple[int, ...], last: bool, grad: bool) -> Callable[[torch.dtype], tuple[Any, ...]]:
+    """The images, and for each channel mean, variance, weight and bias"""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        generator, channels = torch.Generator().manual_seed(1), shape[1]
+        x = torch.randn(shape, generator=generator).to(dtype)
+        if last and x.dim() > 2:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        mean, var, weight, bias = (torch.rand(channels, generator=generator).add_(0.5).to(dtype) for _ in range(4))
+        return x.requires_grad_(grad), mean, var, weight.requires_grad_(grad), bias.requires_grad_(grad)
+
+    return make
+
+
+def _batch_norm(training: bool) -> Callable[..., Tensor]:
+    def run(F: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        moments = (None, None) if training else (mean, var)
+        return F.batch_norm(x, *moments, weight, bias, training)
+
+    return run
+
+
+def _group_norm(F: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, 32, weight, bias)
+
+
+def _scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+    """Differences and sums over a channel cancel: counted at 8, and in gradients at the pixels of a channel, where a
+    parameter's is their sum."""
+    x = inputs[0]
+    one = torch.ones((), dtype=torch.float64)
+    if grad is None:
+        return ((8 * one).expand(x.shape),)
+    each = (one * x.numel() / x.shape[1]).expand(x.shape[1])
+    return (8 * one).expand(x.shape), each, each
+
+
+def norm(kind: str, model: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
+    shape = SHAPES[model]
+    n, train = torch.Size(shape).numel(), mode == "train"
+    # The moments, the result; in the backward two sums and the gradient. What fits into no cache is read each time.
+    passes = ((n, n),) if kind == "eval" else ((n, 0), (n, n)) if not train else ((n, 0), (n, n), (2 * n, 0), (2 * n, n))
+    name = {"eval": "batch_norm_eval", "batch": "batch_norm", "group": "group_norm"}[kind]
+    return Case(
+        "norm",
+        f"{name}/{model}{'_nhwc' if last else ''}/{'x'.join(map(str, shape))}",
+        _inputs(shape, last, train),
+        theirs=_group_norm if kind == "group" else _batch_norm(kind == "batch"),
+        passes=passes,
+        mode=mode,
+        scale=_scale,
+        **extra,
+    )
+
+
+_IMAGES = [(model, last) for model in SHAPES for last in (False, True) if len(SHAPES[model]) > 2 or not last]
+_QUICK = ("resnet50_56", False)
+
+CASES = [
+    *(norm("eval", *which, goals={"limit": 0.85}, quick=which == _QUICK) for which in _IMAGES),
+    *(norm("batch", *which, goals={"torch": 2.5}, quick=which == _QUICK) for which in _IMAGES),
+    *(norm("batch", *which, "train", goals={"torch": 2.5}, quick=which == _QUICK) for which in _IMAGES),
+    *(norm("group", *which, goals={"best": 1.0}) for which in _IMAGES if which[0] != "mlp"),
+    *(norm("group", *which, "train", goals={"best": 1.0}) for which in _IMAGES if which[0] != "mlp"),
+]

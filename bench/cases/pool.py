@@ -1,0 +1,67 @@
+"""Pooling in the networks for images, sound and video that it comes from, in both memory formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Case
+
+#: name: (shape, pooling)
+LAYERS: dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor], Tensor]]] = {
+    "max_resnet50": ((8, 64, 112, 112), lambda F, x: F.max_pool2d(x, 3, 2, 1)),
+    "max_vgg16": ((4, 64, 224, 224), lambda F, x: F.max_pool2d(x, 2)),
+    "max_vgg16_deep": ((8, 512, 28, 28), lambda F, x: F.max_pool2d(x, 2)),
+    "max_inception": ((8, 192, 28, 28), lambda F, x: F.max_pool2d(x, 3, 1, 1)),
+    "max_yolo_spp": ((8, 256, 20, 20), lambda F, x: F.max_pool2d(x, 5, 1, 2)),
+    "max_r3d": ((2, 64, 16, 56, 56), lambda F, x: F.max_pool3d(x, 2)),
+    "max_crepe": ((32, 1024, 256), lambda F, x: F.max_pool1d(x, 2)),
+    "avg_densenet": ((8, 256, 56, 56), lambda F, x: F.avg_pool2d(x, 2)),
+    "avg_inception": ((8, 192, 35, 35), lambda F, x: F.avg_pool2d(x, 3, 1, 1)),
+    "avg_global_resnet50": ((8, 2048, 7, 7), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
+    "avg_adaptive_vgg16": ((8, 512, 14, 14), lambda F, x: F.adaptive_avg_pool2d(x, 7)),
+}
+
+
+def _random(shape: tuple[int, ...], last: bool, grad: bool) -> Callable[[torch.dtype], tuple[Tensor]]:
+    def make(dtype: torch.dtype) -> tuple[Tensor]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return (x.requires_grad_(grad),)
+
+    return make
+
+
+def layer(name: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
+    shape, theirs = LAYERS[name]
+    n = torch.Size(shape).numel()
+    out = theirs(torch.nn.functional, torch.empty(shape, device="meta")).numel()
+    kind, model = name.split("_", 1)
+    # In training the input is read again, or as many bytes of indices, and its gradient is written.
+    passes = {"forward": ((n, out),), "train": ((n, out), (n + out, n) if kind == "max" else (out, n))}[mode]
+    return Case(
+        "pool",
+        f"{kind}_pool/{model}{'_nhwc' if last else ''}/{'x'.join(map(str, shape))}",
+        _random(shape, last, mode == "train"),
+        theirs=theirs,
+        passes=passes,
+        mode=mode,
+        # A mean may cancel: its errors are counted at 1, the size of its terms.
+        scale=None if kind == "max" else lambda inputs, grad: (torch.ones((), dtype=torch.float64).expand(
+            theirs(torch.nn.functional, inputs[0]).shape if grad is None else inputs[0].shape),),
+        **extra,
+    )
+
+
+_QUICK = ("max_resnet50", "avg_global_resnet50")
+_NCHW, _NHWC = {"torch": 10.0, "best": 1.3, "limit": 0.8}, {"best": 1.0}
+
+CASES = [
+    *(layer(name, False, goals=_NCHW, quick=name in _QUICK) for name in LAYERS),
+    *(layer(name, True, goals=_NHWC, quick=name in _QUICK[:1]) for name in LAYERS),
+    *(layer(name, last, "train", goals={"best": 1.0}) for name in LAYERS for last in (False, True)),
+]

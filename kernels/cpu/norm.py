@@ -1,0 +1,144 @@
+"""Batch and group normalisation on the CPU: how channels and pixels lie, and which kernel takes them.
+
+Where the pixels of a channel lie next to each other the kernels "along" serve, where the channels of a pixel do those
+"across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import threads
+from .engine.build import Kernel
+from .engine.workspace import workspace
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+
+
+@cache
+def _kernel(kind: str, integers: int, dtype: torch.dtype) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import norm_code
+
+        return getattr(norm_code, kind)(_NAMES[dtype])
+    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", make).load()
+
+
+def _across(out: Tensor, like: Tensor) -> bool:
+    """Whether the channels of an output lie next to each other. An output of single pixels lies as the input does."""
+    return out.dim() == 2 or (out.shape[1] > 1 and out.stride(1) == 1 and (not out.is_contiguous() or like.stride(1) == 1))
+
+
+def _flat(t: Tensor, across: bool) -> Tensor:
+    """(N, pixels, C) or (N, C, pixels), a copy where t does not lie so that its last dimension has stride 1"""
+    if t.dim() == 2:
+        t = t.unsqueeze(2)
+    flat = t.movedim(1, -1).flatten(1, -2) if across else t.flatten(2)
+    return flat if flat.stride(2) == 1 or flat.shape[2] == 1 else flat.contiguous()
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().double().contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _steps(t: Tensor, *dims: int) -> list[int]:
+    """The tensor's address and its strides in bytes"""
+    return [t.data_ptr(), *(t.stride(d) * t.itemsize for d in dims)]
+
+
+def _merged(tensors: list[Tensor]) -> list[Tensor]:
+    """(N, pixels, C) as (1, N · pixels, C), where all tensors lie so"""
+    n, rows, c = tensors[0].shape
+    if rows == 1:
+        return [t.transpose(0, 1) for t in tensors]
+    if all(t.stride(0) == rows * t.stride(1) for t in tensors):
+        return [t.as_strided((1, n * rows, c), (0, t.stride(1), t.stride(2))) for t in tensors]
+    return tensors
+
+
+def _run(tensors: list[Tensor], groups: int, given: bool, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+         sums: Tensor | None, eps: float) -> None:
+    """tensors: input, [the output's gradient,] the result. groups: of an image; 0: the batch's channels are normalised"""
+    x, out = tensors[0], tensors[-1]
+    count = 1 if out.numel() * out.itemsize < _SERIAL else threads.count()
+    weight, bias = _wide(weight), _wide(bias)  # alive until the kernel has run
+    parameters = [_address(weight), _address(bias)] if sums is None else [_address(weight)]
+    moments = [stats.data_ptr(), stats[1].data_ptr()]
+    last = [] if sums is None else [sums.data_ptr()]
+    across = _across(out, x)
+    flat = [_flat(t, across) for t in tensors]
+    if across:
+        flat = flat if groups else _merged(flat)
+        images, rows, channels = flat[0].shape
+        parts = 1 if images >= 2 * count else count
+        lines = 3 if sums is None else 4
+        room = 2 * images * parts * channels * 8 + lines * (images + count) * channels * max(4, x.itemsize)
+        ints = [count, images, rows, channels, groups, parts]
+        for t in flat:
+            ints += _steps(t, 0, 1)
+        ints += [*parameters, *moments, given, *last, workspace(room)]
+    else:
+        n, channels, pixels = flat[0].shape
+        each = channels // groups if groups else 1
+        # Batch normalisation with moments that are known goes image by image, as memory lies.
+        outer, inner, runs = (n, groups, each) if groups else (n, channels, 1) if given else (1, channels, n)
+        ints = [count, outer, inner, runs, pixels]
+        for t in flat:
+            address, image, channel = _steps(t, 0, 1)
+            ints += [address, image, channel * each, channel if groups else image]
+        ints += [*parameters, each, 1 if groups else 0, *moments, groups, given, *last]
+    kind = f"norm{'' if sums is None else '_backward'}_{'across' if across else 'along'}"
+    _kernel(kind, len(ints), x.dtype)(*ints, eps)
+
+
+def batch_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+               var: Tensor | None, eps: float) -> None:
+    """out = (the normalised input, the mean and variance that it was normalised by)"""
+    y, stats = out
+    if mean is not None and var is not None:
+        stats[0], stats[1] = mean, var
+    _run([input, y], 0, mean is not None, weight, bias, stats, None, eps)
+
+
+def batch_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
+                        training: bool, eps: float) -> None:
+    """out = (the gradient of input, those of bias and weight)"""
+    result, sums = out
+    if _across(result, input):
+        runs = sums
+    else:  # the sums of each image; in training the channels are outermost
+        n, c = input.shape[:2]
+        runs = sums.new_empty((2, c, n) if training else (2, n, c))
+    _run([input, grad, result], 0, not training, weight, None, stats, runs, eps)
+    if runs is not sums:
+        sums.copy_(runs.sum(2 if training else 1))
+
+
+def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int,
+               eps: float) -> None:
+    """out = (the normalised input, each group's mean and variance)"""
+    y, stats = out
+    _run([input, y], groups, False, weight, bias, stats, None, eps)
+
+
+def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
+                        groups: int, eps: float) -> None:
+    """out = (the gradient of input, for each image those of bias and weight)"""
+    result, sums = out
+    _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "batch_norm": batch_norm, "batch_norm_backward": batch_norm_backward,
+    "group_norm": group_norm, "group_norm_backward": group_norm_backward,
+}

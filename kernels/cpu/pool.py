@@ -1,0 +1,223 @@
+"""Pooling on the CPU: how images lie, and which kernel takes them.
+
+Images of one, two or three dimensions are seen as three. Where channels lie next to each other (the output then does
+so too) the kernels "across" serve, else those "along" rows; an input that lies in neither way is first copied.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .engine import threads
+from .engine.build import Kernel
+from .engine.host import simd
+from .engine.workspace import workspace
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+_FAR = 2**31 - 1  # argmax kernels count a window's elements in 32 bits
+
+Sizes = Sequence[int]
+
+
+@cache
+def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import pool_code
+
+        return getattr(pool_code, kind)(_NAMES[dtype], *options)
+    name = "_".join([kind, _NAMES[dtype], *(str(o) for o in options)])
+    return Kernel(name, signature, make).load()
+
+
+def _across(out: Tensor, like: Tensor, dims: int) -> bool:
+    """Whether the channels of an output lie next to each other. An output of single pixels lies as the input does."""
+    c = -dims - 1
+    return out.shape[c] > 1 and out.stride(c) == 1 and (not out.is_contiguous() or like.stride(c) == 1)
+
+
+def _as_3d(sizes: Sizes, steps: Sizes, item: int, dims: int) -> tuple[list[int], list[int]]:
+    """(sizes, strides in bytes) of N, C, depth, height, width"""
+    size, step = list(sizes), [s * item for s in steps]
+    if len(size) == dims + 1:
+        size, step = [1, *size], [0, *step]
+    return [*size[:2], *[1] * (3 - dims), *size[2:]], [*step[:2], *[0] * (3 - dims), *step[2:]]
+
+
+def _lying(t: Tensor, dims: int, across: bool) -> Tensor:
+    """t, or a copy whose channels, or else the pixels of a row, lie next to each other"""
+    d = -dims - 1 if across else -1
+    if t.stride(d) == 1 or t.shape[d] == 1:
+        return t
+    if not across:
+        return t.contiguous()
+    return t.movedim(-dims - 1, -1).contiguous().movedim(-1, -dims - 1)
+
+
+def _three(values: Sizes, missing: int) -> list[int]:
+    return [*[missing] * (3 - len(values)), *values]
+
+
+class _Plan(NamedTuple):
+    """What a kernel has to know about a call; see pool_slots."""
+
+    threads: int
+    geometry: array[int]
+    address: int  # the geometry's
+    scratch: int  # bytes
+
+
+@lru_cache(1024)
+def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Sizes, x_step: Sizes, y_size: Sizes, y_step: Sizes,
+          adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int, include_pad: bool) -> _Plan:
+    """kind: forward, backward, indices (forward, with them), argmax (backward of it)"""
+    (n, c, *sizes), x_steps = _as_3d(x_size, x_step, item, dims)
+    (_, _, *outs), y_steps = _as_3d(y_size, y_step, item, dims)
+    k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
+                                            (dilation or [1] * dims, 1)))
+    if adaptive and all(a % o == 0 for a, o in zip(sizes, outs, strict=True)):  # windows of one size, next to each other
+        adaptive, k = False, [a // o for a, o in zip(sizes, outs, strict=True)]
+        s = k
+    one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
+    dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
+    whole = one and dense and not across and kind in ("forward", "backward") and x_steps[4] == item
+    if whole:  # one row of all pixels
+        k = sizes = [1, 1, prod(sizes)]
+        s = [1, 1, 1]
+    volume, pixels = prod(sizes), prod(outs)
+    threads = 1 if max(volume, pixels) * n * c * item < _SERIAL else count
+    compute, scattered = max(item, 4), kind in ("backward", "argmax")
+    lanes = simd().width // compute
+    # A few vectors more than the last window needs: kernels read whole ones.
+    line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
+    room = 2 * (line + outs[2] + lanes) * compute
+    block = c
+    if (across and scattered and n < threads) or n * pixels < 4 * threads:
+        block = -(-c // threads // 16) * 16
+    if scattered and item == 2:  # summed in the compute type: a plane, or the image of a few channels
+        block = min(block, 32)
+        room += volume * compute * (block if across else 1)
+    room = -(-room // 128) * 128
+    geometry = array("q", [n, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x_steps, *y_steps, divisor, include_pad, whole,
+                           kind == "indices", block, room])
+    return _Plan(threads, geometry, geometry.buffer_info()[0], room * threads)
+
+
+def _run(kernel: Callable[..., None], kind: str, across: bool, x: Tensor, y: Tensor, addresses: Sequence[int], adaptive: bool,
+         size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
+    plan = _plan(kind, across, x.itemsize, threads.count(), len(size), x.shape, x.stride(), y.shape, y.stride(), adaptive,
+                 tuple(size), tuple(stride), tuple(padding), tuple(dilation), divisor, include_pad)
+    kernel(plan.threads, *addresses, plan.address, workspace(plan.scratch))
+
+
+def _prepared(out: Tensor, tensors: Sequence[Tensor], dims: int) -> tuple[bool, list[Tensor]]:
+    across = _across(out, tensors[0], dims)
+    return across, [_lying(t, dims, across) for t in tensors]
+
+
+def max_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
+             ceil_mode: bool) -> None:
+    """out = each window's maximum"""
+    _forward(out, input, False, adaptive, size, stride, padding, dilation)
+
+
+def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
+             dilation: Sizes, *rest: int) -> None:
+    if not out.numel():
+        return
+    across, (x,) = _prepared(out, (input,), len(size))
+    kernel = _kernel("pool_across" if across else "pool_along", "iiiii", out.dtype, average)
+    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, *rest)
+
+
+def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
+                          padding: Sizes, dilation: Sizes, ceil_mode: bool) -> None:
+    """out = (each window's maximum, its index in the plane)"""
+    y, indices = out
+    if not y.numel():
+        return
+    across, (x,) = _prepared(y, (input,), len(size))
+    kernel = _kernel("argmax_across" if across else "argmax_along", "iiiiii", y.dtype)
+    addresses = (x.data_ptr(), y.data_ptr(), indices.data_ptr())
+    _run(kernel, "indices", across, x, y, addresses, adaptive, size, stride, padding, dilation)
+
+
+def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
+                      padding: Sizes, dilation: Sizes, ceil_mode: bool) -> None:
+    """out = the gradient of input, from that of the output"""
+    if not grad.numel():
+        out.zero_()
+        return
+    across, (x, y) = _prepared(out, (input, grad), len(size))
+    kernel = _kernel("max_backward_across" if across else "argmax_along", "iiiiii", out.dtype)
+    addresses = (x.data_ptr(), y.data_ptr(), out.data_ptr())
+    _run(kernel, "argmax", across, x, y, addresses, adaptive, size, stride, padding, dilation)
+
+
+def avg_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, ceil_mode: bool,
+             count_include_pad: bool, divisor: int) -> None:
+    """out = each window's mean"""
+    _forward(out, input, True, adaptive, size, stride, padding, (), divisor, count_include_pad)
+
+
+def avg_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
+                      padding: Sizes, ceil_mode: bool, count_include_pad: bool, divisor: int) -> None:
+    """out = the gradient of input, from that of the output"""
+    if not grad.numel():
+        out.zero_()
+        return
+    across, (y,) = _prepared(out, (grad,), len(size))
+    kernel = _kernel("average_backward_across" if across else "average_backward_along", "iiiii", out.dtype)
+    _run(kernel, "backward", across, out, y, (y.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, (), divisor,
+         count_include_pad)
+
+
+def _unpool(backward: bool, small: Tensor, large: Tensor, indices: Tensor, dims: int) -> None:
+    bad = array("q", [0, 0])
+    m, n, c = prod(large.shape[-dims:]), prod(small.shape[-dims:]), small.shape[-dims - 1]
+    batch = small.shape[0] if small.dim() == dims + 2 else 1
+    slots: list[int] = []
+    views = [t.flatten(-dims) for t in (indices, small, large)]  # copies where pixels have no one stride; kept alive here
+    for t in views:
+        slots += [t.data_ptr(), *(t.itemsize * s for s in (t.stride(0) if batch > 1 else 0, t.stride(-2), t.stride(-1)))]
+    kernel = _kernel("unpool", "i" * 18, small.dtype, backward)
+    kernel(1 if n * batch * c * small.itemsize < _SERIAL else threads.count(), batch, c, n, m, *slots, bad.buffer_info()[0])
+    if bad[0]:
+        raise RuntimeError(f"max_unpool{dims}d(): Found an invalid max index: {bad[1]} (output volumes are of size "
+                           f"{'x'.join(map(str, large.shape[-dims:]))})")
+
+
+def max_unpool(out: Tensor, input: Tensor, indices: Tensor, output_size: Sizes) -> None:
+    """out = 0, and each of input's pixels where its index says. Raises RuntimeError for an index that is outside."""
+    out.zero_()
+    if input.numel():
+        _unpool(False, input, out, indices, len(output_size))
+
+
+def max_unpool_backward(out: Tensor, grad: Tensor, indices: Tensor, output_size: Sizes) -> None:
+    """out = what grad has where the indices say"""
+    if out.numel():
+        _unpool(True, out, grad, indices, len(output_size))
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """None if a kernel serves the call, else the reason why not."""
+    if op in ("max_pool_with_indices", "max_pool_backward"):
+        input, _adaptive, size = args[:3] if op == "max_pool_with_indices" else args[1:4]
+        if input.numel() > _FAR and prod(input.shape[-len(size):]) > _FAR:
+            return f"images of {tuple(input.shape[-len(size):])} have more pixels than 31 bits can count"
+    return None
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "max_pool": max_pool, "max_pool_with_indices": max_pool_with_indices, "max_pool_backward": max_pool_backward,
+    "avg_pool": avg_pool, "avg_pool_backward": avg_pool_backward,
+    "max_unpool": max_unpool, "max_unpool_backward": max_unpool_backward,
+}

@@ -1,0 +1,69 @@
+"""Normalisation as plain maths: what the fast kernels must equal. Differentiable any number of times."""
+
+import torch
+from torch import Tensor
+
+
+def _along_channels(t: Tensor, like: Tensor) -> Tensor:
+    """A number a channel, or a row of them for each image, as a factor of like."""
+    return t.to(like.dtype).reshape(-1 if t.dim() > 1 else 1, like.shape[1], *[1] * (like.dim() - 2))
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * _along_channels(weight, x)
+    return x if bias is None else x + _along_channels(bias, x)
+
+
+def batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised input and what it was normalised by: (mean, variance), the batch's own where none is given."""
+    if mean is None or var is None:
+        wide = input.double()
+        dims = [d for d in range(input.dim()) if d != 1]
+        var, mean = torch.var_mean(wide, dims, correction=0)
+    stats = torch.stack([mean.double(), var.double()])
+    unit = (input - _along_channels(stats[0], input)) * _along_channels(torch.rsqrt(stats[1] + eps), input)
+    return _scaled(unit, weight, bias), stats.detach()
+
+
+def batch_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, training: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of input, and of bias and weight, stacked: (2, C)."""
+    dims = [d for d in range(input.dim()) if d != 1]
+    if training:  # not from stats, so that the second derivative sees them
+        var, mean = torch.var_mean(input, dims, correction=0)
+    else:
+        mean, var = stats
+    rstd = _along_channels(torch.rsqrt(var + eps), input)
+    unit = (input - _along_channels(mean, input)) * rstd
+    g = _scaled(grad, weight, None)
+    inner = g - g.mean(dims, keepdim=True) - unit * (g * unit).mean(dims, keepdim=True) if training else g
+    return inner * rstd, torch.stack([grad.sum(dims), (grad * unit).sum(dims)]).double()
+
+
+def group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised input and each group's (mean, variance): (2, N, groups)."""
+    grouped = input.reshape(input.shape[0], groups, -1)
+    var, mean = torch.var_mean(grouped.double(), -1, correction=0)
+    unit = (grouped - mean.unsqueeze(-1).to(input.dtype)) * torch.rsqrt(var + eps).unsqueeze(-1).to(input.dtype)
+    return _scaled(unit.reshape(input.shape), weight, bias), torch.stack([mean, var]).detach()
+
+
+def group_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of input, and of bias and weight, of each image: (2, N, C)."""
+    grouped = input.reshape(input.shape[0], groups, -1)
+    var, mean = torch.var_mean(grouped, -1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    unit = (grouped - mean) * rstd
+    g = _scaled(grad, weight, None).reshape(grouped.shape)
+    inner = g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)
+    spatial = list(range(2, input.dim()))
+    products = grad * unit.reshape(input.shape)
+    sums = [t.sum(spatial) if spatial else t for t in (grad, products)]
+    return (inner * rstd).reshape(input.shape), torch.stack(sums).double()
