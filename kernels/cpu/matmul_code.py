@@ -26,14 +26,15 @@ ROWS, VECS = tile_size()
 CHAIN = 256
 
 
-def _tiles(p: Any, pairs: bool) -> Any:
-    """run(rows, vecs, last, …): the tile of that size; ``last`` > 0 says how many lanes of its last vector exist.
+def tiles(p: Any, pairs: bool, masked: bool = True) -> Any:
+    """sum_up(rows, vecs, last, …): the tile of that size; ``last`` > 0 says how many lanes of its last vector exist, if there
+    are ``masked`` tiles at all.
 
     Rows are 8, 4, 2 or 1, as the machine's tile allows. Where a masked load costs nothing (AVX-512) there are masked tiles only.
     """
     sizes = [r for r in (8, 4, 2, 1) if r <= ROWS]
-    cheap_masks = simd().name == "avx512"
-    grid = {(r, v, m): Tile(p, r, v, masked=m or cheap_masks, pairs=pairs)
+    cheap_masks = not masked or simd().name == "avx512"
+    grid = {(r, v, m): Tile(p, r, v, masked=masked and (m or cheap_masks), pairs=pairs)
             for r in sizes for v in (1, 2, 3) for m in (False, True)}
 
     def rows_function(r: int) -> Any:
@@ -71,7 +72,17 @@ def _tiles(p: Any, pairs: bool) -> Any:
             run2(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
         else:
             run1(vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row)
-    return run
+
+    @inline
+    def sum_up(rows, vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
+        """The tile's sum over k in stretches of at most CHAIN, between which the sums wait in L1"""
+        parts = (k + CHAIN - 1) // CHAIN if k > CHAIN else 1
+        for part in range(parts):
+            i = k * part // parts
+            stretch = k * (part + 1) // parts - i
+            run(rows, vecs, last, stretch, a + i * a_k, a_row, a_k, b + i * b_k, b_k, init, init_row, c, c_row)
+            init, init_row = c, c_row
+    return sum_up
 
 
 def _epilogue(e: Elem) -> Any:
@@ -107,20 +118,10 @@ def product(elem_name: str, pairs: bool) -> Any:
     unit = 4 if pairs else p.size  # bytes of one k of packed A and of one lane of packed B
     a_width = max(lanes, ROWS)
     half = e is not p
-    run = _tiles(p, pairs)
+    sum_up = tiles(p, pairs)
     pack = pair_packer() if pairs else packer(e)
     finish = _epilogue(e)
     scratch_row = VECS * pb
-
-    @inline
-    def sum_up(rows, vecs, last, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row):
-        """The tile's sum over k in stretches of at most CHAIN, between which the sums wait in L1"""
-        parts = (k + CHAIN - 1) // CHAIN if k > CHAIN else 1
-        for part in range(parts):
-            i = k * part // parts
-            stretch = k * (part + 1) // parts - i
-            run(rows, vecs, last, stretch, a + i * a_k, a_row, a_k, b + i * b_k, b_k, init, init_row, c, c_row)
-            init, init_row = c, c_row
 
     @outline
     def block(m0, m1, q0, q1, cut, n, k, a, a_m, a_k, b, b_k, b_n, packed, direct,

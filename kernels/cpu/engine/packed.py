@@ -60,10 +60,10 @@ def _sample(tensor: Tensor) -> int:
 class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
-    __slots__ = ("address", "buffer", "cut", "origin", "sample", "shape", "version")
+    __slots__ = ("address", "buffer", "cut", "how", "origin", "sample", "shape", "version")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
+    def __init__(self, tensor: Tensor, how: object) -> None:
+        self.version, self.origin, self.shape, self.how = tensor._version, tensor.data_ptr(), tensor.shape, how
         self.buffer: Tensor | None = None
         self.address = self.cut = self.sample = 0
 
@@ -109,8 +109,10 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None:
-    """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
+def get(tensor: Tensor, size: int, pack: Callable[[int], int], how: object = None) -> Packing | None:
+    """The kept packing of a dense ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
+
+    ``how`` tells packings of one tensor apart: the last one asked for is kept.
 
     None at the first sight (a temporary is not worth keeping, nor is a weight that changes at each step), or where ``size`` bytes
     would not fit the limit: then the caller packs for this call only.
@@ -121,7 +123,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None
     if found is not None:
         entry = found[1]
         if (found[0]() is tensor and entry.version == tensor._version and entry.origin == tensor.data_ptr()
-                and entry.shape == tensor.shape
+                and entry.shape == tensor.shape and entry.how == how
                 and (entry.buffer is None or entry.sample == _sample(tensor))):
             if entry.buffer is not None:
                 return entry
@@ -134,7 +136,7 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int]) -> Packing | None
         return None
     if found is None:
         with _lock:
-            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), Packing(tensor))
+            _entries[key] = (weakref.ref(tensor, lambda _: _drop(key)), Packing(tensor, how))
         return None
     with _lock:
         if entry.buffer is not None:  # another thread was first
