@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -32,16 +33,15 @@ _RUN, _MEETING, _OUT = 48, 32, 24  # as in conv_code
 PLANES, PIXELS, WEIGHTS, WEIGHTS_LAST = range(4)
 
 
-def _kernel(kind: str, dtype: torch.dtype, signature: str) -> Kernel:
+def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kernel:
     def make() -> Callable[..., Any]:
-        from . import conv_code
-
-        return getattr(conv_code, kind)(_NAMES[dtype])
+        return getattr(import_module(f".{module}", __package__), kind)(_NAMES[dtype])
     return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
 
 
-_CONVOLUTION = {d: _kernel("convolution", d, "i" * 11 + "ff") for d in _NAMES}
-_ARRANGE = {d: _kernel("arrange", d, "i" * 12) for d in _NAMES}
+_CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
+_DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
+_ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
 class Phase(NamedTuple):
@@ -51,6 +51,8 @@ class Phase(NamedTuple):
     taps: array[int]  # (d, h, w) of each, relative to a position's first element
     offsets: array[int]  # of each filter tap in the weight, in bytes
     start: int  # of the first output, in bytes
+    depthwise: bool
+    groups: int
     channels: int
     outputs: int
     panels: int
@@ -89,6 +91,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
     pad = _three(padding, 0)
     xs, ys, ws = ([s * size for s in _three(t[2:], 0)] for t in (x_stride, y_stride, w_stride))
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
+    depthwise = _depthwise(channels, outputs, groups, kind)
     axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
     for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
         if transposed:
@@ -107,7 +110,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         images, whole, x_steps = x_shape[0], list(in_size), list(xs)
         xn, yn = x_stride[0] * size, y_stride[0] * size
         # A kernel of one tap sees every position alike: the dimensions become one, if memory allows.
-        if deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
+        if not depthwise and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
                 _even(v[::-1], whole[::-1]) for v in (x_steps, y_steps)):
             flat = math.prod(whole)
             x_w, y_w = (_innermost(v, whole) for v in (x_steps, y_steps))
@@ -115,7 +118,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
                 flat, images = flat * images, 1
             positions = whole = [1, 1, flat]
             x_steps, y_steps = [0, 0, x_w], [0, 0, y_w]
-        direct = kind == PIXELS and not f.half and deltas == [[0, 0, 0]] and images == 1 and whole == positions == [
+        direct = kind == PIXELS and not depthwise and not f.half and deltas == [[0, 0, 0]] and images == 1 and whole == positions == [
             1, 1, positions[2]] and moves[2] == 1
         # Neighbouring taps along w whose channels are neighbours in memory are one.
         span, here = 1, [delta for delta, _ in along[2]]
@@ -124,7 +127,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             span = len(here)
             deltas = [t for t in deltas if t[2] == here[0]]
         table = array("q", [n for delta in deltas for n in delta])
-        total = images * math.prod(positions)
+        channels_all, total = groups * outputs, images * math.prod(positions)
         depth_all = channels * len(taps)
         ops = groups * outputs * depth_all * total
         threads_used = 1 if ops < _SERIAL else nt
@@ -133,12 +136,15 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             w_o, w_c = w_c, w_o
         in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
             channels == 1 or w_c == len(taps) * size)
-        layout = _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas))
+        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves) if depthwise else
+                  _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
         if in_place or kind >= WEIGHTS:
             rows, arranged = (w_g, w_o, size), 0
         elif kind == PLANES:
             rows = (outputs * depth_all * unit, depth_all * unit, unit)
             arranged = groups * outputs * depth_all * unit
+        elif depthwise:
+            rows, arranged = (0, 0, 0), layout["panels"] * f.lanes * depth_all * unit
         else:
             each = _up(outputs, f.lanes) * depth_all * unit
             rows, arranged = (each, 0, 0), groups * each
@@ -150,8 +156,8 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             direct=int(direct), **layout)
         scratch = values.pop("scratch")
         start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
-        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, channels, outputs,
-                            values["panels"], arranged, scratch, threads_used))
+        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, groups, channels,
+                            outputs, values["panels"], arranged, scratch, threads_used))
     return phases
 
 
@@ -215,6 +221,30 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
                 meet=meet, at_sums=at_sums, sums=sums_row, at_pack=at_pack, scratch=_up(at_pack + packing + 256, 4096))
 
 
+def _depthwise(channels: int, outputs: int, groups: int, kind: int) -> bool:
+    """Whether each input channel has filters of its own; vectors along the channels need exactly one each."""
+    return groups > 1 and channels == 1 and (outputs == 1 or kind in (PLANES, WEIGHTS))
+
+
+def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], deltas: list[list[int]],
+                      moves: list[int]) -> dict[str, int]:
+    """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
+    vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
+    at_outs = _up(taps * 24 + 64, 64)
+    depth = packing = 0
+    if kind in (PIXELS, WEIGHTS_LAST):
+        at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
+    else:
+        at_pack = _up(at_outs + 2 * taps * vector + (positions[2] + 8 * f.lanes) * f.unit, 64)
+        deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
+        row = (positions[2] + 4 * f.lanes + wide) * f.unit * moves[2]
+        fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
+        depth = max(1, min(positions[1], fits, 256 * f.lanes // positions[2]))
+        packing = row * deep * ((depth - 1) * moves[1] + high)
+    return dict(parts=1, cuts=1, width=0, depth=depth, panels=vectors if kind == PIXELS else 0, at_runs=0, at_outs=at_outs,
+                at_meet=0, meet=0, at_sums=0, sums=0, at_pack=at_pack, scratch=_up(at_pack + packing + 512, 4096))
+
+
 def _cut(n: int, most: int) -> int:
     """n in as few, as even stretches as can be."""
     return -(-n // -(-n // most)) if n > 0 else 1
@@ -238,7 +268,7 @@ def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     x_at, y_at, w_at = x.data_ptr(), out.data_ptr(), weight.data_ptr()
     b, r = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     for p in phases:
-        _CONVOLUTION[dtype].run(p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
+        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
                                 r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
         at += p.arranged
 
@@ -250,7 +280,10 @@ def _arrange(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, g
     if transposed:
         s_o, s_c = s_c, s_o
     for p in phases:
-        _ARRANGE[weight.dtype].run(p.threads, groups, p.outputs, p.channels, len(p.offsets), p.panels, weight.data_ptr(), s_g, s_o,
+        many, outputs, step = groups, p.outputs, s_o
+        if p.depthwise and p.panels:  # one panel a vector of channels, whose filters are groups
+            many, outputs, step = 1, groups, s_g
+        _ARRANGE[weight.dtype].run(p.threads, many, outputs, p.channels, len(p.offsets), p.panels, weight.data_ptr(), s_g, step,
                                    s_c, p.offsets.buffer_info()[0], at)
         at += p.arranged
 
@@ -281,6 +314,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if residual is not None and residual.stride() != out.stride():
         residual = torch.empty_like(out).copy_(residual)
     last = out.stride(1) == 1 and (input.stride(1) == 1 or input.shape[1] == 1) and out.dim() > 3 and not out.is_contiguous()
+    if last and groups > 1 and input.shape[1] == groups != out.shape[1]:
+        last = False  # several filters a channel: neighbours in the output are none in the input
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups,
          CODES[activation] if activation is not None else 0)
 
@@ -299,7 +334,10 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel: Sequence[int],
     dtype = input.dtype
     (p,) = _plan(WEIGHTS_LAST if last else WEIGHTS, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
-    _CONVOLUTION[dtype].run(p.threads, WEIGHTS_LAST if last else WEIGHTS, p.fields.buffer_info()[0], input.data_ptr(),
+    if p.depthwise and last and grad.stride(1) != 1:
+        grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
+        return conv_weight(out, grad, input, kernel, stride, padding, dilation, groups)
+    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, WEIGHTS_LAST if last else WEIGHTS, p.fields.buffer_info()[0], input.data_ptr(),
                             out.data_ptr(), grad.data_ptr(), 0, 0, 0, workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
 
 

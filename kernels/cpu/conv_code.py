@@ -128,7 +128,7 @@ def find_meetings(geo, runs, count, table):
             at += MEETING
 
 
-def _copier(e: Any) -> Any:
+def copier(e: Any) -> Any:
     """Helpers that fill stretches of packed rows. Whole vectors are written: what they write past a stretch's end is written
     again by the next one."""
     p = compute_elem(e)
@@ -172,7 +172,7 @@ def _packers(e: Any) -> Any:
     """(pack_columns, pack_rows): a block of the image as rows of k, each of positions; as rows of positions, each of k."""
     p = compute_elem(e)
     size, ps = e.size, p.size
-    zeros, copy, copy_stepped = _copier(e)
+    zeros, copy, copy_stepped = copier(e)
 
     @outline
     def pack_columns(geo, x, table, count, k0, k, dst, row):
@@ -231,14 +231,10 @@ def _packers(e: Any) -> Any:
     return pack_columns, pack_rows
 
 
-def convolution(elem_name: str) -> Any:
-    """All three kinds in one kernel, because they share the tiles; ``conv_fields`` lists what ``geo`` points to."""
-    e = ELEMS[elem_name]
+def finisher(e: Any) -> Any:
+    """finish(…): the last step, from sums to the output."""
     p = compute_elem(e)
     lanes, ps, size = p.lanes, p.size, e.size
-    sum_up = tiles(p, False, False)
-    pack = packer(e)
-    pack_columns, pack_rows = _packers(e)
 
     @outline
     def finish(n, src, dst, step, bias, bias_step, res, act, p0, p1):
@@ -264,6 +260,18 @@ def convolution(elem_name: str) -> Any:
         if step != size:
             for j in range(n):
                 store_scalar(e, dst + j * step, load_scalar(p, src + j * ps))
+    return finish
+
+
+def convolution(elem_name: str) -> Any:
+    """All three kinds in one kernel, because they share the tiles; ``conv_fields`` lists what ``geo`` points to."""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    lanes, ps, size = p.lanes, p.size, e.size
+    sum_up = tiles(p, False, False)
+    pack = packer(e)
+    pack_columns, pack_rows = _packers(e)
+    finish = finisher(e)
 
     @inline
     def tile_rows(left):
