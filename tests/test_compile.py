@@ -12,13 +12,14 @@ import fastnn
 import fastnn.functional as f
 from fastnn.ops import activation as activation_ops
 from fastnn.ops import matmul as matmul_ops
+from fastnn.ops import conv as conv_ops
 from fastnn.ops import softmax as softmax_ops
 from fastnn.ops._operator import Operator
 from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, SOFTMAX, Case
 
 OPERATORS: dict[str, Operator] = {
     op.name: op
-    for module in (matmul_ops, activation_ops, softmax_ops)
+    for module in (matmul_ops, activation_ops, softmax_ops, conv_ops)
     for op in vars(module).values()
     if isinstance(op, Operator)
 }
@@ -26,6 +27,10 @@ OPERATORS: dict[str, Operator] = {
 
 def t(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape).requires_grad_(grad)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 INDEX = torch.tensor([1, -100, 0, 4])
@@ -75,6 +80,17 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "none"),
     ],
     "mse_loss_backward": [lambda g: (t(), t(3, 4), t(3, 4), "mean")],
+    "conv": [
+        lambda g: (t(2, 4, 6, 5, grad=g), t(6, 2, 3, 3, grad=g), t(6, grad=g), t(2, 6, 3, 3, grad=g), [2, 2], [1, 1], [1, 1],
+                   False, [0, 0], 2, None),
+        lambda g: (t(2, 3, 5, grad=g), t(3, 4, 3, grad=g), None, None, [2], [1], [1], True, [1], 1, "relu"),
+        lambda g: (_last(t(2, 3, 6, 5)).requires_grad_(g), t(4, 3, 3, 3, grad=g), None, None, [1, 1], [1, 1], [1, 1], False,
+                   [0, 0], 1, None),
+    ],
+    "conv_weight": [
+        lambda g: (t(2, 6, 3, 3), t(2, 4, 6, 5), [3, 3], [2, 2], [1, 1], [1, 1], 2),
+        lambda g: (t(2, 6, 6, 5), _last(t(2, 4, 6, 5)), [3, 3], [1, 1], [1, 1], [1, 1], 1),
+    ],
 }
 
 

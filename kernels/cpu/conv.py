@@ -135,7 +135,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         if transposed:
             w_o, w_c = w_c, w_o
         in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
-            channels == 1 or w_c == len(taps) * size)
+            channels == 1 or w_c == len(taps) * size) and (not depthwise or w_g == outputs * w_o)
         layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves) if depthwise else
                   _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
         if in_place or kind >= WEIGHTS:
@@ -290,7 +290,7 @@ def _arrange(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, g
 
 def _kept(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, groups: int) -> packed.Packing | None:
     """The kept arrangement of a weight that has been seen before, unchanged."""
-    if weight.is_inference() or not (weight.is_contiguous() or weight.transpose(1, -1).is_contiguous()):
+    if weight.is_inference() or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
         return None
 
     def pack(address: int) -> int:
