@@ -225,22 +225,22 @@ conv: Operator = Operator(
 def _check_weight(
     grad: Tensor,
     input: Tensor,
-    kernel: Sequence[int],
+    kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, ...] | str:
     g, x = grad.shape, input.shape
-    if len(g) != len(x) or len(x) != len(kernel) + 2:
+    if len(g) != len(x) or len(x) != len(kernel_size) + 2:
         raise RuntimeError(
-            f"conv_weight(): grad and input must have {len(kernel) + 2} dimensions, got {tuple(g)} and {tuple(x)}"
+            f"conv_weight(): grad and input must have {len(kernel_size) + 2} dimensions, got {tuple(g)} and {tuple(x)}"
         )
     if groups < 1 or g[1] % groups or x[1] % groups:
         raise RuntimeError(
             f"conv_weight(): the channels of grad {tuple(g)} and input {tuple(x)} must be multiples of groups, {groups}"
         )
-    shape = (g[1], x[1] // groups, *kernel)
+    shape = (g[1], x[1] // groups, *kernel_size)
     _check_numbers("conv_weight", shape, stride, padding, dilation, groups)
     size = _size("conv_weight", x, shape, stride, padding, dilation)
     if g[0] != x[0] or any(n > m for n, m in zip(g[2:], size)):
@@ -253,22 +253,22 @@ def _check_weight(
 def _torch_weight(
     grad: Tensor,
     input: Tensor,
-    kernel: Sequence[int],
+    kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    shape = _check_weight(grad, input, kernel, stride, padding, dilation, groups)
+    shape = _check_weight(grad, input, kernel_size, stride, padding, dilation, groups)
     weight = torch.empty(shape, dtype=input.dtype, device=input.device)
-    zeros = [0] * len(kernel)
+    zeros = [0] * len(kernel_size)
     mask = (False, True, False)
     args = (stride, padding, dilation, False, zeros, groups, mask)
     return torch.ops.aten.convolution_backward(grad, input, weight, None, *args)[1]
 
 
 conv_weight: Operator = Operator(
-    "conv_weight(Tensor grad, Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups)"
+    "conv_weight(Tensor grad, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups)"
     " -> Tensor",
     "conv",
     check=_check_weight,

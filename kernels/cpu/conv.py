@@ -320,7 +320,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
          CODES[activation] if activation is not None else 0)
 
 
-def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
                 dilation: Sequence[int], groups: int) -> None:
     """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
     if out.numel() == 0:
@@ -336,7 +336,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel: Sequence[int],
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
     if p.depthwise and last and grad.stride(1) != 1:
         grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
-        return conv_weight(out, grad, input, kernel, stride, padding, dilation, groups)
+        return conv_weight(out, grad, input, kernel_size, stride, padding, dilation, groups)
     (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, WEIGHTS_LAST if last else WEIGHTS, p.fields.buffer_info()[0], input.data_ptr(),
                             out.data_ptr(), grad.data_ptr(), 0, 0, 0, workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
 

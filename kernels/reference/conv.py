@@ -4,7 +4,8 @@ The columns are a copy of the input, one element for each output position and fi
 (Chellapilla, Puri & Simard 2006). The fast kernels never write them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ def conv(
     output_padding: Sequence[int],
     groups: int,
     activation: str | None,
+    product: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "ngcpt,goct->ngop"),
 ) -> Tensor:
     kernel, n = weight.shape[2:], input.shape[0]
     if transposed:  # a convolution of stride 1 over the input with zeros in between, by the filters turned round
@@ -52,7 +54,7 @@ def conv(
     size = columns.shape[2 : 2 + len(kernel)]
     c = columns.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel)).flatten(4)  # n, groups, channels, positions, taps
     w = weight.unflatten(0, (groups, -1)).flatten(3)  # groups, outputs, channels, taps
-    z = torch.einsum("ngcpt,goct->ngop", c, w).reshape(n, -1, *size)
+    z = product(c, w).reshape(n, -1, *size)
     if bias is not None:
         z = z + bias.reshape(-1, *[1] * len(kernel))
     if residual is not None:
@@ -63,15 +65,15 @@ def conv(
 def conv_weight(
     grad: Tensor,
     input: Tensor,
-    kernel: Sequence[int],
+    kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
     """The gradient of conv's weight: for each tap the product of what it met and what came of it."""
-    columns = _columns(input, kernel, stride, padding, dilation)
-    columns = columns[(..., *(slice(m) for m in grad.shape[2:]), *[slice(None)] * len(kernel))]
-    c = columns.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel)).flatten(4)
+    columns = _columns(input, kernel_size, stride, padding, dilation)
+    columns = columns[(..., *(slice(m) for m in grad.shape[2:]), *[slice(None)] * len(kernel_size))]
+    c = columns.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel_size)).flatten(4)
     g = grad.unflatten(1, (groups, -1)).flatten(3)
-    return torch.einsum("ngcpt,ngop->goct", c, g).reshape(grad.shape[1], input.shape[1] // groups, *kernel)
+    return torch.einsum("ngcpt,ngop->goct", c, g).reshape(grad.shape[1], input.shape[1] // groups, *kernel_size)
