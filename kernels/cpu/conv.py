@@ -212,7 +212,7 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
         width = min(total, max(lanes, min(256, _up(l2 // 2 // sums_row, lanes))))
         rows = min(k, _up(-(-k // parts), f.rows) + f.rows)
         depth = min(rows, max(f.rows, l2 // 4 // (max(1, width) * unit) // f.rows * f.rows))
-        packing = max(width * depth, lanes * lanes) * unit
+        packing = max(_up(width, lanes) * depth, lanes * lanes) * unit
         at_meet = _up(4096 + runs(width) * _RUN, 64)
         at_outs = at_meet + taps * runs(width) * _MEETING
         at_sums = _up(at_outs + width * sums_row + 64, 64)

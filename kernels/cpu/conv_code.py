@@ -171,32 +171,89 @@ def copier(e: Any) -> Any:
 def _packers(e: Any) -> Any:
     """(pack_columns, pack_rows): a block of the image as rows of k, each of positions; as rows of positions, each of k."""
     p = compute_elem(e)
-    size, ps = e.size, p.size
-    zeros, copy, copy_stepped = copier(e)
+    lanes, size, ps = e.lanes, e.size, p.size
+    zeros, copy, _ = copier(e)
+
+    @outline
+    def clear(d, n, many, d_step, exact):
+        """n zeros in each of many rows; unless ``exact``, whole vectors"""
+        whole = n - n % lanes
+        for _ in range(many):
+            for j in range(0, whole, lanes):
+                store(p, d + j * ps, spread(p, 0.0))
+            if whole < n:
+                if exact:
+                    store_n(p, d + whole * ps, spread(p, 0.0), n - whole)
+                else:
+                    store(p, d + whole * ps, spread(p, 0.0))
+            d += d_step
+
+    @outline
+    def move(d, s, n, step, many, d_step, s_step, exact):
+        """n elements to each of many rows, from sources s_step apart"""
+        whole = n - n % lanes
+        rest = n - whole
+        if step == size:
+            for _ in range(many):
+                for j in range(0, whole, lanes):
+                    store(p, d + j * ps, load(e, s + j * size))
+                if rest > 0:
+                    v = load_n(e, s + whole * size, rest)
+                    if exact:
+                        store_n(p, d + whole * ps, v, rest)
+                    else:
+                        store(p, d + whole * ps, v)
+                d += d_step
+                s += s_step
+        elif step == 2 * size:
+            left = 2 * (n - whole) - 1  # elements up to the last that is wanted, in the last vector
+            if rest == 0:  # the last vector's last pair is half a pair
+                whole, rest, left = whole - lanes, lanes, 2 * lanes - 1
+            for _ in range(many):
+                for j in range(0, whole, lanes):
+                    store(p, d + j * ps, even_lanes(load(e, s + j * step), load(e, s + j * step + e.bytes)))
+                at = s + whole * step
+                v = even_lanes(load_n(e, at, min(lanes, left)), load_n(e, at + e.bytes, max(0, left - lanes)))
+                if exact:
+                    store_n(p, d + whole * ps, v, rest)
+                else:
+                    store(p, d + whole * ps, v)
+                d += d_step
+                s += s_step
+        else:
+            for _ in range(many):
+                for j in range(n):
+                    store_scalar(p, d + j * ps, load_scalar(e, s + j * step))
+                d += d_step
+                s += s_step
 
     @outline
     def pack_columns(geo, x, table, count, k0, k, dst, row):
-        """k = (channel, tap) from k0 on, positions as the meetings have them; rows ``row`` bytes apart"""
+        """k = (channel, tap) from k0 on, positions as the meetings have them; rows ``row`` bytes apart.
+
+        For each tap and run all channels at once. What is written past the end of a row, of at least one vector, is the next
+        tap's, which comes later; only behind the last tap the next row is already there.
+        """
         taps, x_c, step = max(1, get(geo, _TAPS)), get(geo, _XC), get(geo, _SW) * get(geo, _XW)
-        channel = k0 // taps
-        t = k0 - channel * taps
-        xc, at = x + channel * x_c, table + t * count * MEETING
-        for _ in range(k):
-            d = dst
-            for _ in range(count):
-                before, n, after = get(at, 8), get(at, 16), get(at, 24)
-                zeros(d, before)
-                d += before * ps
-                copy_stepped(d, xc + get(at, 0), n, step)
-                d += n * ps
-                zeros(d, after)
-                d += after * ps
-                at += MEETING
-            dst += row
-            t += 1
-            if t == taps:
-                t, at = 0, table
-                xc += x_c
+        for t in range(taps):
+            c = (k0 - t + taps - 1) // taps
+            many = (k0 + k - t + taps - 1) // taps - c
+            if many > 0:
+                d, d_step = dst + (c * taps + t - k0) * row, taps * row
+                end = d + row
+                for r in range(count):
+                    at = table + (t * count + r) * MEETING
+                    before, n, after = get(at, 8), get(at, 16), get(at, 24)
+                    exact = t == taps - 1 and d + (before + n + after + lanes) * ps > end
+                    if before > 0:
+                        clear(d, before, many, d_step, exact)
+                    d += before * ps
+                    if n > 0:
+                        move(d, x + c * x_c + get(at, 0), n, step, many, d_step, x_c, exact)
+                    d += n * ps
+                    if after > 0:
+                        clear(d, after, many, d_step, exact)
+                    d += after * ps
 
     @outline
     def pack_rows(geo, x, runs, count, k0, k, dst, row):
@@ -401,7 +458,7 @@ def convolution(elem_name: str) -> Any:
                         pack_rows(geo, x, runs, count, row, rn, columns, rn * ps)
                         a_row, a_k = ps, rn * ps
                     else:
-                        a_row, a_k = n * ps, ps
+                        a_row, a_k = (n + lanes - 1) // lanes * lanes * ps, ps
                         pack_columns(geo, x, table, count, row, rn, columns, a_row)
                     for q in range(panels):
                         v = q * vectors // panels
