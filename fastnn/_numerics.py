@@ -64,7 +64,24 @@ def _careful_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = No
     return plain.cross_entropy(x, target, weight, **options)[0]
 
 
-#: The same with products (of small matrices) and softmaxes that can judge float64 ones.
+def _careful_convolution(dims: int, transposed: bool) -> Callable[..., Tensor]:
+    from .kernels.reference import conv as plain
+
+    def product(c: Tensor, w: Tensor) -> Tensor:
+        return (c.unsqueeze(2) * w.unsqueeze(3)).sum((3, 5))
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        numbers = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | options
+        lists = {k: [v] * dims if isinstance(v, int) else list(v) for k, v in numbers.items() if k != "groups"}
+        groups, more = options.get("groups", 1), lists.pop("output_padding")
+        return plain.conv(
+            x, weight, bias, None, *lists.values(), transposed, more, groups, None, product
+        )
+
+    return convolve
+
+
+#: The same with products, convolutions (of small tensors) and softmaxes that can judge float64 ones.
 CAREFUL: Any = SimpleNamespace(
     **vars(TORCH)
     | {
@@ -79,6 +96,8 @@ CAREFUL: Any = SimpleNamespace(
         "log_softmax": _careful_log_softmax,
         "cross_entropy": _careful_cross_entropy,
     }
+    | {f"conv{d}d": _careful_convolution(d, False) for d in (1, 2, 3)}
+    | {f"conv_transpose{d}d": _careful_convolution(d, True) for d in (1, 2, 3)}
 )
 #: The magnitudes at which the errors of results are counted: scale(float64 inputs, float64 gradient of the output or
 #: None).

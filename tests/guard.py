@@ -263,10 +263,44 @@ def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
                 yield Case("group_norm_backward", (grad, x, weight, moments, groups, 1e-5))
 
 
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 3 else t
+
+
+def conv_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    """(input, weight, stride, padding, dilation, transposed, output_padding, groups)"""
+    problems: list[tuple[Any, ...]] = [
+        ((2, 3, 9, 7), (5, 3, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        ((1, 3, 11, 37), (9, 3, 3, 2), [2, 3], [1, 0], [1, 2], False, [0, 0], 1),
+        ((2, 17, 5, 5), (26, 17, 1, 1), [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        ((2, 4, 5, 9), (6, 2, 3, 3), [2, 2], [2, 2], [1, 1], False, [0, 0], 2),
+        ((1, 130, 3, 9), (5, 130, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        ((2, 11, 7, 43), (11, 1, 3, 5), [1, 2], [1, 2], [1, 1], False, [0, 0], 11),
+        ((1, 3, 5, 9), (6, 1, 3, 3), [1, 1], [1, 1], [2, 1], False, [0, 0], 3),
+        ((2, 3, 50), (7, 3, 6), [3], [4], [1], False, [0], 1),
+        ((1, 2, 3, 4, 5), (3, 2, 2, 3, 3), [1, 2, 1], [1, 1, 1], [1, 1, 1], False, [0, 0, 0], 1),
+        ((2, 3, 4, 5), (3, 5, 3, 4), [2, 3], [1, 0], [1, 1], True, [1, 2], 1),
+        ((2, 9, 4, 5), (9, 1, 3, 3), [2, 2], [1, 1], [1, 1], True, [1, 1], 9),
+    ]
+    for (x, w, *options), (layout, other) in itertools.product(
+        problems, [(plain, plain), (channels_last, channels_last), (stepped, transposed)]
+    ):
+        input, weight = layout(random(*x)), other(random(*w))
+        out = torch.convolution(input, weight, None, *options)
+        for more, activation in ((False, None), (True, "silu")):
+            bias, residual = (random(out.shape[1]), random(*out.shape)) if more else (None, None)
+            yield Case("conv", (input, weight, bias, residual, *options, activation), 3)
+        stride, padding, dilation, transposed_, _, groups = options
+        grad = other(random(*out.shape))
+        pair = (input, grad) if transposed_ else (grad, input)
+        yield Case("conv_weight", (*pair, list(w[2:]), stride, padding, dilation, groups))
+
+
 CASES = {
     "matmul": matmul_cases,
     "activation": activation_cases,
     "softmax": softmax_cases,
+    "conv": conv_cases,
     "pool": pool_cases,
     "norm": norm_cases,
     "rnn": rnn_cases,

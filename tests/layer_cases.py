@@ -58,6 +58,13 @@ def _fused(name: str | None) -> Callable[..., Tensor]:
     return linear
 
 
+def _convolved(name: str) -> Callable[..., Tensor]:
+    def conv(input: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, **_: Any) -> Tensor:
+        return getattr(F, name)(F.conv2d(input, weight, bias, padding=padding))
+
+    return conv
+
+
 def _losses() -> list[Case]:
     indices = torch.tensor([3, 0, 4, 3])
     ignoring = torch.tensor([3, -100, 4, 3])
@@ -195,7 +202,19 @@ NORM = [
     Case("group_norm", ((3, 4, 5),), {"num_groups": 2}),
     Case("instance_norm", ((3, 4, 5, 2),)),
 ]
-CASES = [*MATMUL, *ACTIVATION, *SOFTMAX, *POOL, *NORM]
+CONV = [
+    Case("conv1d", ((2, 3, 11), (5, 3, 3), (5,)), {"stride": 2, "padding": 1}),
+    Case("conv1d", ((4, 9), (6, 2, 3), (6,)), {"groups": 2, "padding": "same"}),
+    Case("conv2d", ((2, 3, 7, 6), (4, 3, 3, 3), (4,)), {"padding": 1}),
+    Case("conv2d", ((2, 3, 8, 7), (4, 3, 3, 2)), {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2)}),
+    Case("conv2d", ((2, 4, 6, 5), (4, 1, 3, 3), (4,)), {"groups": 4, "stride": 2, "padding": 1}),
+    Case("conv2d", ((2, 5, 4, 3), (7, 5, 1, 1), (7,))),
+    Case("conv3d", ((2, 2, 4, 5, 3), (3, 2, 2, 3, 1), (3,)), {"stride": (1, 2, 1), "padding": (1, 0, 0)}),
+    Case("conv_transpose1d", ((2, 3, 5), (3, 4, 3), (4,)), {"dilation": 2, "output_padding": 1}),
+    Case("conv_transpose2d", ((2, 4, 3, 4), (4, 2, 3, 3), (4,)), {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
+    Case("conv_transpose3d", ((1, 2, 2, 3, 2), (2, 3, 2, 2, 3)), {"stride": (2, 1, 1)}),
+]
+CASES = [*MATMUL, *ACTIVATION, *SOFTMAX, *CONV, *POOL, *NORM]
 
 # what torch has no single call for
 FUSED = [
@@ -214,4 +233,6 @@ FUSED = [
             "hardsigmoid",
         )
     ),
+    Case("conv2d", ((2, 3, 5, 6), (4, 3, 3, 3), (4,)), {"padding": 1, "activation": "relu"}, _convolved("relu")),
+    Case("conv2d", ((2, 3, 5, 6), (4, 3, 3, 3), (4,)), {"padding": 1, "activation": "silu"}, _convolved("silu")),
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fastnn
 import fastnn.functional as f
 from fastnn.ops import activation as activation_ops
+from fastnn.ops import conv as conv_ops
 from fastnn.ops import matmul as matmul_ops
 from fastnn.ops import norm as norm_ops
 from fastnn.ops import pool as pool_ops
@@ -20,7 +21,7 @@ from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, NORM, POOL, SOFTMAX, C
 
 OPERATORS: dict[str, Operator] = {
     op.name: op
-    for module in (matmul_ops, activation_ops, softmax_ops, pool_ops, norm_ops)
+    for module in (matmul_ops, activation_ops, softmax_ops, conv_ops, pool_ops, norm_ops)
     for op in vars(module).values()
     if isinstance(op, Operator)
 }
@@ -43,6 +44,10 @@ X = torch.linspace(-2, 3, 40).cos().reshape(2, 4, 5)
 WINDOW = False, [3, 2], [2, 2], [1, 1]
 EVENLY: Any = (True, [4], [], [])
 PLACES = torch.tensor([3, 0, 11, 7]).reshape(2, 2).expand(2, 3, 2, 2)
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 INDEX = torch.tensor([1, -100, 0, 4])
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5])
 SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
@@ -114,6 +119,17 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (last(2, 4, 3, 3, grad=g), None, t(4, grad=g), 4, 1e-5),
     ],
     "group_norm_backward": [lambda g: (t(2, 4, 5), X, t(4), moments(X, 2), 2, 1e-5)],
+    "conv": [
+        lambda g: (t(2, 4, 6, 5, grad=g), t(6, 2, 3, 3, grad=g), t(6, grad=g), t(2, 6, 3, 3, grad=g), [2, 2], [1, 1], [1, 1],
+                   False, [0, 0], 2, None),
+        lambda g: (t(2, 3, 5, grad=g), t(3, 4, 3, grad=g), None, None, [2], [1], [1], True, [1], 1, "relu"),
+        lambda g: (_last(t(2, 3, 6, 5)).requires_grad_(g), t(4, 3, 3, 3, grad=g), None, None, [1, 1], [1, 1], [1, 1], False,
+                   [0, 0], 1, None),
+    ],
+    "conv_weight": [
+        lambda g: (t(2, 6, 3, 3), t(2, 4, 6, 5), [3, 3], [2, 2], [1, 1], [1, 1], 2),
+        lambda g: (t(2, 6, 6, 5), _last(t(2, 4, 6, 5)), [3, 3], [1, 1], [1, 1], [1, 1], 1),
+    ],
 }
 
 

@@ -113,6 +113,7 @@ EMPTY = [
     Case("cross_entropy", ((0, 3),), {"target": torch.tensor([], dtype=torch.int64), "reduction": "none"}),
     Case("nll_loss", ((0, 3),), {"target": torch.tensor([], dtype=torch.int64), "reduction": "sum"}),
     Case("mse_loss", ((0, 3), (0, 3)), {"reduction": "sum"}),
+    Case("conv2d", ((0, 3, 5, 5), (4, 3, 3, 3), (4,))),
 ]
 
 
@@ -581,6 +582,14 @@ MODULES: list[tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = [
     *((lambda m, d=d: getattr(m, f"BatchNorm{d}d")(3, momentum=None).eval(), (2, 3, *[4] * d)) for d in (1, 2, 3)),
     *((lambda m, d=d: getattr(m, f"InstanceNorm{d}d")(3, affine=True), (2, 3, *[4] * d)) for d in (1, 2, 3)),
     (lambda m: m.GroupNorm(2, 4), (2, 4, 5)),
+    (lambda m: m.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    (lambda m: m.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (4, 9)),
+    (lambda m: m.Conv2d(4, 6, (3, 2), padding="same", bias=False), (2, 4, 9, 5)),
+    (lambda m: m.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect", groups=2), (2, 4, 9, 5)),
+    (lambda m: m.Conv3d(2, 3, 3, padding=1, padding_mode="replicate"), (1, 2, 3, 4, 5)),
+    (lambda m: m.ConvTranspose1d(4, 6, 3, stride=2), (4, 9)),
+    (lambda m: m.ConvTranspose2d(4, 6, 4, stride=2, padding=1, output_padding=1), (2, 4, 3, 5)),
+    (lambda m: m.ConvTranspose3d(2, 3, 2, stride=(1, 2, 1)), (1, 2, 3, 2, 3)),
 ]  # fmt: skip
 LOSSES: list[tuple[Callable[[Any], nn.Module], Tensor]] = [
     (lambda m: m.CrossEntropyLoss(torch.rand(6), label_smoothing=0.1), torch.tensor([0, 5, -100])),

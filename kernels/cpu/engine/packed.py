@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Packing:
         self.address = self.cut = self.sample = 0
 
 
-_entries: OrderedDict[tuple[int, str], tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
+_entries: OrderedDict[tuple[int, Hashable], tuple[weakref.ref[Tensor], Packing]] = OrderedDict()
 _lock = threading.RLock()
 _limit: int | None = None
 _bytes = 0
@@ -97,7 +97,7 @@ def clear() -> None:
         _entries.clear()
 
 
-def _drop(key: tuple[int, str]) -> None:
+def _drop(key: tuple[int, Hashable]) -> None:
     global _bytes
     with _lock:
         found = _entries.pop(key, None)
@@ -110,8 +110,8 @@ def _shrink(most: int) -> None:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
 
 
-def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: str = "") -> Packing | None:
-    """The kept packing of a contiguous ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
+def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: Hashable = "") -> Packing | None:
+    """The kept packing of a dense ``tensor``, made by ``pack(address) -> cut`` when it is seen a second time unchanged.
 
     ``kind`` tells apart packings of one tensor that differ in their layout.
 

@@ -599,6 +599,15 @@ def shift_right_logical(typingctx, v, n):
 
 
 @intrinsic
+def even_lanes(typingctx, a, b):
+    """even_lanes(a, b) -> lanes 0, 2, 4, … of a followed by b"""
+    def codegen(context, builder, sig, args):
+        index = ir.VectorType(i32, a.lanes)
+        return builder.shuffle_vector(*args, ir.Constant(index, list(range(0, 2 * a.lanes, 2))))
+    return a(a, b), codegen
+
+
+@intrinsic
 def iota(typingctx, elem):
     """iota(elem) -> 0, 1, 2, … in the lanes of an integer element type"""
     e = elem.value

@@ -1,0 +1,349 @@
+"""Convolutions on the CPU: which kernel serves a call, and how a problem is described to it.
+
+Everything is three-dimensional here: a missing dimension has size 1. A convolution of any stride is one problem; a transposed
+one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that nothing
+is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .conv_fields import FIELDS
+from .engine import packed, threads
+from .engine.activation_codes import CODES
+from .engine.build import Kernel
+from .engine.host import caches
+from .engine.workspace import workspace
+from .matmul import _format
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
+_SMALL_WEIGHT = 4096  # elements below which arranging anew is cheaper than looking the arranged weight up
+_RUN, _MEETING, _OUT = 48, 32, 24  # as in conv_code
+PLANES, PIXELS, WEIGHTS, WEIGHTS_LAST = range(4)
+
+
+def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kernel:
+    def make() -> Callable[..., Any]:
+        return getattr(import_module(f".{module}", __package__), kind)(_NAMES[dtype])
+    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
+
+
+_CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
+_DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
+_ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
+
+
+class Phase(NamedTuple):
+    """One problem for the kernel: its fields, and how the weight's taps are to be arranged for it."""
+
+    fields: array[int]
+    taps: array[int]  # (d, h, w) of each, relative to a position's first element
+    offsets: array[int]  # of each filter tap in the weight, in bytes
+    start: int  # of the first output, in bytes
+    depthwise: bool
+    groups: int
+    channels: int
+    outputs: int
+    panels: int
+    arranged: int  # bytes of the arranged weight; 0: it is read where it is
+    scratch: int  # bytes a thread
+    threads: int
+
+
+def _three(values: Sequence[int], missing: int) -> list[int]:
+    return [missing] * (3 - len(values)) + list(values)
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _divide(nt: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many ways to cut (rows, columns), counted in the least that a thread should get, for nt threads."""
+    if groups >= 4 * nt or groups % nt == 0:
+        return 1, 1
+    for n in range(nt, 0, -1):
+        if nt % n == 0 and (n <= columns or n == 1):
+            return max(1, min(nt // n, rows)), n
+    return 1, 1
+
+
+@lru_cache(1024)
+def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...],
+          w_stride: tuple[int, ...], y_shape: tuple[int, ...], y_stride: tuple[int, ...], stride: tuple[int, ...],
+          padding: tuple[int, ...], dilation: tuple[int, ...], transposed: bool, groups: int) -> list[Phase]:
+    """The phases of a problem of these shapes and strides (in elements)."""
+    f = _format(dtype)
+    size, unit = f.size, f.unit
+    in_size, out_size = _three(x_shape[2:], 1), _three(y_shape[2:], 1)
+    kernel, step, dil = _three(w_shape[2:], 1), _three(stride, 1), _three(dilation, 1)
+    pad = _three(padding, 0)
+    xs, ys, ws = ([s * size for s in _three(t[2:], 0)] for t in (x_stride, y_stride, w_stride))
+    channels, outputs = x_shape[1] // groups, y_shape[1] // groups
+    depthwise = _depthwise(channels, outputs, groups, kind)
+    axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
+    for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
+        if transposed:
+            axes.append([(r, -(-(n - r) // s), sorted(((r + p - i * d) // s, i) for i in range(k) if (r + p - i * d) % s == 0))
+                         for r in range(min(s, n))])
+        else:
+            axes.append([(0, n, [(i * d - p, i) for i in range(k)])])
+    phases = []
+    for phase in product(*axes):
+        first, positions, along = (list(v) for v in zip(*phase, strict=True))
+        taps = list(product(*along))
+        offsets = array("q", [sum(i * s for (_, i), s in zip(tap, ws, strict=True)) for tap in taps])
+        deltas = [[delta for delta, _ in tap] for tap in taps]
+        moves = [1, 1, 1] if transposed else step
+        y_steps = [s * m for s, m in zip(ys, step, strict=True)] if transposed else ys
+        images, whole, x_steps = x_shape[0], list(in_size), list(xs)
+        xn, yn = x_stride[0] * size, y_stride[0] * size
+        # A kernel of one tap sees every position alike: the dimensions become one, if memory allows.
+        if not depthwise and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
+                _even(v[::-1], whole[::-1]) for v in (x_steps, y_steps)):
+            flat = math.prod(whole)
+            x_w, y_w = (_innermost(v, whole) for v in (x_steps, y_steps))
+            if kind != PLANES and (images == 1 or (xn == flat * x_w and yn == flat * y_w)):
+                flat, images = flat * images, 1
+            positions = whole = [1, 1, flat]
+            x_steps, y_steps = [0, 0, x_w], [0, 0, y_w]
+        direct = kind == PIXELS and not depthwise and not f.half and deltas == [[0, 0, 0]] and images == 1 and whole == positions == [
+            1, 1, positions[2]] and moves[2] == 1
+        # Neighbouring taps along w whose channels are neighbours in memory are one.
+        span, here = 1, [delta for delta, _ in along[2]]
+        if kind in (PIXELS, WEIGHTS_LAST) and here and x_steps[2] == channels * size and groups == 1 and here == list(
+                range(here[0], here[0] + len(here))):
+            span = len(here)
+            deltas = [t for t in deltas if t[2] == here[0]]
+        table = array("q", [n for delta in deltas for n in delta])
+        channels_all, total = groups * outputs, images * math.prod(positions)
+        depth_all = channels * len(taps)
+        ops = groups * outputs * depth_all * total
+        threads_used = 1 if ops < _SERIAL else nt
+        w_g, w_o, w_c = (outputs if not transposed else channels) * w_stride[0] * size, w_stride[0] * size, w_stride[1] * size
+        if transposed:
+            w_o, w_c = w_c, w_o
+        in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
+            channels == 1 or w_c == len(taps) * size) and (not depthwise or w_g == outputs * w_o)
+        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves) if depthwise else
+                  _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
+        if in_place or kind >= WEIGHTS:
+            rows, arranged = (w_g, w_o, size), 0
+        elif kind == PLANES:
+            rows = (outputs * depth_all * unit, depth_all * unit, unit)
+            arranged = groups * outputs * depth_all * unit
+        elif depthwise:
+            rows, arranged = (0, 0, 0), layout["panels"] * f.lanes * depth_all * unit
+        else:
+            each = _up(outputs, f.lanes) * depth_all * unit
+            rows, arranged = (each, 0, 0), groups * each
+        values = dict(
+            images=images, channels=channels, outputs=outputs, groups=groups, od=positions[0], oh=positions[1], ow=positions[2],
+            d=whole[0], h=whole[1], w=whole[2], sd=moves[0], sh=moves[1], sw=moves[2], xn=xn, xc=x_stride[1] * size,
+            xd=x_steps[0], xh=x_steps[1], xw=x_steps[2], yn=yn, yo=y_stride[1] * size, yd=y_steps[0], yh=y_steps[1],
+            yw=y_steps[2], wg=rows[0], wr=rows[1], wk=rows[2], taps=len(deltas), tap=table.buffer_info()[0], span=span,
+            direct=int(direct), **layout)
+        scratch = values.pop("scratch")
+        start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
+        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, groups, channels,
+                            outputs, values["panels"], arranged, scratch, threads_used))
+    return phases
+
+
+def _even(steps: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether the elements of dimensions, the innermost first, are at even distances."""
+    expected = None
+    for step, n in zip(steps, sizes, strict=True):
+        if n > 1:
+            if expected is not None and step != expected:
+                return False
+            expected = step * n
+    return True
+
+
+def _innermost(steps: Sequence[int], sizes: Sequence[int]) -> int:
+    return next((step for step, n in zip(reversed(steps), reversed(sizes), strict=True) if n > 1), steps[2])
+
+
+def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int, depth_all: int, total: int, row: int,
+            taps: int) -> dict[str, int]:
+    """Sizes of blocks, the division among threads, and where a thread's tables lie."""
+    lanes, unit, l2 = f.lanes, f.unit, caches().l2
+    vectors, out_vectors = -(-total // lanes), -(-outputs // lanes)
+
+    def runs(n: int) -> int:
+        return min(n, (n + row - 2) // row + 1) if n else 1
+
+    panels = at_outs = at_meet = meet = 0
+    if kind == PLANES:
+        parts, cuts = _divide(nt, groups, -(-outputs // f.rows), vectors // (2 * f.vecs))
+        width = min(4 * f.vecs, max(1, -(-vectors // cuts)))
+        depth = _cut(depth_all, max(64, l2 // 2 // (width * lanes * unit)))
+        block = width * lanes
+        sums_row, packing = block * unit, depth * block * unit
+        rows = min(outputs, _up(-(-outputs // parts), f.rows) + f.rows) if depth_all > depth else f.rows
+        at_outs = 4096 + runs(block) * _RUN
+        at_meet = at_outs + runs(block) * _OUT
+        meet = taps * runs(f.vecs * lanes) * _MEETING
+        at_sums = _up(at_meet + 4 * meet, 64)
+    elif kind == PIXELS:
+        panels = -(-out_vectors // f.vecs)
+        cuts, parts = _divide(nt, groups, panels, total // 32)
+        panels = min(out_vectors, _up(panels, cuts))
+        width = 48
+        depth = _cut(depth_all, max(64, l2 * 3 // 8 // (width * unit)))
+        sums_row, packing, rows = out_vectors * lanes * unit, width * depth * unit, width
+        at_sums = _up(4096 + runs(width) * _RUN, 64)
+    else:
+        k = depth_all
+        parts, cuts = (1, 1) if groups >= 4 * nt or groups % nt == 0 else (max(1, min(nt, k // f.rows)), 1)
+        sums_row = out_vectors * lanes * unit
+        width = min(total, max(lanes, min(256, _up(l2 // 2 // sums_row, lanes))))
+        rows = min(k, _up(-(-k // parts), f.rows) + f.rows)
+        depth = min(rows, max(f.rows, l2 // 4 // (max(1, width) * unit) // f.rows * f.rows))
+        packing = max(_up(width, lanes) * depth, lanes * lanes) * unit
+        at_meet = _up(4096 + runs(width) * _RUN, 64)
+        at_outs = at_meet + taps * runs(width) * _MEETING
+        at_sums = _up(at_outs + width * sums_row + 64, 64)
+    at_pack = _up(at_sums + rows * sums_row + 64, 64)
+    return dict(parts=parts, cuts=cuts, width=width, depth=depth, panels=panels, at_runs=4096, at_outs=at_outs, at_meet=at_meet,
+                meet=meet, at_sums=at_sums, sums=sums_row, at_pack=at_pack, scratch=_up(at_pack + packing + 256, 4096))
+
+
+def _depthwise(channels: int, outputs: int, groups: int, kind: int) -> bool:
+    """Whether each input channel has filters of its own; vectors along the channels need exactly one each."""
+    return groups > 1 and channels == 1 and (outputs == 1 or kind in (PLANES, WEIGHTS))
+
+
+def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], deltas: list[list[int]],
+                      moves: list[int]) -> dict[str, int]:
+    """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
+    vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
+    at_outs = _up(taps * 24 + 64, 64)
+    depth = packing = 0
+    if kind in (PIXELS, WEIGHTS_LAST):
+        at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
+    else:
+        at_pack = _up(at_outs + 2 * taps * vector + (positions[2] + 8 * f.lanes) * f.unit, 64)
+        deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
+        row = (positions[2] + 4 * f.lanes + wide) * f.unit * moves[2]
+        fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
+        depth = max(1, min(positions[1], fits, 256 * f.lanes // positions[2]))
+        packing = row * deep * ((depth - 1) * moves[1] + high)
+    return dict(parts=1, cuts=1, width=0, depth=depth, panels=vectors if kind == PIXELS else 0, at_runs=0, at_outs=at_outs,
+                at_meet=0, meet=0, at_sums=0, sums=0, at_pack=at_pack, scratch=_up(at_pack + packing + 512, 4096))
+
+
+def _cut(n: int, most: int) -> int:
+    """n in as few, as even stretches as can be."""
+    return -(-n // -(-n // most)) if n > 0 else 1
+
+
+def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> None:
+    dtype = x.dtype
+    nt = threads.count()
+    phases = _plan(kind, dtype, nt, x.shape, x.stride(), weight.shape, weight.stride(), out.shape, out.stride(), tuple(stride),
+                   tuple(padding), tuple(dilation), transposed, groups)
+    need = sum(p.arranged for p in phases)
+    keep = _kept(weight, kind, phases, transposed, groups) if need and weight.numel() >= _SMALL_WEIGHT else None
+    scratch = max(p.threads * p.scratch for p in phases)
+    ws = workspace(scratch + (0 if keep else _up(need, 4096)))
+    at = ws + scratch
+    if keep is not None:
+        at = keep.address
+    elif need:
+        _arrange(weight, kind, phases, transposed, groups, at)
+    x_at, y_at, w_at = x.data_ptr(), out.data_ptr(), weight.data_ptr()
+    b, r = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
+    for p in phases:
+        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
+                                r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
+        at += p.arranged
+
+
+def _arrange(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, groups: int, at: int) -> None:
+    size = weight.itemsize
+    s_o, s_c = weight.stride(0) * size, weight.stride(1) * size
+    s_g = weight.shape[0] // groups * s_o
+    if transposed:
+        s_o, s_c = s_c, s_o
+    for p in phases:
+        many, outputs, step = groups, p.outputs, s_o
+        if p.depthwise and p.panels:  # one panel a vector of channels, whose filters are groups
+            many, outputs, step = 1, groups, s_g
+        _ARRANGE[weight.dtype].run(p.threads, many, outputs, p.channels, len(p.offsets), p.panels, weight.data_ptr(), s_g, step,
+                                   s_c, p.offsets.buffer_info()[0], at)
+        at += p.arranged
+
+
+def _kept(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, groups: int) -> packed.Packing | None:
+    """The kept arrangement of a weight that has been seen before, unchanged."""
+    if weight.is_inference() or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
+        return None
+
+    def pack(address: int) -> int:
+        _arrange(weight, kind, phases, transposed, groups, address)
+        return 0
+    how = (kind, transposed, groups, *((p.panels, p.offsets.tobytes()) for p in phases))
+    return packed.get(weight, sum(p.arranged for p in phases), pack, how)
+
+
+# The operators -------------------------------------------------------------------------------------------------------
+
+
+def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+         padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+         activation: str | None) -> None:
+    """out = act(input ⋆ weight + bias + residual), or the transposed convolution."""
+    if out.numel() == 0:
+        return
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if residual is not None and residual.stride() != out.stride():
+        residual = torch.empty_like(out).copy_(residual)
+    last = out.stride(1) == 1 and (input.stride(1) == 1 or input.shape[1] == 1) and out.dim() > 3 and not out.is_contiguous()
+    if last and groups > 1 and input.shape[1] == groups != out.shape[1]:
+        last = False  # several filters a channel: neighbours in the output are none in the input
+    _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups,
+         CODES[activation] if activation is not None else 0)
+
+
+def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+                dilation: Sequence[int], groups: int) -> None:
+    """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
+    if out.numel() == 0:
+        return
+    if grad.numel() == 0:
+        out.zero_()
+        return
+    if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
+        grad = grad.contiguous()
+    last = not out.is_contiguous()
+    dtype = input.dtype
+    (p,) = _plan(WEIGHTS_LAST if last else WEIGHTS, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
+                 grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
+    if p.depthwise and last and grad.stride(1) != 1:
+        grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
+        return conv_weight(out, grad, input, kernel_size, stride, padding, dilation, groups)
+    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, WEIGHTS_LAST if last else WEIGHTS, p.fields.buffer_info()[0], input.data_ptr(),
+                            out.data_ptr(), grad.data_ptr(), 0, 0, 0, workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
+
+
+def _steps(grad: Tensor) -> tuple[int, ...]:
+    """The strides with that of the last dimension meaningful: the distance of neighbouring positions."""
+    return (*grad.stride()[:-1], _innermost([0] * (5 - grad.dim()) + list(grad.stride()[2:]), _three(grad.shape[2:], 1)))
+
+
+KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_weight}

@@ -1,0 +1,272 @@
+"""Convolutions on the CPU against float64, beside torch: shapes, strides, formats, epilogues, gradients, kept weights."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastnn
+import fastnn.functional as ours
+from fastnn import ops
+from fastnn._numerics import sum_of_magnitudes
+from fastnn.kernels.cpu import conv as host
+from fastnn.kernels.cpu.engine import packed
+from rule import DTYPES, LAYOUTS, check, randn
+
+F = torch.nn.functional
+pytestmark = pytest.mark.usefixtures("poison", "threads")
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda t: t,
+    "last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+def agree(op: str, x: Tensor, w: Tensor, b: Tensor | None = None, **options: Any) -> None:
+    """Output and all gradients obey the error rule."""
+
+    def run(space: Any, *tensors: Tensor) -> Tensor:
+        return getattr(space, op)(*tensors, **options)
+
+    tensors = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
+    check(run, tensors, sum_of_magnitudes(run))
+
+
+# (op, input, weight, options): each takes another way through the kernels
+PROBLEMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "3x3": ("conv2d", (2, 5, 9, 13), (11, 5, 3, 3), {"padding": 1}),
+    "wide rows": ("conv2d", (1, 3, 4, 131), (5, 3, 3, 3), {"padding": 1}),
+    "narrow rows": ("conv2d", (3, 5, 40, 1), (7, 5, 3, 1), {"padding": (1, 0)}),
+    "deep": ("conv2d", (2, 150, 5, 6), (9, 150, 3, 3), {"padding": 1}),
+    "many outputs": ("conv2d", (1, 3, 5, 6), (131, 3, 2, 2), {}),
+    "stride 2": ("conv2d", (2, 3, 19, 23), (6, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "stride 3, uneven": ("conv2d", (2, 3, 17, 20), (6, 3, 4, 3), {"stride": (3, 4), "padding": (2, 1)}),
+    "dilation": ("conv2d", (2, 3, 17, 15), (6, 3, 3, 3), {"dilation": (2, 5), "padding": (2, 5)}),
+    "padding beyond the kernel": ("conv2d", (1, 2, 3, 4), (3, 2, 2, 2), {"padding": 5}),
+    "1x1": ("conv2d", (3, 37, 7, 9), (29, 37, 1, 1), {}),
+    "1x1, stride 2": ("conv2d", (3, 17, 7, 9), (29, 17, 1, 1), {"stride": 2}),
+    "kernel is the image": ("conv2d", (5, 6, 7, 5), (8, 6, 7, 5), {}),
+    "groups": ("conv2d", (2, 12, 9, 7), (20, 3, 3, 3), {"groups": 4, "padding": 1}),
+    "depthwise": ("conv2d", (2, 19, 9, 43), (19, 1, 3, 3), {"groups": 19, "padding": 1}),
+    "depthwise, stride 2": ("conv2d", (2, 11, 15, 21), (11, 1, 5, 5), {"groups": 11, "padding": 2, "stride": 2}),
+    "depthwise, two filters": ("conv2d", (2, 5, 9, 11), (10, 1, 3, 3), {"groups": 5, "padding": 2, "dilation": 2}),
+    "same": ("conv2d", (2, 3, 8, 9), (4, 3, 2, 4), {"padding": "same"}),
+    "valid": ("conv1d", (2, 3, 50), (4, 3, 5), {"padding": "valid"}),
+    "1d": ("conv1d", (2, 3, 400), (13, 3, 10), {"stride": 5, "padding": 3}),
+    "1d, long kernel": ("conv1d", (2, 1, 700), (6, 1, 301), {"stride": 4}),
+    "1d depthwise": ("conv1d", (2, 9, 61), (9, 1, 4), {"groups": 9, "padding": 3}),
+    "3d": ("conv3d", (2, 3, 5, 6, 7), (6, 3, 3, 3, 3), {"padding": 1, "stride": (1, 2, 1)}),
+    "3d depthwise": ("conv3d", (1, 9, 4, 5, 6), (9, 1, 3, 3, 3), {"groups": 9, "padding": 1}),
+    "transposed": ("conv_transpose2d", (2, 5, 6, 7), (5, 9, 3, 3), {"padding": 1}),
+    "transposed, stride 2": ("conv_transpose2d", (2, 5, 6, 7), (5, 9, 4, 4), {"stride": 2, "padding": 1}),
+    "transposed, gaps": ("conv_transpose2d", (2, 5, 6, 7), (5, 9, 2, 1), {"stride": 3, "output_padding": (2, 1)}),
+    "transposed, dilation": ("conv_transpose2d", (1, 3, 5, 4), (3, 4, 3, 3), {"dilation": 3, "stride": 2, "output_padding": 2}),
+    "transposed, groups": ("conv_transpose2d", (2, 6, 5, 4), (6, 5, 3, 3), {"groups": 3, "stride": 2}),
+    "transposed, depthwise": ("conv_transpose2d", (2, 11, 5, 4), (11, 1, 3, 3), {"groups": 11, "stride": 2, "padding": 1}),
+    "transposed 1d": ("conv_transpose1d", (2, 3, 37), (3, 5, 4), {"stride": 3}),
+    "transposed 3d": ("conv_transpose3d", (1, 3, 3, 4, 3), (3, 5, 3, 2, 3), {"stride": 2, "padding": 1}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_error_rule(problem: str, form: str, dtype: torch.dtype) -> None:
+    op, x, w, options = PROBLEMS[problem]
+    if form == "last" and len(x) == 3:
+        pytest.skip("one dimension has no channels-last format")
+    outputs = w[1] * options.get("groups", 1) if "transpose" in op else w[0]
+    place = FORMATS[form]
+    image = place(randn(*x, dtype=dtype))
+    agree(op, image, place(randn(*w, dtype=dtype, seed=1)), randn(outputs, dtype=dtype, seed=2), **options)
+    agree(op, image, randn(*w, dtype=dtype, seed=1), **options)
+
+
+SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 25])
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    """Random shapes, strides in memory and numbers, with bias, residual and activation."""
+    draw = data.draw
+    dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 1, 2, 3]))
+    transposed = draw(st.booleans())
+    kernel, stride, dilation = ([draw(st.integers(1, 3)) for _ in range(dims)] for _ in range(3))
+    padding = [draw(st.integers(0, d * (k - 1))) for d, k in zip(dilation, kernel)]
+    size = [draw(SIZES if d == dims - 1 else st.integers(1, 5)) + d_ * (k - 1)
+            for d, (d_, k) in enumerate(zip(dilation, kernel))]
+    more = [draw(st.integers(0, s - 1)) if transposed else 0 for s in stride]
+    channels, outputs = groups * draw(SIZES), groups * draw(SIZES)
+    w = (channels, outputs // groups, *kernel) if transposed else (outputs, channels // groups, *kernel)
+    places = st.sampled_from([*LAYOUTS.values(), FORMATS["last"]])
+    x, weight = draw(places)(randn(2, channels, *size)), draw(places)(randn(*w, seed=1))
+    bias = randn(outputs, seed=2) if draw(st.booleans()) else None
+    fixed = (stride, padding, dilation, transposed, more, groups)
+    activation = draw(st.sampled_from([None, "relu", "silu"]))
+    plain = ops.conv.conv(x, weight, bias, None, *fixed, None, backend="torch")
+    residual = draw(places)(randn(*plain.shape, seed=3)) if draw(st.booleans()) else None
+    args = (x, weight, bias, residual, *fixed, activation)
+    expected = ops.conv.conv(*args, backend="reference")
+    torch.testing.assert_close(ops.conv.conv(*args, backend="cpu"), expected, rtol=1e-4, atol=1e-3)
+    grad = draw(places)(randn(*plain.shape, seed=4))
+    pair = (x, grad) if transposed else (grad, x)
+    args = (*pair, kernel, stride, padding, dilation, groups)
+    expected = ops.conv.conv_weight(*args, backend="reference")
+    torch.testing.assert_close(ops.conv.conv_weight(*args, backend="cpu"), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("x_form", "w_form"), list(itertools.product(FORMATS, FORMATS)))
+def test_memory_format_is_torchs(x_form: str, w_form: str, dtype: torch.dtype) -> None:
+    for shape, kernel in (((2, 5, 7, 6), (4, 5, 3, 3)), ((2, 5, 7, 6), (4, 5, 1, 1)), ((2, 1, 7, 6), (4, 1, 3, 3))):
+        x, w = FORMATS[x_form](randn(*shape, dtype=dtype)), FORMATS[w_form](randn(*kernel, dtype=dtype))
+        for op, weight in ((ours.conv2d, w), (ours.conv_transpose2d, w.transpose(0, 1))):
+            theirs = getattr(F, op.__name__)
+            assert op(x, weight, backend="cpu").stride() == theirs(x, weight).stride()
+
+
+def test_gradients_of_a_sum() -> None:
+    """Its gradient has stride 0."""
+    for op, x, w, options in PROBLEMS.values():
+        tensors = [randn(*x).requires_grad_(), randn(*w).requires_grad_()]
+        mine = torch.autograd.grad(getattr(ours, op)(*tensors, **options, backend="cpu").sum(), tensors)
+        theirs = torch.autograd.grad(getattr(F, op)(*tensors, **options).sum(), tensors)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_epilogue(form: str) -> None:
+    place = FORMATS[form]
+    for op, w, groups in (("conv2d", (9, 5, 3, 3), 1), ("conv2d", (5, 1, 3, 3), 5), ("conv_transpose2d", (5, 9, 3, 3), 1)):
+        x, weight = place(randn(2, 5, 7, 11)), place(randn(*w, seed=1))
+        plain = getattr(F, op)(x, weight, stride=2, groups=groups)
+        bias = randn(plain.shape[1], seed=2)
+        for other, activation in itertools.product(FORMATS.values(), ("relu", "gelu", "hardswish", None)):
+            residual = other(randn(*plain.shape, seed=3))
+            z = plain + bias[:, None, None] + residual
+            expected = z if activation is None else getattr(F, activation)(z)
+            mine = getattr(ours, op)(x, weight, bias, 2, groups=groups, residual=residual, activation=activation, backend="cpu")
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+            assert mine.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_special_values_reach_what_meets_them(form: str) -> None:
+    """NaN and Inf spread as in torch: nothing is multiplied by padding or by a neighbour's lane."""
+    for value, groups in itertools.product((float("nan"), float("inf")), (1, 6)):
+        x, w = randn(2, 6, 9, 13), randn(6, 6 // groups, 3, 3, seed=1)
+        x[0, 2, 4, 12], x[1, 5, 8, 0] = value, -value
+        x, w = FORMATS[form](x), FORMATS[form](w)
+        torch.testing.assert_close(ours.conv2d(x, w, padding=1, groups=groups, backend="cpu"),
+                                   F.conv2d(x, w, padding=1, groups=groups), equal_nan=True)  # fmt: skip
+        g = randn(2, 6, 9, 13, seed=3)
+        args = ([3, 3], [1, 1], [1, 1], [1, 1], groups)
+        torch.testing.assert_close(ops.conv.conv_weight(g, x, *args, backend="cpu"),
+                                   ops.conv.conv_weight(g, x, *args, backend="torch"), equal_nan=True, rtol=1e-4, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("threads_used", [1, 2, 3, 7])
+def test_threads(threads_used: int) -> None:
+    """Any number of threads; the same one gives the same bits."""
+    torch.set_num_threads(threads_used)
+    for name in ("3x3", "deep", "many outputs", "groups", "depthwise", "1d", "transposed, stride 2"):
+        op, x, w, options = PROBLEMS[name]
+        for place in FORMATS.values():
+            image, weight = (place(randn(3 * s[0], *s[1:])) if len(s) > 3 else randn(*s) for s in (x, w))
+            if "transpose" in op:
+                weight = randn(*w)
+            if options.get("groups", 1) > 1:
+                weight = randn(*w)
+            tensors = [image.requires_grad_(), weight.requires_grad_()]
+            first, second = ([y := getattr(ours, op)(*tensors, **options, backend="cpu"),
+                              *torch.autograd.grad(y, tensors, torch.ones_like(y))] for _ in range(2))  # fmt: skip
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a, b)
+            torch.testing.assert_close(first[0], getattr(F, op)(*tensors, **options), rtol=1e-4, atol=1e-3)
+
+
+def test_weights_are_arranged_once_and_anew_when_they_change() -> None:
+    packed.clear()
+    x, conv = FORMATS["last"](randn(2, 32, 5, 5)), nn.Conv2d(32, 48, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for change in (lambda w: None, lambda w: w.mul_(2), lambda w: w.data.add_(1), lambda w: w[3].zero_()):
+            change(conv.weight)
+            for _ in range(3):
+                torch.testing.assert_close(ours.conv2d(x, conv.weight, conv.bias, backend="cpu"), conv(x), rtol=1e-4, atol=1e-4)
+            held = packed.held()
+            assert held >= conv.weight.nbytes
+        y = randn(1, 48, 4, 4)  # the same weight, in another way
+        for _ in range(3):
+            torch.testing.assert_close(ours.conv_transpose2d(y, conv.weight, stride=2, backend="cpu"),
+                                       F.conv_transpose2d(y, conv.weight, stride=2), rtol=1e-4, atol=1e-4)  # fmt: skip
+            torch.testing.assert_close(ours.conv2d(x, conv.weight, backend="cpu"), F.conv2d(x, conv.weight), rtol=1e-4, atol=1e-4)
+    packed.clear()
+
+
+def test_extra_memory_is_a_tile_a_thread() -> None:
+    """The explicit columns of this problem would take 58 MiB; a thread's scratch memory is a cache's size."""
+    for kind in (host.PLANES, host.PIXELS):
+        x, w, y = (8, 64, 56, 56), (64, 64, 3, 3), (8, 64, 56, 56)
+        strides = [torch.empty(s, memory_format=[torch.contiguous_format, torch.channels_last][kind], device="meta").stride()
+                   for s in (x, w, y)]
+        (phase,) = host._plan(kind, torch.float32, 2, x, strides[0], w, strides[1], y, strides[2], (1, 1), (1, 1), (1, 1), False, 1)
+        assert phase.scratch < 2 << 20
+        assert phase.arranged <= 64 * 64 * 9 * 4
+
+
+ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("kernel", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 7, 7)), r"\(7, 7\).*\(5, 5\)"),
+    ("channels", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 2, 3, 3)), r"must have 2 channels.*got 3"),
+    ("stride", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=0), r"stride must be at least 1, got \(0, 0\)"),
+    ("padding", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), padding=-1), r"padding must be at least 0, got \(-1"),
+    ("dilation", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), dilation=0), r"dilation must be at least 1"),
+    ("rank", lambda s: s.conv2d(randn(5, 5), randn(4, 3, 3, 3)), r"\(5, 5\)"),
+    ("weight's rank", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3)), r"\(4, 3, 3\)"),
+    ("list", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=(1, 2, 3)), r"stride.*2 values.*\(1, 2, 3\)"),
+    ("groups", lambda s: s.conv2d(randn(1, 4, 5, 5), randn(3, 2, 3, 3), groups=2), r"multiple of groups, 2"),
+    ("no groups", lambda s: s.conv2d(randn(1, 4, 5, 5), randn(3, 2, 3, 3), groups=0), r"groups must be at least 1, got 0"),
+    ("bias", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), randn(3)), r"\(4,\).*got \(3,\)"),
+    ("dtype", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3).double()), r"float32, got torch.float64"),
+    ("empty", lambda s: s.conv2d(randn(1, 3, 0, 5), randn(4, 3, 3, 3)), r"\(0, 5\)"),
+    ("no outputs", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(0, 3, 3, 3)), r"weight \(0, 3, 3, 3\)"),
+    ("same and a stride", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=2, padding="same"), r"\(2, 2\)"),
+    ("padding's name", lambda s: s.conv1d(randn(1, 3, 5), randn(4, 3, 3), padding="full"), r"'full'"),
+    ("no tensor", lambda s: s.conv2d([1.0], randn(4, 3, 3, 3)), r"Tensor, not list"),
+    ("no int", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=1.5), r"stride must be int.*1\.5"),
+    ("output_padding", lambda s: s.conv_transpose2d(randn(1, 3, 5, 5), randn(3, 4, 3, 3), output_padding=1), r"got \(1, 1\)"),
+    ("nothing left", lambda s: s.conv_transpose2d(randn(1, 3, 1, 1), randn(3, 4, 3, 3), padding=2), r"of size -1"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
+def test_errors(call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(Exception) as theirs:  # torch's own type is the question
+        call(F)
+    with pytest.raises(type(theirs.value), match=message):
+        call(ours)
+
+
+def test_unknown_activation_and_residual_of_another_shape() -> None:
+    x, w = randn(1, 3, 5, 5), randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="activation got 'softmax'"):
+        ours.conv2d(x, w, activation="softmax")
+    with pytest.raises(RuntimeError, match=r"residual must have shape \(1, 4, 3, 3\).*got \(1, 4, 5, 5\)"):
+        ours.conv2d(x, w, residual=randn(1, 4, 5, 5))
+
+
+def test_replace_serves_a_network() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, stride=2), nn.Conv2d(8, 16, 1),
+                        nn.ConvTranspose2d(16, 4, 2, stride=2)).eval()  # fmt: skip
+    x = randn(2, 3, 11, 11)
+    with torch.no_grad():
+        expected = net(x)
+        fastnn.replace(net)
+        with fastnn.trace() as calls:
+            torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert [c.op for c in calls] == ["conv", "activation", "conv", "conv", "conv"]
