@@ -81,7 +81,45 @@ def _careful_convolution(dims: int, transposed: bool) -> Callable[..., Tensor]:
     return convolve
 
 
-#: The same with products, convolutions (of small tensors) and softmaxes that can judge float64 ones.
+def _careful_avg_pool2d(
+    x: Tensor, size: int, stride: int | None = None, padding: int = 0, count_include_pad: bool = True
+) -> Tensor:
+    """torch's own adds the pixels of a window one after the other."""
+    from .kernels.reference import pool as plain
+
+    return plain.avg_pool(x, False, [size] * 2, [stride or size] * 2, [padding] * 2, False, count_include_pad, 0)
+
+
+def _careful_normal(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """torch multiplies x by 1 / deviation before it takes the mean away, and adds squares up that way in channels_last."""
+    below = x - x.mean(dims, keepdim=True)
+    below = below - below.mean(dims, keepdim=True)
+    return below * torch.rsqrt(below.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [-1, *[1] * (x.dim() - 2)]
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _careful_batch_norm(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Any = None, bias: Any = None, training: bool = False
+) -> Tensor:
+    if mean is None or var is None:
+        return _affine(_careful_normal(x, [d for d in range(x.dim()) if d != 1], 1e-5), weight, bias)
+    return _affine(_affine(_affine(x, None, -mean), torch.rsqrt(var + 1e-5), None), weight, bias)
+
+
+def _careful_group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None) -> Tensor:
+    return _affine(_careful_normal(x.reshape(x.shape[0], groups, -1), [2], 1e-5).reshape(x.shape), weight, bias)
+
+
+def _careful_instance_norm(x: Tensor, mean: None, var: None, weight: Any = None, bias: Any = None) -> Tensor:
+    return _careful_group_norm(x, x.shape[1], weight, bias)
+
+
+#: The same with functions that can judge float64 ones; products and convolutions of small tensors only.
 CAREFUL: Any = SimpleNamespace(
     **vars(TORCH)
     | {
@@ -95,6 +133,10 @@ CAREFUL: Any = SimpleNamespace(
         "softmax": _careful_softmax,
         "log_softmax": _careful_log_softmax,
         "cross_entropy": _careful_cross_entropy,
+        "avg_pool2d": _careful_avg_pool2d,
+        "batch_norm": _careful_batch_norm,
+        "group_norm": _careful_group_norm,
+        "instance_norm": _careful_instance_norm,
     }
     | {f"conv{d}d": _careful_convolution(d, False) for d in (1, 2, 3)}
     | {f"conv_transpose{d}d": _careful_convolution(d, True) for d in (1, 2, 3)}

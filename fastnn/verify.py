@@ -86,7 +86,7 @@ class Line:
 
 
 def _bits(t: Tensor) -> Tensor:
-    return t.detach().contiguous().view(torch.uint8) if t.dim() else t.detach().reshape(1).view(torch.uint8)
+    return t.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

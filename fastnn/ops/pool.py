@@ -256,6 +256,7 @@ max_unpool: Operator = Operator(
     torch=_unpool_by_torch,
     save=_save_unpool,
     backward=lambda ctx, grad: (max_unpool_backward.call(grad, *ctx.saved_tensors, ctx.size, ctx.backend), None, None),
+    autocast="float32",
 )
 
 

@@ -46,7 +46,7 @@ from .engine.simd import (
 
 WIDTH = 4  # vectors that are worked on at once
 BLOCK = 2048  # elements of a run that are read twice while they are in L1
-ROWS = 256  # rows that are added one to another before they go to the total: the error grows more slowly
+ROWS, TERMS = 256, 32  # rows whose moments, or products, are summed before they go to the total: the error grows more slowly
 
 
 @inline
@@ -286,10 +286,10 @@ def _over_channels(elem: Elem, step: Callable[[Elem, Elem, bool], Any]) -> Any:
 
 
 @inline
-def _row_block(rows, parts, part, block):
+def _row_block(rows, parts, part, block, size):
     """(first, end) of a block of a part of the rows"""
     start, stop = rows * part // parts, rows * (part + 1) // parts
-    return min(stop, start + block * ROWS), min(stop, start + block * ROWS + ROWS)
+    return min(stop, start + block * size), min(stop, start + block * size + size)
 
 
 def norm_across(elem_name: str) -> Callable[..., Any]:
@@ -355,7 +355,7 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
             image, part = unit // parts, unit % parts
             mean, m2 = work + 2 * unit * channels * 8, work + (2 * unit + 1) * channels * 8
             count, block = 0, 0
-            first, end = _row_block(rows, parts, part, block)
+            first, end = _row_block(rows, parts, part, block, ROWS)
             while first < end:
                 k = end - first
                 block_moments(channels, (x + image * xn + first * xr, xr, k, line, channels))
@@ -369,7 +369,7 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
                     store_scalar(FLOAT64, m2 + j * 8, b)
                 count += k
                 block += 1
-                first, end = _row_block(rows, parts, part, block)
+                first, end = _row_block(rows, parts, part, block, ROWS)
 
     @inline
     def apply(thread, threads, images, rows, channels, groups, x, xn, xr, y, yn, yr, lines):
@@ -474,7 +474,7 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
             line = lines + (image * 4 * channels * c_size if groups else 0)
             for j in range(2 * channels):
                 store_scalar(FLOAT64, work + (2 * unit * channels + j) * 8, 0.0)
-            first, end = _row_block(rows, parts, part, block)
+            first, end = _row_block(rows, parts, part, block, TERMS)
             while first < end:
                 block_products(channels, (x + image * xn + first * xr, xr, g + image * gn + first * gr, gr, end - first, line,
                                           own, channels))
@@ -482,7 +482,7 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
                     at = work + (2 * unit * channels + j) * 8
                     store_scalar(FLOAT64, at, load_scalar(FLOAT64, at) + load_scalar(c, own + j * c_size))
                 block += 1
-                first, end = _row_block(rows, parts, part, block)
+                first, end = _row_block(rows, parts, part, block, TERMS)
 
     @inline
     def apply(thread, threads, images, rows, channels, groups, x, xn, xr, g, gn, gr, y, yn, yr, lines):

@@ -277,16 +277,23 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         first, end = over(thread, threads, at(g, N) * at(g, C) * at(g, OUT) * at(g, OUT + 1))
         channels = at(g, C)
         n, c, od, oh = first_row(g, first, channels)
+        if whole:
+            scale = 1.0 / float(divisor if divisor else w_in)
+            xn, xc, yn, yc = at(g, X), at(g, X + 1), at(g, Y), at(g, Y + 1)
+            for _unit in range(first, end):
+                total = run_input(x + n * xn + c * xc, w_in)
+                store_scalar(elem, y + n * yn + c * yc, total * scale if average else total)
+                c += 1
+                if c == channels:
+                    c = 0
+                    n += 1
+            return
         for _unit in range(first, end):
             d0, dt, dc = window(g, 0, od)
             h0, ht, hc = window(g, 1, oh)
             source, target = row_of(g, X, x, n, c, d0, h0), row_of(g, Y, y, n, c, od, oh)
             n, c, od, oh = next_row(g, channels, n, c, od, oh)
             scale = float(divisor if divisor else dc * hc)
-            if whole:
-                total = run_input(source, w_in)
-                store_scalar(elem, target, total / (load_scalar(c_elem, counts) * scale) if average else total)
-                continue
             i = 0
             while i + W <= w_in:
                 column_several(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, W)
@@ -576,13 +583,16 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     def step(source: Elem, target: Elem, masked: bool) -> Any:
         @inline
         def chunk(i, n, args):
-            x, xd, xh, xw, dt, ht, wt, y, count = args
+            x, xd, xh, xw, dt, ht, wt, ahead, y, count = args
             total = spread(target, nothing)
             for d in range(dt):
                 row = x + d * xd + i * size
                 for _h in range(ht):
                     part, place = spread(target, nothing), row
                     for _w in range(wt):
+                        if source.lanes > elem.lanes:  # what the next pixel's window adds
+                            prefetch(place + ahead)
+                            prefetch(place + ahead + LINE)
                         part = both(part, load_n(source, place, n) if masked else load(source, place))
                         place += xw
                     total = both(total, part)
@@ -600,6 +610,7 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     def body(thread, threads, x, y, g, scratch):
         width, channels, block, divisor = at(g, OUT + 2), at(g, C), at(g, BLOCK), at(g, DIVISOR)
         xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
+        ahead = 0 if at(g, ADAPTIVE) else at(g, STRIDE + 2) * at(g, X + 4)
         blocks = (channels + block - 1) // block
         first, end = over(thread, threads, at(g, N) * blocks * at(g, OUT) * at(g, OUT + 1))
         n, b, od, oh = first_row(g, first, blocks)
@@ -611,7 +622,7 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
             n, b, od, oh = next_row(g, blocks, n, b, od, oh)
             for ow in range(width):
                 w0, wt, wc = window(g, 2, ow)
-                chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, target + ow * at(g, Y + 4),
+                chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, ahead, target + ow * at(g, Y + 4),
                                 float(divisor if divisor else dc * hc * wc)))
 
     def kernel(threads, x, y, g, scratch):
