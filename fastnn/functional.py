@@ -79,6 +79,7 @@ __all__ = [
     "mv",
     "nll_loss",
     "prelu",
+    "qrnn",
     "relu",
     "relu6",
     "rnn_relu",
@@ -1264,3 +1265,52 @@ def instance_norm(
             if running_var is not None:
                 _update(running_var, stats[1].mean(0) * (count / (count - 1)), momentum)
     return out
+
+
+def qrnn(
+    input: Tensor,
+    hx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window: int = 2,
+    pooling: str = "fo",
+    zoneout: float = 0.0,
+    train: bool = False,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One direction of a quasi-recurrent layer (Bradbury et al. 2016): output and last cell.
+
+    input (T, B, I), hx (B, H); weight (G·H, window·I), bias (G·H), of the candidate and the gates f, o, i in this order, as
+    many as ``pooling`` has: "f", "fo", "ifo". A step sees itself and the window - 1 before it (``reverse``: after it), the
+    oldest first. ``zoneout``: the chance that a unit keeps its cell at a step, in training (section 2.2); else nothing.
+    → (T, B, H), (B, H). Raises RuntimeError for shapes that do not match, ValueError for an unknown pooling.
+    """
+    if pooling not in ("f", "fo", "ifo"):
+        raise ValueError(f"qrnn(): pooling got {pooling!r}, allowed are 'f', 'fo', 'ifo'")
+    if input.dim() != 3 or hx.dim() != 2 or input.shape[1] != hx.shape[0] or window < 1:
+        raise RuntimeError(
+            f"qrnn(): input must be (T, B, I), hx (B, H) and window 1 or more, got {tuple(input.shape)}, {tuple(hx.shape)} "
+            f"and {window}"
+        )
+    gates, units = 1 + len(pooling), hx.shape[1]
+    if weight.shape != (gates * units, window * input.shape[2]):
+        raise RuntimeError(
+            f"qrnn(): weight must have shape {(gates * units, window * input.shape[2])}, got {tuple(weight.shape)}"
+        )
+    steps = input.shape[0]
+    if window > 1:
+        padded = F.pad(input, (0, 0, 0, 0, 0, window - 1) if reverse else (0, 0, 0, 0, window - 1, 0))
+        views = [padded[k : k + steps] for k in range(window)]
+        input = torch.cat(views[::-1] if reverse else views, 2)
+    z, f, *others = linear(input, weight, bias, backend=backend).chunk(gates, 2)
+    z, f = tanh(z, backend=backend), sigmoid(f, backend=backend)
+    if train and zoneout > 0:
+        f = 1 - (1 - f) * torch.empty_like(f).bernoulli_(1 - zoneout)
+    if pooling == "ifo":
+        u = sigmoid(others[1], backend=backend) * z
+    else:
+        u = (1 - f) * z
+    c = _rnn.scan(f, u, hx, reverse, backend=backend)
+    return c if pooling == "f" else sigmoid(others[0], backend=backend) * c, c[0 if reverse else -1]

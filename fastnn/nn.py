@@ -20,6 +20,7 @@ __all__ = [
     "GLU",
     "GRU",
     "LSTM",
+    "QRNN",
     "RNN",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
@@ -667,5 +668,58 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         return _transposed(self, F.conv_transpose3d, input, output_size)
 
 
+class QRNN(nn.Module):
+    """Quasi-recurrent layers (Bradbury et al. 2016): products of windows of the input, and an elementwise recurrence.
+
+    Arguments as nn.GRU's, and ``window``, ``pooling`` ("f", "fo", "ifo") and ``zoneout``: see fastnn.functional.qrnn.
+    forward(input, hx=None): input (T, B, I), or (B, T, I) if batch_first; hx (L·D, B, H) → output (T, B, D·H), the last cells
+    (L·D, B, H).
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, *, window: int = 2, pooling: str = "fo", zoneout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.window, self.pooling, self.zoneout = window, pooling, zoneout
+        directions, rows = 1 + bidirectional, (1 + len(pooling)) * hidden_size
+        for layer in range(num_layers):
+            columns = window * (directions * hidden_size if layer else input_size)
+            for end in ("", "_reverse")[:directions]:
+                weight = torch.empty(rows, columns).uniform_(-(columns**-0.5), columns**-0.5)
+                self.register_parameter(f"weight_l{layer}{end}", nn.Parameter(weight))
+                self.register_parameter(f"bias_l{layer}{end}", nn.Parameter(torch.zeros(rows)) if bias else None)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = input.transpose(0, 1) if self.batch_first else input
+        directions = 1 + self.bidirectional
+        if hx is None:
+            hx = x.new_zeros(self.num_layers * directions, x.shape[1], self.hidden_size)
+        last = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for d, end in enumerate(("", "_reverse")[:directions]):
+                y, c = F.qrnn(
+                    x, hx[layer * directions + d],
+                    getattr(self, f"weight_l{layer}{end}"), getattr(self, f"bias_l{layer}{end}"),
+                    window=self.window, pooling=self.pooling, zoneout=self.zoneout, train=self.training, reverse=d == 1,
+                    backend=self.backend,
+                )  # fmt: skip
+                outputs.append(y)
+                last.append(c)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+            if self.training and self.dropout > 0 and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, True, backend=self.backend)
+        return x.transpose(0, 1) if self.batch_first else x, torch.stack(last)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+        return f"{sizes}, window={self.window}, pooling={self.pooling!r}"
+
+
 # torch.nn's class: ours
-REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, name): globals()[name] for name in __all__}
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, name): globals()[name] for name in __all__ if hasattr(nn, name)}

@@ -215,6 +215,7 @@ def rnn_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             *_, reserve = out_ = torch.ops.fastnn.recurrent(*args, True, backend="reference")
             grads = [layout(random(*t.shape)) for t in out_[:3]]
             needs = [isinstance(t, Tensor) for t in args[:8]]
+            yield Case("scan", (layout(random(rows, 3, units)), random(rows, 3, units), layout(random(3, units)), reverse))
             yield Case("recurrent_backward", (*grads, *args[:8], out_[0], reserve, *args[8:], needs))
 
 

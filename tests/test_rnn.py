@@ -590,3 +590,81 @@ def test_state_dict_and_names_are_torchs() -> None:
 
 def test_modes_have_one_meaning() -> None:
     assert list(cpu.MODES) == list(ops.MODES)
+
+
+# QRNN
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 3, 11), (4, 40, 50)], ids=str)
+def test_scan(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    f_, u, c0 = torch.rand(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)
+    for reverse, other in itertools.product((False, True), (lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 2 else t)):
+        mine = ops.scan(other(f_), u, c0, reverse, backend="cpu")
+        exact = ops.scan(f_.double(), u.double(), c0.double(), reverse, backend="reference")
+        torch.testing.assert_close(mine.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    assert ops.scan(f_[:0], u[:0], c0, False, backend="cpu").shape == (0, *shape[1:])
+
+
+def test_scan_derivatives() -> None:
+    f_, u, c0 = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (4, 3), (3,)))
+    for reverse in (False, True):
+        assert torch.autograd.gradcheck(lambda *t, r=reverse: ops.scan(*t, r, backend="cpu"), (f_, u, c0))
+        assert torch.autograd.gradgradcheck(lambda *t, r=reverse: ops.scan(*t, r, backend="cpu"), (f_, u, c0))
+        args = (f_.float().detach().requires_grad_(), u.float().detach(), c0.float().detach(), reverse)
+        torch.library.opcheck(torch.ops.fastnn.scan.default, args)
+
+
+def plain_qrnn(x: Tensor, c: Tensor, weight: Tensor, bias: Tensor, window: int, pooling: str, reverse: bool) -> Tensor:
+    """Step by step, as the paper writes it."""
+    steps, out = len(x), {}
+    for t in reversed(range(steps)) if reverse else range(steps):
+        seen = [t + k if reverse else t - k for k in reversed(range(window))]  # the oldest first
+        rows = torch.cat([x[s] if 0 <= s < steps else torch.zeros_like(x[0]) for s in seen], 1)
+        z, *gates = (rows @ weight.t() + bias).chunk(1 + len(pooling), 1)
+        forget, *others = (g.sigmoid() for g in gates)
+        c = forget * c + (others[1] if pooling == "ifo" else 1 - forget) * z.tanh()
+        out[t] = c if pooling == "f" else others[0] * c
+    return torch.stack([out[t] for t in range(steps)])
+
+
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_qrnn(window: int, pooling: str) -> None:
+    module: Any = fastnn.nn.QRNN(5, 7, bidirectional=True, window=window, pooling=pooling).double()
+    module.backend = "cpu"
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    x, hx = torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
+    y, last = module(x, hx)
+    wanted = [plain_qrnn(x, hx[d], getattr(module, f"weight_l0{end}"), getattr(module, f"bias_l0{end}"), window, pooling, d == 1)
+              for d, end in enumerate(("", "_reverse"))]  # fmt: skip
+    torch.testing.assert_close(y, torch.cat(wanted, 2))
+    if pooling == "f":
+        torch.testing.assert_close(last, torch.stack([y[-1, :, :7], y[0, :, 7:]]))
+    grads = [torch.autograd.grad(o.sum(), list(module.parameters())) for o in (y, torch.cat(wanted, 2))]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    deep = fastnn.nn.QRNN(5, 7, 3, batch_first=True, window=window, pooling=pooling)
+    assert deep(torch.randn(3, 6, 5))[0].shape == (3, 6, 7)
+
+
+def test_zoneout_keeps_cells() -> None:
+    module = fastnn.nn.QRNN(4, 300, pooling="f", zoneout=0.3)
+    x = torch.randn(2, 50, 4)
+    y = module(x)[0]
+    kept = (y[1] == y[0]).float().mean()
+    assert 0.25 < float(kept) < 0.35
+    assert not (module.eval()(x)[0][1] == module(x)[0][0]).any()
+
+
+def test_bad_arguments_of_qrnn() -> None:
+    x, c, w = torch.randn(4, 2, 3), torch.randn(2, 5), torch.randn(15, 6)
+    f.qrnn(x, c, w)
+    with pytest.raises(ValueError, match=r"'oi'.*'ifo'"):
+        f.qrnn(x, c, w, pooling="oi")
+    for args, words in (((x[0], c, w), r"input must be"), ((x, c[:1], w), "hx"), ((x, c, w[:, 1:]), r"\(15, 6\), got \(15, 5\)")):
+        with pytest.raises(RuntimeError, match=words):
+            f.qrnn(*args)
+    with pytest.raises(RuntimeError, match=r"one shape.*\(4, 2\)"):
+        ops.scan(x, x[..., 0], c, False)

@@ -227,3 +227,47 @@ recurrent_backward: Operator = Operator(
     allocate=_allocate_backward,
     torch=reference.recurrent_backward,
 )
+
+
+# The pooling of a QRNN
+
+
+def _check_scan(f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> str | None:
+    if f.dim() < 1 or u.shape != f.shape or c0.shape != f.shape[1:]:
+        raise RuntimeError(
+            "scan(): f and u must have one shape (T, …), and c0 the same without T, got "
+            f"{tuple(f.shape)}, {tuple(u.shape)} and {tuple(c0.shape)}"
+        )
+    if not f.dtype == u.dtype == c0.dtype:
+        raise RuntimeError(f"scan(): u and c0 must have f's dtype {f.dtype}, got {u.dtype} and {c0.dtype}")
+    return only_torch(f.dtype)
+
+
+def _save_scan(ctx: Any, args: Any, out: Tensor) -> None:
+    f, _, c0, ctx.reverse = args
+    ctx.save_for_backward(f, c0, out)
+
+
+def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is a scan, too, from the other end: g_t = grad_t + f_{t+1} g_{t+1}."""
+    f, c0, c = ctx.saved_tensors
+    first = slice(0, 1) if not ctx.reverse else slice(-1, None)
+    last = f.new_zeros(1, *f.shape[1:])
+    if ctx.reverse:
+        after, before = torch.cat([last, f[:-1]]), torch.cat([c[1:], c0.unsqueeze(0)])
+    else:
+        after, before = torch.cat([f[1:], last]), torch.cat([c0.unsqueeze(0), c[:-1]])
+    g = scan.call(after, grad, torch.zeros_like(c0), not ctx.reverse, ctx.backend)
+    return g * before, g, (f[first] * g[first]).squeeze(0), None
+
+
+scan: Operator = Operator(
+    "scan(Tensor f, Tensor u, Tensor c0, bool reverse) -> Tensor",
+    "rnn",
+    check=_check_scan,
+    allocate=lambda plan, f, u, c0, reverse: f.new_empty(f.shape),
+    torch=reference.scan,
+    save=_save_scan,
+    backward=_scan_backward,
+)
+"""c_t = f_t · c_{t-1} + u_t from c0 on (``reverse``: from the last to the first): f, u (T, …), c0 (…) → (T, …)."""

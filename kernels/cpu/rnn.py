@@ -24,6 +24,7 @@ _KEPT = (5, 4, 0, 0)  # numbers a unit that the backward needs besides the outpu
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _VECS = 3  # of a panel, as rnn_code's
 _CHUNK = 64  # rows whose input product is made ahead of the steps
+_FEW = 32 << 10  # bytes of a scan below which a second thread costs more than it brings
 _SERIAL = 1 << 16  # multiplications of a step below which a second thread costs more than it brings
 
 
@@ -264,4 +265,21 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
     return gates_x, gates_h, dh, dc, d_out, hidden
 
 
-KERNELS: dict[str, Callable[..., None]] = {"recurrent": recurrent, "recurrent_backward": recurrent_backward}
+_SCAN = {d: _kernel("scan", str(d).removeprefix("torch."), 10) for d in (*_NAMES, *_ROUNDING)}
+
+
+def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
+    """out_t = f_t · out_{t-1} + u_t, the first from c0"""
+    if not out.numel():
+        return
+    steps, n = out.shape[0], c0.numel()
+    f, u, c0 = f.contiguous(), u.contiguous(), c0.contiguous()
+    step = n * out.itemsize
+    last, stride = (steps - 1) * step if reverse else 0, -step if reverse else step
+    _SCAN[out.dtype].run(1 if out.nbytes < _FEW else threads.count(), steps, n, f.data_ptr() + last, stride,
+                         u.data_ptr() + last, stride, c0.data_ptr(), out.data_ptr() + last, stride)
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "recurrent": recurrent, "recurrent_backward": recurrent_backward, "scan": scan,
+}

@@ -562,3 +562,32 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
         parallel(nt, body, (mode, steps, batch, table, reverse, units, out, cut, cut_p, hx, cx, w_hh, wh_n, wh_k,
                             w_hr, wp_n, wp_k, ph, pp, y, keep, grad, dh, dc, dx, dg, d_out, hidden, sums, counter))
     return kernel
+
+
+def scan(elem_name: str) -> Callable[..., Any]:
+    """c_t = f_t · c_{t-1} + u_t for n columns next to each other; the threads share the columns. Strides of t in bytes.
+
+    16-bit types carry float32 from step to step.
+    """
+    e = ELEMS[elem_name]
+    lanes = e.lanes
+
+    @inline
+    def body(t, nt, steps, n, f, f_t, u, u_t, c0, c, c_t):
+        vectors = (n + lanes - 1) // lanes
+        for v in range(vectors * t // nt, vectors * (t + 1) // nt):
+            i = v * e.bytes
+            m = min(lanes, n - v * lanes)
+            state = load_n(e, c0 + i, m)
+            if m == lanes:
+                for s in range(steps):
+                    state = fma(load(e, f + s * f_t + i), state, load(e, u + s * u_t + i))
+                    store(e, c + s * c_t + i, state)
+            else:
+                for s in range(steps):
+                    state = fma(load_n(e, f + s * f_t + i, m), state, load_n(e, u + s * u_t + i, m))
+                    store_n(e, c + s * c_t + i, state, m)
+
+    def kernel(nt, steps, n, f, f_t, u, u_t, c0, c, c_t):
+        parallel(nt, body, (steps, n, f, f_t, u, u_t, c0, c, c_t))
+    return kernel

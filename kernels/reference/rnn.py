@@ -125,3 +125,12 @@ def recurrent_backward(
     found = (gates_x @ w_ih, dh, dc, gates_x.t() @ input, gates_h.t() @ before, gates_x.sum(0), gates_h.sum(0),
              out.t() @ made if w_hr is not None else out)  # fmt: skip
     return tuple(value if needed else input.new_empty(0) for value, needed in zip(found, needs, strict=True))
+
+
+def scan(f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> Tensor:
+    """c_t = f_t · c_{t-1} + u_t, the pooling of a QRNN (Bradbury et al. 2016, section 2.1)."""
+    states, c = [], c0
+    for t in reversed(range(len(f))) if reverse else range(len(f)):
+        c = f[t] * c + u[t]
+        states.append(c)
+    return torch.stack(states[::-1] if reverse else states) if states else f + u
