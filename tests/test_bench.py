@@ -295,7 +295,7 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("matmul", g) for g in ("square", "linear_gelu", "mv", "small", "bmm", "linear_train", "call")),
         *(("activation", g) for g in ("relu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "prelu", "glu")),
         *(("softmax", g) for g in ("softmax", "log_softmax", "cross_entropy")),
-        *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d", "train")),
+        *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d")),
         *(("startup", g) for g in ("import", "first_linear")),
     }  # fmt: skip
     sizes = {case.name for case in cases.cases("matmul") if case.group == "linear_gelu"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fastnn
 import fastnn.functional as f
 from fastnn.ops import activation as activation_ops
-from fastnn.ops import matmul as matmul_ops
 from fastnn.ops import conv as conv_ops
+from fastnn.ops import matmul as matmul_ops
 from fastnn.ops import softmax as softmax_ops
 from fastnn.ops._operator import Operator
 from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, SOFTMAX, Case
