@@ -297,7 +297,7 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("softmax", g) for g in ("softmax", "log_softmax", "cross_entropy")),
         *(("pool", g) for g in ("max_pool", "avg_pool")),
         *(("norm", g) for g in ("batch_norm", "batch_norm_eval", "group_norm")),
-        *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d", "train")),
+        *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d")),
         *(("startup", g) for g in ("import", "first_linear")),
     }  # fmt: skip
     sizes = {case.name for case in cases.cases("matmul") if case.group == "linear_gelu"}

@@ -166,8 +166,8 @@ def test_special_values_reach_what_meets_them(form: str) -> None:
                                    F.conv2d(x, w, padding=1, groups=groups), equal_nan=True)  # fmt: skip
         g = randn(2, 6, 9, 13, seed=3)
         args = ([3, 3], [1, 1], [1, 1], [1, 1], groups)
-        torch.testing.assert_close(ops.conv.conv_weight(g, x, *args, backend="cpu"),
-                                   ops.conv.conv_weight(g, x, *args, backend="torch"), equal_nan=True, rtol=1e-4, atol=1e-3)  # fmt: skip
+        mine, theirs = (ops.conv.conv_weight(g, x, *args, backend=backend) for backend in ("cpu", "torch"))
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads_used", [1, 2, 3, 7])
@@ -214,7 +214,8 @@ def test_extra_memory_is_a_tile_a_thread() -> None:
         x, w, y = (8, 64, 56, 56), (64, 64, 3, 3), (8, 64, 56, 56)
         strides = [torch.empty(s, memory_format=[torch.contiguous_format, torch.channels_last][kind], device="meta").stride()
                    for s in (x, w, y)]
-        (phase,) = host._plan(kind, torch.float32, 2, x, strides[0], w, strides[1], y, strides[2], (1, 1), (1, 1), (1, 1), False, 1)
+        tensors = (x, strides[0], w, strides[1], y, strides[2])
+        (phase,) = host._plan(kind, torch.float32, 2, *tensors, (1, 1), (1, 1), (1, 1), False, 1)
         assert phase.scratch < 2 << 20
         assert phase.arranged <= 64 * 64 * 9 * 4
 
@@ -270,3 +271,22 @@ def test_replace_serves_a_network() -> None:
         with fastnn.trace() as calls:
             torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
     assert [c.op for c in calls] == ["conv", "activation", "conv", "conv", "conv"]
+
+
+def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+    """By shape alone, never with an epilogue, and not when a backend was named; bad arguments meet our own messages."""
+    monkeypatch.setattr(host, "RULES", True)
+    small, w = randn(1, 3, 9, 9), randn(4, 3, 3, 3)
+    big, deep = randn(1, 64, 40, 40), randn(64, 1, 3, 3)
+    ours.conv2d(small, w)
+    ours.conv2d(small, w, activation="relu")
+    ours.conv2d(small, w, backend="cpu")
+    ours.conv2d(randn(1, 64, 40, 40), randn(64, 64, 3, 3))
+    ours.conv2d(randn(1, 64, 90, 90), deep, groups=64)
+    ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
+    ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))
+    ours.conv2d(small.double(), w.double())
+    assert [c.backend for c in calls] == ["torch", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "cpu"]
+    assert "this small" in calls[0].reason
+    with pytest.raises(RuntimeError, match="must have 2 channels"):
+        ours.conv2d(small, randn(4, 2, 3, 3))

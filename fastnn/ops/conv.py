@@ -18,6 +18,8 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _channels_last(t: Tensor) -> bool:
     """Whether torch takes the strides for a channels_last format: ambiguous ones are not."""
+    if t.is_contiguous():
+        return False
     sizes, strides, least = t.shape, t.stride(), 0
     if strides[1] == 0:
         return False
@@ -176,7 +178,7 @@ def _save(ctx: Any, args: Any, out: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors[:2]
-    stride, padding, dilation, transposed, output_padding, groups = ctx.options
+    stride, padding, dilation, transposed, _, groups = ctx.options
     if ctx.activation is not None:
         z = conv.call(*ctx.saved_tensors, *ctx.options, None, ctx.backend)
         grad = activation_backward.call(grad, z, ctx.activation, [], ctx.backend)

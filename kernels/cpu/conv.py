@@ -1,8 +1,8 @@
 """Convolutions on the CPU: which kernel serves a call, and how a problem is described to it.
 
 Everything is three-dimensional here: a missing dimension has size 1. A convolution of any stride is one problem; a transposed
-one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that nothing
-is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
+nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
                 flat, images = flat * images, 1
             positions = whole = [1, 1, flat]
             x_steps, y_steps = [0, 0, x_w], [0, 0, y_w]
-        direct = kind == PIXELS and not depthwise and not f.half and deltas == [[0, 0, 0]] and images == 1 and whole == positions == [
-            1, 1, positions[2]] and moves[2] == 1
+        flat_row = images == 1 and whole == positions == [1, 1, positions[2]] and moves[2] == 1
+        direct = kind == PIXELS and not depthwise and not f.half and deltas == [[0, 0, 0]] and flat_row
         # Neighbouring taps along w whose channels are neighbours in memory are one.
         span, here = 1, [delta for delta, _ in along[2]]
         if kind in (PIXELS, WEIGHTS_LAST) and here and x_steps[2] == channels * size and groups == 1 and here == list(
@@ -148,12 +148,12 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         else:
             each = _up(outputs, f.lanes) * depth_all * unit
             rows, arranged = (each, 0, 0), groups * each
-        values = dict(
-            images=images, channels=channels, outputs=outputs, groups=groups, od=positions[0], oh=positions[1], ow=positions[2],
-            d=whole[0], h=whole[1], w=whole[2], sd=moves[0], sh=moves[1], sw=moves[2], xn=xn, xc=x_stride[1] * size,
-            xd=x_steps[0], xh=x_steps[1], xw=x_steps[2], yn=yn, yo=y_stride[1] * size, yd=y_steps[0], yh=y_steps[1],
-            yw=y_steps[2], wg=rows[0], wr=rows[1], wk=rows[2], taps=len(deltas), tap=table.buffer_info()[0], span=span,
-            direct=int(direct), **layout)
+        values = layout | {
+            "images": images, "channels": channels, "outputs": outputs, "groups": groups, "od": positions[0], "oh": positions[1],
+            "ow": positions[2], "d": whole[0], "h": whole[1], "w": whole[2], "sd": moves[0], "sh": moves[1], "sw": moves[2],
+            "xn": xn, "xc": x_stride[1] * size, "xd": x_steps[0], "xh": x_steps[1], "xw": x_steps[2], "yn": yn,
+            "yo": y_stride[1] * size, "yd": y_steps[0], "yh": y_steps[1], "yw": y_steps[2], "wg": rows[0], "wr": rows[1],
+            "wk": rows[2], "taps": len(deltas), "tap": table.buffer_info()[0], "span": span, "direct": int(direct)}
         scratch = values.pop("scratch")
         start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
         phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, groups, channels,
@@ -217,8 +217,9 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
         at_outs = at_meet + taps * runs(width) * _MEETING
         at_sums = _up(at_outs + width * sums_row + 64, 64)
     at_pack = _up(at_sums + rows * sums_row + 64, 64)
-    return dict(parts=parts, cuts=cuts, width=width, depth=depth, panels=panels, at_runs=4096, at_outs=at_outs, at_meet=at_meet,
-                meet=meet, at_sums=at_sums, sums=sums_row, at_pack=at_pack, scratch=_up(at_pack + packing + 256, 4096))
+    return {"parts": parts, "cuts": cuts, "width": width, "depth": depth, "panels": panels, "at_runs": 4096, "at_outs": at_outs,
+            "at_meet": at_meet, "meet": meet, "at_sums": at_sums, "sums": sums_row, "at_pack": at_pack,
+            "scratch": _up(at_pack + packing + 256, 4096)}
 
 
 def _depthwise(channels: int, outputs: int, groups: int, kind: int) -> bool:
@@ -230,7 +231,7 @@ def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], de
                       moves: list[int]) -> dict[str, int]:
     """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
     vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
-    at_outs = _up(taps * 24 + 64, 64)
+    at_outs = _up(taps * 24 + 128, 64)
     depth = packing = 0
     if kind in (PIXELS, WEIGHTS_LAST):
         at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
@@ -241,8 +242,8 @@ def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], de
         fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
         depth = max(1, min(positions[1], fits, 256 * f.lanes // positions[2]))
         packing = row * deep * ((depth - 1) * moves[1] + high)
-    return dict(parts=1, cuts=1, width=0, depth=depth, panels=vectors if kind == PIXELS else 0, at_runs=0, at_outs=at_outs,
-                at_meet=0, meet=0, at_sums=0, sums=0, at_pack=at_pack, scratch=_up(at_pack + packing + 512, 4096))
+    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "panels": vectors if kind == PIXELS else 0,
+                                       "at_outs": at_outs, "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
 
 
 def _cut(n: int, most: int) -> int:
@@ -268,8 +269,9 @@ def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     x_at, y_at, w_at = x.data_ptr(), out.data_ptr(), weight.data_ptr()
     b, r = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     for p in phases:
-        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
-                                r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
+        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
+            p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
+            r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
         at += p.arranged
 
 
@@ -320,8 +322,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
          CODES[activation] if activation is not None else 0)
 
 
-def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-                dilation: Sequence[int], groups: int) -> None:
+def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
+                padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
     if out.numel() == 0:
         return
@@ -330,15 +332,15 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         return
     if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
         grad = grad.contiguous()
-    last = not out.is_contiguous()
-    dtype = input.dtype
-    (p,) = _plan(WEIGHTS_LAST if last else WEIGHTS, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
+    kind, dtype = WEIGHTS if out.is_contiguous() else WEIGHTS_LAST, input.dtype
+    (p,) = _plan(kind, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
-    if p.depthwise and last and grad.stride(1) != 1:
+    if p.depthwise and kind == WEIGHTS_LAST and grad.stride(1) != 1:
         grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
         return conv_weight(out, grad, input, kernel_size, stride, padding, dilation, groups)
-    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(p.threads, WEIGHTS_LAST if last else WEIGHTS, p.fields.buffer_info()[0], input.data_ptr(),
-                            out.data_ptr(), grad.data_ptr(), 0, 0, 0, workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
+    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
+        p.threads, kind, p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr(), 0, 0, 0,
+        workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
 
 
 def _steps(grad: Tensor) -> tuple[int, ...]:
@@ -347,3 +349,48 @@ def _steps(grad: Tensor) -> tuple[int, ...]:
 
 
 KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_weight}
+
+# The automatic choice, not a limit: float32 calls that torch (through oneDNN) was measured to serve faster, on a Zen 3 with AVX2.
+# `bench conv --backend cpu` shows both sides.
+RULES = True
+_SMALL = 1 << 22  # multiplications
+
+
+def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], transposed: bool, groups: int) -> str | None:
+    """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
+    if not RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
+        return None
+    positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
+    if positions * weight.numel() <= _SMALL:
+        return "a convolution this small takes less time in torch than a call of ours"
+    last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
+    if groups > 1 and x.shape[1] == groups and x.dim() == 4:
+        if not transposed:
+            return "depthwise: oneDNN's kernel is 1.1 to 2 times as fast"
+        if last or max(stride) > 1:
+            return "depthwise, channels last or with a stride: torch's gradient of the input is faster"
+    elif groups > 1 and last:
+        return "groups with channels last: oneDNN's kernel is faster"
+    elif last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
+        return "channels last and few outputs: oneDNN's tile wastes less of its width"
+    return None
+
+
+def _slower_conv(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+                 activation: str | None) -> str | None:
+    if residual is not None or activation is not None:  # torch needs several calls
+        return None
+    return _slower(input.dtype, input, weight, stride, transposed, groups)
+
+
+def _slower_weight(grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+                   dilation: Sequence[int], groups: int) -> str | None:
+    if RULES and input.dtype == torch.float32 and input.dim() == 4 and 1 < groups == input.shape[1] and max(kernel_size) < 7 and (
+            not threads.forked()):
+        return "depthwise, a small filter: torch's gradient of the weight is 1.5 to 7 times as fast"
+    return None
+
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {"conv": _slower_conv, "conv_weight": _slower_weight}

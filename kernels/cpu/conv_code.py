@@ -1,4 +1,4 @@
-"""Convolution, as compiled: products by the register tile whose image operand is packed tap by tap from the image (implicit im2col).
+"""Convolution, as compiled: products by the register tile, one operand packed tap by tap from the image (implicit im2col).
 
 Imported only when a kernel has to be built. Sizes are in elements, strides in bytes, addresses are int64.
 
@@ -165,14 +165,13 @@ def copier(e: Any) -> Any:
         else:
             for j in range(n):
                 store_scalar(p, d + j * ps, load_scalar(e, s + j * step))
-    return zeros, copy, copy_stepped
+    return zeros, copy_stepped
 
 
 def _packers(e: Any) -> Any:
     """(pack_columns, pack_rows): a block of the image as rows of k, each of positions; as rows of positions, each of k."""
     p = compute_elem(e)
     lanes, size, ps = e.lanes, e.size, p.size
-    zeros, copy, _ = copier(e)
 
     @outline
     def clear(d, n, many, d_step, exact):
@@ -257,34 +256,40 @@ def _packers(e: Any) -> Any:
 
     @outline
     def pack_rows(geo, x, runs, count, k0, k, dst, row):
-        """positions of the runs, k = (tap, channel) from k0 on; a tap spans SPAN neighbouring taps of the filter"""
+        """positions of the runs, k = (tap, channel) from k0 on; a tap spans SPAN neighbouring taps of the filter.
+
+        For each run and tap all positions at once, first those whose tap leaves the image; the order is as in pack_columns.
+        """
         channels, span, taps = get(geo, _C), get(geo, _SPAN), get(geo, _TAP)
         width, sw, xw = get(geo, _W), get(geo, _SW), get(geo, _XW)
         length = max(1, channels * span)
-        t0 = k0 // length
-        c0 = k0 - t0 * length
         for r in range(count):
             run = runs + r * RUN
-            for j in range(get(run, 32)):
-                t, c, left, to = t0, c0, k, dst
-                while left > 0:
-                    tap = taps + t * 24
-                    end = min(length, c + left)
-                    d, h = get(run, 8) + get(tap, 0), get(run, 16) + get(tap, 8)
-                    w = get(run, 24) + j * sw + get(tap, 16)
-                    low = high = c
-                    if d >= 0 and d < get(geo, _D) and h >= 0 and h < get(geo, _H):
-                        low = min(end, max(c, min(span, max(0, -w)) * channels))
-                        high = max(low, min(end, max(0, min(span, width - w)) * channels))
-                    zeros(to, low - c)
-                    to += (low - c) * ps
-                    copy(to, x + get(run, 0) + d * get(geo, _XD) + h * get(geo, _XH) + w * xw + low * size, high - low)
-                    to += (high - low) * ps
-                    zeros(to, end - high)
-                    to += (end - high) * ps
-                    left -= end - c
-                    t, c = t + 1, 0
-                dst += row
+            many = get(run, 32)
+            for t in range(k0 // length, (k0 + k + length - 1) // length):
+                tap = taps + t * 24
+                first, end = max(0, k0 - t * length), min(length, k0 + k - t * length)
+                to, n = dst + (t * length + first - k0) * ps, end - first
+                exact = t * length + end + lanes > k0 + k
+                d, h, w = get(run, 8) + get(tap, 0), get(run, 16) + get(tap, 8), get(run, 24) + get(tap, 16)
+                if d < 0 or d >= get(geo, _D) or h < 0 or h >= get(geo, _H):
+                    clear(to, n, many, row, exact)
+                else:
+                    s = x + get(run, 0) + d * get(geo, _XD) + h * get(geo, _XH) + w * xw
+                    j0 = min(many, (sw - 1 - w) // sw) if w < 0 else 0
+                    j1 = max(j0, min(many, (width - span - w) // sw + 1)) if width - span - w >= 0 else j0
+                    for j in range(many):
+                        if j < j0 or j >= j1:
+                            place = w + j * sw
+                            low = min(end, max(first, min(span, max(0, -place)) * channels))
+                            high = max(low, min(end, max(0, min(span, width - place)) * channels))
+                            clear(to + j * row, low - first, 1, row, True)
+                            move(to + j * row + (low - first) * ps, s + j * sw * xw + low * size, high - low, size, 1, row, 0,
+                                 True)
+                            clear(to + j * row + (high - first) * ps, end - high, 1, row, True)
+                    if j1 > j0:
+                        move(to + j0 * row, s + j0 * sw * xw + first * size, n, size, j1 - j0, row, sw * xw, exact)
+            dst += many * row
     return pack_columns, pack_rows
 
 
@@ -541,14 +546,15 @@ def arrange(elem_name: str) -> Any:
                 at = dst + (g * vectors + v) * lanes * k * p.size
                 for tap in range(taps):
                     pack(src + g * s_g + v * lanes * s_o + load_scalar(INT64, offsets + tap * 8), s_o, s_c,
-                         min(vecs * lanes, outputs - v * lanes), channels, at + tap * channels * vecs * lanes * p.size, vecs * lanes)
+                         min(vecs * lanes, outputs - v * lanes), channels, at + tap * channels * vecs * lanes * p.size,
+                         vecs * lanes)
         else:
             rows = groups * outputs
             for row in range(rows * t // nt, rows * (t + 1) // nt):
                 g = row // outputs
                 s = src + g * s_g + (row - g * outputs) * s_o
                 d = dst + row * k * p.size
-                for c in range(channels):
+                for _ in range(channels):
                     for tap in range(taps):
                         store_scalar(p, d, load_scalar(e, s + load_scalar(INT64, offsets + tap * 8)))
                         d += p.size

@@ -1,13 +1,14 @@
 """Depthwise convolution, as compiled: each channel has filters of its own, so there is no product to make of it.
 
 Memory sets the pace, and vectors run along what lies next to each other: along w with channels first, along the channels with
-channels last. The problem is described as in ``conv_code``, so strides, dilation and the phases of a transposed convolution are the
-same thing here as there.
+channels last. The problem is described as in ``conv_code``, so strides, dilation and the phases of a transposed convolution
+are the same thing here as there.
 
 * ``planes``: a band of the image is copied with its padding (and, for a stride, its columns sorted by remainder), so that
   the loop over taps reads whole vectors and asks nothing.
 * ``pixels``: four positions next to each other share a vector of weights; positions whose taps leave the image go one by one.
-* the gradients of the weight do the same, with the sums of one band or row added to the total at its end, so that chains stay short.
+* the gradients of the weight do the same, with the sums of one band or row added to the total at its end, so that chains stay
+  short.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def depthwise(elem_name: str) -> Any:
     p = compute_elem(e)
     quad = wide(p, FOUR)
     lanes, ps, size = p.lanes, p.size, e.size
-    zeros, _, copy_stepped = copier(e)
+    zeros, copy_stepped = copier(e)
     finish = finisher(e)
 
     @inline
@@ -90,9 +91,15 @@ def depthwise(elem_name: str) -> Any:
 
     @outline
     def lay_out(geo, table):
-        """Where a tap's first element lies in a copied band: the table of offsets; returns bytes of a row"""
+        """The table of where a tap's first element lies in a copied band, then the taps' extents; returns bytes of a row"""
         td, th, tw = extent(geo, 0, True), extent(geo, 8, True), extent(geo, 16, True)
         rows, sw = (get(geo, _DEPTH) - 1) * get(geo, _SH) + extent(geo, 8, False), get(geo, _SW)
+        at = table + get(geo, _TAPS) * 8
+        put(at, 0, td)
+        put(at, 8, th)
+        put(at, 16, tw)
+        put(at, 24, extent(geo, 0, False))
+        put(at, 32, extent(geo, 8, False))
         over = FOUR * lanes if get(geo, _OW) > lanes else lanes  # what a block of vectors may read past the last position
         part = (get(geo, _OW) + over + (extent(geo, 16, False) - 1) // sw) * ps
         for t in range(get(geo, _TAPS)):
@@ -102,12 +109,12 @@ def depthwise(elem_name: str) -> Any:
         return part * sw
 
     @outline
-    def copy_band(geo, x, d, h, n, dst, row):
+    def copy_band(geo, table, x, d, h, n, dst, row):
         """The padded rows that n rows of positions from (d, h) on meet"""
-        td, th, tw = extent(geo, 0, True), extent(geo, 8, True), extent(geo, 16, True)
-        deep, sw, xw = extent(geo, 0, False), get(geo, _SW), get(geo, _XW)
-        rows = (get(geo, _DEPTH) - 1) * get(geo, _SH) + extent(geo, 8, False)
-        used = (n - 1) * get(geo, _SH) + extent(geo, 8, False)
+        at = table + get(geo, _TAPS) * 8
+        td, th, tw, deep, high = get(at, 0), get(at, 8), get(at, 16), get(at, 24), get(at, 32)
+        sw, xw = get(geo, _SW), get(geo, _XW)
+        rows, used = (get(geo, _DEPTH) - 1) * get(geo, _SH) + high, (n - 1) * get(geo, _SH) + high
         part = row // (sw * ps)
         for i in range(deep):
             z = d * get(geo, _SD) + td + i
@@ -130,7 +137,7 @@ def depthwise(elem_name: str) -> Any:
         """Planes first … end of the output, counted over images and channels"""
         channels, ow, oh, taps = get(geo, _G) * get(geo, _O), get(geo, _OW), get(geo, _OH), get(geo, _TAPS)
         table, line, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
-        row = lay_out(geo, table)
+        row, wk = lay_out(geo, table), get(geo, _WK)
         for plane in range(first, end):
             image = plane // channels
             c = plane - image * channels
@@ -139,7 +146,7 @@ def depthwise(elem_name: str) -> Any:
             for d in range(get(geo, _OD)):
                 for h0 in range(0, oh, get(geo, _DEPTH)):
                     n = min(get(geo, _DEPTH), oh - h0)
-                    copy_band(geo, xc, d, h0, n, band, row)
+                    copy_band(geo, table, xc, d, h0, n, band, row)
                     for h in range(n):
                         at = band + h * get(geo, _SH) * row
                         j = 0
@@ -147,14 +154,14 @@ def depthwise(elem_name: str) -> Any:
                             if ow - j > lanes:
                                 acc = spread(quad, 0.0)
                                 for t in range(taps):
-                                    acc = fma(spread(quad, load_scalar(p, wc + t * get(geo, _WK))),
+                                    acc = fma(spread(quad, load_scalar(p, wc + t * wk)),
                                               load(quad, at + j * ps + load_scalar(INT64, table + t * 8)), acc)
                                 store(quad, line + j * ps, acc)
                                 j += FOUR * lanes
                             else:
                                 one = spread(p, 0.0)
                                 for t in range(taps):
-                                    one = fma(spread(p, load_scalar(p, wc + t * get(geo, _WK))),
+                                    one = fma(spread(p, load_scalar(p, wc + t * wk)),
                                               load(p, at + j * ps + load_scalar(INT64, table + t * 8)), one)
                                 store(p, line + j * ps, one)
                                 j += lanes
@@ -177,7 +184,7 @@ def depthwise(elem_name: str) -> Any:
                 for d in range(get(geo, _OD)):
                     for h0 in range(0, oh, get(geo, _DEPTH)):
                         n = min(get(geo, _DEPTH), oh - h0)
-                        copy_band(geo, xc, d, h0, n, band, row)
+                        copy_band(geo, table, xc, d, h0, n, band, row)
                         part = sums + taps * p.bytes
                         for t in range(taps):
                             store(p, part + t * p.bytes, spread(p, 0.0))

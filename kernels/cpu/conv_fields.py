@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-FIELDS = (
-    "images channels outputs groups "  # channels and outputs of one group
-    "od oh ow d h w sd sh sw "  # positions; the input's size; the step from one position to the next in it
-    "xn xc xd xh xw yn yo yd yh yw "  # byte strides
-    "wg wr wk "  # byte strides of the weight: groups, rows (outputs), k
-    "taps tap span "  # taps, the address of their (d, h, w), and how many of the filter's taps along w each stands for
-    "parts cuts "  # how rows and columns of the product are divided among threads
-    "width depth panels direct "  # a block's size; panels of a packed weight; whether pixels are read in place
-    "at_runs at_outs at_meet meet at_sums sums at_pack"  # the thread's tables in its scratch memory, and their strides
-).split()
+FIELDS = [
+    "images", "channels", "outputs", "groups",  # channels and outputs of one group
+    "od", "oh", "ow", "d", "h", "w", "sd", "sh", "sw",  # positions; the input's size; the step between positions in it
+    "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
+    "wg", "wr", "wk",  # byte strides of the weight: groups, rows (outputs), k
+    "taps", "tap", "span",  # taps, the address of their (d, h, w), and how many of the filter's taps along w each is
+    "parts", "cuts",  # how rows and columns of the product are divided among threads
+    "width", "depth", "panels", "direct",  # a block's size; panels of a packed weight; whether pixels are read in place
+    "at_runs", "at_outs", "at_meet", "meet", "at_sums", "sums", "at_pack",  # a thread's tables in its memory, their strides
+]

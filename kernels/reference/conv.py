@@ -5,7 +5,6 @@ The columns are a copy of the input, one element for each output position and fi
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,10 @@ def _columns(input: Tensor, kernel: Sequence[int], stride: Sequence[int], paddin
     return columns
 
 
+def _product(columns: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("ngcpt,goct->ngop", columns, weight)
+
+
 def conv(
     input: Tensor,
     weight: Tensor,
@@ -39,7 +42,7 @@ def conv(
     output_padding: Sequence[int],
     groups: int,
     activation: str | None,
-    product: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "ngcpt,goct->ngop"),
+    product: Callable[[Tensor, Tensor], Tensor] = _product,
 ) -> Tensor:
     kernel, n = weight.shape[2:], input.shape[0]
     if transposed:  # a convolution of stride 1 over the input with zeros in between, by the filters turned round
