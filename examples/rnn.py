@@ -99,6 +99,8 @@ def compare(title: str, symbols: int, units: int, batches: Callable[[], Iterator
         fastnn.replace(ours)
         model.layer.backend = "torch"  # heeded by a QRNN only
         for who, module in (("torch", model), ("fastnn", ours)):
+            x, y = next(batches())
+            loss(module(x), y).backward()  # kernels are compiled, or loaded
             time.sleep(0.1)
             losses, seconds = train(module, batches(), loss)
             curves[name, who] = losses
