@@ -99,6 +99,8 @@ def compare(title: str, symbols: int, units: int, batches: Callable[[], Iterator
         fastnn.replace(ours)
         model.layer.backend = "torch"  # heeded by a QRNN only
         for who, module in (("torch", model), ("fastnn", ours)):
+            x, y = next(batches())
+            loss(module(x), y).backward()  # kernels are compiled, or loaded
             time.sleep(0.1)
             losses, seconds = train(module, batches(), loss)
             curves[name, who] = losses
@@ -106,17 +108,18 @@ def compare(title: str, symbols: int, units: int, batches: Callable[[], Iterator
     plot(title, curves)
 
 
-def plot(title: str, curves: dict[tuple[str, str], list[float]]) -> None:
+def plot(title: str, curves: dict[tuple[str, str], list[float]], x: str = "step", y: str = "loss") -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for n, ((name, who), losses) in enumerate(curves.items()):
-        axes.plot(losses, color=f"C{n // 2}", linestyle="--" if who == "torch" else "-", linewidth=2.5 if who == "torch" else 1,
-                  label=f"{name}, {who}")  # fmt: skip
-    axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+    names = list(dict.fromkeys(name for name, _ in curves))
+    for (name, who), losses in curves.items():
+        axes.plot(losses, color=f"C{names.index(name)}", linestyle="--" if who == "torch" else "-",
+                  linewidth=2.5 if who == "torch" else 1, label=f"{name}, {who}")  # fmt: skip
+    axes.set(title=title, xlabel=x, ylabel=y, yscale="log")
     axes.legend()
     REPORT.mkdir(exist_ok=True)
     file = REPORT / f"rnn_{title.split()[-1]}.png"
@@ -182,7 +185,7 @@ def reach() -> None:
         size = grad.norm(dim=2).mean(1).flip(0)
         curves[name, "fastnn"] = (size / size[0]).clamp_min(1e-12).tolist()
         print(f"  {name:<5}" + "".join(f"{curves[name, 'fastnn'][n]:12.2e}" for n in (1, 10, 50, 99)))
-    plot("How far back the gradient of a state reaches", curves)
+    plot("How far back the gradient of a state reaches", curves, "steps back", "gradient, relative to the last step's")
 
 
 if __name__ == "__main__":

@@ -722,4 +722,6 @@ class QRNN(nn.Module):
 
 
 # torch.nn's class: ours
-REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, name): globals()[name] for name in __all__ if hasattr(nn, name)}
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): globals()[name] for name in __all__ if hasattr(nn, name)
+}

@@ -206,8 +206,8 @@ def rnn_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
         for sizes, projection in ((None, 0), (lengths[units % 3], 0), *([(None, 5)] if mode == "lstm" else [])):
             out, batch, wide = projection or units, 3 if sizes is None else int(sizes[0]), count * units
             rows = 2 * batch if sizes is None else int(sizes.sum())
-            weights = [0.5 * random(*shape) for shape in ((wide, 5), (wide, out), (wide,), (wide,))]
-            projector = 0.5 * random(projection, units) if projection else None
+            weights = [0.1 * random(*shape) for shape in ((wide, 5), (wide, out), (wide,), (wide,))]
+            projector = 0.1 * random(projection, units) if projection else None
             args = (layout(random(rows, 5)), layout(random(batch, out)), layout(random(batch, units)) if mode == "lstm" else None,
                     *(layout(w) for w in weights), projector, sizes, mode, reverse)  # fmt: skip
             yield Case("recurrent", (*args, True))

@@ -48,3 +48,22 @@ def test_sentence_embeddings_stay() -> None:
     first, second = (i for i, s in enumerate(embeddings.sentences()) if "happy families" in s.lower())
     assert alike[first].argmax() == second
     assert alike[second].argmax() == first
+
+
+def test_recurrent_models_train_alike() -> None:
+    import rnn
+
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randint(0, 11, (6, 8, 21), generator=generator)
+    for name, kind in rnn.TRAINED.items():
+        torch.manual_seed(0)
+        theirs = rnn.Model(kind, 11, 24)
+        ours = copy.deepcopy(theirs)
+        fastnn.replace(ours)
+        theirs.layer.backend = "torch"
+        found = []
+        for model in (theirs, ours):
+            batches = ((rows[:, :-1], rows[:, 1:]) for rows in data)
+            losses, _ = rnn.train(model, batches, lambda out, y: torch.nn.functional.cross_entropy(out.mT, y))
+            found.append(losses)
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4, msg=name)
