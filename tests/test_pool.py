@@ -97,7 +97,7 @@ def test_avg_pool(dims: int, shape: tuple[int, ...], window: tuple[Any, ...]) ->
                                      ("channels_last", False, None), ("channels_last", True, None), ("contiguous", True, -2)]:
         more = (divisor,) if dims > 1 else ()
         agree(
-            lambda space, x: getattr(space, f"avg_pool{dims}d")(x, kernel, stride, padding, ceil_mode, include, *more),
+            lambda s, x: getattr(s, f"avg_pool{dims}d")(x, kernel, stride, padding, ceil_mode, include, *more),  # noqa: B023
             LAYOUTS[layout](x, dims),
         )
 
@@ -216,7 +216,7 @@ def test_max_unpool(dims: int, layout: str) -> None:
     module, theirs = getattr(fastnn.nn, f"MaxUnpool{dims}d")(2), getattr(nn, f"MaxUnpool{dims}d")(2)
     assert torch.equal(module(pooled, indices), theirs(pooled, indices))
     for wrong in (indices + 8**dims, indices - 8**dims):
-        with pytest.raises(RuntimeError, match="invalid max index: -?[0-9]+ .*8"):
+        with pytest.raises(RuntimeError, match=r"invalid max index: -?[0-9]+ .*8"):
             getattr(f, f"max_unpool{dims}d")(pooled, wrong, 2, backend="cpu")
 
 
@@ -234,7 +234,7 @@ def test_same_bits_by_any_threads() -> None:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found = [gradient(lambda x: f.max_pool2d(x, 3, 1, 1, backend="cpu"), x)]  # noqa: B023
+            found = [gradient(lambda x: f.max_pool2d(x, 3, 1, 1, backend="cpu"), x)]
             found.append(gradient(lambda x: f.avg_pool2d(x, 3, 1, 1, backend="cpu"), x))
             found.append(f.max_pool2d(x, 2, return_indices=True, backend="cpu"))
             results.append([t for pair in found for t in pair])
@@ -323,7 +323,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
 def test_bad_input(number: int) -> None:
     """torch's error type, and a message with the numbers in it"""
     call, message = WRONG[number]
-    with pytest.raises(Exception) as theirs:  # noqa: PT011  # whatever torch raises
+    with pytest.raises(Exception) as theirs:  # whatever torch raises
         call(F)
     with pytest.raises(theirs.type, match=message) as ours:
         call(f)

@@ -19,6 +19,7 @@ from .engine import threads
 from .engine.build import Kernel
 from .engine.host import simd
 from .engine.workspace import workspace
+from .pool_slots import OWN
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
@@ -97,7 +98,7 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
     lanes = simd().width // compute
     # A few vectors more than the last window needs: kernels read whole ones.
     line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
-    room = 2 * (line + outs[2] + lanes) * compute
+    room = 2 * (line + outs[2] + lanes) * compute + OWN
     block = c
     if (across and scattered and n < threads) or n * pixels < 4 * threads:
         block = -(-c // threads // 16) * 16
