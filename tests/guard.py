@@ -209,7 +209,12 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
     for shape, (layout, other) in itertools.product(shapes, ((plain, plain), (last, last), (stepped, transposed))):
         dims = len(shape) - 2
         x = layout(random(*shape))
-        calls = [(False, *([v] * dims for v in window)) for window in windows]
+        calls: list[Any] = [(False, *([v] * dims for v in window)) for window in windows]
+        adaptive: bool
+        size: list[int]
+        stride: list[int]
+        padding: list[int]
+        dilation: list[int]
         for adaptive, size, stride, padding, dilation in [*calls, *((True, [o] * dims, [], [], []) for o in (1, 2, 5))]:
             if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(shape[2:], size, padding, dilation)):
                 continue
