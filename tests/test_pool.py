@@ -1,7 +1,7 @@
 """Pooling on the CPU against float64 and beside torch: values, indices, gradients, layouts, errors."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +33,12 @@ WINDOWS: list[tuple[Any, ...]] = [
 CASES = [(dims, shape, window) for dims in (1, 2, 3) for shape in SHAPES[dims] for window in WINDOWS]
 
 
+def inside(t: Tensor, dims: int) -> Tensor:
+    for d in range(-dims, 0):
+        t = t.narrow(d, 1, t.shape[d] - 3)
+    return t
+
+
 def channels_last(t: Tensor, dims: int) -> Tensor:
     return t.movedim(-dims - 1, -1).contiguous().movedim(-1, -dims - 1)
 
@@ -42,7 +48,7 @@ LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "channels_last": channels_last,
     "rotated": lambda t, dims: t.mT.contiguous().mT,
     "stepped": lambda t, dims: t.new_full((*t.shape[:-1], 2 * t.shape[-1]), NAN)[..., ::2].copy_(t),
-    "sliced": lambda t, dims: F.pad(t, [1, 2] * dims, value=NAN)[(..., *[slice(1, -2)] * dims)],
+    "sliced": lambda t, dims: inside(F.pad(t, [1, 2] * dims, value=NAN), dims),
     "channels_last_sliced": lambda t, dims: channels_last(F.pad(t, [0, 0] * dims + [2, 3], value=NAN), dims).narrow(
         -dims - 1, 2, t.shape[-dims - 1]
     ),
@@ -246,7 +252,7 @@ def numbers(low: int, high: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Iterator[Any]:
+def calls_of_pooling(draw: st.DrawFn) -> Any:
     dims = draw(numbers(1, 3))
     kernel = [draw(numbers(1, 4)) for _ in range(dims)]
     dilation = [draw(numbers(1, 2)) for _ in range(dims)]
@@ -257,7 +263,7 @@ def calls(draw: st.DrawFn) -> Iterator[Any]:
     return shape, kernel, stride, padding, dilation, draw(st.booleans()), draw(st.sampled_from(["contiguous", "channels_last"]))
 
 
-@given(calls())
+@given(calls_of_pooling())
 def test_any_window(call: Any) -> None:
     shape, kernel, stride, padding, dilation, ceil_mode, layout = call
     dims = len(kernel)
