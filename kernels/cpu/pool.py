@@ -130,12 +130,13 @@ def max_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Si
 
 
 def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
-             dilation: Sizes, *rest: int) -> None:
+             dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
     if not out.numel():
         return
     across, (x,) = _prepared(out, (input,), len(size))
     kernel = _kernel("pool_across" if across else "pool_along", "iiiii", out.dtype, average)
-    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, *rest)
+    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, divisor,
+         include_pad)
 
 
 def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
