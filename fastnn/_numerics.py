@@ -90,7 +90,7 @@ def _careful_avg_pool2d(
     return plain.avg_pool(x, False, [size] * 2, [stride or size] * 2, [padding] * 2, False, count_include_pad, 0)
 
 
-def _careful_normal(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _careful_normal(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """torch multiplies x by 1 / deviation before it takes the mean away, and adds squares up that way in channels_last."""
     below = x - x.mean(dims, keepdim=True)
     below = below - below.mean(dims, keepdim=True)

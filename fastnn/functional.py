@@ -942,6 +942,7 @@ def _cell(
 # channels_last where the input is, in three dimensions too. lp_pool is our average between torch's powers.
 
 _Sizes = int | Sequence[int]
+_unpool_output_size: Callable[..., Sequence[int]] = getattr(F, "_unpool_output_size")  # noqa: B009  # torch has no stub
 
 
 def _sizes(op: str, name: str, value: Any, dims: int) -> list[int]:
@@ -1122,7 +1123,7 @@ def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
         steps = size if stride is None else _sizes(name, "stride", stride, dims)
         pads = _sizes(name, "padding", padding, dims)
         if input.dim() in (dims + 1, dims + 2):
-            wanted = F._unpool_output_size(input, size, steps, pads, output_size)
+            wanted = _unpool_output_size(input, size, steps, pads, output_size)
         else:
             wanted = [0] * dims  # the op says what is wrong
         return _pool.max_unpool.call(input, indices, list(wanted), backend)

@@ -386,8 +386,9 @@ def _batch_norm(self: Any, input: Tensor) -> Tensor:
         if self.momentum is None:  # the mean of all batches
             momentum = 1.0 / float(self.num_batches_tracked)
     training = self.training or (self.running_mean is None and self.running_var is None)
-    kept = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
-    return F.batch_norm(input, *kept, self.weight, self.bias, training, momentum, self.eps, backend=self.backend)
+    kept = not self.training or self.track_running_stats
+    mean, var = (self.running_mean, self.running_var) if kept else (None, None)
+    return F.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps, backend=self.backend)
 
 
 def _instance_norm(self: Any, input: Tensor) -> Tensor:

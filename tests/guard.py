@@ -229,7 +229,12 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
     for shape, (layout, other) in itertools.product(shapes, ((plain, plain), (last, last), (stepped, transposed))):
         dims = len(shape) - 2
         x = layout(random(*shape))
-        calls = [(False, *([v] * dims for v in window)) for window in windows]
+        calls: list[Any] = [(False, *([v] * dims for v in window)) for window in windows]
+        adaptive: bool
+        size: list[int]
+        stride: list[int]
+        padding: list[int]
+        dilation: list[int]
         for adaptive, size, stride, padding, dilation in [*calls, *((True, [o] * dims, [], [], []) for o in (1, 2, 5))]:
             if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(shape[2:], size, padding, dilation)):
                 continue
@@ -249,7 +254,8 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
 
 def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
     shapes = [(5, 3), (70, 33), (3, 4, 17), (2, 6, 5, 7), (1, 34, 3, 11), (2, 4, 2, 3, 4)]
-    for shape, (layout, other), affine in itertools.product(shapes, ((plain, plain), (last, last), (stepped, transposed)), (0, 1)):
+    layouts = ((plain, plain), (last, last), (stepped, transposed))
+    for shape, (layout, other), affine in itertools.product(shapes, layouts, (0, 1)):
         x, grad, c = layout(random(*shape)), other(random(*shape)), shape[1]
         weight, bias = (random(c), random(c)) if affine else (None, None)
         mean, var = random(c), random(c).abs() + 0.5

@@ -62,7 +62,7 @@ def inverse_deviation(var, eps):
     return 1.0 / first_lane(sqrt(spread(FLOAT64, var + eps)))
 
 
-def _over_run(elem: Elem, step: Callable[[Elem, Elem], Any]) -> Any:
+def _over_run(elem: Elem, step: Callable[[Elem, Elem, bool], Any]) -> Any:
     """run(n, args): step at every offset of a run, several vectors, one, and the first n of one"""
     c = compute_elem(elem)
     L, W, size = elem.lanes, elem.lanes * WIDTH, elem.size

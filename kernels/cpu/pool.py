@@ -19,6 +19,7 @@ from .engine import threads
 from .engine.build import Kernel
 from .engine.host import simd
 from .engine.workspace import workspace
+from .pool_slots import OWN
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
@@ -97,7 +98,7 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
     lanes = simd().width // compute
     # A few vectors more than the last window needs: kernels read whole ones.
     line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
-    room = 2 * (line + outs[2] + lanes) * compute
+    room = 2 * (line + outs[2] + lanes) * compute + OWN
     block = c
     if (across and scattered and n < threads) or n * pixels < 4 * threads:
         block = -(-c // threads // 16) * 16
@@ -129,12 +130,13 @@ def max_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Si
 
 
 def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
-             dilation: Sizes, *rest: int) -> None:
+             dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
     if not out.numel():
         return
     across, (x,) = _prepared(out, (input,), len(size))
     kernel = _kernel("pool_across" if across else "pool_along", "iiiii", out.dtype, average)
-    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, *rest)
+    _run(kernel, "forward", across, x, out, (x.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, dilation, divisor,
+         include_pad)
 
 
 def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,

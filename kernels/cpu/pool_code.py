@@ -54,6 +54,7 @@ from .pool_slots import (
     INCLUDE_PAD,
     INDICES,
     OUT,
+    OWN,
     PAD,
     ROOM,
     SIZE,
@@ -67,6 +68,7 @@ from .pool_slots import (
 
 LINE = 64  # bytes
 WIDTH = 4  # vectors that are worked on at once
+FEW = 6  # taps up to which a vector adds to all of a window; with more each lane adds to its own
 CHAIN = 64  # of them that are added one to another before they go to the total: the error grows more slowly
 
 
@@ -451,7 +453,7 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                     place = o * stride * c_size
                     v = load_steps(c_elem, values + place, stride * c_size)
                     best = load_steps(keys, places + place, stride * c_size)
-                    for t in range(1, k):
+                    for _t in range(1, k):
                         place += tap
                         if stride == 1:
                             u, key = load(c_elem, values + place), load(keys, places + place)
@@ -527,7 +529,7 @@ def average_backward_along(elem_name: str) -> Callable[..., Any]:
                         store(c_elem, shares + o * c_size, grad / (load(c_elem, counts + o * c_size) * scale))
                         o += L
                     fill_row(line, w_in + 2 * pad, 0.0)
-                    if stride == 1 and not adaptive:
+                    if stride == 1 and w_out >= L and not adaptive:
                         for t in range(k):
                             add_row(shares, line + t * c_size, w_out)
                     else:
@@ -641,7 +643,7 @@ def _scatter_across(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors
     def body(thread, threads, x, y, z, g, scratch):
         depth, height, width, channels, block = at(g, OUT), at(g, OUT + 1), at(g, OUT + 2), at(g, C), at(g, BLOCK)
         h_in, w_in, divisor = at(g, IN + 1), at(g, IN + 2), at(g, DIVISOR)
-        room, blocks, volume = scratch + thread * at(g, ROOM), (channels + block - 1) // block, at(g, IN) * h_in * w_in
+        room, blocks, volume = scratch + thread * at(g, ROOM) + OWN, (channels + block - 1) // block, at(g, IN) * h_in * w_in
         first, end = over(thread, threads, at(g, N) * blocks)
         for unit in range(first, end):
             n, c0 = unit // blocks, unit % blocks * block
@@ -659,8 +661,8 @@ def _scatter_across(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors
                         w0, wt, wc = window(g, 2, ow)
                         source = x + n * at(g, X) + d0 * at(g, X + 2) + h0 * at(g, X + 3) + w0 * at(g, X + 4)
                         target = y + n * at(g, Y) + od * at(g, Y + 2) + oh * at(g, Y + 3) + ow * at(g, Y + 4)
-                        chunks(c0, c1, (source, target, total + ((d0 * h_in + h0) * w_in + w0) * zw, zw, dt, ht, wt,
-                                        float(divisor if divisor else dc * hc * wc), g))
+                        place, count = total + ((d0 * h_in + h0) * w_in + w0) * zw, float(divisor if divisor else dc * hc * wc)
+                        chunks(c0, c1, (source, target, place, zw, dt, ht, wt, count, room - OWN, g))
             if half:
                 for pixel in range(volume):
                     narrow_row(total + pixel * zw + c0 * c_size, gradient + (pixel * channels + c0) * size, c1 - c0)
@@ -727,7 +729,8 @@ def argmax_across(elem_name: str) -> Callable[..., Any]:
             for ow in range(width):
                 w0, wt, _ = window(g, 2, ow)
                 chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4),
-                                     z + (unit * width + ow) * channels * 8, (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
+                                     z + (unit * width + ow) * channels * 8,
+                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
 
     def kernel(threads, x, y, z, g, scratch):
         parallel(threads, body, (x, y, z, g, scratch))
@@ -740,13 +743,22 @@ def max_backward_across(elem_name: str) -> Callable[..., Any]:
     size, c_size = elem.size, compute_elem(elem).size
 
     def step(source: Elem, target: Elem, masked: bool) -> Any:
-        argmax = _argmax_of_taps(source, target, masked)
+        argmax, key_elem = _argmax_of_taps(source, target, masked), _keys(target)
+        keys = wide(key_elem, target.lanes // key_elem.lanes)
 
         @inline
         def chunk(i, n, args):
-            x, y, z, zw, dt, ht, wt, _, g = args
+            x, y, z, zw, dt, ht, wt, _, own, g = args
             _, best = argmax(x + i * size, n, dt, ht, wt, g)
             grad = load_n(source, y + i * size, n) if masked else load(source, y + i * size)
+            if dt * ht * wt > FEW:
+                store(keys, own, best)
+                store(target, own + target.lanes * c_size, grad)
+                for j in range(n):
+                    place = z + load_scalar(key_elem, own + j * c_size) * zw + (i + j) * c_size
+                    share_of_one = load_scalar(target, own + (target.lanes + j) * c_size)
+                    store_scalar(target, place, load_scalar(target, place) + share_of_one)
+                return
             for d in range(dt):
                 for h in range(ht):
                     key = (d * at(g, DILATION) * at(g, IN + 1) + h * at(g, DILATION + 1)) * at(g, IN + 2)
@@ -774,7 +786,7 @@ def average_backward_across(elem_name: str) -> Callable[..., Any]:
     def step(source: Elem, target: Elem, masked: bool) -> Any:
         @inline
         def chunk(i, n, args):
-            _, y, z, zw, dt, ht, wt, count, g = args
+            _, y, z, zw, dt, ht, wt, count, _own, g = args
             share = (load_n(source, y + i * size, n) if masked else load(source, y + i * size)) / count
             for d in range(dt):
                 for h in range(ht):

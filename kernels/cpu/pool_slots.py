@@ -11,4 +11,5 @@ INCLUDE_PAD = 32  # whether these are also those in the padding
 WHOLE = 33  # whether each window is a whole plane, and that one row
 INDICES = 34  # argmax_along: whether the indices are wanted, or the gradient
 BLOCK = 35  # across: channels that a thread works on at once
+OWN = 512  # bytes at the beginning of a thread's scratch memory for two vectors of numbers and of places
 ROOM = 36  # bytes of scratch memory a thread
