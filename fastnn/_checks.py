@@ -669,10 +669,10 @@ def _special_image(dtype: torch.dtype) -> Tensor:
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
-    "conv": _conv_checks,
     "matmul": _matmul_checks,
     "activation": _activation_checks,
     "softmax": _softmax_checks,
+    "conv": _conv_checks,
 }
 
 
