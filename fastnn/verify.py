@@ -84,7 +84,7 @@ class Line:
 
 
 def _bits(t: Tensor) -> Tensor:
-    return t.detach().contiguous().view(torch.uint8) if t.dim() else t.detach().reshape(1).view(torch.uint8)
+    return t.detach().contiguous().view(-1).view(torch.uint8)  # a last dimension of size 1 may have any stride
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
