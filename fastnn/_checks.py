@@ -778,7 +778,7 @@ def _conv_checks() -> Iterator[Check]:
     def conv(op: str, **options: Any) -> Callable[..., Tensor]:
         return lambda F, *tensors: getattr(F, op)(*tensors, **options)
 
-    image, filters, bias = _normal(2, 24, 13, 17, seed=1), _normal(31, 24, 3, 3, seed=2, scale=0.1), _normal(31, seed=3)
+    image, filters, bias = _normal(3, 24, 19, 23, seed=1), _normal(31, 24, 3, 3, seed=2, scale=0.1), _normal(31, seed=3)
     for form, place in (("", lambda make: make), (", channels last", last)):
         yield check(f"conv2d 3×3{form}", conv("conv2d", padding=1), place(image), place(filters), bias)
         yield check(f"conv2d 3×3, stride 2{form}", conv("conv2d", stride=2), place(image), place(filters), bias)
@@ -813,13 +813,13 @@ def _special_image(dtype: torch.dtype) -> Tensor:
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
-    "conv": _conv_checks,
     "matmul": _matmul_checks,
     "activation": _activation_checks,
     "softmax": _softmax_checks,
     "rnn": _rnn_checks,
     "pool": _pool_checks,
     "norm": _norm_checks,
+    "conv": _conv_checks,
 }
 
 

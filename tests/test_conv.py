@@ -115,9 +115,9 @@ def test_any_geometry(data: st.DataObject) -> None:
     torch.testing.assert_close(ops.conv.conv(*args, backend="cpu"), expected, rtol=1e-4, atol=1e-3)
     grad = draw(places)(randn(*plain.shape, seed=4))
     pair = (x, grad) if transposed else (grad, x)
-    args = (*pair, kernel, stride, padding, dilation, groups)
-    expected = ops.conv.conv_weight(*args, backend="reference")
-    torch.testing.assert_close(ops.conv.conv_weight(*args, backend="cpu"), expected, rtol=1e-4, atol=1e-3)
+    problem = (*pair, kernel, stride, padding, dilation, groups)
+    expected = ops.conv.conv_weight(*problem, backend="reference")
+    torch.testing.assert_close(ops.conv.conv_weight(*problem, backend="cpu"), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -183,16 +183,19 @@ def test_threads(threads_used: int) -> None:
             if options.get("groups", 1) > 1:
                 weight = randn(*w)
             tensors = [image.requires_grad_(), weight.requires_grad_()]
-            first, second = ([y := getattr(ours, op)(*tensors, **options, backend="cpu"),
-                              *torch.autograd.grad(y, tensors, torch.ones_like(y))] for _ in range(2))  # fmt: skip
-            for a, b in zip(first, second, strict=True):
+            both = []
+            for _ in range(2):
+                y = getattr(ours, op)(*tensors, **options, backend="cpu")
+                both.append([y, *torch.autograd.grad(y, tensors, torch.ones_like(y))])
+            for a, b in zip(*both, strict=True):
                 assert torch.equal(a, b)
-            torch.testing.assert_close(first[0], getattr(F, op)(*tensors, **options), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(both[0][0], getattr(F, op)(*tensors, **options), rtol=1e-4, atol=1e-3)
 
 
 def test_weights_are_arranged_once_and_anew_when_they_change() -> None:
     packed.clear()
-    x, conv = FORMATS["last"](randn(2, 32, 5, 5)), nn.Conv2d(32, 48, 3).to(memory_format=torch.channels_last)
+    x, conv = FORMATS["last"](randn(2, 32, 5, 5)), nn.Conv2d(32, 48, 3)
+    conv.weight.data = FORMATS["last"](conv.weight.data)
     with torch.no_grad():
         for change in (lambda w: None, lambda w: w.mul_(2), lambda w: w.data.add_(1), lambda w: w[3].zero_()):
             change(conv.weight)

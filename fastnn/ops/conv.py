@@ -261,7 +261,7 @@ def _torch_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    shape = _check_weight(grad, input, kernel_size, stride, padding, dilation, groups)
+    shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
     weight = torch.empty(shape, dtype=input.dtype, device=input.device)
     zeros = [0] * len(kernel_size)
     mask = (False, True, False)

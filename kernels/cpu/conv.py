@@ -189,7 +189,7 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
     if kind == PLANES:
         parts, cuts = _divide(nt, groups, -(-outputs // f.rows), vectors // (2 * f.vecs))
         width = min(4 * f.vecs, max(1, -(-vectors // cuts)))
-        depth = _cut(depth_all, max(64, l2 // 2 // (width * lanes * unit)))
+        depth = _cut(depth_all, max(64, l2 // 4 // (width * lanes * unit)))
         block = width * lanes
         sums_row, packing = block * unit, depth * block * unit
         rows = min(outputs, _up(-(-outputs // parts), f.rows) + f.rows) if depth_all > depth else f.rows

@@ -5,6 +5,7 @@ The columns are a copy of the input, one element for each output position and fi
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ def conv(
     kernel, n = weight.shape[2:], input.shape[0]
     if transposed:  # a convolution of stride 1 over the input with zeros in between, by the filters turned round
         spread = input.new_zeros(*input.shape[:2], *((m - 1) * s + 1 for m, s in zip(input.shape[2:], stride)))
-        spread[(..., *(slice(None, None, s) for s in stride))] = input
+        every: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+        spread[every] = input
         edges = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding)]
         both = zip(reversed(edges), reversed(output_padding))
         input = F.pad(spread, [e for edge, more in both for e in (edge, edge + more)])
@@ -76,7 +78,8 @@ def conv_weight(
 ) -> Tensor:
     """The gradient of conv's weight: for each tap the product of what it met and what came of it."""
     columns = _columns(input, kernel_size, stride, padding, dilation)
-    columns = columns[(..., *(slice(m) for m in grad.shape[2:]), *[slice(None)] * len(kernel_size))]
+    met: tuple[Any, ...] = (..., *(slice(m) for m in grad.shape[2:]), *[slice(None)] * len(kernel_size))
+    columns = columns[met]
     c = columns.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel_size)).flatten(4)
     g = grad.unflatten(1, (groups, -1)).flatten(3)
     return torch.einsum("ngcpt,ngop->goct", c, g).reshape(grad.shape[1], input.shape[1] // groups, *kernel_size)
