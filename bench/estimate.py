@@ -31,7 +31,7 @@ def estimate(
 def _case(case: Case, dtype: torch.dtype, providers: Sequence[Peer], seconds: float, header: dict[str, Any]) -> float:
     if case.programs:
         count = len({p.name for p in providers} & case.programs.keys())
-        return count * (2 * COLD_PROCESS if case.cold else 5 * PROCESS)
+        return count * (2 * COLD_PROCESS if case.cold else 3 * PROCESS)
     there = [p.name for p in providers if p.missing(case, dtype, header["threads"]) is None]
     limits = header["limits"]
     rates = limits["fma_gflops"]

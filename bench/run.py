@@ -344,7 +344,7 @@ def _last_cache() -> int:
     return max(_info.machine().get("caches", {}).values(), default=32 << 20)
 
 
-def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 5) -> list[Record]:
+def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 3) -> list[Record]:
     """A case whose samples are new processes: the programs of all providers in turn."""
     records = [
         Record(

@@ -26,7 +26,6 @@ from .engine.simd import (
     INT64,
     Elem,
     compute_elem,
-    evens,
     first_lanes,
     inline,
     iota_like,
@@ -328,10 +327,10 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                     for t in range(1, k):
                         v = both(v, load(c_elem, place + t * tap))
                 elif stride == 2:
-                    v = evens(load(c_elem, place), load(c_elem, place + L * c_size))
+                    v = even_lanes(load(c_elem, place), load(c_elem, place + L * c_size))
                     for t in range(1, k):
                         there = place + t * tap
-                        v = both(v, evens(load(c_elem, there), load(c_elem, there + L * c_size)))
+                        v = both(v, even_lanes(load(c_elem, there), load(c_elem, there + L * c_size)))
                 else:
                     v = load_steps(c_elem, place, stride * c_size)
                     for t in range(1, k):
@@ -458,8 +457,8 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                         if stride == 1:
                             u, key = load(c_elem, values + place), load(keys, places + place)
                         elif stride == 2:
-                            u = evens(load(c_elem, values + place), load(c_elem, values + place + L * c_size))
-                            key = evens(load(keys, places + place), load(keys, places + place + L * c_size))
+                            u = even_lanes(load(c_elem, values + place), load(c_elem, values + place + L * c_size))
+                            key = even_lanes(load(keys, places + place), load(keys, places + place + L * c_size))
                         else:
                             u = load_steps(c_elem, values + place, stride * c_size)
                             key = load_steps(keys, places + place, stride * c_size)
