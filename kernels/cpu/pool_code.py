@@ -26,6 +26,7 @@ from .engine.simd import (
     INT64,
     Elem,
     compute_elem,
+    even_lanes,
     first_lanes,
     inline,
     iota_like,

@@ -649,15 +649,6 @@ reduce_max = _reduction("reduce_max", lambda b, x, y: b.select(
 
 
 @intrinsic
-def evens(typingctx, a, b):
-    """evens(a, b) -> the even lanes of a, then those of b"""
-    def codegen(context, builder, sig, args):
-        index = ir.Constant(ir.VectorType(i32, a.lanes), list(range(0, 2 * a.lanes, 2)))
-        return builder.shuffle_vector(args[0], args[1], index)
-    return a(a, b), codegen
-
-
-@intrinsic
 def first_lane(typingctx, v):
     """first_lane(v) -> lane 0 as a scalar"""
     def codegen(context, builder, sig, args):
