@@ -102,15 +102,17 @@ def test_layouts(kind: str, layout: str) -> None:
     Work(kind, randn(1, 4, 1, 5).expand(3, 4, 6, 5), groups=2).check()
 
 
+@pytest.mark.parametrize("mean", [1e4, 1e6])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_means(layout: str) -> None:
-    """A mean of ten thousand deviations: the sum of squares minus the square of the sum has no digit left in float32."""
-    x = lay(randn(4, 8, 20, 30).double() + 1e4, layout).float()
+def test_large_means(layout: str, mean: float) -> None:
+    """A mean of ten thousand deviations: the sum of squares minus the square of the sum has no digit left in float32. Of a
+    million: not even the mean itself fits into one."""
+    x = lay(randn(4, 8, 20, 30).double() + mean, layout).float()
     y = f.batch_norm(x, None, None, training=True, backend="cpu")
     wide = x.double()
     exact = (wide - wide.mean((0, 2, 3), keepdim=True)) / (wide.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
     assert float((y - exact).abs().max()) < 2e-6
-    shifted = x - 1e4
+    shifted = x - mean
     shifted[0, :, 0, 0] = 1e6  # the first value says nothing about the others
     y = f.group_norm(shifted, 8, backend="cpu")
     wide = shifted.double()
