@@ -28,10 +28,24 @@ from numba.extending import intrinsic
 
 from .host import simd
 
-#: Decorator of the helpers that kernels are composed of: always inlined, C semantics for division, no Python objects.
-inline: Callable[..., Any] = njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-#: The same for helpers that are too long to be copied into each caller.
-outline: Callable[..., Any] = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+def _helper(**options: Any) -> Callable[..., Any]:
+    """A decorator for what kernels are composed of: C semantics for division, no Python objects, and compiled once for all
+    integers. Numba would compile a helper anew for each literal that it is called with.
+    """
+    def decorate(function: Callable[..., Any]) -> Any:
+        helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        template = helper.get_call_template
+        helper.get_call_template = lambda args, kws: template(
+            tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in kws.items()})
+        return helper
+    return decorate
+
+
+#: A helper that is always inlined.
+inline = _helper(forceinline=True)
+#: A helper that is too long to be copied into each caller.
+outline = _helper()
 
 i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
