@@ -632,6 +632,11 @@ def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
     return scale
 
 
+def _first(name: str, F: Any, *inputs: Tensor) -> Tensor:
+    out: Tensor = getattr(F, name)(*inputs)[0]
+    return out
+
+
 def _rnn_checks() -> Iterator[Check]:
     gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -678,6 +683,23 @@ def _rnn_checks() -> Iterator[Check]:
     yield layers("lstm", "1,000 steps", 1000, 2, 5, 17)
     yield layers("gru", "1,000 steps", 1000, 2, 5, 17)
     yield layers("lstm", "projection", 13, 6, 21, 40, True, 17)
+
+    def pooled(F: Any, x: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A QRNN step by step."""
+        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+        z, f, o = F.linear(torch.cat([before, x], 2), weight, bias).chunk(3, 2)
+        z, f, o = F.tanh(z), F.sigmoid(f), F.sigmoid(o)
+        states = []
+        for t in range(len(x)):
+            c = f[t] * c + (1 - f[t]) * z[t]
+            states.append(c)
+        return o * torch.stack(states)
+
+    for kind, steps in (("37 steps", 37), ("1,000 steps", 1000)):
+        makers = (_normal(steps, 3, 20, seed=1), _normal(3, 17, seed=2), _normal(51, 40, seed=3, scale=0.2), _normal(51, seed=4))
+        names = ("input", "cell", "weight", "bias")
+        ours = partial(_first, "qrnn")
+        yield Check("rnn", f"qrnn, {kind}", _all(*makers), pooled, ours, names, _of_the_largest(pooled))
 def _images(make: Callable[[torch.dtype], Tensor], *shape: int, last: bool = False) -> Callable[[torch.dtype], Tensor]:
     """The numbers as a batch of images, with ``last`` in memory format channels_last."""
 
@@ -692,6 +714,11 @@ def _pool_checks() -> Iterator[Check]:
     def pool(name: str, function: Callable[..., Tensor], make: Callable[[torch.dtype], Tensor]) -> Check:
         scale = sum_of_magnitudes(function) if "avg" in name else None
         return Check("pool", name, _all(make), function, scale=scale)
+
+    def with_indices(F: Any, x: Tensor) -> Tensor:
+        """The maxima and, as numbers that 16 bits can hold, where they are."""
+        y, at = F.max_pool2d(x, 2, return_indices=True)
+        return torch.cat([y.flatten(), at.flatten().to(y.dtype)])
 
     def special(last: bool) -> Callable[[torch.dtype], Tensor]:
         return _images(lambda dtype: _special_rows(36)(dtype), 1, 29, 6, 6, last=last)
@@ -708,6 +735,8 @@ def _pool_checks() -> Iterator[Check]:
             ("avg_pool2d, overlapping", (2, 35, 9, 7), lambda F, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
             ("adaptive_avg_pool2d", (2, 5, 13, 37), lambda F, x: F.adaptive_avg_pool2d(x, 5)),
             ("adaptive_avg_pool2d, global", (2, 5, 31, 37), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
+            ("max_pool2d with indices", (2, 5, 12, 20), with_indices),
+            ("max_unpool2d", (2, 5, 12, 20), lambda F, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
         ):
             n = torch.Size(shape).numel()
             yield pool(name + suffix, function, _images(_normal(n, seed=1), *shape, last=last))

@@ -22,6 +22,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.core.datamodel import PrimitiveModel, register_default
 from numba.core.imputils import lower_builtin, lower_cast, lower_constant, lower_getattr_generic
+from numba.core.types.misc import unliteral
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
 from numba.core.typing.typeof import typeof_impl
 from numba.extending import intrinsic
@@ -37,7 +38,7 @@ def _helper(**options: Any) -> Callable[..., Any]:
         helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
         template = helper.get_call_template
         helper.get_call_template = lambda args, kws: template(
-            tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in kws.items()})
+            tuple(map(unliteral, args)), {name: unliteral(t) for name, t in kws.items()})
         return helper
     return decorate
 
