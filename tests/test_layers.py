@@ -633,8 +633,10 @@ def test_loss_modules(make: Callable[[Any], nn.Module], target: Tensor) -> None:
 def test_every_module_has_been_tested() -> None:
     tested = {type(make(fastnn.nn)).__name__ for make, _ in [*MODULES, *LOSSES]}
     tested |= {f"MaxUnpool{d}d" for d in (1, 2, 3)}  # in test_pool
-    assert tested == set(fastnn.nn.__all__)
-    assert set(f.__all__) == {case.name for case in CASES} | {"dropout"}
+    recurrent = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "QRNN"}  # in test_rnn, and their functions
+    steps = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+    assert tested | recurrent == set(fastnn.nn.__all__)
+    assert set(f.__all__) == {case.name for case in CASES} | {"dropout", "qrnn"} | steps | {f"{name}_cell" for name in steps}
 
 
 def test_state_dict_travels_by_file() -> None:
