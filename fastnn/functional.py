@@ -942,7 +942,6 @@ def _cell(
 # channels_last where the input is, in three dimensions too. lp_pool is our average between torch's powers.
 
 _Sizes = int | Sequence[int]
-_unpool_output_size: Callable[..., Sequence[int]] = getattr(F, "_unpool_output_size")  # noqa: B009  # torch has no stub
 
 
 def _sizes(op: str, name: str, value: Any, dims: int) -> list[int]:
@@ -1104,6 +1103,23 @@ def _power_average(name: str, dims: int) -> Callable[..., Tensor]:
     return _named(lp_pool, name)
 
 
+def _unpooled(
+    name: str, input: Tensor, size: list[int], steps: list[int], pads: list[int], wanted: Sequence[int] | None
+) -> list[int]:
+    """The spatial size of max_unpool's output; torch's own function for it cannot be traced by torch.compile."""
+    dims = len(size)
+    usual = [(n - 1) * s - 2 * p + k for n, s, p, k in zip(input.shape[-dims:], steps, pads, size, strict=True)]
+    found = usual if wanted is None else list(wanted)[2:] if len(wanted) == dims + 2 else list(wanted)
+    if len(found) != dims:
+        raise ValueError(f"{name}(): output_size must have {dims} or {dims + 2} numbers, got {len(found)}: {found}")
+    for d, (n, default, step) in enumerate(zip(found, usual, steps, strict=True)):
+        if n < 0 or (wanted is not None and not default - step < n < default + step):
+            raise ValueError(
+                f"{name}(): output_size got {found}, dimension {d} must be between {default - step} and {default + step}"
+            )
+    return found
+
+
 def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
     def max_unpool(
         input: Tensor,
@@ -1123,7 +1139,7 @@ def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
         steps = size if stride is None else _sizes(name, "stride", stride, dims)
         pads = _sizes(name, "padding", padding, dims)
         if input.dim() in (dims + 1, dims + 2):
-            wanted = _unpool_output_size(input, size, steps, pads, output_size)
+            wanted = _unpooled(name, input, size, steps, pads, output_size)
         else:
             wanted = [0] * dims  # the op says what is wrong
         return _pool.max_unpool.call(input, indices, list(wanted), backend)
@@ -1241,6 +1257,10 @@ def instance_norm(
     Running statistics that are given take the mean over the batch of each image's. ValueError where an image has a
     single pixel, RuntimeError for parameters of another size.
     """
+    named = backend if is_dynamo_compiling() else backend or backends.context()
+    if named == "torch":  # whose group_norm is not its instance_norm: less exact for large means
+        backends.torch_serves("instance_norm", (input,), backend, "backend 'torch' was named")
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise RuntimeError(

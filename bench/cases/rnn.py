@@ -55,6 +55,8 @@ def layers(
             return getattr(F, mode)(x, hx, *options, batch_sizes=torch.tensor(sizes))[0]
         return getattr(F, mode)(x, torch.tensor(sizes), hx, *options)[0]
 
+    reads = sum(torch.Size(s).numel() for s in [rows, *[(number * directions, batch, units)] * states, *shapes])
+    writes = (sum(sizes) or steps * batch) * directions * units
     products = sum(s[0] * s[1] for s in shapes if len(s) == 2) * (sum(sizes) or steps * batch)
     size = f"{number}x{directions}_T{steps}_B{batch}_I{inputs}_H{units}"
     return Case(
@@ -65,6 +67,7 @@ def layers(
         ours=partial(run, ours=True),
         parameters=tuple(range(1 + states, 1 + states + len(shapes))),
         flops=2 * products * (3 if grad else 1),
+        passes=((reads, writes),),
         mode=kind,
         scale=_of_the_largest(run),
         **extra,
@@ -86,7 +89,8 @@ def cell(mode: str, batch: int, units: int, **extra: Any) -> Case:
 
     return Case(
         "rnn", f"{mode}_cell/step/B{batch}_H{units}", make, theirs=run, parameters=tuple(range(1 + states, 5 + states)),
-        flops=4 * batch * units * wide, scale=_of_the_largest(run), **extra,
+        flops=4 * batch * units * wide, passes=((2 * wide * (units + 1) + (1 + states) * batch * units, batch * units),),
+        scale=_of_the_largest(run), **extra,
     )  # fmt: skip
 
 

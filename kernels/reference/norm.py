@@ -14,16 +14,24 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + _along_channels(bias, x)
 
 
+def _less_mean(x: Tensor, mean: Tensor, dims: list[int]) -> Tensor:
+    """x - mean, where mean is x's own over dims: what the mean's rounding leaves goes, too."""
+    below = x - mean
+    return below - below.mean(dims, keepdim=True)
+
+
 def batch_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The normalised input and what it was normalised by: (mean, variance), the batch's own where none is given."""
+    dims = [d for d in range(input.dim()) if d != 1]
+    own = mean is None or var is None
     if mean is None or var is None:
-        wide = input.double()
-        dims = [d for d in range(input.dim()) if d != 1]
-        var, mean = torch.var_mean(wide, dims, correction=0)
+        var, mean = torch.var_mean(input.double(), dims, correction=0)
     stats = torch.stack([mean.double(), var.double()])
-    unit = (input - _along_channels(stats[0], input)) * _along_channels(torch.rsqrt(stats[1] + eps), input)
+    mean = _along_channels(stats[0], input)
+    below = _less_mean(input, mean, dims) if own else input - mean
+    unit = below * _along_channels(torch.rsqrt(stats[1] + eps), input)
     return _scaled(unit, weight, bias), stats.detach()
 
 
@@ -37,7 +45,7 @@ def batch_norm_backward(
     else:
         mean, var = stats
     rstd = _along_channels(torch.rsqrt(var + eps), input)
-    unit = (input - _along_channels(mean, input)) * rstd
+    unit = (_less_mean(input, _along_channels(mean, input), dims) if training else input - _along_channels(mean, input)) * rstd
     g = _scaled(grad, weight, None)
     inner = g - g.mean(dims, keepdim=True) - unit * (g * unit).mean(dims, keepdim=True) if training else g
     return inner * rstd, torch.stack([grad.sum(dims), (grad * unit).sum(dims)]).double()
@@ -49,7 +57,7 @@ def group_norm(
     """The normalised input and each group's (mean, variance): (2, N, groups)."""
     grouped = input.reshape(input.shape[0], groups, -1)
     var, mean = torch.var_mean(grouped.double(), -1, correction=0)
-    unit = (grouped - mean.unsqueeze(-1).to(input.dtype)) * torch.rsqrt(var + eps).unsqueeze(-1).to(input.dtype)
+    unit = _less_mean(grouped, mean.unsqueeze(-1).to(input.dtype), [-1]) * torch.rsqrt(var + eps).unsqueeze(-1).to(input.dtype)
     return _scaled(unit.reshape(input.shape), weight, bias), torch.stack([mean, var]).detach()
 
 
@@ -58,9 +66,9 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of input, and of bias and weight, of each image: (2, N, C)."""
     grouped = input.reshape(input.shape[0], groups, -1)
-    var, mean = torch.var_mean(grouped, -1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    unit = (grouped - mean) * rstd
+    below = _less_mean(grouped, grouped.mean(-1, keepdim=True), [-1])
+    rstd = torch.rsqrt(below.square().mean(-1, keepdim=True) + eps)
+    unit = below * rstd
     g = _scaled(grad, weight, None).reshape(grouped.shape)
     inner = g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)
     spatial = list(range(2, input.dim()))
