@@ -22,7 +22,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
 test: $(INSTALLED)  ## every test
 	$(PYTEST)
 
-test-quick: $(INSTALLED)  ## the tests that are not slow: under two minutes
+test-quick: $(INSTALLED)  ## the tests that are not slow
 	$(PYTEST) -m 'not slow'
 
 lint: $(INSTALLED)  ## ruff and mypy
