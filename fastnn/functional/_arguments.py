@@ -1,0 +1,25 @@
+"""What several families ask of their arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Ints = int | Sequence[int]
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def ints(op: str, name: str, value: Any, dims: int) -> list[int]:
+    """`value` for each dimension: an int for all, or a sequence of one or of as many as there are dimensions."""
+    if type(value) is int:
+        return [value] * dims
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    if not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise TypeError(f"{op}(): {name} must be int or a tuple of {dims} ints, got {value!r}")
+    if len(values) not in (1, dims):
+        raise RuntimeError(f"{op}(): expected {name} to be a single integer value or {dims} values, got {tuple(values)}")
+    return values if len(values) == dims else values * dims

@@ -1,0 +1,192 @@
+"""Recurrent layers. ``recompute``: see fastnn.functional.lstm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional as F
+
+
+def _run_layers(module: Any, function: Any, input: Any, hx: Any, cells: bool) -> Any:
+    """torch's forward of LSTM (which has cells), GRU and RNN: the input's kind, missing states, batched or not."""
+    module._update_flat_weights()
+    packed = isinstance(input, PackedSequence)
+    data, sizes, order, back = input if packed else (input, None, None, None)
+    batch_dim = 0 if module.batch_first else 1
+    alone = not packed and data.dim() == 2
+    if not packed and data.dim() not in (2, 3):
+        raise ValueError(f"{module._get_name()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+    if alone:
+        data = data.unsqueeze(batch_dim)
+    if hx is None:
+        directions = module.num_layers * (2 if module.bidirectional else 1)
+        batch = data.shape[batch_dim] if sizes is None else int(sizes[0])
+        state = data.new_zeros(directions, batch, module.proj_size or module.hidden_size)
+        hx = (state, data.new_zeros(directions, batch, module.hidden_size)) if cells else state
+    else:
+        states = hx if cells else (hx,)
+        if not packed and any(t.dim() != 3 - alone for t in states):
+            kind, dims = ("unbatched 2-D", 2) if alone else ("batched 3-D", 3)
+            got = ", ".join(f"{t.dim()}-D" for t in states)
+            raise RuntimeError(
+                f"For {kind} input, {'hx and cx' if cells else 'hx'} should also be {dims}-D but got ({got}) "
+                f"tensor{'s' if cells else ''}"
+            )
+        states = tuple(t.unsqueeze(1) if alone else t if order is None else t.index_select(1, order) for t in states)
+        hx = states if cells else states[0]
+    module.check_forward_args(data, hx, sizes)
+    given: Any = hx if cells else (hx,)
+    for name, state in zip(("hidden[0]", "hidden[1]") if cells else ("hidden",), given, strict=True):
+        if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"Expected {name} dtype {data.dtype}, got {state.dtype}")
+    output, *last = function(
+        data, hx, module._flat_weights, module.bias, module.num_layers, module.dropout, module.training,
+        module.bidirectional, module.batch_first and not packed, batch_sizes=sizes, recompute=module.recompute,
+        backend=module.backend,
+    )  # fmt: skip
+    last = [t.squeeze(1) if alone else t if back is None else t.index_select(1, back) for t in last]
+    if packed:
+        output = PackedSequence(output, sizes, order, back)
+    return output.squeeze(batch_dim) if alone else output, tuple(last) if cells else last[0]
+
+
+class LSTM(nn.LSTM):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        return _run_layers(self, F.lstm, input, hx, True)
+
+
+class GRU(nn.GRU):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return _run_layers(self, F.gru, input, hx, False)
+
+
+class RNN(nn.RNN):
+    backend: str | None = None
+    recompute = False
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return _run_layers(self, F.rnn_tanh if self.mode == "RNN_TANH" else F.rnn_relu, input, hx, False)
+
+
+def _run_cell(module: Any, function: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+    """torch's forward of the cells"""
+    dims = input.dim()
+    state = hx[0] if cells and hx is not None else hx
+    if not (dims == 2 and state is not None and state.shape == (input.shape[0], module.hidden_size)
+            and input.shape[1] == module.input_size):  # fmt: skip
+        hx = _usual_states(module, input, hx, cells)
+    alone = dims == 1
+    out = function(
+        input.unsqueeze(0) if alone else input, hx, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh,
+        backend=module.backend,
+    )  # fmt: skip
+    if not alone:
+        return out
+    return tuple(t.squeeze(0) for t in out) if cells else out.squeeze(0)
+
+
+def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+    """A cell's states as matrices; torch's errors for what does not fit."""
+    name = type(module).__name__
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    batch, size = input.shape if input.dim() == 2 else (1, input.shape[0])
+    if size != module.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {size} expected {module.input_size}")
+    if hx is None:
+        state = input.new_zeros(batch, module.hidden_size)
+        return (state, state) if cells else state
+    states = hx if cells else (hx,)
+    for k, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            what = f"hx[{k}]" if cells else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    if input.dim() == 1:
+        states = tuple(t.unsqueeze(0) for t in states)
+    for state in states:
+        if state.shape[0] != batch:
+            raise RuntimeError(f"Input batch size {batch} doesn't match hidden batch size {state.shape[0]}")
+        if state.shape[-1] != module.hidden_size:
+            raise RuntimeError(f"hidden has inconsistent hidden_size: got {state.shape[-1]}, expected {module.hidden_size}")
+    return states if cells else states[0]
+
+
+class LSTMCell(nn.LSTMCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return _run_cell(self, F.lstm_cell, input, hx, True)
+
+
+class GRUCell(nn.GRUCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _run_cell(self, F.gru_cell, input, hx, False)
+
+
+class RNNCell(nn.RNNCell):
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _run_cell(self, F.rnn_tanh_cell if self.nonlinearity == "tanh" else F.rnn_relu_cell, input, hx, False)
+
+class QRNN(nn.Module):
+    """Quasi-recurrent layers (Bradbury et al. 2016): products of windows of the input, and an elementwise recurrence.
+
+    Arguments as nn.GRU's, and ``window``, ``pooling`` ("f", "fo", "ifo") and ``zoneout``: see fastnn.functional.qrnn.
+    forward(input, hx=None): input (T, B, I), or (B, T, I) if batch_first; hx (L·D, B, H) → output (T, B, D·H), the last cells
+    (L·D, B, H).
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, *, window: int = 2, pooling: str = "fo", zoneout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.window, self.pooling, self.zoneout = window, pooling, zoneout
+        directions, rows = 1 + bidirectional, (1 + len(pooling)) * hidden_size
+        for layer in range(num_layers):
+            columns = window * (directions * hidden_size if layer else input_size)
+            for end in ("", "_reverse")[:directions]:
+                weight = torch.empty(rows, columns).uniform_(-(columns**-0.5), columns**-0.5)
+                self.register_parameter(f"weight_l{layer}{end}", nn.Parameter(weight))
+                self.register_parameter(f"bias_l{layer}{end}", nn.Parameter(torch.zeros(rows)) if bias else None)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = input.transpose(0, 1) if self.batch_first else input
+        directions = 1 + self.bidirectional
+        if hx is None:
+            hx = x.new_zeros(self.num_layers * directions, x.shape[1], self.hidden_size)
+        last = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for d, end in enumerate(("", "_reverse")[:directions]):
+                y, c = F.qrnn(
+                    x, hx[layer * directions + d],
+                    getattr(self, f"weight_l{layer}{end}"), getattr(self, f"bias_l{layer}{end}"),
+                    window=self.window, pooling=self.pooling, zoneout=self.zoneout, train=self.training, reverse=d == 1,
+                    backend=self.backend,
+                )  # fmt: skip
+                outputs.append(y)
+                last.append(c)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+            if self.training and self.dropout > 0 and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, True, backend=self.backend)
+        return x.transpose(0, 1) if self.batch_first else x, torch.stack(last)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+        return f"{sizes}, window={self.window}, pooling={self.pooling!r}"
