@@ -29,6 +29,7 @@ Entry = tuple[Kernel | None, Predicate | None, Rule | None]  # without a predica
 class Op(Protocol):
     name: str
     family: str
+    explain: Callable[..., None] | None
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ def reference(op: Op) -> Callable[..., Any]:
 def _write_reference(op: Op, out: Tensor | tuple[Tensor, ...], *args: Any) -> None:
     """Computed in float32 where the numbers have 16 bits: rounded once, as the kernels and torch's own do."""
     wide = (a.float() if isinstance(a, Tensor) and a.is_floating_point() and a.itemsize == 2 else a for a in args)
+    if op.explain is not None:
+        op.explain(*args)
     with torch.no_grad():
         result = reference(op)(*wide)
     for target, value in zip(out, result, strict=True) if isinstance(out, tuple) else [(out, result)]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -53,9 +53,7 @@ def make(op, by_torch, check, allocate, inspect, differentiable, context, traces
                     try:
                         return by_torch({args})
                     except Exception as error:
-                        refusal = error
-                    check({args})  # if it sees what is wrong, it says more about it
-                    raise refusal
+                        op.refuse(({args},), error)
                 if not (
                     _are_functorch_transforms_active()
                     or forward_ad._current_level >= 0
@@ -97,7 +95,8 @@ class Operator:
     save      (ctx, args, out) keeps what backward needs. Only where the op has a backward.
     backward  (ctx, *grads): a gradient or None for each argument, made of operators.
     autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
-    inspect   raises for bad values inside the tensors (a check that has to read them).
+    inspect   raises for bad values inside the tensors (a check that has to read them), before any kernel runs.
+    explain   the same, for kernels that see bad values themselves: says what torch's own error, or plain maths', does not.
     extra     outputs after the visible ones exist for the backward only: computes them where torch serves the others.
     visible   how many outputs are differentiable, and all that the caller sees if there are extra ones.
     """
@@ -114,6 +113,7 @@ class Operator:
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         autocast: str | None = None,
         inspect: Callable[..., None] | None = None,
+        explain: Callable[..., None] | None = None,
         extra: Callable[..., Tensor] | None = None,
         visible: int = 1,
     ) -> None:
@@ -126,6 +126,7 @@ class Operator:
         self.backward = backward
         self.autocast = autocast
         self.inspect = inspect
+        self.explain = explain
         self.extra = extra
         self.visible = visible
         self.overload = self._register(schema)
@@ -240,10 +241,15 @@ class Operator:
     def _torch(self, args: tuple[Any, ...]) -> Any:
         try:
             return self.torch(*args)
-        except IndexError:
-            if self.inspect is not None:
-                self.inspect(*args)  # has more to say about the same error
-            raise
+        except IndexError as error:
+            return self.refuse(args, error)
+
+    def refuse(self, args: tuple[Any, ...], error: Exception) -> NoReturn:
+        """Raise what torch raised, or an error that says more about the same."""
+        self.check(*args)
+        if self.explain is not None:
+            self.explain(*args)
+        raise error
 
     def _all_by_torch(self, args: tuple[Any, ...]) -> Any:
         if self.extra is None:

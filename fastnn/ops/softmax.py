@@ -192,7 +192,7 @@ cross_entropy: Operator = Operator(
     " -> (Tensor, Tensor)",
     "softmax",
     check=_check_cross_entropy,
-    inspect=lambda input, target, weight, ignore_index, *_: _inspect_indices(
+    explain=lambda input, target, weight, ignore_index, *_: _inspect_indices(
         "cross_entropy", target, _classes(input), ignore_index
     ),
     allocate=_allocate_cross_entropy,
@@ -250,7 +250,7 @@ nll_loss: Operator = Operator(
     "nll_loss(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction) -> Tensor",
     "softmax",
     check=_check_nll_loss,
-    inspect=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
+    explain=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
         "nll_loss", target, _classes(input), ignore_index
     ),
     allocate=lambda plan, input, target, weight, ignore_index, reduction: input.new_empty(

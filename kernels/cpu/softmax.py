@@ -7,6 +7,7 @@ where ``cross_entropy`` can read them in place, as it can every contiguous tenso
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
 from .engine.build import Kernel
+from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
@@ -54,6 +56,12 @@ class Lines(NamedTuple):
 def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
     """How the lines along dim lie in all tensors (of one shape) at once; None if they have to be copied first."""
     shape = tensors[0].shape
+    if dim == len(shape) - 1 and shape[dim] and all([t.is_contiguous() for t in tensors]):  # the usual case, without a detour
+        n = shape[dim]
+        slots = []
+        for t in tensors:
+            slots += [t.data_ptr(), 0, n * t.itemsize, t.itemsize]
+        return Lines(1, tensors[0].numel() // n, n, True, slots)
     strides = [t.stride() for t in tensors]
     batch: list[tuple[int, list[int]]] = []
     for d, size in enumerate(shape):
@@ -122,12 +130,15 @@ def log_softmax_backward(out: Tensor, grad: Tensor, output: Tensor, dim: int) ->
 # Losses --------------------------------------------------------------------------------------------------------------
 
 
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else dtype
+def _room(size: int) -> tuple[ctypes.c_int64, int]:
+    """Where a kernel notes a row whose class index is out of range, and scratch memory of that size."""
+    address = workspace(64 + size)
+    bad = ctypes.c_int64.from_address(address)
+    bad.value = 0
+    return bad, address + 64
 
 
-def _raise_if_bad(op: str, bad: Tensor, target: Tensor, classes: int, ignore_index: int) -> None:
-    row = int(bad)
+def _raise_if_bad(op: str, row: int, target: Tensor, classes: int, ignore_index: int) -> None:
     if row:
         got = int(target.reshape(-1)[row - 1])
         raise IndexError(f"{op}(): Target {got} is out of bounds: target must be in [0, {classes}) or equal "
@@ -157,15 +168,13 @@ def _entropy(op: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Te
         target = target.contiguous()
     slots = lines.slots if probabilities else [*lines.slots, target.data_ptr(), 0, 0, 0]
     kind, weight = _kind(input, target, weight, lse, smoothing)
-    scratch = torch.empty((3, lines.number), dtype=_compute(input.dtype))
-    losses = torch.empty((2, lines.number), dtype=torch.float64)
-    bad = torch.zeros((), dtype=torch.int64)
+    bad, losses = _room(5 * 8 * lines.number)
     kernel = _kernel("cross_entropy", "i" * 20 + "f", input.dtype, lines.in_rows or lse is None, kind)
     kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), _REDUCTIONS[reduction], ignore_index,
-           *slots, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(), 0 if lse is None else lse.data_ptr(),
-           losses.data_ptr(), out.data_ptr(), bad.data_ptr(), float(smoothing))
+           *slots, 0 if weight is None else weight.data_ptr(), losses + 2 * 8 * lines.number,
+           0 if lse is None else lse.data_ptr(), losses, out.data_ptr(), ctypes.addressof(bad), float(smoothing))
     if not probabilities:
-        _raise_if_bad(op, bad, target, lines.n, ignore_index)
+        _raise_if_bad(op, bad.value, target, lines.n, ignore_index)
 
 
 def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, input: Tensor, target: Tensor,
@@ -184,15 +193,14 @@ def _entropy_backward(op: str, out: Tensor, grad: Tensor, lse: Tensor | None, in
     kind, weight = _kind(input, target, weight, lse, smoothing)
     lse = None if lse is None else lse.double().contiguous()
     grad = grad.contiguous()
-    scratch = torch.empty((4, lines.number), dtype=_compute(input.dtype))
-    bad = torch.zeros((), dtype=torch.int64)
+    bad, scratch = _room(4 * 8 * lines.number)
     kernel = _kernel("cross_entropy_backward", "i" * 24 + "f", input.dtype, lines.in_rows or lse is None, kind)
     kernel(lines.outer, lines.inner, lines.n, lines.threads(input.itemsize), int(reduction == "mean"), ignore_index,
-           *x, *q, 0 if weight is None else weight.data_ptr(), scratch.data_ptr(),
+           *x, *q, 0 if weight is None else weight.data_ptr(), scratch,
            0 if lse is None else lse.data_ptr(), *y, grad.data_ptr(), grad.itemsize if reduction == "none" else 0,
-           bad.data_ptr(), float(smoothing))
+           ctypes.addressof(bad), float(smoothing))
     if not probabilities:
-        _raise_if_bad(op, bad, target, lines.n, ignore_index)
+        _raise_if_bad(op, bad.value, target, lines.n, ignore_index)
     if kept[-1].data_ptr() != out.data_ptr():
         out.copy_(kept[-1])
 
