@@ -32,6 +32,7 @@ def main(arguments: Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .kernels.cpu.engine.build import Kernel
+    from .kernels.cpu.engine.overhead import no_rules
 
     dtypes = verify.dtypes(arguments.dtype)
     console = Console()
@@ -42,7 +43,7 @@ def main(arguments: Namespace) -> int:
     before, begin = cache()["kernels"], time.perf_counter()
     with Progress(
         TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as bar:
+    ) as bar, no_rules():
         task = bar.add_task("", total=len(jobs))
         for check, dtype in jobs:
             bar.update(task, description=f"{check.name}, {str(dtype).removeprefix('torch.')}")

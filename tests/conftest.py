@@ -9,6 +9,7 @@ import torch
 
 import fastnn
 from fastnn import backends
+from fastnn.kernels.cpu.engine.overhead import no_rules
 
 hypothesis.settings.register_profile("fastnn", deadline=None, print_blob=True, max_examples=60)
 hypothesis.settings.load_profile("fastnn")
@@ -29,10 +30,11 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels themselves are tested, however small their work, and not the rules that leave some of it to torch."""
-    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 0)
+def kernels_themselves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels are tested, however small their work, and not the rules that leave some of it to torch."""
     monkeypatch.setattr("fastnn.kernels.cpu.conv.RULES", False)
+    with no_rules():
+        yield
 
 
 @pytest.fixture

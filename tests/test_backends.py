@@ -281,8 +281,16 @@ def test_the_short_way_and_the_general_way_agree(monkeypatch: pytest.MonkeyPatch
     assert taken == [1]
 
 
-def test_what_is_too_small_for_a_call_of_ours_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it, with small numbers."""
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", True)
     monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 16 * 16 * 16 * 16)
+    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY_TRAINING", 20 * 16 * 16 * 16)
+
+
+@pytest.mark.usefixtures("rule")
+def test_what_is_too_small_for_a_call_of_ours_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large, bias = torch.randn(16, 16), torch.randn(17, 16), torch.randn(16)
     with fastnn.trace() as calls:
         f.linear(small, small, bias)
@@ -308,10 +316,19 @@ def test_what_is_too_small_for_a_call_of_ours_goes_to_torch(monkeypatch: pytest.
     assert served == [3], "a call that nobody traces follows the same rule"
 
 
-@pytest.fixture
-def rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users have it."""
-    monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 1 << 16)
+@pytest.mark.usefixtures("rule")
+def test_a_gradient_to_come_costs_more_calls_and_leaves_more_to_torch() -> None:
+    x, w = torch.randn(18, 16), torch.randn(16, 16, requires_grad=True)
+    wide = torch.randn(1 << 8, 1 << 8)
+    with fastnn.trace() as calls:
+        f.linear(x, w).sum().backward()
+        assert w.grad is not None
+        f.linear(torch.randn(21, 16), w)
+        f.tanh(wide)
+        f.tanh(wide[:10].clone().requires_grad_())
+        with torch.no_grad():
+            f.linear(x, w)
+    assert [c.backend for c in calls] == ["torch", "cpu", "cpu", "torch", "cpu"]
 
 
 @pytest.mark.usefixtures("rule")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .engine import threads
 from .engine.build import Kernel
+from .engine.overhead import torch_is_shorter
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SIGNATURE = "i" * 26 + "ff"  # of every kernel of activation_code
@@ -87,7 +88,7 @@ def run_elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[T
     n = out.numel()
     if n == 0:
         return
-    if out.is_contiguous() and all([t.is_contiguous() for t in inputs]):  # the usual case, without a detour
+    if out.is_contiguous() and all(t.is_contiguous() for t in inputs):  # the usual case, without a detour
         nt = 1 if n * out.itemsize < _SERIAL else threads.count()
         block = n if nt == 1 else max(_BLOCK, -(-n // (8 * nt) // 64) * 64)
         a, b, c, *_ = *[t.data_ptr() for t in inputs], 0, 0
@@ -218,4 +219,18 @@ KERNELS: dict[str, Callable[..., None]] = {
     "prelu": prelu, "prelu_backward": prelu_backward,
     "glu": glu, "glu_backward": glu_backward,
     "dropout": dropout,
+}
+
+# By measurement: elements below which torch's shorter call wins, without and with a gradient to come. What costs an operation or
+# two is memory's work, and torch does it as well.
+_CHEAP = (1 << 20, 1 << 22)
+_SHORTER: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardswish"), _CHEAP),
+    **dict.fromkeys(("sigmoid", "silu"), (1 << 14, 1 << 17)), "tanh": (1 << 12, 1 << 16),
+    **dict.fromkeys(("elu", "softplus"), (1 << 11, 1 << 14)), "mish": (1 << 9, 1 << 12),
+}
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {
+    "activation": lambda input, name, params: torch_is_shorter(input, *_SHORTER.get(name, (0, 0))),
 }

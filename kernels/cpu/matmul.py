@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .engine import packed, threads
+from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel
 from .engine.host import caches, simd
@@ -332,13 +332,16 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
 KERNELS: dict[str, Callable[..., None]] = {"matmul": matmul, "addmm": addmm, "linear": linear}
 
 # The automatic choice, not a limit: below this product of the operands' sizes a call costs more than the arithmetic, and torch's
-# way to its kernel, in C++, is shorter. `bench matmul --case small` shows both sides of it.
-TINY = 1 << 16
+# way to its kernel, in C++, is shorter; with a gradient to come there are three products, and autograd's way to and fro besides.
+# `bench matmul --case small` shows both sides of it.
+TINY, TINY_TRAINING = 1 << 22, 1 << 31
 
 
 def _tiny(left: Tensor, right: Tensor) -> str | None:
     """Why torch is faster for the product of two operands this small; None if it is not. (In a forked child torch might hang.)"""
-    if left.numel() * right.numel() <= TINY and not threads.forked():
+    training = (left.requires_grad or right.requires_grad) and torch.is_grad_enabled()
+    small = left.numel() * right.numel() <= (TINY_TRAINING if training else TINY)
+    if small and overhead.RULES and not threads.forked():
         return "a product this small takes less time in torch than a call of ours"
     return None
 

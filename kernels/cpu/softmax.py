@@ -18,6 +18,7 @@ from torch import Tensor
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
 from .engine.build import Kernel
+from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -56,7 +57,7 @@ class Lines(NamedTuple):
 def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
     """How the lines along dim lie in all tensors (of one shape) at once; None if they have to be copied first."""
     shape = tensors[0].shape
-    if dim == len(shape) - 1 and shape[dim] and all([t.is_contiguous() for t in tensors]):  # the usual case, without a detour
+    if dim == len(shape) - 1 and shape[dim] and all(t.is_contiguous() for t in tensors):  # the usual case, without a detour
         n = shape[dim]
         slots = []
         for t in tensors:
@@ -267,4 +268,13 @@ KERNELS: dict[str, Callable[..., None]] = {
     "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
     "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+}
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {
+    "softmax": lambda input, dim: torch_is_shorter(input, 1 << 15, 1 << 18),
+    "log_softmax": lambda input, dim: torch_is_shorter(input, 1 << 15, 1 << 18),
+    "cross_entropy": lambda input, *_: torch_is_shorter(input, 1 << 16, 1 << 17),
+    "nll_loss": lambda input, *_: torch_is_shorter(input, 1 << 16, 1 << 17),
+    "mse_loss": lambda input, *_: torch_is_shorter(input, 0, 1 << 16),
 }

@@ -127,8 +127,13 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.registry import cpu_target
 
+    from .simd import Pipeline
+
     class PartLibrary(AOTCodeLibrary):
         """A helper of the kernel: linked into it and optimised there, so neither optimised nor made runnable by itself."""
+
+        def _optimize_functions(self, module: llvm.ModuleRef) -> None:
+            pass
 
         def _optimize_final_module(self) -> None:
             pass
@@ -157,7 +162,8 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         numba_codegen = numba_context._internal_codegen
         numba_context._internal_codegen = parts
         try:
-            result = compile_extra(cpu_target.typing_context, context, function(), args, types.none, flags, {}, library=library)
+            result = compile_extra(cpu_target.typing_context, context, function(), args, types.none, flags, {}, library=library,
+                                   pipeline_class=Pipeline)
         finally:
             numba_context._internal_codegen = numba_codegen
 

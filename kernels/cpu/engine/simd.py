@@ -19,7 +19,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit
-from numba.core import cgutils, types
+from numba.core import cgutils, typed_passes, types, untyped_passes
+from numba.core.compiler import CompilerBase
+from numba.core.compiler_machinery import PassManager
 from numba.core.datamodel import PrimitiveModel, register_default
 from numba.core.imputils import lower_builtin, lower_cast, lower_constant, lower_getattr_generic
 from numba.core.types.misc import unliteral
@@ -30,12 +32,29 @@ from numba.extending import intrinsic
 from .host import simd
 
 
+class Pipeline(CompilerBase):
+    """Numba's passes less those for closures, generators, exceptions, literals and array expressions, which no kernel has."""
+
+    def define_pipelines(self) -> list[PassManager]:
+        passes = PassManager("kernel")
+        for each in (
+            untyped_passes.TranslateByteCode, untyped_passes.FixupArgs, untyped_passes.IRProcessing,
+            untyped_passes.RewriteSemanticConstants, untyped_passes.DeadBranchPrune, untyped_passes.ReconstructSSA,
+            typed_passes.NopythonTypeInference, typed_passes.PreLowerStripPhis, typed_passes.IRLegalization,
+            typed_passes.AnnotateTypes, typed_passes.NativeLowering, typed_passes.NoPythonBackend,
+        ):  # fmt: skip
+            passes.add_pass(each, each._name)
+        passes.finalize()
+        return [passes]
+
+
 def _helper(**options: Any) -> Callable[..., Any]:
     """A decorator for what kernels are composed of: C semantics for division, no Python objects, and compiled once for all
     integers. Numba would compile a helper anew for each literal that it is called with.
     """
     def decorate(function: Callable[..., Any]) -> Any:
-        helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=Pipeline,
+                      **options)(function)
         template = helper.get_call_template
         helper.get_call_template = lambda args, kws: template(
             tuple(map(unliteral, args)), {name: unliteral(t) for name, t in kws.items()})
