@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     warmup = commands.add_parser("warmup", help="compile all kernels into the cache, so that no later call waits")
+    warmup.add_argument("family", nargs="*", help="matmul, activation, softmax, … (default: all)")
     warmup.add_argument("--dtype", help="one of float32, float64, bfloat16, float16 (default: all)")
     return parser
 

@@ -23,10 +23,10 @@ def call(check: verify.Check, dtype: torch.dtype) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Call every operator once a dtype, with a progress bar, and say what is in the cache.
+    """Call every operator of the named families, or of all, once a dtype, with a progress bar, and say what is in the cache.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown family or dtype.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +38,7 @@ def main(arguments: Namespace) -> int:
     console = Console()
     # Special values meet no other kernels than usual ones.
     jobs = [
-        (check, dtype) for check in verify.checks() if not check.name.endswith("special values") for dtype in dtypes
+        (check, dtype) for check in verify.checks(arguments.family) if not check.name.endswith("special values") for dtype in dtypes
     ]
     before, begin = cache()["kernels"], time.perf_counter()
     with Progress(

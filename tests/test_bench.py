@@ -479,6 +479,8 @@ def test_the_environment_is_left_as_it_was() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No long measurements: the numbers do not matter here."""
     monkeypatch.setattr(command, "SECONDS", {"quick": 0.01, "full": 0.01})
+    monkeypatch.setattr(timing, "PAUSE", 1e-3)
+    monkeypatch.setattr(timing, "LONGEST_PAUSE", 1e-3)
     for name in ("fma", "read", "copy"):
         monkeypatch.setattr(limits, name, lambda *args, **options: 1e10)
 
