@@ -179,7 +179,7 @@ def plot(curves: dict[str, dict[str, list[float]]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--by", choices=[*BY, "both"], default="both", help="what trains")
     parser.add_argument("--steps", type=int, default=300)
