@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-demo: $(INSTALLED)  ## two real models before and after fastnn.replace(): a table, a plot and a report in report/
+demo: $(INSTALLED)  ## real models before and after fastnn.replace(): a table, a plot and a report in report/
 	$(RUN) examples/demo.py
 
 # A process a core; OMP_WAIT_POLICY keeps the threads of one from spinning on the core of another.

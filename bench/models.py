@@ -65,11 +65,14 @@ def example(name: str) -> Any:
         raise ImportError(f"this model is examples/{name}.py, which only a checkout has")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
+    sys.path.append(str(file.parent))  # examples import one another
     try:
         spec.loader.exec_module(module)
     except ImportError:
         del sys.modules[spec.name]
         raise
+    finally:
+        sys.path.remove(str(file.parent))
     return module
 
 
@@ -89,10 +92,29 @@ def _minilm() -> Model:
     return Model.of(model.requires_grad_(False), tuple(tokens.values()))
 
 
+def _crepe(size: str, windows: int) -> Model:
+    crepe = example("crepe")
+    audio, _ = crepe.signals()["vibrato"]
+    return Model.of(crepe.crepe(size), (crepe.frames(audio)[:windows],))
+
+
+def _resnet() -> Model:
+    """What inference would use: batch norms folded."""
+    torch.manual_seed(0)
+    before = example("cnn").resnet(64).eval().requires_grad_(False)
+    x = torch.randn(8, 1, 32, 32)
+    after, _ = fastnn.fuse(before)
+    fastnn.replace(after)
+    return Model(before, after, (x,))
+
+
 _MAKERS: dict[str, Callable[[], Model]] = {
     "digits_mlp/inference/1437": _digits,
     "digits_mlp/training_step/64": _digits_training,
     "minilm/embeddings/96": _minilm,
+    "crepe_tiny/94": lambda: _crepe("tiny", 94),
+    "crepe_full/32": lambda: _crepe("full", 32),
+    "resnet/fused/8": _resnet,
 }
 
 

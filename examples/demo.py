@@ -1,4 +1,4 @@
-"""Two real models before and after ``fastnn.replace``: the same numbers, and the time of both. Run by ``make demo``.
+"""Three real models before and after ``fastnn.replace``: the same numbers, and the time of both. Run by ``make demo``.
 
 Prints a table, writes ``report/demo.md`` and ``report/demo.png``, and exits with 1 if a check on the numbers fails.
 """
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import crepe
 import digits
 import embeddings
 import fastnn
@@ -118,6 +119,31 @@ def run_sentences(step: Step) -> Result:
     return result
 
 
+def run_pitch(step: Step, size: str) -> Result:
+    """Track the pitch of tones that are known, with the pretrained model as it comes and fused and replaced."""
+    step(f"pitch: CREPE {size} (the first time, kernels are built)")
+    model = crepe.crepe(size)
+    fused, fusion = fastnn.fuse(model)
+    result = Result(f"CREPE {size}", fastnn.replace(fused))
+    x = torch.empty(0)
+    for name, (audio, pitch) in crepe.signals().items():
+        x = crepe.frames(audio)[:: 4 if size == "full" else 1]
+        true = crepe.truth(pitch)[:: 4 if size == "full" else 1]
+        with torch.inference_mode():
+            before, after = crepe.cents(model(x)), crepe.cents(fused(x))
+        apart, off = (after - before).abs().max().item(), (after - true).abs()
+        near = (off <= 10).double().mean()
+        result.checks += [
+            Check(f"{name}: pitch tracks apart, cents", f"{apart:.1e}", "≤ 1", apart <= 1),
+            Check(f"{name}: median error, cents ({near:.0%} within 10)", f"{off.median():.1f}", "≤ 10", bool(off.median() <= 10)),
+        ]
+    step(f"pitch: timing CREPE {size}")
+    calls = {name: torch.inference_mode()(lambda m=m: m(x)) for name, m in ((TORCH, model), (FASTNN, fused))}
+    result.time(f"CREPE {size}: {len(x)} windows", calls, seconds=2.0 if size == "tiny" else 6.0)
+    result.notes.append(f"CREPE {size}: {str(fusion).splitlines()[0]}; its batch norms follow an activation, so they stay.")
+    return result
+
+
 def kinds(modules: list[str]) -> str:
     """'Linear × 36, GELU'"""
     return ", ".join(f"{name} × {n}" if n > 1 else name for name, n in Counter(modules).most_common())
@@ -202,6 +228,7 @@ def main() -> int:
         task = progress.add_task("starting")
         trained, losses = run_digits(lambda text: progress.update(task, description=text))
         results = [trained, run_sentences(lambda text: progress.update(task, description=text))]
+        results += [run_pitch(lambda text: progress.update(task, description=text), size) for size in crepe.SIZES]
 
     console.print(speed_table(results), check_table(results), sep="\n")
     for result in results:

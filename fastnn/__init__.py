@@ -1,13 +1,14 @@
 """Hand-written neural network kernels that drop into PyTorch models.
 
-``fastnn.replace(model)`` switches a model's layers to fastnn's; ``fastnn.functional`` and ``fastnn.nn`` are
-torch.nn.functional and torch.nn served by fastnn; ``with fastnn.use():`` serves torch's own calls. ``fastnn.trace()``
-shows what served each call and why; ``fastnn.backend(name)`` chooses it.
+``fastnn.replace(model)`` switches a model's layers to fastnn's, ``fastnn.fuse(model)`` folds away what inference does not
+need; ``fastnn.functional`` and ``fastnn.nn`` are torch.nn.functional and torch.nn served by fastnn; ``with fastnn.use():``
+serves torch's own calls. ``fastnn.trace()`` shows what served each call and why; ``fastnn.backend(name)`` chooses it.
 """
 
 from . import functional, nn
 from ._version import __version__
 from .backends import backend, trace
+from .fuse import fuse
 from .replace import replace, restore, use
 
-__all__ = ["__version__", "backend", "functional", "nn", "replace", "restore", "trace", "use"]
+__all__ = ["__version__", "backend", "functional", "fuse", "nn", "replace", "restore", "trace", "use"]

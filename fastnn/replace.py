@@ -32,12 +32,16 @@ class Report:
     left: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)} modules, left {len(self.left)}"]
-        for (class_name, reason), count in Counter((e.class_name, e.reason) for e in self.replaced).most_common():
-            lines.append(f"  {count:4d} × {class_name:<20} {reason}".rstrip())
-        for (class_name, reason), count in Counter((e.class_name, e.reason) for e in self.left).most_common():
-            lines.append(f"  {count:4d} × {class_name:<20} left: {reason}")
-        return "\n".join(lines)
+        return summary(f"replaced {len(self.replaced)} modules, left {len(self.left)}", self.replaced, self.left)
+
+
+def summary(head: str, done: list[Entry], left: list[Entry]) -> str:
+    """The head, and a line for all modules of a class for which the same was done."""
+    lines = [head]
+    for entries, mark in ((done, ""), (left, "left: ")):
+        for (class_name, reason), count in Counter((e.class_name, e.reason) for e in entries).most_common():
+            lines.append(f"  {count:4d} × {class_name:<20} {mark}{reason}".rstrip())
+    return "\n".join(lines)
 
 
 def replace(model: nn.Module, backend: str | None = None) -> Report:
@@ -56,7 +60,7 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
         class_name = type(module).__name__
         if type(module) in _ORIGINALS:
             report.replaced.append(Entry(name, class_name, "already fastnn's"))
-        elif (reason := _why_left(module)) is not None:
+        elif (reason := why_left(module)) is not None:
             report.left.append(Entry(name, class_name, reason))
             continue
         elif type(module) in REPLACEMENTS:
@@ -70,17 +74,20 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Switch every fastnn module of the model back to torch.nn's class; returns the model."""
+    """Switch every fastnn module of the model back to torch.nn's class; returns the model.
+
+    What `fuse` made stays: torch's layers have no place for the activation or residual.
+    """
     for module in model.modules():
-        if type(module) in _ORIGINALS:
+        if type(module) in _ORIGINALS and "activation" not in module.__dict__:
             module.__dict__.pop("backend", None)
             module.__class__ = _ORIGINALS[type(module)]
     return model
 
 
-def _why_left(module: nn.Module) -> str | None:
+def why_left(module: nn.Module) -> str | None:
     """Why a layer is not switched; None for those that are, and for containers, which compute nothing themselves."""
-    kind = type(module)
+    kind = _ORIGINALS.get(type(module), type(module))
     if kind in REPLACEMENTS:
         if "forward" in module.__dict__:
             return "its forward is overridden on the instance"

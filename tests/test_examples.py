@@ -50,6 +50,50 @@ def test_sentence_embeddings_stay() -> None:
     assert alike[second].argmax() == first
 
 
+@pytest.mark.parametrize("name", ["lenet", "resnet", "mobilenet", "autoencoder"])
+def test_convolutional_networks_train_alike(name: str) -> None:
+    import cnn
+    import digits
+
+    found = digits.digits()  # in float64: in float32 these networks part any two roundings after a few steps
+    data = digits.Digits(found.train_x.double(), found.train_y, found.test_x.double(), found.test_y)
+    with fastnn.backend("cpu"):
+        mine = cnn.train(name, cnn.make(name, "fastnn").double(), data, 10, batch=32)
+    theirs = cnn.train(name, cnn.make(name, "torch").double(), data, 10, batch=32)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+    assert mine != theirs, "the same bits throughout: nothing was replaced"
+    assert mine[-1] < mine[0]
+
+
+def test_a_denoised_picture_is_drawn(tmp_path: Path) -> None:
+    import cnn
+    import digits
+
+    data = digits.digits()
+    cnn.train("autoencoder", model := cnn.make("autoencoder", "fastnn"), data, 150)
+    assert cnn.score("autoencoder", model, data) > 0.4
+    cnn.draw(model, data, tmp_path / "denoised.png")
+    assert (tmp_path / "denoised.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("size", "every", "share"), [("tiny", 1, 0.7), pytest.param("full", 6, 0.8, marks=pytest.mark.slow)])
+def test_pitch_stays(size: str, every: int, share: float) -> None:
+    """Known pitches: the same track as torch's to a cent, and the truth to ten, in the median and mostly."""
+    import crepe
+
+    model = crepe.crepe(size)
+    served = crepe.ours(model)
+    with torch.inference_mode():
+        for audio, pitch in crepe.signals().values():
+            x, true = crepe.frames(audio)[::every], crepe.truth(pitch)[::every]
+            expected, got = model(x), served(x)
+            assert not torch.equal(expected, got), "the same bits: nothing was replaced"
+            assert (crepe.cents(got) - crepe.cents(expected)).abs().max() <= 1
+            off = (crepe.cents(got) - true).abs()
+            assert off.median() <= 10
+            assert (off <= 10).float().mean() >= share
+
+
 def test_recurrent_models_train_alike() -> None:
     import rnn
 

@@ -28,6 +28,8 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
         "digits_mlp/inference/1437",
         "digits_mlp/training_step/64",
         pytest.param("minilm/embeddings/96", marks=pytest.mark.slow),
+        "crepe_tiny/94",
+        "resnet/fused/8",
     ],
 )
 def test_models_keep_their_numbers(name: str) -> None:
@@ -36,7 +38,7 @@ def test_models_keep_their_numbers(name: str) -> None:
     for record in found.values():
         assert record.correct
         assert record.median
-    assert "linear: cpu" in (found["fastnn"].served_by or "")
+    assert "linear: cpu" in (found["fastnn"].served_by or "") or "conv: cpu" in (found["fastnn"].served_by or "")
     assert found["fastnn"].error_ulp != found["torch"].error_ulp, "the same bits: nothing was replaced"
 
 

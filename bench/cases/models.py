@@ -1,4 +1,4 @@
-"""Whole models before and after ``fastnn.replace``: the MLP on digits, and sentence embeddings by MiniLM.
+"""Whole models before and after ``fastnn.replace``: the MLP on digits, sentence embeddings by MiniLM, pitches by CREPE, a ResNet.
 
 They are loaded when they are run: what they need (scikit-learn, transformers) is in the extra ``demo``.
 """
@@ -74,8 +74,7 @@ def _case(
         scale=_largest(reference),
         mode=mode,
         devices=("cpu",),
-        goals={"torch": 1.0},
-        **extra,
+        **{"goals": {"torch": 1.0}, **extra},
     )
 
 
@@ -83,4 +82,7 @@ CASES = [
     inference("digits_mlp/inference/1437", quick=True),
     training("digits_mlp/training_step/64"),
     inference("minilm/embeddings/96"),
+    inference("crepe_tiny/94"),
+    inference("crepe_full/32", goals={"torch": 1.4, "compile": 1.15, "onnxruntime": 1.0}),
+    inference("resnet/fused/8"),
 ]

@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions."""
+"""Convolutions and transposed convolutions. `activation` and a residual are what ``fastnn.fuse`` gives to a layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,33 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import functional as F
+from ._epilogue import Epilogue, apart, may_add
 
 
-def _convolution(self: Any, convolve: Callable[..., Tensor], input: Tensor) -> Tensor:
+def _convolution(self: Any, convolve: Callable[..., Tensor], input: Tensor, residual: Tensor | None) -> Tensor:
     """torch.nn._ConvNd's own way: a padding mode other than zeros is a padding of its own, then nothing is left to pad."""
-    padding = self.padding
+    padding, activation = self.padding, self.activation
     if self.padding_mode != "zeros":
         input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         padding = 0
     options = (self.stride, padding, self.dilation, self.groups)
-    return convolve(input, self.weight, self.bias, *options, backend=self.backend)
+    if residual is None:
+        return convolve(input, self.weight, self.bias, *options, activation=activation, backend=self.backend)
+    if may_add(residual, input, self.weight, _shape(self, input, padding)):
+        more = {"activation": activation, "residual": residual}
+        return convolve(input, self.weight, self.bias, *options, **more, backend=self.backend)
+    return apart(convolve(input, self.weight, self.bias, *options, backend=self.backend), residual, activation, self.backend)
+
+
+def _shape(self: Any, input: Tensor, padding: Any) -> tuple[int, ...]:
+    """The output's shape."""
+    dims = len(self.kernel_size)
+    if padding == "same":
+        return (*input.shape[: -dims - 1], self.out_channels, *input.shape[-dims:])
+    pads = (0,) * dims if isinstance(padding, (int, str)) else padding
+    each = zip(input.shape[-dims:], self.kernel_size, self.stride, pads, self.dilation)
+    size = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)
+    return (*input.shape[: -dims - 1], self.out_channels, *size)
 
 
 def _transposed(self: Any, convolve: Callable[..., Tensor], input: Tensor, output_size: list[int] | None) -> Tensor:
@@ -25,45 +42,45 @@ def _transposed(self: Any, convolve: Callable[..., Tensor], input: Tensor, outpu
     dims = len(self.kernel_size)
     more = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
     options = (self.stride, self.padding, more, self.groups, self.dilation)
-    return convolve(input, self.weight, self.bias, *options, backend=self.backend)
+    return convolve(input, self.weight, self.bias, *options, activation=self.activation, backend=self.backend)
 
 
-class Conv1d(nn.Conv1d):
+class Conv1d(Epilogue, nn.Conv1d):
     backend: str | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _convolution(self, F.conv1d, input)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _convolution(self, F.conv1d, input, residual)
 
 
-class ConvTranspose1d(nn.ConvTranspose1d):
+class ConvTranspose1d(Epilogue, nn.ConvTranspose1d):
     backend: str | None = None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _transposed(self, F.conv_transpose1d, input, output_size)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Epilogue, nn.Conv2d):
     backend: str | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _convolution(self, F.conv2d, input)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _convolution(self, F.conv2d, input, residual)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(Epilogue, nn.ConvTranspose2d):
     backend: str | None = None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _transposed(self, F.conv_transpose2d, input, output_size)
 
 
-class Conv3d(nn.Conv3d):
+class Conv3d(Epilogue, nn.Conv3d):
     backend: str | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _convolution(self, F.conv3d, input)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _convolution(self, F.conv3d, input, residual)
 
 
-class ConvTranspose3d(nn.ConvTranspose3d):
+class ConvTranspose3d(Epilogue, nn.ConvTranspose3d):
     backend: str | None = None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -90,6 +90,10 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
     kernel, step, dil = _three(w_shape[2:], 1), _three(stride, 1), _three(dilation, 1)
     pad = _three(padding, 0)
     xs, ys, ws = ([s * size for s in _three(t[2:], 0)] for t in (x_stride, y_stride, w_stride))
+    for _ in range(2):  # a width of 1, as where a sequence is taken for an image, goes to the front: rows are to be long
+        if in_size[2] == out_size[2] == kernel[2] == 1 and pad[2] == 0:
+            in_size, out_size, kernel, step, dil, pad, xs, ys, ws = (
+                [v[2], *v[:2]] for v in (in_size, out_size, kernel, step, dil, pad, xs, ys, ws))
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
     depthwise = _depthwise(channels, outputs, groups, kind)
     axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))

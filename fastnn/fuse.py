@@ -1,0 +1,422 @@
+"""`fuse(model)`: for inference, batch norm folded into the layer before it, activation and residual into its last step.
+
+What may be fused is found in the graph that torch.fx traces, so it does not matter what layers are called or whether an
+activation is a module, a function or a method. What cannot be traced is not entered; what is inside it is fused by itself.
+"""
+
+import copy
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor, fx, nn
+
+from . import functional
+from .nn import REPLACEMENTS
+from .nn._epilogue import with_dims
+from .replace import Entry, summary, why_left
+
+_THEIRS = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {theirs: theirs for theirs in REPLACEMENTS}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # which their owner may index
+
+# Activations without parameters, as modules, functions (in torch, in torch.nn.functional, ours) and methods
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
+}  # fmt: skip
+_FUNCTIONS = {
+    getattr(space, name + tail): name
+    for space in (torch, torch_functional, functional)
+    for name in _MODULES.values()
+    for tail in ("", "_")
+    if hasattr(space, name + tail)
+}
+_METHODS = {name + tail: name for name in _MODULES.values() for tail in ("", "_") if hasattr(Tensor, name + tail)}
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass
+class Fusion:
+    """What `fuse` did: the layers that took something over, and what was left and why. str() is a readable summary."""
+
+    fused: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return summary(f"fused {len(self.fused)} layers, left {len(self.left)}", self.fused, self.left)
+
+
+def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
+    """A copy of the model for inference, with fewer steps and the same results, and a report; the model stays as it is.
+
+    A batch norm directly after a convolution, a transposed one or a linear layer is folded into its weights. Activations
+    without parameters and the addition of a residual become part of such a layer's last step (a transposed convolution
+    takes no residual); these layers are fastnn's then. `fastnn.replace` switches the others of the copy.
+
+    The copy is what torch.fx makes of the model; its state_dict has no entries for what was folded. Layers with hooks and
+    what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and what is inside them is
+    fused by itself: the report says why. Arguments of the model's forward whose default is None, a bool or a string are
+    fixed to it, because control flow may depend on them: another value raises AssertionError. As always in torch.fx, side
+    effects of a forward happen once, when it is traced.
+
+    Raises RuntimeError if a module is in training mode, TypeError if `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"its module {name!r} is" if name else "it is"
+            raise RuntimeError(f"fuse(): the model must be in eval mode, but {where} in training mode; call model.eval() first")
+    report = Fusion()
+    fused = _fuse(copy.deepcopy(model), "", report, {})
+    place = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    for entries in (report.fused, report.left):
+        entries.sort(key=lambda entry: place[entry.name])
+    return fused, report
+
+
+def _fuse(module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module of that name with everything fused that can be; what is shared is done once."""
+    if module not in done:
+        done[module] = module
+        if _is_entered(module):
+            done[module] = _fuse_inside(module, name, report, done)
+    return done[module]
+
+
+def _fuse_inside(module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    inner = (name + "." if name else "").__add__
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        try:
+            graph, opaque = _trace(module, root=not name)
+            for path in opaque:
+                module.set_submodule(path, _fuse(module.get_submodule(path), inner(path), report, done))
+            if not isinstance(module, nn.Sequential) or not (name or _hooked(module)):
+                return _rewritten(module, graph, inner, report)
+            if _is_chain(graph):  # its owner may index it, or hooks hang on it: the layers stay where they are
+                rewritten = _rewritten(module, graph, inner, report)
+                kept = {str(node.target) for node in rewritten.graph.nodes if node.op == "call_module"}
+                for path in [str(node.target) for node in graph.nodes if node.op == "call_module"]:
+                    module.set_submodule(path, rewritten.get_submodule(path) if path in kept else nn.Identity())
+                return module
+        except _Untraceable as found:
+            report.left.append(Entry(name, type(module).__name__, found.reason))
+    for child, inside in list(module.named_children()):
+        module.set_submodule(child, _fuse(inside, inner(child), report, done))
+    return module
+
+
+# Tracing
+
+
+class _Untraceable(Exception):
+    """A module whose forward torch.fx cannot follow, by its path, and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+
+class _Proxy(fx.Proxy):
+    """With operators that change a tensor in place as such: torch.fx takes ``x += y`` for ``x = x + y``."""
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in _IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    """Enters all modules but torch's, ours, those with hooks, and those that turned out to be opaque."""
+
+    def __init__(self, opaque: set[str] | None = None) -> None:  # without, when what it traced is unpickled
+        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
+        self.opaque = set() if opaque is None else opaque
+        self.entered = [""]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in _THEIRS or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if _hooked(m):
+            self.opaque.add(module_qualified_name)
+        return module_qualified_name in self.opaque
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.entered.append(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            raise _Untraceable(path, _because(error)) from error
+        finally:
+            self.entered.pop()
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not any(a is b for b in self.root.buffers()):
+            raise _Untraceable(self.entered[-1], "its forward makes a tensor, which tracing would keep for all calls")
+        return super().create_arg(a)
+
+
+def _because(error: Exception) -> str:
+    text = str(error).strip()
+    return "torch.fx cannot trace it: " + (text.splitlines()[0] if text else type(error).__name__)
+
+
+def _trace(module: nn.Module, root: bool) -> tuple[fx.Graph, set[str]]:
+    """The module's graph, and the modules inside that could not be entered. Only the root's arguments may be fixed: the
+    others' callers are not known."""
+    if _hooked(module) and not isinstance(module, nn.Sequential):
+        raise _Untraceable("", "it has hooks")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise _Untraceable("", "compiled by torch.jit")
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise _Untraceable("", _because(error)) from error
+    fixed = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, str))}
+    if fixed and not root:
+        raise _Untraceable("", f"its argument {next(iter(fixed))!r} may decide what it computes")
+    opaque: set[str] = set()
+    while True:
+        try:
+            graph = _Tracer(opaque).trace(module, fixed or None)
+            break
+        except _Untraceable as found:
+            if not found.path or found.path in opaque:
+                raise
+            opaque.add(found.path)
+        except Exception as error:
+            raise _Untraceable("", _because(error)) from error
+    for node in graph.nodes:  # torch.fx numbers the fixed arguments' names
+        if node.op == "placeholder" and node.target.removesuffix("_1") in fixed:
+            node.target = node.target.removesuffix("_1")
+    return graph, opaque
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_entered(module: nn.Module) -> bool:
+    """Whether there may be something to fuse inside: a container or a class of the user's."""
+    ours = type(module) in _THEIRS or type(module).__module__.startswith(("torch.nn", "torch.ao"))
+    return next(module.children(), None) is not None and (not ours or isinstance(module, _CONTAINERS))
+
+
+def _is_chain(graph: fx.Graph) -> bool:
+    """Whether the graph is a row of modules, each called once."""
+    nodes = list(graph.nodes)
+    steps = [str(node.target) for node in nodes[1:-1]]
+    return len(set(steps)) == len(steps) and all(
+        node.op == "call_module" and node.args == (before,) and not node.kwargs and len(before.users) == 1
+        for before, node in pairwise(nodes[:-1])
+    )
+
+
+# Rewriting
+
+
+def _rewritten(module: nn.Module, graph: fx.Graph, inner: Callable[[str], str], report: Fusion) -> fx.GraphModule:
+    """The traced module with its layers fused, the last ones first: of two that meet in an addition, the later adds."""
+    traced = fx.GraphModule(module, copy.deepcopy(graph), type(module).__name__)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for node in reversed(list(traced.graph.nodes)):
+        if node.op == "call_module" and type(modules[node.target]) is nn.Identity and not _hooked(modules[node.target]):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    for node in reversed(list(traced.graph.nodes)):
+        if node.op == "call_module" and _is_layer(modules[node.target]):
+            _fuse_layer(traced, node, modules, inner, report)
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and _THEIRS.get(type(norm := modules[node.target])) in _NORMS:
+            report.left.append(Entry(inner(node.target), type(norm).__name__, _why_apart(node, modules) or "not folded"))
+    traced.graph.lint()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    for name, value in module.__dict__.items():  # plain attributes, which the owner may read
+        traced.__dict__.setdefault(name, value)
+    return traced.eval()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return _THEIRS.get(type(module)) in _LAYERS and why_left(module) is None and not _hooked(module)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _fuse_layer(
+    traced: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module], inner: Callable[[str], str], report: Fusion
+) -> None:
+    """Let the layer that `node` calls take over the steps that follow."""
+    if len(node.args) != 1 or node.kwargs:
+        return
+    graph, layer = traced.graph, modules[str(node.target)]
+    kind = _THEIRS[type(layer)]
+    taken, parts = [node], []
+    norm = residual = activation = None
+    after = _only_user(node)
+    if after is not None and after.op == "call_module" and after.args == (node,) and _why_apart(after, modules) is None:
+        norm = modules[str(after.target)]
+        taken.append(after)
+        parts.append(type(norm).__name__)
+        after = _only_user(after)
+    if after is not None and kind not in _TRANSPOSED and (residual := _residual(after, taken, modules)) is not None:
+        taken.append(after)
+        parts.append("residual")
+        after = _only_user(after)
+    if after is not None and (activation := _activation(after, taken[-1], modules)) is not None:
+        taken.append(after)
+        parts.append(activation)
+    if not parts:
+        return
+
+    fused = copy.copy(layer)
+    fused._parameters = dict(layer._parameters)  # a layer called twice has two successors
+    if residual is not None or activation is not None:
+        fused.__class__ = REPLACEMENTS[kind]
+        fused.__dict__["activation"] = activation
+    if norm is not None:
+        _fold(fused, norm)
+    path = str(node.target)
+    while path in modules and (path != node.target or traced.get_submodule(path) is not layer or _calls(graph, path) > 1):
+        path += "_again"
+    traced.add_submodule(path, fused)
+    modules[path] = fused
+    with graph.inserting_before(taken[-1] if residual is not None else node):
+        input = node.args[0]
+        if isinstance(norm, nn.BatchNorm1d):
+            input = graph.call_function(with_dims, (input, 2 if kind is nn.Linear else 3, path))
+        new = graph.call_module(path, (input,) if residual is None else (input, residual))
+    taken[-1].replace_all_uses_with(new)
+    for step in reversed(taken):
+        graph.erase_node(step)
+    report.fused.insert(0, Entry(inner(str(node.target)), kind.__name__, "with " + ", ".join(parts)))
+
+
+def _calls(graph: fx.Graph, path: str) -> int:
+    return sum(node.op == "call_module" and node.target == path for node in graph.nodes)
+
+
+def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """Why the batch norm that `node` calls is not folded into the layer before it."""
+    norm = modules[str(node.target)]
+    if _THEIRS.get(type(norm)) not in _NORMS:
+        return "not a batch norm"
+    if _hooked(norm):
+        return "it has hooks"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    if why := why_left(norm):
+        return why
+    before = node.args[0] if node.args else None
+    if not isinstance(before, fx.Node) or before.op != "call_module" or (
+            _THEIRS.get(type(layer := modules[str(before.target)])) not in _LAYERS):
+        return "no convolution or linear layer is directly before it"
+    if not _is_layer(layer):
+        return "the layer before it has hooks" if _hooked(layer) else f"the layer before it: {why_left(layer)}"
+    if len(before.users) > 1:
+        return "the output of the layer before it is used elsewhere"
+    if getattr(layer, "activation", None) is not None:
+        return "the layer before it has an activation"
+    if (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels) != norm.num_features:
+        return "it has another number of channels than the layer before it"
+    return None
+
+
+def _residual(node: fx.Node, taken: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
+    """What `node` adds to the last of the steps taken, if that can be done with it."""
+    if node.target not in _ADD or node.kwargs or len(node.args) != 2 or len(set(node.args)) != 2:
+        return None
+    if node.target in (operator.iadd, "add_") and node.args[0] is not taken[-1]:
+        return None  # it is the other one that changes
+    (other,) = (a for a in node.args if a is not taken[-1])
+    between, inside = node.prev, []
+    while between is not taken[0]:
+        inside.append(between)
+        between = between.prev
+    if any(_changes(step, modules) for step in inside if step not in taken):
+        return None  # what is computed later may have another input
+    return other if isinstance(other, fx.Node) else None
+
+
+def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the step may change a tensor in place."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        known = type(module) in _THEIRS or type(module).__module__.startswith("torch.nn.")
+        return getattr(module, "inplace", False) or not known
+    if node.op in ("call_method", "call_function"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        space = getattr(node.target, "__module__", None) or "torch"
+        return (
+            (name.endswith("_") and not name.endswith("__"))
+            or name in (*_IN_PLACE, "setitem")
+            or any(a is True for a in node.args)  # an activation's second argument
+            or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+            or not space.startswith(("torch", "_operator", "math", "fastnn"))
+        )  # fmt: skip
+    return False
+
+
+def _activation(node: fx.Node, before: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the activation that `node` is, of the step before alone."""
+    if not node.args or node.args[0] is not before:
+        return None
+    options: dict[str, Any] = dict(node.kwargs)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        name = _MODULES.get(_THEIRS.get(type(module)))  # type: ignore[arg-type]
+        if name is None or _hooked(module) or options:
+            return None
+        options["approximate"] = getattr(module, "approximate", "none")
+    elif node.op in ("call_function", "call_method"):
+        name = _METHODS.get(node.target) if isinstance(node.target, str) else _FUNCTIONS.get(node.target)
+        if name is None or len(node.args) > (1 if name == "gelu" else 2) or options.keys() - {"inplace", "approximate"}:
+            return None
+    else:
+        return None
+    return "gelu_tanh" if name == "gelu" and options.get("approximate", "none") == "tanh" else name
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    """(z - mean) / sqrt(var + eps) · weight + bias, as a part of the layer that computes z; in float64, rounded once."""
+    weight, bias = layer.weight, layer.bias
+    mean, var, eps = norm.running_mean, norm.running_var, norm.eps
+    with torch.no_grad():
+        scale = (var.double() + eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = ((0 if bias is None else bias.double()) - mean.double()) * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        if isinstance(layer, _TRANSPOSED):  # (inputs, outputs of a group, …)
+            each = weight.unflatten(0, (layer.groups, -1))
+            folded = (each.double() * scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).view(weight.shape)
+        else:
+            folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=weight.requires_grad)
+        layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
