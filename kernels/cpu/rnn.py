@@ -4,6 +4,8 @@ one layer; a cell is a layer with one step. What happens in the two kernels is t
 
 from __future__ import annotations
 
+import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -18,6 +20,8 @@ from .engine.host import simd
 from .engine.workspace import workspace
 from .matmul import matmul
 
+empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # half of what torch.empty takes
+
 MODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _GATES = (4, 3, 1, 1)
 _KEPT = (5, 4, 0, 0)  # numbers a unit that the backward needs besides the output
@@ -28,17 +32,17 @@ _FEW = 32 << 10  # bytes of a scan below which a second thread costs more than i
 _SERIAL = 1 << 16  # multiplications of a step below which a second thread costs more than it brings
 
 
-def _kernel(kind: str, name: str, arguments: int) -> Kernel:
+def _kernel(kind: str, name: str, signature: str) -> Kernel:
     def make() -> Callable[..., Any]:
         from . import rnn_code
 
         return getattr(rnn_code, kind)(name)
-    return Kernel(f"{kind}_{name}", "i" * arguments, make)
+    return Kernel(f"{kind}_{name}", signature, make)
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_FORWARD = {d: _kernel("recurrent", name, 42) for d, name in _NAMES.items()}
-_BACKWARD = {d: _kernel("recurrent_backward", name, 31) for d, name in _NAMES.items()}
+_FORWARD = {d: _kernel("recurrent", name, "i" * 13 + ">i") for d, name in _NAMES.items()}
+_BACKWARD = {d: _kernel("recurrent_backward", name, "i" * 31) for d, name in _NAMES.items()}
 
 
 def _wide(t: Any) -> Any:
@@ -88,6 +92,53 @@ def _plan(mode: int, size: int, batch: int, inputs: int, units: int, out: int, p
     return Plan(1 if few else nt, (cut, cut, cut_p), sizes, places)
 
 
+class Job(NamedTuple):
+    """One direction of one layer, as the forward kernel reads it, in this order: sizes, bytes, addresses."""
+
+    mode: int
+    rounding: int = 0
+    batch: int = 1
+    reverse: int = 0
+    inputs: int = 0
+    units: int = 0
+    out: int = 0
+    cut: int = 0  # panels of the units, and of what a projection makes
+    cut_p: int = 0
+    fresh: int = 0  # bits: which weights are packed for this call only
+    chunk: int = _CHUNK
+    x_row: int = 0
+    w_ih: int = 0
+    wi_n: int = 0
+    wi_k: int = 0
+    w_hh: int = 0
+    wh_n: int = 0
+    wh_k: int = 0
+    w_hr: int = 0
+    wp_n: int = 0
+    wp_k: int = 0
+    b_ih: int = 0
+    b_hh: int = 0
+    pi: int = 0  # packings
+    ph: int = 0
+    pp: int = 0
+    y_row: int = 0
+    h_at: int = 0  # of hx and h_n, cx and c_n, and y: where this job's part begins
+    c_at: int = 0
+    y_at: int = 0
+    state: int = 0  # in scratch memory
+    hidden: int = 0
+    sums: int = 0
+    xs: int = 0
+    bias: int = 0
+    counter: int = 0
+
+
+def _words(job: Job, kept: Sequence[packed.Packing | None] = (None,) * 3) -> array[int]:
+    """A job's record: itself, and by what the kernel sees that a packed weight is still what it was."""
+    checks = (0,) * (4 * (3 - len(kept)))
+    return array("q", (*job, *(n for k in kept for n in ((0,) * 4 if k is None else (*k.sampled, k.sample))), *checks))
+
+
 def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: int) -> packed.Packing | None:
     """The kept panels of a weight that has been seen before, unchanged. ``which``: 0, 1, 2 for w_ih, w_hh, w_hr."""
     if weight.is_inference() or not weight.is_contiguous():
@@ -96,12 +147,12 @@ def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: 
 
     def pack(address: int) -> int:
         w = _wide(weight)
-        source = [[0] * 3] * 3
-        source[which] = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
         inputs, u, out = ((depth, units, 0), (0, units, depth), (0, depth, units))[which]
-        _FORWARD[w.dtype].run(plan.threads, mode, 0, 0, 1, 0, 0, inputs, u, out, cut, cut if which == 2 else 0, 1 << which, 1,
-                              0, 0, 0, 0, *source[0], *source[1], *source[2], 0, 0,
-                              *(address if which == k else 0 for k in range(3)), *[0] * 9, _COUNTER.data_ptr())
+        address_and_strides = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
+        names = (("w_ih", "wi_n", "wi_k", "pi"), ("w_hh", "wh_n", "wh_k", "ph"), ("w_hr", "wp_n", "wp_k", "pp"))[which]
+        job = _words(Job(mode, inputs=inputs, units=u, out=out, cut=cut, cut_p=cut if which == 2 else 0, fresh=1 << which)
+                     ._replace(**dict(zip(names, (*address_and_strides, address), strict=True))))
+        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, _COUNTER.data_ptr())
         return cut
     entry = packed.get(weight, plan.sizes[which], pack, _KINDS[mode][which])
     return entry if entry is not None and entry.cut == cut else None
@@ -154,22 +205,23 @@ def _run(rounding: int, keys: Sequence[Any], results: Sequence[Any], reserve: Te
     if not training:  # else the weights will have changed when they are seen again
         kept[:2] = _keep(0, mode, keys[0], plan, units, inputs), _keep(1, mode, keys[1], plan, units, out)
     fresh = (kept[0] is None) + 2 * (kept[1] is None)
-    projection = (0, 0, 0)
+    w_p, wp_n, wp_k = 0, 0, 0
     if w_hr is not None:
         kept[2] = None if training else _keep(2, mode, keys[2], plan, out, units)
         fresh += 4 * (kept[2] is None)
-        projection = (w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size)
+        w_p, wp_n, wp_k = w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size
     room = workspace(plan.places[-1])
-    pi, ph, pp, *scratch = [room + place for place in plan.places[:-1]]
-    wi_n, wi_k = w_ih.stride()
-    wh_n, wh_k = w_hh.stride()
-    _FORWARD[dtype].run(
-        plan.threads, mode, rounding, steps, batch, 0 if table is None else table.data_ptr(), reverse, inputs, units, out,
-        plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x.data_ptr(), x_row * size, hx.data_ptr(), 0 if cx is None else cx.data_ptr(),
-        w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, *projection,
+    (wi_n, wi_k), (wh_n, wh_k) = w_ih.stride(), w_hh.stride()
+    job = _words(Job(
+        mode, rounding, batch, reverse, inputs, units, out, plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x_row * size,
+        w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, w_p, wp_n, wp_k,
         0 if b_ih is None else b_ih.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),
-        *(place if k is None else k.address for k, place in zip(kept, (pi, ph, pp), strict=True)),
-        y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), reserve.data_ptr() if reserve.numel() else 0, *scratch)
+        *(room + place if k is None else k.address for k, place in zip(kept, plan.places, strict=False)), out * size, 0, 0, 0,
+        *plan.places[3:-1]))
+    _FORWARD[dtype].run(
+        plan.threads, 1, job.buffer_info()[0], steps, 0 if table is None else table.data_ptr(), x.data_ptr(), hx.data_ptr(),
+        0 if cx is None else cx.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
+        reserve.data_ptr() if reserve.numel() else 0, room)
 
 
 def _before(hx: Tensor, y: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
@@ -265,7 +317,7 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
     return gates_x, gates_h, dh, dc, d_out, hidden
 
 
-_SCAN = {d: _kernel("scan", str(d).removeprefix("torch."), 10) for d in (*_NAMES, *_ROUNDING)}
+_SCAN = {d: _kernel("scan", str(d).removeprefix("torch."), "i" * 10) for d in (*_NAMES, *_ROUNDING)}
 
 
 def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
