@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-demo: $(INSTALLED)  ## two real models before and after fastnn.replace(): a table, a plot and a report in report/
+demo: $(INSTALLED)  ## three real models before and after fastnn.replace(): a table, a plot and a report in report/
 	$(RUN) examples/demo.py
 
 # A process a core; OMP_WAIT_POLICY keeps the threads of one from spinning on the core of another.
@@ -39,4 +39,5 @@ clean:  ## remove the environment and everything that was made
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench]'
+	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet --no-deps Resemblyzer  # its weights alone: webrtcvad wants a compiler
 	@touch $@

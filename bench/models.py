@@ -89,10 +89,16 @@ def _minilm() -> Model:
     return Model.of(model.requires_grad_(False), tuple(tokens.values()))
 
 
+def _voices() -> Model:
+    voices = example("voices")
+    return Model.of(voices.encoder().requires_grad_(False), (voices.utterances().flatten(0, 1),))
+
+
 _MAKERS: dict[str, Callable[[], Model]] = {
     "digits_mlp/inference/1437": _digits,
     "digits_mlp/training_step/64": _digits_training,
     "minilm/embeddings/96": _minilm,
+    "resemblyzer/voices/48": _voices,
 }
 
 

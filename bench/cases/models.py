@@ -1,4 +1,4 @@
-"""Whole models before and after ``fastnn.replace``: the MLP on digits, and sentence embeddings by MiniLM.
+"""Whole models before and after ``fastnn.replace``: the MLP on digits, sentence embeddings by MiniLM, and voices.
 
 They are loaded when they are run: what they need (scikit-learn, transformers) is in the extra ``demo``.
 """
@@ -83,4 +83,5 @@ CASES = [
     inference("digits_mlp/inference/1437", quick=True),
     training("digits_mlp/training_step/64"),
     inference("minilm/embeddings/96"),
+    inference("resemblyzer/voices/48"),
 ]

@@ -9,10 +9,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
+from operator import call
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_deterministic_algorithms
 
 from .engine import packed, threads
 from .engine.build import Kernel
@@ -212,16 +214,105 @@ def _run(rounding: int, keys: Sequence[Any], results: Sequence[Any], reserve: Te
         w_p, wp_n, wp_k = w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size
     room = workspace(plan.places[-1])
     (wi_n, wi_k), (wh_n, wh_k) = w_ih.stride(), w_hh.stride()
-    job = _words(Job(
+    job = _words(Job._make((
         mode, rounding, batch, reverse, inputs, units, out, plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x_row * size,
         w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, w_p, wp_n, wp_k,
         0 if b_ih is None else b_ih.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),
         *(room + place if k is None else k.address for k, place in zip(kept, plan.places, strict=False)), out * size, 0, 0, 0,
-        *plan.places[3:-1]))
+        *plan.places[3:-1])))
     _FORWARD[dtype].run(
         plan.threads, 1, job.buffer_info()[0], steps, 0 if table is None else table.data_ptr(), x.data_ptr(), hx.data_ptr(),
         0 if cx is None else cx.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
         reserve.data_ptr() if reserve.numel() else 0, room)
+
+
+_address, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Stack:
+    """Layers, or a cell, whose weights are packed, made ready for inputs and states of one kind: a call is a look at each weight,
+    an allocation a result and a kernel call a layer. ``ready`` is False where the usual way has to be gone.
+    """
+
+    def __init__(self, mode: int, cell: bool, directions: int, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]):
+        self.ready, self.cell, self.dtype, self.threads = False, cell, x.dtype, threads.count()
+        size, (batch, inputs), units = x.itemsize, x.shape[-2:], states[0].shape[-1]
+        each = len(params) // (1 if cell else states[0].shape[0])  # of a layer and direction
+        weights = [p for k in range(0, len(params), each) for p in params[k : k + 2]]
+        found = [packed.find(w, _KINDS[mode][k % 2]) for k, w in enumerate(weights)]
+        self.kept = [weakref.ref(k) for k in found if k is not None]  # the store may drop them
+        self.versions, self.addresses = list(map(_version, params)), list(map(_address, params))
+        self.jobs: list[array[int]] = []  # the records of each layer
+        self.directions, self.room, self.run = directions, 0, _FORWARD[x.dtype].load()
+        x_row = x.stride(-2 if cell or batch > 1 else 0)
+        for layer in range(0, len(found) // 2, directions):
+            words = array("q")
+            for d in range(directions):
+                plan = _plan(mode, size, batch, inputs, units, units, False, self.threads)
+                kept, at = found[2 * (layer + d) : 2 * (layer + d) + 2], (layer + d) * batch * units * size
+                biases = self.addresses[(layer + d) * each + 2 : (layer + d + 1) * each] or (0, 0)
+                if not all(k is not None and k.cut == plan.cuts[0] for k in kept):
+                    return
+                words += _words(Job._make((
+                    mode, 0, batch, d, inputs, units, units, plan.cuts[0], 0, 0, _CHUNK, x_row * size, *(0,) * 9, *biases,
+                    *(k.address for k in kept if k is not None), 0, directions * units * size, at, at, d * units * size,
+                    *(d * plan.places[-1] + place for place in plan.places[3:-1]))), kept)
+                self.room = max(self.room, (d + 1) * plan.places[-1])
+            self.jobs.append(words)
+            self.calls = [(plan.threads, words.buffer_info()[0]) for words in self.jobs]
+            inputs = x_row = directions * units
+        self.shape, self.batch, self.width = tuple(states[0].shape), batch, directions * units
+        self.strides = states[0].stride()
+        self.ready = True
+
+    def __call__(self, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+        """The output of the layers and their last states, or the cell's state or states; None: go the usual way."""
+        kept = list(map(call, self.kept))  # and so their memory stays
+        if (None in kept or list(map(_address, params)) != self.addresses or list(map(_version, params)) != self.versions
+                or threads.count() != self.threads):
+            return None
+        new, shape, strides, dtype = _filled if _get_deterministic_algorithms() else empty, self.shape, self.strides, self.dtype
+        room = workspace(self.room)
+        first, h, c, c_n = new(shape, strides, dtype), states[0].data_ptr(), 0, 0
+        h_n = first.data_ptr()
+        last: Any = first
+        if len(states) == 2:
+            second = new(shape, strides, dtype)
+            c, c_n, last = states[1].data_ptr(), second.data_ptr(), (first, second)
+        if self.cell:
+            nt, words = self.calls[0]
+            return None if self.run(nt, 1, words, 1, 0, x.data_ptr(), h, c, h_n, h_n, c_n, 0, room) else last
+        steps, width = x.shape[0], self.width
+        if not steps:
+            return None
+        for nt, words in self.calls:
+            y = new((steps, self.batch, width), (self.batch * width, width, 1), dtype)
+            if self.run(nt, self.directions, words, steps, 0, x.data_ptr(), h, c, y.data_ptr(), h_n, c_n, 0, room):
+                return None
+            x = y
+        return (x, *last) if c else (x, last)
+
+
+def _filled(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """With deterministic algorithms, torch's own functions fill what they allocate."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def prepare(mode: str, cell: bool, directions: int, x: Tensor, states: Sequence[Tensor],
+            params: Sequence[Tensor]) -> Stack | None:
+    """A stack for calls like this one; None where there is none: for 16-bit numbers, projections, rows that are not next to
+    each other, weights that are not kept."""
+    batch = x.shape[-2]
+    rows = x.dim() == 2 or batch == 1 or x.stride(0) == batch * x.stride(1)
+    each = len(params) // (1 if cell else states[0].shape[0])
+    if (x.dtype not in _FORWARD or not x.numel() or not rows or (x.stride(-1) != 1 and x.shape[-1] > 1) or each not in (2, 4)
+            or not all(t.is_contiguous() for t in (*states, *params)) or any(p.is_inference() for p in params)):
+        return None
+    stack = Stack(MODES[mode], cell, directions, x, states, params)
+    return stack if stack.ready else None
+
+
+recurrent.prepare = prepare  # type: ignore[attr-defined]
 
 
 def _before(hx: Tensor, y: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:

@@ -428,8 +428,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         """Jobs side by side, each by its share of the threads"""
         apart = min(nt, jobs)
         for k in range(t % apart, jobs, apart):
-            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, x, hx, cx, y, h_n, c_n, keep,
-                room)
+            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, x, hx, cx, y, h_n, c_n,
+                keep, room)
 
     def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
         for k in range(jobs):

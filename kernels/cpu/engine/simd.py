@@ -400,7 +400,7 @@ def record(count: int) -> Any:
             first = _pointer(builder, args[0], i64)
             values = [builder.load(builder.gep(first, [i64(k)])) for k in range(count)]
             return cgutils.pack_array(builder, values, i64)
-        return types.UniTuple(types.int64, count)(types.int64), codegen
+        return types.containers.UniTuple(types.int64, count)(types.int64), codegen
     return read
 
 
