@@ -113,10 +113,14 @@ def _only_torch(op: str, input: Tensor, backend: str | None) -> str | None:
         return f"dtype {input.dtype} has no fastnn kernel"
     if not (input.is_cpu or is_dynamo_compiling()):
         return f"there is no kernel for {op} on device {str(input.device)!r}"
-    if op != "lstm" and torch.is_autocast_enabled("cpu"):
-        return f"what autocast does inside {op} is torch's"
     named = backend if is_dynamo_compiling() else backend or backends.context()
     return "backend 'torch' was named" if named == "torch" else None
+
+
+def _states_rule(mode: str, input: Tensor) -> bool:
+    """Whether autocast leaves the states' dtype as it is and lowers products only, as in torch's GRU and cells. Here all is
+    computed in the states' dtype then; in an RNN, and an LSTM's layers, all is lowered."""
+    return mode in ("gru", "lstm_cell", "gru_cell") and input.is_cpu and torch.is_autocast_enabled("cpu")
 
 
 def _time_first(x: Tensor) -> Tensor:
@@ -180,6 +184,11 @@ def _layers(
         if batch_sizes is not None:
             return by_torch(input, batch_sizes, given, *options)
         return by_torch(input, given, *options, batch_first)
+    if _states_rule(mode, input):
+        weights = [p.to(hx.dtype) for p in params]
+        with torch.autocast("cpu", enabled=False):
+            return _layers(mode, input.to(hx.dtype), hx, cx, weights, has_biases, num_layers, dropout, train, bidirectional,
+                           batch_first, batch_sizes, recompute, backend)  # fmt: skip
     if batch_sizes is not None:
         rows = input
     elif input.dim() != 3:
@@ -260,6 +269,10 @@ def lstm_cell(
     if reason is not None:
         backends.torch_serves("lstm_cell", (input, state, cell), backend, reason)
         return _VF.lstm_cell(input, (state, cell), w_ih, w_hh, b_ih, b_hh)
+    if _states_rule("lstm_cell", input):
+        x, w_ih, w_hh, b_ih, b_hh = (t if t is None else t.to(state.dtype) for t in (input, w_ih, w_hh, b_ih, b_hh))
+        with torch.autocast("cpu", enabled=False):
+            return lstm_cell(x, (state, cell), w_ih, w_hh, b_ih, b_hh, backend=backend)
     keep = torch.is_grad_enabled() and any_requires_grad(input, state, cell, w_ih, w_hh, b_ih, b_hh)
     out = _recurrent(input, state, cell, w_ih, w_hh, b_ih, b_hh, None, None, "lstm", False, keep, backend)
     _prepare_cell("lstm", input, (state, cell), (w_ih, w_hh, b_ih, b_hh))
@@ -326,6 +339,10 @@ def _cell(
     if reason is not None:
         backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
         return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
+    if _states_rule(f"{mode}_cell", input):
+        x, *params = (t if t is None else t.to(hx.dtype) for t in (input, *params))
+        with torch.autocast("cpu", enabled=False):
+            return _cell(mode, x, hx, *params, backend)
     keep = torch.is_grad_enabled() and any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
     out = _recurrent(input, hx, None, *params, None, None, mode, False, keep, backend)[1]
     _prepare_cell(mode, input, (hx,), params)

@@ -243,6 +243,7 @@ class Stack:
         self.kept = [weakref.ref(k) for k in found if k is not None]  # the store may drop them
         self.versions, self.addresses = list(map(_version, params)), list(map(_address, params))
         self.jobs: list[array[int]] = []  # the records of each layer
+        self.calls: list[tuple[int, int, int, int]] = []  # threads; how many from how many steps on; where its records are
         self.directions, self.room, self.run = directions, 0, _FORWARD[x.dtype].load()
         x_row = x.stride(-2 if cell or batch > 1 else 0)
         for layer in range(0, len(found) // 2, directions):
@@ -259,7 +260,10 @@ class Stack:
                     *(d * plan.places[-1] + place for place in plan.places[3:-1]))), kept)
                 self.room = max(self.room, (d + 1) * plan.places[-1])
             self.jobs.append(words)
-            self.calls = [(plan.threads, words.buffer_info()[0]) for words in self.jobs]
+            # Two directions run side by side, a thread for each; where one thread would do for a step, if there are enough steps.
+            work = batch * _GATES[mode] * units * (inputs + units)
+            side = min(self.threads, directions), -(-_SERIAL // work)
+            self.calls.append((plan.threads, *(side if plan.threads < side[0] else (plan.threads, 0)), words.buffer_info()[0]))
             inputs = x_row = directions * units
         self.shape, self.batch, self.width = tuple(states[0].shape), batch, directions * units
         self.strides = states[0].stride()
@@ -280,13 +284,13 @@ class Stack:
             second = new(shape, strides, dtype)
             c, c_n, last = states[1].data_ptr(), second.data_ptr(), (first, second)
         if self.cell:
-            nt, words = self.calls[0]
+            nt, _, _, words = self.calls[0]
             return None if self.run(nt, 1, words, 1, 0, x.data_ptr(), h, c, h_n, h_n, c_n, 0, room) else last
         steps, width = x.shape[0], self.width
         if not steps:
             return None
-        for nt, words in self.calls:
-            y = new((steps, self.batch, width), (self.batch * width, width, 1), dtype)
+        for few, many, enough, words in self.calls:
+            y, nt = new((steps, self.batch, width), (self.batch * width, width, 1), dtype), many if steps >= enough else few
             if self.run(nt, self.directions, words, steps, 0, x.data_ptr(), h, c, y.data_ptr(), h_n, c_n, 0, room):
                 return None
             x = y
