@@ -39,4 +39,5 @@ clean:  ## remove the environment and everything that was made
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench]'
+	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet --no-deps Resemblyzer  # its weights alone: webrtcvad wants a compiler
 	@touch $@

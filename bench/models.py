@@ -108,6 +108,11 @@ def _resnet() -> Model:
     return Model(before, after, (x,))
 
 
+def _voices() -> Model:
+    voices = example("voices")
+    return Model.of(voices.encoder().requires_grad_(False), (voices.utterances().flatten(0, 1),))
+
+
 _MAKERS: dict[str, Callable[[], Model]] = {
     "digits_mlp/inference/1437": _digits,
     "digits_mlp/training_step/64": _digits_training,
@@ -115,6 +120,7 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "crepe_tiny/94": lambda: _crepe("tiny", 94),
     "crepe_full/32": lambda: _crepe("full", 32),
     "resnet/fused/8": _resnet,
+    "resemblyzer/voices/48": _voices,
 }
 
 

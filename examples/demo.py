@@ -20,6 +20,7 @@ import crepe
 import digits
 import embeddings
 import fastnn
+import voices
 from fastnn._info import machine
 from fastnn.bench.report import duration
 from fastnn.bench.timing import Neighbours, Times, measure
@@ -144,6 +145,27 @@ def run_pitch(step: Step, size: str) -> Result:
     return result
 
 
+def run_voices(step: Step) -> Result:
+    """Embed synthesised voices with the pretrained encoder (three LSTM layers) as it comes, and replaced."""
+    step("voices: synthesising")
+    model, parts = voices.encoder(), voices.utterances()
+    replaced = copy.deepcopy(model)
+    result = Result("Resemblyzer voice encoder", fastnn.replace(replaced))
+    expected, found = voices.embed(model, parts), voices.embed(replaced, parts)
+    apart = (found - expected).abs().max().item()
+    result.checks.append(Check("largest difference of embeddings", f"{apart:.1e}", "≤ 1e-5", apart <= 1e-5))
+    alike = (found @ found.T).fill_diagonal_(0).argmax(1).roll(len(found) // 2)
+    known = int((alike == torch.arange(len(found))).sum())
+    result.checks.append(Check("voices known by other words", f"{known} of {len(found)}", "all", known == len(found)))
+    step("voices: timing")
+    calls = {name: (lambda m=m: voices.embed(m, parts)) for name, m in ((TORCH, model), (FASTNN, replaced))}
+    result.time(f"voices: {parts.shape[0]} of 4 s", calls, seconds=4.0)
+    one = parts[:1]
+    calls = {name: (lambda m=m: voices.embed(m, one)) for name, m in ((TORCH, model), (FASTNN, replaced))}
+    result.time("voices: one of 4 s", calls, seconds=2.0)
+    return result
+
+
 def kinds(modules: list[str]) -> str:
     """'Linear × 36, GELU'"""
     return ", ".join(f"{name} × {n}" if n > 1 else name for name, n in Counter(modules).most_common())
@@ -226,9 +248,12 @@ def main() -> int:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=shown, transient=True, refresh_per_second=1) as progress:
         task = progress.add_task("starting")
-        trained, losses = run_digits(lambda text: progress.update(task, description=text))
-        results = [trained, run_sentences(lambda text: progress.update(task, description=text))]
-        results += [run_pitch(lambda text: progress.update(task, description=text), size) for size in crepe.SIZES]
+
+        def step(text: str) -> None:
+            progress.update(task, description=text)
+
+        trained, losses = run_digits(step)
+        results = [trained, run_sentences(step), *(run_pitch(step, size) for size in crepe.SIZES), run_voices(step)]
 
     console.print(speed_table(results), check_table(results), sep="\n")
     for result in results:

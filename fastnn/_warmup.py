@@ -38,7 +38,10 @@ def main(arguments: Namespace) -> int:
     console = Console()
     # Special values meet no other kernels than usual ones.
     jobs = [
-        (check, dtype) for check in verify.checks(arguments.family) if not check.name.endswith("special values") for dtype in dtypes
+        (check, dtype)
+        for check in verify.checks(arguments.family)
+        if not check.name.endswith("special values")
+        for dtype in dtypes
     ]
     before, begin = cache()["kernels"], time.perf_counter()
     with Progress(

@@ -94,6 +94,24 @@ def test_pitch_stays(size: str, every: int, share: float) -> None:
             assert (off <= 10).float().mean() >= share
 
 
+def test_voices_are_known_after_replace() -> None:
+    import voices
+
+    try:
+        model = voices.encoder()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    parts = voices.utterances()
+    ours = copy.deepcopy(model)
+    assert [e.class_name for e in fastnn.replace(ours, backend="cpu").replaced] == ["LSTM", "Linear", "ReLU"]
+    expected, found = voices.embed(model, parts), voices.embed(ours, parts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(found, expected), "the same bits throughout: nothing was replaced"
+    # The numbers mean something: each voice is most like itself, saying something else.
+    nearest = (found @ found.T).fill_diagonal_(0).argmax(1)
+    assert nearest.tolist() == torch.arange(len(found)).roll(len(found) // 2).tolist()
+
+
 def test_recurrent_models_train_alike() -> None:
     import rnn
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fastnn
 import fastnn.functional as f
 from fastnn.kernels.cpu import rnn as cpu
+from fastnn.kernels.cpu.engine import packed
 from fastnn.ops import rnn as ops
 
 pytestmark = [
@@ -257,6 +258,124 @@ def test_packed_weights_are_made_anew_when_a_weight_changes(mode: str) -> None:
             reference = copy.deepcopy(module)
             fastnn.restore(reference)
             torch.testing.assert_close(module(x)[0], reference(x)[0])
+
+
+KINDS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "layers": (lambda mode: layer(mode, 6, 40, num_layers=2, bidirectional=True), (3, 5, 6)),
+    "batch_first": (lambda mode: layer(mode, 6, 40, num_layers=2, batch_first=True, bias=False), (5, 3, 6)),
+    "one": (lambda mode: layer(mode, 6, 40), (1, 1, 6)),
+    "cell": (lambda mode: getattr(nn, f"{mode.split('_')[0].upper()}Cell")(
+        6, 40, **({"nonlinearity": mode[4:]} if "_" in mode else {})), (5, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_short_way_has_the_same_bits_and_sees_every_change(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shape = KINDS[kind]
+    module: Any = make(mode)
+    reference = copy.deepcopy(module)
+    fastnn.replace(module)
+    short: list[bool] = []
+    again = ops.again
+
+    def watched(*args: Any) -> Any:
+        found = again(*args)
+        short.append(found is not None)
+        return found
+
+    monkeypatch.setattr(ops, "again", watched)
+
+    def bits(x: Tensor, hx: Any, served: bool) -> Any:
+        """The call with that of a fresh copy, which has to go the usual way; and a look at torch's."""
+        mine, theirs = module(x, hx), fastnn.restore(copy.deepcopy(module))(x, hx)
+        assert short[-1] is served
+        fresh = copy.deepcopy(module)(x, hx)
+        assert not short[-1]
+        assert type(mine) is type(theirs)
+        flat = lambda out: [t for o in (out if isinstance(out, tuple) else (out,)) for t in leaves(o)]  # noqa: E731
+        for a, b, c in zip(flat(mine), flat(fresh), flat(theirs), strict=True):
+            assert torch.equal(a, b)
+            assert (a.shape, a.stride()) == (b.shape, b.stride())
+            torch.testing.assert_close(a, c)
+        return mine
+
+    batch = shape[0] if kind in ("cell", "batch_first") else shape[1]
+    def state(batch: int) -> Any:
+        if kind != "cell":
+            return states(reference, batch)
+        return (torch.randn(batch, 40), torch.randn(batch, 40)) if mode == "lstm" else torch.randn(batch, 40)
+
+    x, hx = torch.randn(shape), state(batch)
+    weight = next(module.parameters())
+    with torch.no_grad():
+        for served in (False, False, True, True):
+            bits(x, hx, served)
+        if kind != "cell":
+            longer = torch.randn(tuple(n + 4 * (k == int(kind == "batch_first")) for k, n in enumerate(shape)))
+            bits(longer, hx, True)
+        weight[0, 5] += 3  # the version tells: this element is not in the sample
+        bits(x, hx, False)
+        for served in (False, True):
+            bits(x, hx, served)
+        weight.data[0] = 7.0  # the sample tells
+        bits(x, hx, False)
+        for served in (False, True):
+            bits(x, hx, served)
+        old = weight.data
+        weight.data = old.clone()
+        weight.data[0, 5] += 3  # the address tells
+        bits(x, hx, False)
+        for served in (False, True):
+            bits(x, hx, served)
+        other = torch.randn(tuple(n + (n == batch and k == (0 if kind in ("cell", "batch_first") else 1))
+                                  for k, n in enumerate(shape)))
+        bits(other, state(batch + 1), False)
+        bits(x, hx, False)
+        bits(x, hx, True)
+        bits(x.mT.contiguous().mT if kind == "cell" else torch.stack([x, x], -1)[..., 0], hx, kind == "batch_first")
+        bits(x, hx, True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        bits(x, hx, False)
+        torch.set_num_threads(threads)
+        module.backend = "torch"
+        module(x, hx)
+        assert not short[-1]
+        module.backend = None
+        with fastnn.trace() as calls:
+            module(x, hx)
+        assert calls
+        short.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            module(x, hx)
+        assert not short[0]
+        for _ in range(3):
+            module(x, hx)
+        assert short[-1]
+    out = module(x, hx)
+    assert not short[-1]
+    assert (out[0] if isinstance(out, tuple) else out).requires_grad
+    if kind != "cell":
+        with torch.no_grad(), pytest.raises(RuntimeError, match="larger than 0"):
+            module(x[:, :0] if kind == "batch_first" else x[:0], hx)
+    assert not torch.equal(old, weight)
+
+
+def test_the_short_way_ends_when_packings_are_dropped() -> None:
+    module, x, h = fastnn.nn.GRUCell(6, 40), torch.randn(2, 6), torch.randn(2, 40)
+    with torch.no_grad():
+        wanted = [module(x, h) for _ in range(4)][-1]
+        run = ops._ready[id(module.weight_ih)][4]
+        params = tuple(module.parameters())
+        assert torch.equal(run(x, (h,), params), wanted)
+        packed.clear()
+        assert run(x, (h,), params) is None
+        assert torch.equal(module(x, h), wanted)
+    key = id(module.weight_ih)
+    assert key in ops._ready
+    del module, params
+    assert key not in ops._ready
 
 
 def test_a_weight_may_also_be_a_linear_layers() -> None:
@@ -572,12 +691,31 @@ def test_replace_says_why_not(calls: list[Any]) -> None:
     assert "weight_hh_l0 is computed" in reasons
     assert "subclass of torch.nn.GRU" in reasons
     module = fastnn.nn.GRU(3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        module(torch.randn(2, 1, 3))
     with fastnn.backend("torch"):
         module(torch.randn(2, 1, 3))
-    assert [call.backend for call in calls] == ["torch", "torch"]
-    assert "autocast" in calls[0].reason
+    assert [call.backend for call in calls] == ["torch"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_gives_torchs_dtypes(kind: str, dtype: torch.dtype, given: bool) -> None:
+    """(torch's LSTM under autocast needs instructions that not every CPU has.)"""
+    module: Any = getattr(nn, kind)(9, 20)
+    ours = copy.deepcopy(module)
+    fastnn.replace(ours, backend="cpu")
+    x = (torch.randn(3, 9) if kind.endswith("Cell") else torch.randn(4, 3, 9)).to(dtype)
+    state = torch.randn(3, 20) if kind.endswith("Cell") else torch.randn(1, 3, 20)
+    hx = ((state, state) if kind == "LSTMCell" else state) if given else None
+    found = []
+    for m in (ours, module):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = m(x, hx)
+        out = out if isinstance(out, tuple) else (out,)
+        found.append([*out, *torch.autograd.grad(sum(t.float().sum() for t in out), m.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05 * max(1.0, float(theirs.detach().abs().max())))
 
 
 def test_state_dict_and_names_are_torchs() -> None:

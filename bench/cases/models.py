@@ -1,4 +1,4 @@
-"""Whole models before and after ``fastnn.replace``: the MLP on digits, sentence embeddings by MiniLM, pitches by CREPE, a ResNet.
+"""Whole models before and after ``fastnn.replace``: the MLP on digits, sentences by MiniLM, pitches by CREPE, voices, a ResNet.
 
 They are loaded when they are run: what they need (scikit-learn, transformers) is in the extra ``demo``.
 """
@@ -85,4 +85,5 @@ CASES = [
     inference("crepe_tiny/94"),
     inference("crepe_full/32", goals={"torch": 1.4, "compile": 1.15, "onnxruntime": 1.0}),
     inference("resnet/fused/8"),
+    inference("resemblyzer/voices/48"),
 ]

@@ -1,6 +1,7 @@
 """Recurrent layers: the arguments of torch.lstm, torch.gru, … and of torch.lstm_cell, …; QRNN."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ._arguments import any_requires_grad
 from ._matmul import linear
 
 _recurrent = _rnn.recurrent.call
+_CELLS = {mode: (mode, True, 1) for mode in _rnn.MODES}
 
 
 def lstm(
@@ -111,10 +113,45 @@ def _only_torch(op: str, input: Tensor, backend: str | None) -> str | None:
         return f"dtype {input.dtype} has no fastnn kernel"
     if not (input.is_cpu or is_dynamo_compiling()):
         return f"there is no kernel for {op} on device {str(input.device)!r}"
-    if op != "lstm" and torch.is_autocast_enabled("cpu"):
-        return f"what autocast does inside {op} is torch's"
     named = backend if is_dynamo_compiling() else backend or backends.context()
     return "backend 'torch' was named" if named == "torch" else None
+
+
+def _states_rule(mode: str, input: Tensor) -> bool:
+    """Whether autocast leaves the states' dtype as it is and lowers products only, as in torch's GRU and cells. Here all is
+    computed in the states' dtype then; in an RNN, and an LSTM's layers, all is lowered."""
+    return mode in ("gru", "lstm_cell", "gru_cell") and input.is_cpu and torch.is_autocast_enabled("cpu")
+
+
+def _time_first(x: Tensor) -> Tensor:
+    """(T, B, I) as steps one after the other; as it is where any strides are that"""
+    return x.contiguous() if x.shape[0] > 1 else x
+
+
+def layers_again(
+    mode: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    bidirectional: bool,
+    batch_first: bool,
+    backend: str | None,
+) -> Any:
+    """Output and last states of layers that have been called alike before, the short way; else None. See ops.rnn.again."""
+    if is_dynamo_compiling():
+        return None
+    options = (mode, False, 2 if bidirectional else 1)
+    if not batch_first:
+        return _rnn.again(options, input, states, params, backend)
+    if input.dim() != 3:
+        return None
+    found = _rnn.again(options, _time_first(input.transpose(0, 1)), states, params, backend)
+    return None if found is None else (found[0].transpose(0, 1), *found[1:])
+
+
+def cell_again(mode: str, input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor | None], backend: str | None) -> Any:
+    """The state, or state and cell, of a cell that has been called alike before, the short way; else None."""
+    return _rnn.again(_CELLS[mode], input, states, params if params[2] is not None else params[:2], backend)
 
 
 def _layers(
@@ -133,15 +170,25 @@ def _layers(
     recompute: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    states: tuple[Tensor, ...] = (hx,) if cx is None else (hx, cx)
+    short = batch_sizes is None and not (train and dropout > 0)
+    found = layers_again(mode, input, states, params, bidirectional, batch_first, backend) if short else None
+    if found is not None:
+        return found if cx is not None else (*found, hx)
     reason = _only_torch(mode, input, backend)
     if reason is not None:
         backends.torch_serves(mode, (input, hx), backend, reason)
-        initial = hx if cx is None else (hx, cx)
+        given = hx if cx is None else (hx, cx)
         options = (params, has_biases, num_layers, dropout, train, bidirectional)
         by_torch = getattr(_VF, mode)
         if batch_sizes is not None:
-            return by_torch(input, batch_sizes, initial, *options)
-        return by_torch(input, initial, *options, batch_first)
+            return by_torch(input, batch_sizes, given, *options)
+        return by_torch(input, given, *options, batch_first)
+    if _states_rule(mode, input):
+        weights = [p.to(hx.dtype) for p in params]
+        with torch.autocast("cpu", enabled=False):
+            return _layers(mode, input.to(hx.dtype), hx, cx, weights, has_biases, num_layers, dropout, train, bidirectional,
+                           batch_first, batch_sizes, recompute, backend)  # fmt: skip
     if batch_sizes is not None:
         rows = input
     elif input.dim() != 3:
@@ -166,7 +213,7 @@ def _layers(
                 f"{mode}(): {name} must have 3 dimensions, the first {num_layers * directions}, got {tuple(state.shape)}"
             )
     keep = not recompute and torch.is_grad_enabled() and any_requires_grad(input, hx, cx, *params)
-    states, cells = hx.unbind(0), cx.unbind(0) if cx is not None else ()
+    initial, cells = hx.unbind(0), cx.unbind(0) if cx is not None else ()
     last: list[Tensor] = []
     last_cells: list[Tensor] = []
     for layer in range(num_layers):
@@ -175,7 +222,7 @@ def _layers(
             w_ih, w_hh, *rest = params[k * count : (k + 1) * count]
             y, h_n, c_n = _recurrent(
                 rows,
-                states[k],
+                initial[k],
                 cells[k] if cells else None,
                 w_ih,
                 w_hh,
@@ -193,6 +240,8 @@ def _layers(
         rows = outputs[0] if directions == 1 else torch.cat(outputs, 1)
         if train and dropout > 0 and layer < num_layers - 1:  # torch's own, so that a seed gives torch's own mask
             rows = F.dropout(rows, dropout, True)
+    if short:
+        _rnn.prepare((mode, False, directions), _time_first(input), states, params)
     if batch_sizes is None:
         rows = rows.view(steps, batch, rows.shape[1])
         rows = rows.transpose(0, 1) if batch_first else rows
@@ -213,12 +262,20 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input (B, I), hx = (state, cell), each (B, H) → (state, cell)."""
     state, cell = hx
+    found = cell_again("lstm", input, (state, cell), (w_ih, w_hh, b_ih, b_hh), backend)
+    if found is not None:
+        return found
     reason = _only_torch("lstm_cell", input, backend)
     if reason is not None:
         backends.torch_serves("lstm_cell", (input, state, cell), backend, reason)
         return _VF.lstm_cell(input, (state, cell), w_ih, w_hh, b_ih, b_hh)
+    if _states_rule("lstm_cell", input):
+        x, w_ih, w_hh, b_ih, b_hh = (t if t is None else t.to(state.dtype) for t in (input, w_ih, w_hh, b_ih, b_hh))
+        with torch.autocast("cpu", enabled=False):
+            return lstm_cell(x, (state, cell), w_ih, w_hh, b_ih, b_hh, backend=backend)
     keep = torch.is_grad_enabled() and any_requires_grad(input, state, cell, w_ih, w_hh, b_ih, b_hh)
     out = _recurrent(input, state, cell, w_ih, w_hh, b_ih, b_hh, None, None, "lstm", False, keep, backend)
+    _prepare_cell("lstm", input, (state, cell), (w_ih, w_hh, b_ih, b_hh))
     return out[1], out[2]
 
 
@@ -274,12 +331,28 @@ def _cell(
     b_hh: Tensor | None,
     backend: str | None,
 ) -> Tensor:
+    params = (w_ih, w_hh, b_ih, b_hh)
+    found = cell_again(mode, input, (hx,), params, backend)
+    if found is not None:
+        return found
     reason = _only_torch(f"{mode}_cell", input, backend)
     if reason is not None:
         backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
         return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
+    if _states_rule(f"{mode}_cell", input):
+        x, *params = (t if t is None else t.to(hx.dtype) for t in (input, *params))
+        with torch.autocast("cpu", enabled=False):
+            return _cell(mode, x, hx, *params, backend)
     keep = torch.is_grad_enabled() and any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
-    return _recurrent(input, hx, None, w_ih, w_hh, b_ih, b_hh, None, None, mode, False, keep, backend)[1]
+    out = _recurrent(input, hx, None, *params, None, None, mode, False, keep, backend)[1]
+    _prepare_cell(mode, input, (hx,), params)
+    return out
+
+
+def _prepare_cell(mode: str, input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor | None]) -> None:
+    _rnn.prepare(_CELLS[mode], input, states, params if params[2] is not None else params[:2])
+
+
 def qrnn(
     input: Tensor,
     hx: Tensor,

@@ -7,10 +7,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
+from ..functional._rnn import cell_again, layers_again
 
 
 def _run_layers(module: Any, function: Any, input: Any, hx: Any, cells: bool) -> Any:
     """torch's forward of LSTM (which has cells), GRU and RNN: the input's kind, missing states, batched or not."""
+    if hx is not None and type(input) is Tensor and not (module.training and module.dropout > 0):
+        found = layers_again(
+            module.mode.lower(), input, hx if cells else (hx,), [module._parameters.get(n) for n in module._flat_weights_names],
+            module.bidirectional, module.batch_first, module.backend,
+        )  # fmt: skip
+        if found is not None:
+            return (found[0], found[1:]) if cells else found
     module._update_flat_weights()
     packed = isinstance(input, PackedSequence)
     data, sizes, order, back = input if packed else (input, None, None, None)
@@ -76,15 +84,17 @@ class RNN(nn.RNN):
         return _run_layers(self, F.rnn_tanh if self.mode == "RNN_TANH" else F.rnn_relu, input, hx, False)
 
 
-def _run_cell(module: Any, function: Any, input: Tensor, hx: Any, cells: bool) -> Any:
+def _run_cell(module: Any, mode: str, input: Tensor, hx: Any, cells: bool) -> Any:
     """torch's forward of the cells"""
-    dims = input.dim()
-    state = hx[0] if cells and hx is not None else hx
-    if not (dims == 2 and state is not None and state.shape == (input.shape[0], module.hidden_size)
-            and input.shape[1] == module.input_size):  # fmt: skip
-        hx = _usual_states(module, input, hx, cells)
-    alone = dims == 1
-    out = function(
+    get = module._parameters.get
+    params = (get("weight_ih"), get("weight_hh"), get("bias_ih"), get("bias_hh"))
+    if hx is not None:
+        found = cell_again(mode, input, hx if cells else (hx,), params, module.backend)
+        if found is not None:
+            return found
+    hx = _usual_states(module, input, hx, cells)
+    alone = input.dim() == 1
+    out = getattr(F, f"{mode}_cell")(
         input.unsqueeze(0) if alone else input, hx, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh,
         backend=module.backend,
     )  # fmt: skip
@@ -123,21 +133,21 @@ class LSTMCell(nn.LSTMCell):
     backend: str | None = None
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return _run_cell(self, F.lstm_cell, input, hx, True)
+        return _run_cell(self, "lstm", input, hx, True)
 
 
 class GRUCell(nn.GRUCell):
     backend: str | None = None
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return _run_cell(self, F.gru_cell, input, hx, False)
+        return _run_cell(self, "gru", input, hx, False)
 
 
 class RNNCell(nn.RNNCell):
     backend: str | None = None
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return _run_cell(self, F.rnn_tanh_cell if self.nonlinearity == "tanh" else F.rnn_relu_cell, input, hx, False)
+        return _run_cell(self, f"rnn_{self.nonlinearity}", input, hx, False)
 
 class QRNN(nn.Module):
     """Quasi-recurrent layers (Bradbury et al. 2016): products of windows of the input, and an elementwise recurrence.

@@ -8,7 +8,7 @@ Whatever traces (torch.compile, export, fake tensors, dispatch modes) meets the 
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -339,6 +339,19 @@ class Operator:
             dense=backends.dense,
             may_be_written=_may_be_written,
         )
+
+
+def usual(tensors: Iterable[Any]) -> bool:
+    """Whether nothing but a kernel has a say in a call with these tensors: no tracer, transform, mode, autocast or subclass."""
+    return (
+        not is_dynamo_compiling()
+        and all(type(t) in PLAIN and t.is_cpu and backends.dense(t) for t in tensors)
+        and not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not _is_any_autocast_enabled()
+    )
 
 
 def _by_shape(shape: Any, first: Tensor, *rest: Any) -> Tensor:

@@ -4,19 +4,25 @@ one layer; a cell is a layer with one step. What happens in the two kernels is t
 
 from __future__ import annotations
 
+import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
+from operator import call
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_deterministic_algorithms
 
 from .engine import packed, threads
 from .engine.build import Kernel
 from .engine.host import simd
 from .engine.workspace import workspace
 from .matmul import matmul
+
+empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # half of what torch.empty takes
 
 MODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _GATES = (4, 3, 1, 1)
@@ -28,17 +34,17 @@ _FEW = 32 << 10  # bytes of a scan below which a second thread costs more than i
 _SERIAL = 1 << 16  # multiplications of a step below which a second thread costs more than it brings
 
 
-def _kernel(kind: str, name: str, arguments: int) -> Kernel:
+def _kernel(kind: str, name: str, signature: str) -> Kernel:
     def make() -> Callable[..., Any]:
         from . import rnn_code
 
         return getattr(rnn_code, kind)(name)
-    return Kernel(f"{kind}_{name}", "i" * arguments, make)
+    return Kernel(f"{kind}_{name}", signature, make)
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_FORWARD = {d: _kernel("recurrent", name, 42) for d, name in _NAMES.items()}
-_BACKWARD = {d: _kernel("recurrent_backward", name, 31) for d, name in _NAMES.items()}
+_FORWARD = {d: _kernel("recurrent", name, "i" * 13 + ">i") for d, name in _NAMES.items()}
+_BACKWARD = {d: _kernel("recurrent_backward", name, "i" * 31) for d, name in _NAMES.items()}
 
 
 def _wide(t: Any) -> Any:
@@ -88,6 +94,53 @@ def _plan(mode: int, size: int, batch: int, inputs: int, units: int, out: int, p
     return Plan(1 if few else nt, (cut, cut, cut_p), sizes, places)
 
 
+class Job(NamedTuple):
+    """One direction of one layer, as the forward kernel reads it, in this order: sizes, bytes, addresses."""
+
+    mode: int
+    rounding: int = 0
+    batch: int = 1
+    reverse: int = 0
+    inputs: int = 0
+    units: int = 0
+    out: int = 0
+    cut: int = 0  # panels of the units, and of what a projection makes
+    cut_p: int = 0
+    fresh: int = 0  # bits: which weights are packed for this call only
+    chunk: int = _CHUNK
+    x_row: int = 0
+    w_ih: int = 0
+    wi_n: int = 0
+    wi_k: int = 0
+    w_hh: int = 0
+    wh_n: int = 0
+    wh_k: int = 0
+    w_hr: int = 0
+    wp_n: int = 0
+    wp_k: int = 0
+    b_ih: int = 0
+    b_hh: int = 0
+    pi: int = 0  # packings
+    ph: int = 0
+    pp: int = 0
+    y_row: int = 0
+    h_at: int = 0  # of hx and h_n, cx and c_n, and y: where this job's part begins
+    c_at: int = 0
+    y_at: int = 0
+    state: int = 0  # in scratch memory
+    hidden: int = 0
+    sums: int = 0
+    xs: int = 0
+    bias: int = 0
+    counter: int = 0
+
+
+def _words(job: Job, kept: Sequence[packed.Packing | None] = (None,) * 3) -> array[int]:
+    """A job's record: itself, and by what the kernel sees that a packed weight is still what it was."""
+    checks = (0,) * (4 * (3 - len(kept)))
+    return array("q", (*job, *(n for k in kept for n in ((0,) * 4 if k is None else (*k.sampled, k.sample))), *checks))
+
+
 def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: int) -> packed.Packing | None:
     """The kept panels of a weight that has been seen before, unchanged. ``which``: 0, 1, 2 for w_ih, w_hh, w_hr."""
     if weight.is_inference() or not weight.is_contiguous():
@@ -96,12 +149,12 @@ def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: 
 
     def pack(address: int) -> int:
         w = _wide(weight)
-        source = [[0] * 3] * 3
-        source[which] = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
         inputs, u, out = ((depth, units, 0), (0, units, depth), (0, depth, units))[which]
-        _FORWARD[w.dtype].run(plan.threads, mode, 0, 0, 1, 0, 0, inputs, u, out, cut, cut if which == 2 else 0, 1 << which, 1,
-                              0, 0, 0, 0, *source[0], *source[1], *source[2], 0, 0,
-                              *(address if which == k else 0 for k in range(3)), *[0] * 9, _COUNTER.data_ptr())
+        address_and_strides = [w.data_ptr(), w.stride(0) * w.itemsize, w.stride(1) * w.itemsize]
+        names = (("w_ih", "wi_n", "wi_k", "pi"), ("w_hh", "wh_n", "wh_k", "ph"), ("w_hr", "wp_n", "wp_k", "pp"))[which]
+        job = _words(Job(mode, inputs=inputs, units=u, out=out, cut=cut, cut_p=cut if which == 2 else 0, fresh=1 << which)
+                     ._replace(**dict(zip(names, (*address_and_strides, address), strict=True))))
+        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, _COUNTER.data_ptr())
         return cut
     entry = packed.get(weight, plan.sizes[which], pack, _KINDS[mode][which])
     return entry if entry is not None and entry.cut == cut else None
@@ -154,22 +207,116 @@ def _run(rounding: int, keys: Sequence[Any], results: Sequence[Any], reserve: Te
     if not training:  # else the weights will have changed when they are seen again
         kept[:2] = _keep(0, mode, keys[0], plan, units, inputs), _keep(1, mode, keys[1], plan, units, out)
     fresh = (kept[0] is None) + 2 * (kept[1] is None)
-    projection = (0, 0, 0)
+    w_p, wp_n, wp_k = 0, 0, 0
     if w_hr is not None:
         kept[2] = None if training else _keep(2, mode, keys[2], plan, out, units)
         fresh += 4 * (kept[2] is None)
-        projection = (w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size)
+        w_p, wp_n, wp_k = w_hr.data_ptr(), w_hr.stride(0) * size, w_hr.stride(1) * size
     room = workspace(plan.places[-1])
-    pi, ph, pp, *scratch = [room + place for place in plan.places[:-1]]
-    wi_n, wi_k = w_ih.stride()
-    wh_n, wh_k = w_hh.stride()
-    _FORWARD[dtype].run(
-        plan.threads, mode, rounding, steps, batch, 0 if table is None else table.data_ptr(), reverse, inputs, units, out,
-        plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x.data_ptr(), x_row * size, hx.data_ptr(), 0 if cx is None else cx.data_ptr(),
-        w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, *projection,
+    (wi_n, wi_k), (wh_n, wh_k) = w_ih.stride(), w_hh.stride()
+    job = _words(Job._make((
+        mode, rounding, batch, reverse, inputs, units, out, plan.cuts[0], plan.cuts[2], fresh, _CHUNK, x_row * size,
+        w_ih.data_ptr(), wi_n * size, wi_k * size, w_hh.data_ptr(), wh_n * size, wh_k * size, w_p, wp_n, wp_k,
         0 if b_ih is None else b_ih.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),
-        *(place if k is None else k.address for k, place in zip(kept, (pi, ph, pp), strict=True)),
-        y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), reserve.data_ptr() if reserve.numel() else 0, *scratch)
+        *(room + place if k is None else k.address for k, place in zip(kept, plan.places, strict=False)), out * size, 0, 0, 0,
+        *plan.places[3:-1])))
+    _FORWARD[dtype].run(
+        plan.threads, 1, job.buffer_info()[0], steps, 0 if table is None else table.data_ptr(), x.data_ptr(), hx.data_ptr(),
+        0 if cx is None else cx.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
+        reserve.data_ptr() if reserve.numel() else 0, room)
+
+
+_address, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Stack:
+    """Layers, or a cell, whose weights are packed, made ready for inputs and states of one kind: a call is a look at each weight,
+    an allocation a result and a kernel call a layer. ``ready`` is False where the usual way has to be gone.
+    """
+
+    def __init__(self, mode: int, cell: bool, directions: int, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]):
+        self.ready, self.cell, self.dtype, self.threads = False, cell, x.dtype, threads.count()
+        size, (batch, inputs), units = x.itemsize, x.shape[-2:], states[0].shape[-1]
+        each = len(params) // (1 if cell else states[0].shape[0])  # of a layer and direction
+        weights = [p for k in range(0, len(params), each) for p in params[k : k + 2]]
+        found = [packed.find(w, _KINDS[mode][k % 2]) for k, w in enumerate(weights)]
+        self.kept = [weakref.ref(k) for k in found if k is not None]  # the store may drop them
+        self.versions, self.addresses = list(map(_version, params)), list(map(_address, params))
+        self.jobs: list[array[int]] = []  # the records of each layer
+        self.calls: list[tuple[int, int, int, int]] = []  # threads; how many from how many steps on; where its records are
+        self.directions, self.room, self.run = directions, 0, _FORWARD[x.dtype].load()
+        x_row = x.stride(-2 if cell or batch > 1 else 0)
+        for layer in range(0, len(found) // 2, directions):
+            words = array("q")
+            for d in range(directions):
+                plan = _plan(mode, size, batch, inputs, units, units, False, self.threads)
+                kept, at = found[2 * (layer + d) : 2 * (layer + d) + 2], (layer + d) * batch * units * size
+                biases = self.addresses[(layer + d) * each + 2 : (layer + d + 1) * each] or (0, 0)
+                if not all(k is not None and k.cut == plan.cuts[0] for k in kept):
+                    return
+                words += _words(Job._make((
+                    mode, 0, batch, d, inputs, units, units, plan.cuts[0], 0, 0, _CHUNK, x_row * size, *(0,) * 9, *biases,
+                    *(k.address for k in kept if k is not None), 0, directions * units * size, at, at, d * units * size,
+                    *(d * plan.places[-1] + place for place in plan.places[3:-1]))), kept)
+                self.room = max(self.room, (d + 1) * plan.places[-1])
+            self.jobs.append(words)
+            # Two directions run side by side, a thread for each; where one thread would do for a step, if there are enough steps.
+            work = batch * _GATES[mode] * units * (inputs + units)
+            side = min(self.threads, directions), -(-_SERIAL // work)
+            self.calls.append((plan.threads, *(side if plan.threads < side[0] else (plan.threads, 0)), words.buffer_info()[0]))
+            inputs = x_row = directions * units
+        self.shape, self.batch, self.width = tuple(states[0].shape), batch, directions * units
+        self.strides = states[0].stride()
+        self.ready = True
+
+    def __call__(self, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+        """The output of the layers and their last states, or the cell's state or states; None: go the usual way."""
+        kept = list(map(call, self.kept))  # and so their memory stays
+        if (None in kept or list(map(_address, params)) != self.addresses or list(map(_version, params)) != self.versions
+                or threads.count() != self.threads):
+            return None
+        new, shape, strides, dtype = _filled if _get_deterministic_algorithms() else empty, self.shape, self.strides, self.dtype
+        room = workspace(self.room)
+        first, h, c, c_n = new(shape, strides, dtype), states[0].data_ptr(), 0, 0
+        h_n = first.data_ptr()
+        last: Any = first
+        if len(states) == 2:
+            second = new(shape, strides, dtype)
+            c, c_n, last = states[1].data_ptr(), second.data_ptr(), (first, second)
+        if self.cell:
+            nt, _, _, words = self.calls[0]
+            return None if self.run(nt, 1, words, 1, 0, x.data_ptr(), h, c, h_n, h_n, c_n, 0, room) else last
+        steps, width = x.shape[0], self.width
+        if not steps:
+            return None
+        for few, many, enough, words in self.calls:
+            y, nt = new((steps, self.batch, width), (self.batch * width, width, 1), dtype), many if steps >= enough else few
+            if self.run(nt, self.directions, words, steps, 0, x.data_ptr(), h, c, y.data_ptr(), h_n, c_n, 0, room):
+                return None
+            x = y
+        return (x, *last) if c else (x, last)
+
+
+def _filled(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """With deterministic algorithms, torch's own functions fill what they allocate."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def prepare(mode: str, cell: bool, directions: int, x: Tensor, states: Sequence[Tensor],
+            params: Sequence[Tensor]) -> Stack | None:
+    """A stack for calls like this one; None where there is none: for 16-bit numbers, projections, rows that are not next to
+    each other, weights that are not kept."""
+    batch = x.shape[-2]
+    rows = x.dim() == 2 or batch == 1 or x.stride(0) == batch * x.stride(1)
+    each = len(params) // (1 if cell else states[0].shape[0])
+    if (x.dtype not in _FORWARD or not x.numel() or not rows or (x.stride(-1) != 1 and x.shape[-1] > 1) or each not in (2, 4)
+            or not all(t.is_contiguous() for t in (*states, *params)) or any(p.is_inference() for p in params)):
+        return None
+    stack = Stack(MODES[mode], cell, directions, x, states, params)
+    return stack if stack.ready else None
+
+
+recurrent.prepare = prepare  # type: ignore[attr-defined]
 
 
 def _before(hx: Tensor, y: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
@@ -265,7 +412,7 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
     return gates_x, gates_h, dh, dc, d_out, hidden
 
 
-_SCAN = {d: _kernel("scan", str(d).removeprefix("torch."), 10) for d in (*_NAMES, *_ROUNDING)}
+_SCAN = {d: _kernel("scan", str(d).removeprefix("torch."), "i" * 10) for d in (*_NAMES, *_ROUNDING)}
 
 
 def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .engine.pack import packer
+from .engine.pack import packer, sample
 from .engine.region import barrier, parallel
 from .engine.simd import (
     BFLOAT16,
@@ -36,6 +36,7 @@ from .engine.simd import (
     maximum,
     maximum_fast,
     outline,
+    record,
     round_to,
     select,
     spread,
@@ -50,6 +51,9 @@ from .engine.vecmath import EXP, EXP_TAIL, LN2_HIGH, LN2_LOW, LOG2_E, MANTISSA, 
 ROWS, VECS = tile_size()
 CHAIN = 256  # terms that one accumulator sums, as in the products
 LSTM, GRU, TANH, RELU = range(4)
+JOB = record(36)  # rnn.Job: one direction of one layer
+CHECK = record(4)  # behind it, three times: packed.Packing's sample of a weight that is kept, its address, step and count, and it
+CHECKS, JOB_BYTES = 36 * 8, (36 + 3 * 4) * 8
 
 
 # Sigmoid and tanh to 2 ulp. Their exponential is of a negative number and never subnormal, so 2^n is one shift: MAGIC adds an
@@ -211,7 +215,9 @@ def _step_rows(table, batch, t, steps):
 
 
 def recurrent(elem_name: str) -> Callable[..., Any]:
-    """The forward kernel of all modes, for float32 or float64; see ``rnn.recurrent`` for its arguments.
+    """The forward kernel of all modes, for float32 or float64: ``jobs`` records, of directions that do not depend on each other.
+
+    It returns 1, and has done nothing, if a weight that was packed beforehand has changed since.
 
     16-bit types are computed in float32 with ``rounding`` (1: bfloat16, 2: float16) of what is carried from step to step.
     """
@@ -234,16 +240,17 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
             return v
 
     @inline
-    def publish(h, n, b, until, y, h_next, h_n, at):
+    def publish(h, n, b, until, y, y_row, h_next, h_n, h_row, col):
         """A new state: into the output, the next step's input and, where a row ends, the last state"""
-        put(y + at, h, n)
+        put(y + b * y_row + col, h, n)
         if h_next != 0:
+            at = b * h_row + col
             put(h_next + at, h, n)
             if b >= until:
                 put(h_n + at, h, n)
 
     @outline
-    def lstm_cells(rows, until, vecs, cols, src, src_row, rounding, c, c_row, y, h_next, h_n, h_row, keep, keep_row):
+    def lstm_cells(rows, until, vecs, cols, src, src_row, rounding, c, c_row, y, y_row, h_next, h_n, h_row, keep, keep_row):
         gate, kept = vecs * vb, c_row  # a gate of the panel; of a row of the reserve
         for b in range(rows):
             for j in range(vecs):
@@ -261,10 +268,11 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                     put(k + 2 * kept, g, n)
                     put(k + 3 * kept, o, n)
                     put(k + 4 * kept, cell, n)
-                publish(rounded(h, rounding), n, b, until, y, h_next, h_n, b * h_row + j * vb)
+                publish(rounded(h, rounding), n, b, until, y, y_row, h_next, h_n, h_row, j * vb)
 
     @outline
-    def gru_cells(rows, until, vecs, cols, src, src_row, rounding, h_last, y, h_next, h_n, h_row, keep, keep_row):
+    def gru_cells(rows, until, vecs, cols, src, src_row, rounding, h_last, y, y_row, h_next, h_n, h_row, keep,
+                  keep_row):
         gate = vecs * vb  # in order: the new state's input part, r, z, the new state's recurrent part
         for b in range(rows):
             for j in range(vecs):
@@ -279,10 +287,10 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                     put(k + h_row, z, n)
                     put(k + 2 * h_row, new, n)
                     put(k + 3 * h_row, part, n)
-                publish(rounded(fma(z, before - new, new), rounding), n, b, until, y, h_next, h_n, b * h_row + j * vb)
+                publish(rounded(fma(z, before - new, new), rounding), n, b, until, y, y_row, h_next, h_n, h_row, j * vb)
 
     @outline
-    def plain_cells(rows, until, vecs, cols, src, src_row, rounding, relu, y, h_next, h_n, h_row):
+    def plain_cells(rows, until, vecs, cols, src, src_row, rounding, relu, y, y_row, h_next, h_n, h_row):
         for b in range(rows):
             for j in range(vecs):
                 v = load(e, src + b * src_row + j * vb)
@@ -290,14 +298,14 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                     v = maximum(v, 0.0)
                 else:
                     v = tanh(v)
-                publish(rounded(v, rounding), min(lanes, cols - j * lanes), b, until, y, h_next, h_n, b * h_row + j * vb)
+                publish(rounded(v, rounding), min(lanes, cols - j * lanes), b, until, y, y_row, h_next, h_n, h_row, j * vb)
 
     @outline
-    def projected(rows, until, vecs, cols, src, src_row, rounding, y, h_next, h_n, h_row):
+    def projected(rows, until, vecs, cols, src, src_row, rounding, y, y_row, h_next, h_n, h_row):
         for b in range(rows):
             for j in range(vecs):
                 v = rounded(load(e, src + b * src_row + j * vb), rounding)
-                publish(v, min(lanes, cols - j * lanes), b, until, y, h_next, h_n, b * h_row + j * vb)
+                publish(v, min(lanes, cols - j * lanes), b, until, y, y_row, h_next, h_n, h_row, j * vb)
 
     @outline
     def pack_bias(first, vecs, cols, mode, units, b_ih, b_hh, dst):
@@ -328,9 +336,11 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 store(e, dst + i * row + j * vb, load(e, bias + j * vb) if bias != 0 else spread(e, 0.0))
 
     @inline
-    def body(t, nt, mode, rounding, steps, batch, table, reverse, inputs, units, out, cut, cut_p, fresh, chunk,
-             x, x_row, hx, cx, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k, w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp,
-             y, h_n, c_n, keep, state, hidden, sums, xs, bias, counter):
+    def one(t, nt, job, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+        (mode, rounding, batch, reverse, inputs, units, out, cut, cut_p, fresh, chunk, x_row, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k,
+         w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp, y_row, h_at, c_at, y_at, state, hidden, sums, xs, bias, counter) = JOB(job)
+        hx, h_n, cx, c_n, y = hx + h_at, h_n + h_at, cx + c_at, c_n + c_at, y + y_at
+        state, hidden, sums, xs, bias, counter = room + state, room + hidden, room + sums, room + xs, room + bias, room + counter
         gates = 4 if mode == LSTM else 3 if mode == GRU else 1
         slots = 1 if mode >= TANH else 4
         turn = 2 if mode == GRU else 0
@@ -379,7 +389,7 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 until = 0 if s == steps - 1 else batch
             else:
                 _, until = _step_rows(table, batch, at + 1, steps)
-            y_at = y + start * h_row
+            y_out = y + start * y_row
             keep_at = keep + start * keep_row if keep != 0 else 0
             for q in range(q0, q1):
                 first, vecs, cols = place(q, cut, units)
@@ -390,16 +400,16 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 col = first * vb
                 kp = keep_at + col if keep != 0 else 0
                 if mode == LSTM and cut_p > 0:
-                    lstm_cells(rows, 0, vecs, cols, sp, row, rounding, c_n + col, units * size, hidden + col, 0, 0,
-                               units * size, kp, keep_row)
+                    lstm_cells(rows, 0, vecs, cols, sp, row, rounding, c_n + col, units * size, hidden + col,
+                               units * size, 0, 0, units * size, kp, keep_row)
                 elif mode == LSTM:
-                    lstm_cells(rows, until, vecs, cols, sp, row, rounding, c_n + col, units * size, y_at + col,
+                    lstm_cells(rows, until, vecs, cols, sp, row, rounding, c_n + col, units * size, y_out + col, y_row,
                                following + col, h_n + col, h_row, kp, keep_row)
                 elif mode == GRU:
-                    gru_cells(rows, until, vecs, cols, sp, row, rounding, last + col, y_at + col, following + col,
+                    gru_cells(rows, until, vecs, cols, sp, row, rounding, last + col, y_out + col, y_row, following + col,
                               h_n + col, h_row, kp, keep_row)
                 else:
-                    plain_cells(rows, until, vecs, cols, sp, row, rounding, mode == RELU, y_at + col, following + col,
+                    plain_cells(rows, until, vecs, cols, sp, row, rounding, mode == RELU, y_out + col, y_row, following + col,
                                 h_n + col, h_row)
             met += 1
             barrier(counter, nt, met)
@@ -408,18 +418,28 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                     first, vecs, cols = place(q, cut_p, out)
                     sp, col = sums + first * vb * batch, first * vb
                     product(rows, vecs, 1, units, hidden, units * size, pp + first * units * vb, 0, 0, sp, vecs * vb)
-                    projected(rows, until, vecs, cols, sp, vecs * vb, rounding, y_at + col, following + col, h_n + col,
-                              h_row)
+                    projected(rows, until, vecs, cols, sp, vecs * vb, rounding, y_out + col, y_row, following + col,
+                              h_n + col, h_row)
                 met += 1
                 barrier(counter, nt, met)
 
-    def kernel(nt, mode, rounding, steps, batch, table, reverse, inputs, units, out, cut, cut_p, fresh, chunk,
-               x, x_row, hx, cx, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k, w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp,
-               y, h_n, c_n, keep, state, hidden, sums, xs, bias, counter):
-        store_scalar(INT64, counter, 0)
-        parallel(nt, body, (mode, rounding, steps, batch, table, reverse, inputs, units, out, cut, cut_p, fresh, chunk,
-                            x, x_row, hx, cx, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k, w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp,
-                            y, h_n, c_n, keep, state, hidden, sums, xs, bias, counter))
+    @inline
+    def body(t, nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+        """Jobs side by side, each by its share of the threads"""
+        apart = min(nt, jobs)
+        for k in range(t % apart, jobs, apart):
+            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, x, hx, cx, y, h_n, c_n,
+                keep, room)
+
+    def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+        for k in range(jobs):
+            for w in range(3):
+                address, step, count, value = CHECK(first + k * JOB_BYTES + CHECKS + w * 32)
+                if sample(address, step, count) != value:
+                    return 1
+            store_scalar(INT64, room + load_scalar(INT64, first + k * JOB_BYTES + CHECKS - 8), 0)  # its counter
+        parallel(nt, body, (jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room))
+        return 0
     return kernel
 
 

@@ -158,11 +158,13 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         flags = Flags()
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         flags.error_model = "numpy"
+        signature, _, returns = signature.partition(">")
         args = tuple({"i": types.int64, "f": types.float64}[c] for c in signature)
+        result_type = types.int64 if returns else types.none
         numba_codegen = numba_context._internal_codegen
         numba_context._internal_codegen = parts
         try:
-            result = compile_extra(cpu_target.typing_context, context, function(), args, types.none, flags, {}, library=library,
+            result = compile_extra(cpu_target.typing_context, context, function(), args, result_type, flags, {}, library=library,
                                    pipeline_class=Pipeline)
         finally:
             numba_context._internal_codegen = numba_codegen
@@ -170,7 +172,7 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         # The function that Python calls: METH_FASTCALL arguments to registers, the GIL released around the kernel.
         i32, i64, f64, pointer = ir.IntType(32), ir.IntType(64), ir.DoubleType(), ir.IntType(8).as_pointer()
         module = library.create_ir_module("entry")
-        inner = ir.Function(module, context.call_conv.get_function_type(types.none, args), result.fndesc.llvm_func_name)
+        inner = ir.Function(module, context.call_conv.get_function_type(result_type, args), result.fndesc.llvm_func_name)
         entry = ir.Function(module, ir.FunctionType(pointer, [pointer, pointer.as_pointer(), i64]), name)
 
         def extern(symbol: str, result_type: Any, *argument_types: Any) -> Any:
@@ -190,11 +192,14 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(failed, i64), i64(0)), likely=False):
             builder.ret(ir.Constant(pointer, None))
         state = builder.call(extern("PyEval_SaveThread", pointer), [])
-        context.call_conv.call_function(builder, inner, types.none, args, values)
+        _, value = context.call_conv.call_function(builder, inner, result_type, args, values)
         builder.call(extern("PyEval_RestoreThread", ir.VoidType(), pointer), [state])
-        none = ir.GlobalVariable(module, ir.IntType(8), "fastnn_none")
-        builder.call(extern("Py_IncRef", ir.VoidType(), pointer), [none])
-        builder.ret(none)
+        if returns:
+            builder.ret(builder.call(extern("PyLong_FromLongLong", pointer, i64), [value]))
+        else:
+            none = ir.GlobalVariable(module, ir.IntType(8), "fastnn_none")
+            builder.call(extern("Py_IncRef", ir.VoidType(), pointer), [none])
+            builder.ret(none)
         library.add_ir_module(module)
         library.finalize()
         for fn in library.get_defined_functions():
@@ -224,8 +229,8 @@ def _jit() -> llvm.LLJIT:
 @cache
 def _symbols() -> dict[str, int]:
     """The addresses that compiled kernels refer to."""
-    python = ("PyErr_BadArgument", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyErr_Occurred", "PyEval_SaveThread",
-              "PyEval_RestoreThread", "Py_IncRef")
+    python = ("PyErr_BadArgument", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyFloat_AsDouble", "PyErr_Occurred",
+              "PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef")
     found = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value for s in python}
     found |= threads.symbols() | {"none": id(None)}
     return {"fastnn_" + name: address for name, address in found.items() if address}
@@ -235,7 +240,7 @@ _numbers = itertools.count()  # a library's name is taken even if it could not b
 _alive: list[Any] = []  # what is referred to by address for as long as the process lives
 
 
-def _load(name: str, code: bytes) -> Callable[..., None]:
+def _load(name: str, code: bytes) -> Callable[..., Any]:
     library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(name)
     for symbol, address in _symbols().items():
         library.import_symbol(symbol, address)
@@ -252,7 +257,8 @@ class Kernel:
 
     Args:
         name: unique among all kernels, specialisation included.
-        signature: one letter an argument: ``i`` for int64 (sizes, byte strides, addresses), ``f`` for float64.
+        signature: one letter an argument: ``i`` for int64 (sizes, byte strides, addresses), ``f`` for float64. ``>i`` behind
+            them: the kernel returns an int64.
         make: returns the Python function to compile; called (and Numba imported) only if the cache has no object.
     """
 
@@ -260,15 +266,15 @@ class Kernel:
 
     def __init__(self, name: str, signature: str, make: Callable[[], Callable[..., Any]]) -> None:
         self.name, self.signature, self.make = f"fastnn_{name}", signature, make
-        self._function: Callable[..., None] | None = None
+        self._function: Callable[..., Any] | None = None
         #: What hot paths call: the machine code itself once it is loaded.
-        self.run: Callable[..., None] = self._load_and_run
+        self.run: Callable[..., Any] = self._load_and_run
         Kernel.registry[name] = self
 
     def __call__(self, *args: Any) -> None:
         self.run(*args)
 
-    def load(self) -> Callable[..., None]:
+    def load(self) -> Callable[..., Any]:
         """Build the kernel or read it from the cache, unless it is there already; the machine code as a Python builtin."""
         with _lock:
             if self._function is None:
@@ -282,8 +288,8 @@ class Kernel:
                 self._function = self.run = _load(self.name, code)
         return self._function
 
-    def _load_and_run(self, *args: Any) -> None:
-        self.load()(*args)
+    def _load_and_run(self, *args: Any) -> Any:
+        return self.load()(*args)
 
     def assembly(self) -> str:
         """The kernel's assembly, freshly compiled: to read what the compiler made of it."""

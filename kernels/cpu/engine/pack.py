@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from .simd import (
     INT32,
+    INT64,
     UINT16,
     Elem,
     compute_elem,
@@ -133,3 +134,12 @@ def pair_packer() -> Any:
             for j in range(width):
                 store_scalar(INT32, d + j * 4, types.int32(element(s + j * s_w) if j < w else 0))
     return pack_pairs
+
+
+@inline
+def sample(address, step, count):
+    """A number of a few words that are ``step`` bytes apart, by which the host sees that a packed weight has changed"""
+    total = 0
+    for i in range(count):
+        total = total * 1000003 + load_scalar(INT64, address + i * step)
+    return total

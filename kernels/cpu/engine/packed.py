@@ -9,7 +9,6 @@ Environment: ``FASTNN_PACK_MB``, the most that the store may hold (default: an e
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .build import Kernel
-from .workspace import workspace
 
 _SAMPLES = 32
 
@@ -36,30 +34,25 @@ def _default_limit() -> int:
 
 
 def _make_sample() -> Callable[..., object]:
-    from .simd import INT64, load_scalar, store_scalar
+    from .pack import sample
 
-    def sample(address, step, count, out):
-        total = 0
-        for i in range(count):
-            total = total * 1000003 + load_scalar(INT64, address + i * step)
-        store_scalar(INT64, out, total)
-    return sample
+    def kernel(address, step, count):
+        return sample(address, step, count)
+    return kernel
 
 
-_SAMPLE = Kernel("packed_sample", "iiii", _make_sample)
+_SAMPLE = Kernel("packed_sample", "iii>i", _make_sample)
 
 
 def _sample(entry: Packing) -> int:
     """A number that changes if any of a few elements, spread over the tensor, changes."""
-    out = workspace(8)
-    _SAMPLE.run(*entry.sampled, out)
-    return ctypes.c_int64.from_address(out).value
+    return _SAMPLE.run(*entry.sampled)
 
 
 class Packing:
     """What a tensor was when it was seen, and its packing: at ``address``, cut into ``cut`` panels."""
 
-    __slots__ = ("address", "buffer", "cut", "origin", "sample", "sampled", "shape", "version")
+    __slots__ = ("__weakref__", "address", "buffer", "cut", "origin", "sample", "sampled", "shape", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.version, self.origin, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
@@ -108,6 +101,17 @@ def _drop(key: tuple[int, Hashable]) -> None:
 def _shrink(most: int) -> None:
     while _bytes > most:
         _drop(next(key for key, (_, entry) in _entries.items() if entry.buffer is not None))
+
+
+def find(tensor: Tensor, kind: Hashable = "") -> Packing | None:
+    """The packing of ``tensor`` that is kept, if the tensor has not changed since. Whoever holds it has its memory."""
+    found = _entries.get((id(tensor), kind))
+    if found is None:
+        return None
+    owner, entry = found
+    same = (owner() is tensor and entry.version == tensor._version and entry.origin == tensor.data_ptr()
+            and entry.shape == tensor.shape)
+    return entry if same and entry.buffer is not None and entry.sample == _sample(entry) else None
 
 
 def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: Hashable = "") -> Packing | None:

@@ -411,6 +411,18 @@ def load_scalar(typingctx, elem, address):
     return e.vector.elem(elem, types.int64), codegen
 
 
+def record(count: int) -> Any:
+    """record(n)(address) -> a tuple of the n int64 there: arguments that the host wrote once for many calls"""
+    @intrinsic
+    def read(typingctx, address):
+        def codegen(context, builder, sig, args):
+            first = _pointer(builder, args[0], i64)
+            values = [builder.load(builder.gep(first, [i64(k)])) for k in range(count)]
+            return cgutils.pack_array(builder, values, i64)
+        return types.containers.UniTuple(types.int64, count)(types.int64), codegen
+    return read
+
+
 @intrinsic
 def store_scalar(typingctx, elem, address, value):
     """store_scalar(elem, address, x): one element, rounded to the memory type"""
