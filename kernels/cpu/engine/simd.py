@@ -144,6 +144,7 @@ FLOAT16 = Elem("float16", f16, 2, types.float32)
 INT32 = Elem("int32", i32, 4, types.int32)
 UINT16 = Elem("uint16", i16, 2, types.int32)  # zero-extended on load
 INT64 = Elem("int64", i64, 8, types.int64)
+BYTES = {4: Elem("uint8", i8, 1, types.int32), 8: Elem("uint8", i8, 1, types.int64)}  # by the size that they widen to
 ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, UINT16, INT64)}
 
 
@@ -243,7 +244,7 @@ def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
         wide = builder.zext(raw, ir.VectorType(i32, elem.lanes))
         sixteen = ir.Constant(wide.type, [16] * elem.lanes)
         return builder.bitcast(builder.shl(wide, sixteen), ir.VectorType(f32, elem.lanes))
-    return builder.zext(raw, elem.vector.llvm) if elem.name == "uint16" else raw
+    return builder.zext(raw, elem.vector.llvm) if elem.name in ("uint8", "uint16") else raw
 
 
 def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
