@@ -24,7 +24,7 @@ from .engine.host import simd
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK_Q, _BLOCK_K = 48, 128  # rows and keys of a block of scores
+_BLOCK_Q, _BLOCK_K = 48, 512  # rows and keys of a block of scores
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
 _SERIAL = 1 << 16  # products below which a second thread costs more than it brings
 _WAVE = 8 << 20  # bytes of packed keys and values at a time: what L3 may hold
@@ -160,7 +160,8 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
     f["bk"], f["direct"] = _BLOCK_K, int(direct)
     panel = 2 * lanes
     f["pack_k"] = _up(c.longest_k, panel) * f["d"] * size
-    f["pack"] = f["pack_k"] + c.longest_k * _up(f["dv"], lanes) * size
+    f["pack_v"] = c.longest_k * size
+    f["pack"] = f["pack_k"] + f["pack_v"] * _up(f["dv"], panel)
     f["chunks"] = -(-c.longest_k // 128)
     f["wave"] = f["pairs"] if direct else min(f["pairs"], max(2 * c.nt, _WAVE // f["pack"]))
     blocks = f["wave"] * f["pos_blocks"] * f["head_blocks"]

@@ -30,6 +30,7 @@ from .engine.simd import (
     first_lane,
     first_lanes,
     fma,
+    fold_add,
     inline,
     iota_like,
     load,
@@ -54,10 +55,10 @@ from .engine.vecmath import log as natural_log
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
-WIDTH = 4  # vectors of a row that are computed as one
+WIDTH = 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
- RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS, PACK_K, PACK,
+ RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS, PACK_K, PACK_V, PACK,
  OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS, DQ_PART) = (8 * i for i in range(len(FIELDS)))
 (T_Q, T_K, T_V, T_O, T_MASK, T_SLOPE, T_ROW, T_LQ, T_LK, T_DROP, T_G, T_DQ, T_DK, T_DV, T_BIAS, T_DQ_ROW, T_DQ_H) = (
     8 * i for i in range(len(TABLE)))
@@ -207,23 +208,21 @@ def attention(elem_name: str) -> Callable[..., Any]:
     @outline
     def exponentials(s, n, room, factor, offset):
         """exp2 in place; zeros up to ``room``; the sum"""
-        sums, j = spread(several, 0.0), 0
+        total, j = spread(p, 0.0), 0
         while j + W <= n:
             x = exp2_below(fma(load(several, s + j * size), factor, -offset))
             store(several, s + j * size, x)
-            sums = sums + x
+            total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
             j += W
-        total = reduce_add(sums)
-        rest = spread(p, 0.0)
         while j < n:
             x = select(first_lanes(p, n - j), exp2_below(fma(load(p, s + j * size), factor, -offset)), 0.0)
             store(p, s + j * size, x)
-            rest = rest + x
+            total = total + x
             j += L
         while j < room:
             store(p, s + j * size, spread(p, 0.0))
             j += L
-        return total + reduce_add(rest)
+        return reduce_add(total)
 
     @outline
     def drop_some(f, s, n, index):
@@ -347,8 +346,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
         for j in range(j0, min(lk, j0 + 128), panel):
             pack(kp + j * at(f, KL), at(f, KL), at(f, KD), min(panel, lk - j), d, to_k + j * d * size, panel)
         n = min(128, lk - j0)
-        if n > 0:
-            pack(vp + j0 * at(f, VL), at(f, VD), at(f, VL), dv, n, to_v + j0 * up(dv, L) * size, up(dv, L))
+        for c in range(0, dv if n > 0 else 0, panel):
+            pack(vp + j0 * at(f, VL) + c * at(f, VD), at(f, VD), at(f, VL), min(panel, dv - c), n,
+                 to_v + c * at(f, PACK_V) + j0 * panel * size, panel)
 
     @inline
     def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale,
@@ -420,16 +420,16 @@ def attention(elem_name: str) -> Callable[..., Any]:
                                     store(p, o_at + j * p.bytes, spread(p, 0.0))
                             add_rows(n, dv, vp + j0 * at(f, VL), at(f, VL), s + r * s_row, size, o_at)
                     else:
-                        v_at = to_v + j0 * o_row
+                        v_at, v_panel = to_v + j0 * panel * size, panel * at(f, PACK_V)
                         whole = tiles
                         if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1) and not nothing:
                             whole = 0
                             for tile in range(tiles):  # as many keys as its last row sees
                                 last = min(nq, (tile + 1) * ROWS) - 1
                                 seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
-                                multiply(1, vecs, seen, s + tile * ROWS * s_row, s_row, size, v_at, o_row, panel * size, True,
+                                multiply(1, vecs, seen, s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel, True,
                                          o + tile * ROWS * o_row, o_row)
-                        multiply(whole, vecs, n, s, s_row, size, v_at, o_row, panel * size, not nothing, o, o_row)
+                        multiply(whole, vecs, n, s, s_row, size, v_at, panel * size, v_panel, not nothing, o, o_row)
                     nothing = False
                     j0 += n
             if nothing:

@@ -659,6 +659,21 @@ def _reduction(name: str, combine: Callable[..., Any], doc: str) -> Any:
     return intrinsic(fn)
 
 
+@intrinsic
+def fold_add(typingctx, elem, v):
+    """fold_add(elem, v) -> the sum of the vectors of ``elem`` that a ``wide`` one has"""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        index, undefined = ir.VectorType(i32, e.lanes), ir.Constant(v.llvm, ir.Undefined)
+        parts = [builder.shuffle_vector(args[1], undefined, ir.Constant(index, list(range(first, first + e.lanes))))
+                 for first in range(0, v.lanes, e.lanes)]
+        while len(parts) > 1:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+    return e.vector(elem, v), codegen
+
+
 reduce_add = _reduction("reduce_add", lambda b, x, y: b.fadd(x, y), "the sum of the lanes")
 reduce_max = _reduction("reduce_max", lambda b, x, y: b.select(
     b.or_(b.fcmp_ordered(">", x, y), b.fcmp_unordered("uno", x, x)), x, y), "the largest lane; NaN if one is NaN")
