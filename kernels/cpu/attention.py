@@ -25,6 +25,8 @@ from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _BLOCK_Q, _BLOCK_K = 48, 512  # rows and keys of a block of scores
+_READ_K = 128  # keys of a block that are read where they lie
+_BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
 _SERIAL = 1 << 16  # products below which a second thread costs more than it brings
 _WAVE = 8 << 20  # bytes of packed keys and values at a time: what L3 may hold
@@ -157,7 +159,7 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
     f["bq"] = c.longest_q if few else _BLOCK_Q
     f["bh"] = min(f["group"], max(1, _BLOCK_Q // c.longest_q)) if few else 1
     f["pos_blocks"], f["head_blocks"] = -(-c.longest_q // f["bq"]), -(-f["group"] // f["bh"])
-    f["bk"], f["direct"] = _BLOCK_K, int(direct)
+    f["bk"], f["direct"] = _READ_K if direct else _BLOCK_K, int(direct)
     panel = 2 * lanes
     f["pack_k"] = _up(c.longest_k, panel) * f["d"] * size
     f["pack_v"] = c.longest_k * size
@@ -168,7 +170,7 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
     f["splits"] = 1 if blocks >= 2 * c.nt or c.nt == 1 else max(1, min(-(-2 * c.nt // blocks), c.longest_k // 256))
     block_rows = _up(f["bq"] * f["bh"], 12)
     o_row = _up(f["dv"], lanes) * size
-    f["own"] = _up(block_rows * (72 + _up(f["d"], lanes) * size + (_BLOCK_K * size + 64) + o_row), 4096)
+    f["own"] = _up(block_rows * (72 + _up(f["d"], lanes) * size + (f["bk"] * size + 64) + o_row), 4096)
     f["part"] = block_rows * (64 + o_row)
     packed = 0 if direct else _up(f["wave"] * f["pack"], 4096)
     scratch = c.nt * f["own"]
@@ -197,4 +199,85 @@ def attention_lse(out: tuple[Tensor, Tensor, Tensor], *args: Any) -> None:
     _attend(*out, *args)
 
 
-KERNELS: dict[str, Callable[..., None]] = {"attention": attention, "attention_lse": attention_lse}
+def _chains(c: Call, bias: bool) -> tuple[array[int], int, int]:
+    """(where each chain begins, and the pairs of all, one chain after the other; the number of chains; copies of the mask's
+    gradient). Pairs that add to the same elements of it are in one chain, or, where that would leave threads without work,
+    in chains that have a copy each.
+    """
+    heads = c.f["heads"] // c.f["group"]
+    pairs = list(range(c.f["pairs"]))
+    starts, copies = [*pairs, len(pairs)], 1
+    if bias:
+        step = c.f["bias_h"] * c.f["group"]
+        places = [c.table["bias"][pair // heads] + pair % heads * step for pair in pairs]
+        pairs.sort(key=places.__getitem__)  # stable
+        starts = [i for i, pair in enumerate(pairs) if i == 0 or places[pair] != places[pairs[i - 1]]] + [len(pairs)]
+        if len(starts) <= min(c.nt, len(pairs)):
+            copies = min(c.nt, len(pairs))
+            starts = [len(pairs) * i // copies for i in range(copies + 1)]
+    return array("q", [*(len(starts) + start for start in starts), *pairs]), len(starts) - 1, copies
+
+
+def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                       mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None, offsets_k: Tensor | None,
+                       output: Tensor, stats: Tensor, grad_lse: Tensor | None, needs_mask: bool, *options: Any) -> None:
+    """The gradients of query, key, value and, if it is needed, of an additive mask"""
+    o = Options(*options)
+    if not grad.numel() or not key.shape[-2]:
+        for t in out:
+            t.zero_()
+        return
+    c = Call(query, key, value, mask, slopes, offsets_q, offsets_k, o)
+    f, size, nt = c.f, c.size, c.nt
+    dq, dk, dv = (_heads(t) for t in out[:3])
+    grad, output = _unit(_heads(grad), True), _unit(_heads(output), True)
+    for name, t, first in (("g", grad, c.first_q), ("o", output, c.first_q), ("x", dq, c.first_q), ("y", dk, c.first_k),
+                           ("z", dv, c.first_k)):
+        f[name + "h"], f[name + "l"] = t.stride(-3) * t.itemsize, t.stride(-2) * t.itemsize
+        c.table[{"x": "dq", "y": "dk", "z": "dv"}.get(name, name)] = c.starts(t, first)
+    bias = None
+    compute = stats.dtype
+    if needs_mask and mask is not None:
+        f["plain"] = 0
+        shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
+        f["bias_h"], f["bias_q"], f["bias_k"] = _steps(one := torch.empty(shape, dtype=compute))
+        c.table["bias"] = _starts(one, c.batch)
+        if offsets_q is not None:
+            c.table["bias"] = [c.table["bias"][0] + a * f["bias_q"] + b * f["bias_k"] for a, b in zip(c.first_q, c.first_k)]
+        chains, number, copies = _chains(c, True)
+        f["bias_chain"] = one.numel() * size if copies > 1 else 0
+        bias = torch.zeros(copies, *shape, dtype=compute)
+    else:
+        chains, number, _ = _chains(c, False)
+    lanes = simd().width // size
+    panel = 2 * lanes
+    q_row, g_row = _up(f["d"], panel) * size, _up(f["dv"], panel) * size
+    heads = [_up(n, 12) * q_row for n in c.lq]
+    c.table["dq_h"] = heads
+    c.table["dq_row"] = [sum(heads[:i]) * f["heads"] for i in range(len(heads))] if offsets_q is not None else [
+        i * heads[0] * f["heads"] for i in range(len(heads))]
+    f["dq_part"] = sum(heads) * f["heads"]
+    f["bq"], f["bk"] = min(_BACK_Q, _up(c.longest_q, 12)), _BACK_K
+    alone = bias is not None and f["bias_k"] == 0  # all keys add to one element
+    f["parts"] = 1 if nt == 1 or number >= 2 * nt or alone else max(1, min(-(-2 * nt // number), c.longest_k // _BACK_K))
+    rows, keys = _up(f["bq"], 12), _up(f["bk"], 12)
+    own = rows * (72 + q_row + g_row + 2 * (f["bk"] * size + 64))
+    own += _up(f["bk"], panel) * (f["d"] + f["dv"]) * size + f["bk"] * q_row + keys * (q_row + g_row)
+    f["own"] = _up(own, 4096)
+    delta = torch.empty(stats.shape[1:], dtype=compute)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    sums = _up(f["parts"] * f["dq_part"], 4096)
+    room = workspace(sums + nt * f["own"])
+    fields, table = c.memory()
+    kernel = _kernel("attention_backward", "i" * 22 + "fff", query.dtype)
+    kernel(nt, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), chains.buffer_info()[0], number, *c.addresses(),
+           output.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(),
+           dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(), room, room + sums,
+           o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
+    if bias is not None:
+        out[3].copy_(bias.sum(0).reshape(out[3].shape))
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "attention": attention, "attention_lse": attention_lse, "attention_backward": attention_backward,
+}

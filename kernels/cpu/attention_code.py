@@ -501,3 +501,230 @@ def attention(elem_name: str) -> Callable[..., Any]:
                 parallel_tasks(threads, blocks, join_task, (f, table, out, lse, stats, scratch, partial, first, keep))
             first += pairs
     return kernel
+
+
+def attention_backward(elem_name: str) -> Callable[..., Any]:
+    """kernel(threads, fields, table, chains, q, k, v, mask, slopes, out, stats, g, g_lse, dq, dk, dv, bias, delta, sums, scratch,
+    scale, softcap, keep)
+
+    chains: where each chain's pairs begin in a list of pairs, which follows. A chain is worked through in its order, by one
+    thread for each part of the keys, and has a copy of the mask's gradient to itself: nothing depends on who was first.
+    delta: a number a row; sums: the queries' gradient in the compute type, for each part of the keys.
+    """
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    several = wide(p, WIDTH)
+    L, W, size = p.lanes, p.lanes * WIDTH, p.size
+    panel = 2 * L
+    pack, multiply, prepare, logits = packer(e), product(p), rows_of(e), logit(e)
+    bits, sign = random_bits(size == 8), SIGN[size == 8]
+
+    @inline
+    def delta_task(t, task, f, table, out, g, g_lse, delta):
+        """Σ grad · out of a head's rows, less the gradient of the log-sum-exp"""
+        heads, dv = at(f, HEADS), at(f, DV)
+        b = task // heads
+        h = task - b * heads
+        entry = table + b * TABLE_ROW
+        for i in range(at(entry, T_LQ)):
+            x = g + at(entry, T_G) + h * at(f, GH) + i * at(f, GL)
+            y = out + at(entry, T_O) + h * at(f, OH) + i * at(f, OL)
+            total = spread(p, 0.0)
+            for j in range(0, dv, L):
+                n = min(L, dv - j)
+                total = fma(load_n(e, x + j * e.size, n), load_n(e, y + j * e.size, n), total)
+            number = (at(entry, T_ROW) + h * at(f, ROW_H) + i) * size
+            less = load_scalar(p, g_lse + number) if g_lse != 0 else first_lane(spread(p, 0.0))
+            store_scalar(p, delta + number, reduce_add(total) - less)
+
+    @outline
+    def slopes_plain(s, g, here, n, factor, offset, inverse, delta):
+        """Weights in place of products, the logits' gradients in place of the weights' ones; zeros from ``here`` to n"""
+        j = 0
+        while j + W <= here:
+            x = exp2_below(fma(load(several, s + j * size), factor, -offset)) * inverse
+            store(several, s + j * size, x)
+            store(several, g + j * size, (load(several, g + j * size) - delta) * x)
+            j += W
+        while j < n:
+            seen = first_lanes(p, here - j)
+            x = select(seen, exp2_below(fma(load(p, s + j * size), factor, -offset)) * inverse, 0.0)
+            store(p, s + j * size, x)
+            store(p, g + j * size, select(seen, (load(p, g + j * size) - delta) * x, 0.0))
+            j += L
+
+    @outline
+    def slopes_shaped(f, row, s, g, j0, n, scale, softcap, keep, offset, inverse, delta, bias):
+        total = spread(p, 0.0)
+        for j in range(0, n, L):
+            x, t = logits(f, row, load_scalar(FLOAT64, row + PLACE), s, j, j0, n, scale, softcap)
+            weight = exp2_below(x - offset) * inverse
+            weight = select(x == -inf, 0.0, weight)
+            dp = load(p, g + j * size) * keep
+            left = weight
+            if at(f, DROP) != 0:
+                index = load_scalar(INT64, row + INDEX) + j0 + j
+                dropped = bits(x, index, 1, at(f, KEY0), at(f, KEY1)) < (at(f, DROP) - sign)
+                left, dp = select(dropped, 0.0, left), select(dropped, 0.0, dp)
+            store(p, s + j * size, left)
+            ds = select(x == -inf, 0.0, (dp - delta) * weight)
+            if bias != 0:
+                if at(f, BIAS_K) != 0:
+                    to, m = bias + (j0 + j) * size, min(L, n - j)
+                    store_n(p, to, load_n(p, to, m) + ds, m)
+                else:
+                    total = total + ds
+            if softcap != 0.0:
+                ds = ds * (1.0 - t * t)
+            store(p, g + j * size, ds)
+        if bias != 0 and at(f, BIAS_K) == 0:
+            store_scalar(p, bias, load_scalar(p, bias) + reduce_add(total))
+
+    @inline
+    def clear(address, rows, row):
+        for r in range(rows):
+            for j in range(0, row, p.bytes):
+                store(p, address + r * row + j, spread(p, 0.0))
+
+    @outline
+    def write(dst, step, src, row, rows, n, factor):
+        for r in range(rows):
+            for j in range(0, n, L):
+                store_n(e, dst + r * step + j * e.size, load(p, src + r * row + j * size) * factor, min(L, n - j))
+
+    @inline
+    def scores(tiles, d, a, a_row, b, s, s_row, j0, n, i0, reach, trim):
+        """A block's products with keys or values, without what its window leaves out on the right"""
+        for j in range(0, n, panel):
+            skip = min(tiles, max(0, j0 + j - i0 - reach) // ROWS) if trim else 0
+            multiply(tiles - skip, 2, d, a + skip * ROWS * a_row, a_row, size, b + j * d * size, panel * size, 0, False,
+                     s + skip * ROWS * s_row + j * size, s_row)
+
+    @inline
+    def transposed(n, vecs, nq, s, s_row, b, b_row, c, j0, i0, reach, trim):
+        """C += Sᵀ B, for each tile of keys from the first query on that sees one of them"""
+        if trim:
+            for tile in range((n + ROWS - 1) // ROWS):
+                skip = min(nq, max(0, j0 + tile * ROWS - i0 - reach))
+                multiply(1, vecs, nq - skip, s + skip * s_row + tile * ROWS * size, size, s_row, b + skip * b_row, b_row,
+                         panel * size, True, c + tile * ROWS * b_row, b_row)
+        else:
+            multiply((n + ROWS - 1) // ROWS, vecs, nq, s, size, s_row, b, b_row, panel * size, True, c, b_row)
+
+    @inline
+    def chain_task(t, task, f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch,
+                   scale, softcap, keep):
+        parts = at(f, PARTS)
+        chain = task // parts
+        part = task - chain * parts
+        d, dv_size, bq, bk, group = at(f, D), at(f, DV), at(f, BQ), at(f, BK), at(f, GROUP)
+        kv_heads = at(f, HEADS) // group
+        q_row, g_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        rows, keys = up(bq, ROWS), up(bk, ROWS)
+        st = scratch + t * at(f, OWN)
+        qs = st + rows * ROW
+        gs = qs + rows * q_row
+        s = gs + rows * g_row
+        dp = s + rows * s_row
+        k_t = dp + rows * s_row
+        k_rows = k_t + up(bk, panel) * d * size
+        v_t = k_rows + bk * q_row
+        dks = v_t + up(bk, panel) * dv_size * size
+        dvs = dks + keys * q_row
+        left, right = at(f, LEFT), at(f, RIGHT)
+        for number in range(at(chains, 8 * chain), at(chains, 8 * chain + 8)):
+            pair = at(chains, 8 * number)
+            b = pair // kv_heads
+            hk = pair - b * kv_heads
+            entry = table + b * TABLE_ROW
+            lq, lk = at(entry, T_LQ), at(entry, T_LK)
+            shift = lk - lq if at(f, BOTTOM) else 0
+            reach = shift + right
+            dqs = sums + part * at(f, DQ_PART) + at(entry, T_DQ_ROW)
+            for h in range(hk * group, (hk + 1) * group):
+                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // q_row, q_row)
+            kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+            j0 = lk * part // parts // panel * panel
+            end = lk if part == parts - 1 else lk * (part + 1) // parts // panel * panel
+            while j0 < end:
+                n = min(bk, end - j0)
+                for j in range(0, n, panel):
+                    w = min(panel, n - j)
+                    pack(kp + (j0 + j) * at(f, KL), at(f, KL), at(f, KD), w, d, k_t + j * d * size, panel)
+                    pack(vp + (j0 + j) * at(f, VL), at(f, VL), at(f, VD), w, dv_size, v_t + j * dv_size * size, panel)
+                for c in range(0, d, panel):
+                    pack(kp + j0 * at(f, KL) + c * at(f, KD), at(f, KD), at(f, KL), min(panel, d - c), n, k_rows + c * bk * size,
+                         panel)
+                clear(dks, keys, q_row)
+                clear(dvs, keys, g_row)
+                low, high = 0, lq
+                if j0 >= at(f, PREFIX):  # else all queries see some of these keys
+                    low = max(0, j0 - reach) if right >= 0 else 0
+                    high = min(lq, j0 + n - shift + left) if left >= 0 else lq
+                for h in range(hk * group, (hk + 1) * group):
+                    for i0 in range(low // bq * bq, high, bq):
+                        nq = min(bq, lq - i0)
+                        tiles = (nq + ROWS - 1) // ROWS
+                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach
+                        pack(q + at(entry, T_Q) + h * at(f, QH) + i0 * at(f, QL), at(f, QD), at(f, QL), d, nq, qs, q_row // size)
+                        pack(g + at(entry, T_G) + h * at(f, GH) + i0 * at(f, GL), e.size, at(f, GL), dv_size, nq, gs,
+                             g_row // size)
+                        prepare(f, entry, mask, slopes, h, 1, i0, nq, shift, st)
+                        scores(tiles, d, qs, q_row, k_t, s, s_row, j0, n, i0, reach, trim)
+                        scores(tiles, dv_size, gs, g_row, v_t, dp, s_row, j0, n, i0, reach, trim)
+                        for r in range(nq):
+                            row = st + r * ROW
+                            at_row = (at(entry, T_ROW) + h * at(f, ROW_H) + i0 + r) * size
+                            offset, total = load_scalar(p, stats + at_row), load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
+                            inverse = 0.0 if total == 0.0 else 1.0 / total
+                            if total == 0.0:
+                                offset = total
+                            lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
+                            s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
+                            seen_prefix = at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)
+                            if at(f, PLAIN) and at(f, DROP) == 0 and lo <= j0 and seen_prefix:
+                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, scale * LOG2_E, offset, inverse, delta_r)
+                            else:
+                                to = 0
+                                if bias != 0:
+                                    to = (bias + chain * at(f, BIAS_CHAIN) + at(entry, T_BIAS) + h * at(f, BIAS_H)
+                                          + (i0 + r) * at(f, BIAS_Q))
+                                slopes_shaped(f, row, s_r, dp_r, j0, n, scale, softcap, keep, offset, inverse, delta_r, to)
+                        transposed(n, g_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
+                        transposed(n, q_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
+                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * q_row
+                        if trim:
+                            for tile in range(tiles):
+                                seen = min(n, i0 + min(nq, (tile + 1) * ROWS) + reach - j0)
+                                multiply(1, q_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
+                                         bk * panel * size, True, to_q + tile * ROWS * q_row, q_row)
+                        else:
+                            multiply(tiles, q_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
+                                     to_q, q_row)
+                write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
+                write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
+                j0 += n
+
+    @inline
+    def finish_task(t, task, f, table, dq, sums, scale):
+        """The parts of a head's queries' gradients, in their order"""
+        heads, d = at(f, HEADS), at(f, D)
+        b = task // heads
+        h = task - b * heads
+        entry = table + b * TABLE_ROW
+        q_row = up(d, panel) * size
+        src = sums + at(entry, T_DQ_ROW) + h * at(entry, T_DQ_H)
+        n = at(entry, T_LQ)
+        for part in range(1, at(f, PARTS)):
+            for j in range(0, n * q_row, p.bytes):
+                store(p, src + j, load(p, src + j) + load(p, src + part * at(f, DQ_PART) + j))
+        write(dq + at(entry, T_DQ) + h * at(f, XH), at(f, XL), src, q_row, n, d, scale)
+
+    def kernel(threads, f, table, sequences, chains, number, q, k, v, mask, slopes, out, stats, g, g_lse, dq, dk, dv, bias, delta,
+               sums, scratch, scale, softcap, keep):
+        heads = sequences * at(f, HEADS)
+        parallel_tasks(threads, heads, delta_task, (f, table, out, g, g_lse, delta))
+        parallel_tasks(threads, number * at(f, PARTS), chain_task,
+                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap, keep))
+        parallel_tasks(threads, heads, finish_task, (f, table, dq, sums, scale))
+    return kernel
