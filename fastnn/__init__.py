@@ -8,6 +8,7 @@ shows what served each call and why; ``fastnn.backend(name)`` chooses it.
 from . import functional, nn
 from ._version import __version__
 from .backends import backend, trace
+from .kv_cache import KVCache
 from .replace import replace, restore, use
 
-__all__ = ["__version__", "backend", "functional", "nn", "replace", "restore", "trace", "use"]
+__all__ = ["KVCache", "__version__", "backend", "functional", "nn", "replace", "restore", "trace", "use"]

@@ -4,6 +4,7 @@ Batch dimensions broadcast. Keys and values may have fewer heads (dimension -3) 
 of the queries in a row. Each row's log-sum-exp is kept for the backward, in two parts, and no array of all scores.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,15 +138,32 @@ def _numbers(query: Tensor, *shape: int) -> Tensor:
     return query.new_empty(*shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
+def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The plain maths, in float32 for 16-bit tensors; each result in the dtype of the argument at that place, or as it is."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        wide = [
+            a.float() if isinstance(a, Tensor) and a.is_floating_point() and a.itemsize == 2 else a for a in args
+        ]
+        results = function(*wide)
+        return tuple(r if like is None else r.to(args[like].dtype) for r, like in zip(results, places, strict=True))
+
+    return run
+
+
 def _is_plain(args: tuple[Any, ...]) -> bool:
     """Whether torch's own function computes this."""
     o = Options(*args[7:])
     return args[4:7] == (None, None, None) and o == Options(scale=o.scale)
 
 
+_reference = _widened(reference.attention, 0, None)
+_reference_lse = _widened(reference.attention_lse, 0, None, None)
+
+
 def _attention_by_torch(*args: Any) -> Tensor:
     if not _is_plain(args):
-        return reference.attention(*args)[0]
+        return _reference(*args)[0]
     query, key, value, mask = args[:4]
     grouped = query.dim() > 2 and key.dim() > 2 and key.shape[-3] != query.shape[-3]
     return F.scaled_dot_product_attention(query, key, value, mask, scale=args[9], enable_gqa=grouped)
@@ -175,7 +193,7 @@ attention: Operator = Operator(
         _numbers(query, 2, *query.shape[:-1]),
     ),
     torch=_attention_by_torch,
-    extra=lambda *args: reference.attention(*args)[1],
+    extra=lambda *args: _reference(*args)[1],
     save=_save,
     backward=_gradients,
     autocast="lower",
@@ -191,8 +209,8 @@ attention_lse: Operator = Operator(
         _numbers(query, *query.shape[:-1]),
         _numbers(query, 2, *query.shape[:-1]),
     ),
-    torch=lambda *args: reference.attention_lse(*args)[:2],
-    extra=lambda *args: reference.attention_lse(*args)[2],
+    torch=lambda *args: _reference_lse(*args)[:2],
+    extra=lambda *args: _reference_lse(*args)[2],
     save=_save,
     backward=_gradients,
     autocast="lower",
@@ -214,6 +232,10 @@ def _check_backward(
     return reason
 
 
+def _backward_by_reference(*args: Any) -> tuple[Tensor, ...]:
+    return _widened(reference.attention_backward, 1, 2, 3, 4 if args[11] else 1)(*args)
+
+
 attention_backward: Operator = Operator(
     f"attention_backward(Tensor grad, {_TENSORS}, Tensor output, Tensor stats, Tensor? grad_lse, bool needs_mask,"
     f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -226,5 +248,5 @@ attention_backward: Operator = Operator(
         like(value, *value.shape),
         mask.new_empty(mask.shape) if needs_mask else query.new_empty(0),
     ),
-    torch=reference.attention_backward,
+    torch=_backward_by_reference,
 )
