@@ -9,6 +9,7 @@ from . import functional, nn
 from ._version import __version__
 from .backends import backend, trace
 from .fuse import fuse
+from .kv_cache import KVCache
 from .replace import replace, restore, use
 
-__all__ = ["__version__", "backend", "functional", "fuse", "nn", "replace", "restore", "trace", "use"]
+__all__ = ["KVCache", "__version__", "backend", "functional", "fuse", "nn", "replace", "restore", "trace", "use"]

@@ -288,3 +288,38 @@ def softmax_scale(log: bool, dim: int = -1) -> Scale:
         return (g + y * g.sum(dim, keepdim=True) if log else y * (g + (g * y).sum(dim, keepdim=True)),)
 
     return scale
+
+
+def attention_scale(**options: Any) -> Scale:
+    """For scaled_dot_product_attention of (query, key, value[, attn_mask]), with causal, scale or grouped heads as ``options``.
+
+    A weight is an exponential, which magnifies what its argument has lost: the sum of its products' magnitudes.
+    """
+    from .kernels.reference import attention as plain
+
+    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+        query, key, value, *rest = (t.detach() if isinstance(t, Tensor) else t for t in inputs)
+        mask = rest[0] if rest and isinstance(rest[0], Tensor) else None
+        heads = query.shape[-3] if query.dim() > 2 else 1
+        factor = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+        causal = plain.Options(scale=factor, right=0 if options.get("is_causal") else -1)
+        k, v = plain._grouped(key, heads), plain._grouped(value, heads)
+        weights = plain._scores(query, key, mask, None, None, None, causal).weights
+        lost = 1 + query.abs() @ k.abs().mT * abs(factor)
+        if mask is not None and mask.dtype != torch.bool:
+            lost = lost + mask.abs().nan_to_num(0, 0, 0)
+        weights = weights * lost
+        if grad is None:
+            return (weights @ v.abs(),)
+        g = grad.abs() @ v.abs().mT
+        g = weights * (g + (g * weights).sum(-1, keepdim=True))
+        every = [
+            (g @ k.abs() * abs(factor)).sum_to_size(query.shape),
+            plain._ungrouped(g.mT @ query.abs() * abs(factor), key.shape),
+            plain._ungrouped(weights.mT @ grad.abs(), value.shape),
+        ]
+        if mask is not None and mask.dtype != torch.bool:
+            every.append(g.sum_to_size(mask.shape))
+        return tuple(s for s, t in zip(every, inputs) if t.requires_grad)
+
+    return scale

@@ -304,7 +304,27 @@ def conv_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case("conv_weight", (*pair, list(w[2:]), stride, padding, dilation, groups))
 
 
+def attention_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    """(query, key, value, mask, slopes, offsets) and (dropout, seed, scale, left, right, bottom_right, prefix, softcap)"""
+    plain_ = (0.0, 0, 0.4, -1, -1, False, 0, 0.0)
+    shapes = [(2, 3, 3, 1, 37, 8, 8), (1, 4, 2, 2, 150, 5, 9), (1, 2, 1, 13, 29, 17, 3), (2, 1, 1, 53, 70, 16, 33), (1, 2, 2, 7, 1, 1, 1)]
+    for (b, h, hk, lq, lk, d, dv), (layout, other) in itertools.product(shapes, PAIRS):
+        q, k, v, grad = layout(random(b, h, lq, d)), other(random(b, hk, lk, d)), layout(random(b, hk, lk, dv)), other(random(b, h, lq, dv))
+        masks = [None, layout(random(lq, lk)), other(random(b, 1, 1, lk)), random(h, lq, 1), layout(random(b, 1, lq, lk)) > -1]
+        for n, mask in enumerate(masks):
+            options = [plain_, (0.3, 9, 0.4, -1, -1, False, 0, 0.0), (0.0, 0, 0.4, 11, 5, True, 2, 3.0)][n % 3]
+            slopes = random(h).abs() if n == 2 else None
+            args = (q, k, v, mask, slopes, None, None, *options)
+            yield Case("attention_lse", args)
+            out, stats = torch.ops.fastnn.attention(*args, backend="reference")
+            needs = mask is not None and mask.is_floating_point()
+            yield Case("attention_backward", (grad, *args[:7], out, stats, None, needs, *options))
+    offsets = torch.tensor([0, 5, 5, 13]), torch.tensor([0, 9, 12, 29])
+    yield Case("attention", (random(2, 13, 8), random(2, 29, 8), random(2, 29, 8), None, None, *offsets, *plain_))
+
+
 CASES = {
+    "attention": attention_cases,
     "matmul": matmul_cases,
     "activation": activation_cases,
     "softmax": softmax_cases,

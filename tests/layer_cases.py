@@ -214,7 +214,14 @@ CONV = [
     Case("conv_transpose2d", ((2, 4, 3, 4), (4, 2, 3, 3), (4,)), {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
     Case("conv_transpose3d", ((1, 2, 2, 3, 2), (2, 3, 2, 2, 3)), {"stride": (2, 1, 1)}),
 ]
-CASES = [*MATMUL, *ACTIVATION, *SOFTMAX, *CONV, *POOL, *NORM]
+_SEEN = torch.arange(30).reshape(5, 6) % 4 > 0
+ATTENTION = [
+    Case("scaled_dot_product_attention", ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7))),
+    Case("scaled_dot_product_attention", ((5, 4), (6, 4), (6, 4)), {"is_causal": True, "scale": 0.3}),
+    Case("scaled_dot_product_attention", ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 3)), {"attn_mask": _SEEN, "enable_gqa": True}),
+    Case("scaled_dot_product_attention", ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), (3, 1, 6))),
+]
+CASES = [*MATMUL, *ACTIVATION, *SOFTMAX, *CONV, *POOL, *NORM, *ATTENTION]
 
 # what torch has no single call for
 FUSED = [

@@ -260,6 +260,7 @@ def torchs_own_calls(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
         x.log_softmax(dim=1),
         F.cross_entropy(x, torch.tensor([0, 1, 2])),
         F.mse_loss(x, x.cos()),
+        F.scaled_dot_product_attention(x, x, x, is_causal=True),
     ]
 
 

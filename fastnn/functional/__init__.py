@@ -24,6 +24,7 @@ from ._activation import (
     softplus,
     tanh,
 )
+from ._attention import scaled_dot_product_attention
 from ._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from ._matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
 from ._norm import batch_norm, group_norm, instance_norm
@@ -110,6 +111,7 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "softmax",

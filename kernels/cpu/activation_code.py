@@ -195,19 +195,33 @@ def mix_scalar(h):
     return h ^ (h >> 16)
 
 
+def random_bits(double: bool) -> Callable[..., Any]:
+    """bits(like, i, step, key0, key1): 32 random bits for the indices i, i + step, … in like's lanes; key0, key1: the seed's
+    low half and the hash of its high half. They may compare signed: see ``SIGN``."""
+    sign = SIGN[double]
+
+    @inline
+    def bits(like, i, step, key0, key1):
+        number = iota_like(like)
+        low = (number * step + i) & of(LOW, number)
+        high = i >> 32
+        key = (number & 0) + mix_scalar(key0 ^ mix_scalar(high))
+        if ((i & 0xFFFFFFFF) + MOST_LANES * step) >> 32 != 0:  # this vector may cross a multiple of 2^32
+            wrapped = (low ^ sign) < ((i & 0xFFFFFFFF) - sign)
+            key = select(wrapped, (number & 0) + mix_scalar(key0 ^ mix_scalar(high + 1)), key)
+        return mix(mix((low + key) & of(LOW, low)) ^ key1) ^ sign
+    return bits
+
+
+SIGN = {True: 0, False: 1 << 31}  # what makes random bits comparable: lanes of 32 bits compare signed
+
+
 def dropout(elem: str) -> Callable[..., Any]:
-    """k0, k1: the seed's low half and the hash of its high half; k2: what 32 bits have to reach to keep an element."""
-    sign = 0 if elem == "float64" else 1 << 31  # lanes of 32 bits compare signed
+    """k0, k1: the keys of ``random_bits``; k2: what 32 bits have to reach to keep an element."""
+    double = elem == "float64"
+    sign, bits = SIGN[double], random_bits(double)
 
     @inline
     def f(x, b, c, i, step, k0, k1, k2, p0, p1):
-        number = iota_like(x)
-        low = (number * step + i) & of(LOW, number)
-        high = i >> 32
-        key = (number & 0) + mix_scalar(k0 ^ mix_scalar(high))
-        if ((i & 0xFFFFFFFF) + MOST_LANES * step) >> 32 != 0:  # this vector may cross a multiple of 2^32
-            wrapped = (low ^ sign) < ((i & 0xFFFFFFFF) - sign)
-            key = select(wrapped, (number & 0) + mix_scalar(k0 ^ mix_scalar(high + 1)), key)
-        bits = mix(mix((low + key) & of(LOW, low)) ^ k1)
-        return select((bits ^ sign) < (k2 - sign), 0.0, x * p0), x
+        return select(bits(x, i, step, k0, k1) < (k2 - sign), 0.0, x * p0), x
     return elementwise(f, elem, elem)

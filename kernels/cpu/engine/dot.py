@@ -143,9 +143,12 @@ def dot(typingctx, shape, k, w, w_row, x, x_row, y, y_row):
 
 
 @cache
-def row_adder(e: Elem) -> Any:
-    """add_rows(k, n, w, w_row, x, x_step, y): y[0:n] += Σ x[i] · w[i][0:n]; x = 0 stands for ones. y in the compute type."""
-    p = compute_elem(e)
+def row_adder(e: Elem, factors: Elem | None = None) -> Any:
+    """add_rows(k, n, w, w_row, x, x_step, y): y[0:n] += Σ x[i] · w[i][0:n]; x = 0 stands for ones. y in the compute type.
+
+    ``factors``: x's elements, where they are others than w's.
+    """
+    p, xe = compute_elem(e), factors or e
 
     @outline
     def add_rows(k, n, w, w_row, x, x_step, y):
@@ -155,15 +158,15 @@ def row_adder(e: Elem) -> Any:
             rows = 8 if k - i >= 8 else 1
             a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = one
             if x != 0:
-                a0 = spread(p, load_scalar(e, x + i * x_step))
+                a0 = spread(p, load_scalar(xe, x + i * x_step))
                 if rows == 8:
-                    a1 = spread(p, load_scalar(e, x + (i + 1) * x_step))
-                    a2 = spread(p, load_scalar(e, x + (i + 2) * x_step))
-                    a3 = spread(p, load_scalar(e, x + (i + 3) * x_step))
-                    a4 = spread(p, load_scalar(e, x + (i + 4) * x_step))
-                    a5 = spread(p, load_scalar(e, x + (i + 5) * x_step))
-                    a6 = spread(p, load_scalar(e, x + (i + 6) * x_step))
-                    a7 = spread(p, load_scalar(e, x + (i + 7) * x_step))
+                    a1 = spread(p, load_scalar(xe, x + (i + 1) * x_step))
+                    a2 = spread(p, load_scalar(xe, x + (i + 2) * x_step))
+                    a3 = spread(p, load_scalar(xe, x + (i + 3) * x_step))
+                    a4 = spread(p, load_scalar(xe, x + (i + 4) * x_step))
+                    a5 = spread(p, load_scalar(xe, x + (i + 5) * x_step))
+                    a6 = spread(p, load_scalar(xe, x + (i + 6) * x_step))
+                    a7 = spread(p, load_scalar(xe, x + (i + 7) * x_step))
             r = w + i * w_row
             if rows == 8:
                 for j in range(n // e.lanes):

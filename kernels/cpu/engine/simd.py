@@ -163,6 +163,7 @@ FLOAT16 = Elem("float16", f16, 2, types.float32)
 INT32 = Elem("int32", i32, 4, types.int32)
 UINT16 = Elem("uint16", i16, 2, types.int32)  # zero-extended on load
 INT64 = Elem("int64", i64, 8, types.int64)
+BYTES = {4: Elem("uint8", i8, 1, types.int32), 8: Elem("uint8", i8, 1, types.int64)}  # by the size that they widen to
 ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, UINT16, INT64)}
 
 
@@ -262,7 +263,7 @@ def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
         wide = builder.zext(raw, ir.VectorType(i32, elem.lanes))
         sixteen = ir.Constant(wide.type, [16] * elem.lanes)
         return builder.bitcast(builder.shl(wide, sixteen), ir.VectorType(f32, elem.lanes))
-    return builder.zext(raw, elem.vector.llvm) if elem.name == "uint16" else raw
+    return builder.zext(raw, elem.vector.llvm) if elem.name in ("uint8", "uint16") else raw
 
 
 def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
@@ -687,6 +688,21 @@ def _reduction(name: str, combine: Callable[..., Any], doc: str) -> Any:
         return v.elem(v), codegen
     fn.__name__, fn.__doc__ = name, doc
     return intrinsic(fn)
+
+
+@intrinsic
+def fold_add(typingctx, elem, v):
+    """fold_add(elem, v) -> the sum of the vectors of ``elem`` that a ``wide`` one has"""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        index, undefined = ir.VectorType(i32, e.lanes), ir.Constant(v.llvm, ir.Undefined)
+        parts = [builder.shuffle_vector(args[1], undefined, ir.Constant(index, list(range(first, first + e.lanes))))
+                 for first in range(0, v.lanes, e.lanes)]
+        while len(parts) > 1:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+    return e.vector(elem, v), codegen
 
 
 reduce_add = _reduction("reduce_add", lambda b, x, y: b.fadd(x, y), "the sum of the lanes")

@@ -150,6 +150,8 @@ NORMAL_LOG2 = Constant(
      -2.8284256683209456e-18, 6.512410145326526e-20, -7.061110540973194e-22])
 NORMAL_FIT, NORMAL_ZERO = Constant(14.4, 8.5), Constant(14.4, 38.7)  # where the fit ends; where Φ(-x) rounds to 0
 EXP2_LEAST = Constant(-151.0, -1076.0)
+MAGIC_EXPONENT = Constant(1.5 * 2.0**23 + 127, 1.5 * 2.0**52 + 1023)
+EXP2_FLUSHED = Constant(-127.0, -1023.0)  # an exponent field of 0, which is the number 0
 
 
 # Scaling by powers of two --------------------------------------------------------------------------------------------
@@ -314,6 +316,15 @@ def _exp2_between(v, shift):
     """2^(v - shift), shift whole, where the result is not too large and not far below what rounds to 0"""
     n = (v + of(MAGIC, v)) - of(MAGIC, v)
     return scale(polynomial(EXP2, v - n), n - shift)
+
+
+@inline
+def exp2_below(v):
+    """2^v for v ≤ 127 or NaN; 0 where it is subnormal: half the work of exp_below, for weights that stand beside a 1"""
+    v = maximum_fast(of(EXP2_FLUSHED, v), v)
+    shifted = v + of(MAGIC_EXPONENT, v)
+    power = from_bits(to_bits(shifted) << of(MANTISSA, to_bits(shifted)))
+    return polynomial(EXP2, v - (shifted - of(MAGIC_EXPONENT, v))) * power
 
 
 @inline

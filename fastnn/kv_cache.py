@@ -1,0 +1,106 @@
+"""The keys and values of a sequence that is generated step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys (batch, heads, positions, size) and values of one attention layer, in memory that is set aside once.
+
+    Args:
+        batch, heads, capacity, size: of the keys; heads are those of keys and values. At most ``capacity`` positions fit.
+        value_size: size of a value's head, if it is another.
+        dtype, device: as torch.empty takes them.
+
+    Raises:
+        ValueError: a size is negative.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,
+        size: int,
+        value_size: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        value_size = size if value_size is None else value_size
+        if min(batch, heads, capacity, size, value_size) < 0:
+            raise ValueError(f"KVCache(): sizes must not be negative, got {(batch, heads, capacity, size, value_size)}")
+        self._keys = torch.empty(batch, heads, capacity, size, dtype=dtype, device=device)
+        self._values = torch.empty(batch, heads, capacity, value_size, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._keys.shape[2]
+
+    @property
+    def keys(self) -> Tensor:
+        """A view of the positions so far."""
+        return self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """A view of the positions so far."""
+        return self._values[:, :, : self.length]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of the next positions; returns views of all: no gradient goes through them.
+
+        Raises RuntimeError if the cache is too full for them, or shapes, dtypes or devices differ from the cache's.
+        """
+        for name, new, own in (("key", key, self._keys), ("value", value, self._values)):
+            if new.dim() != 4 or new.shape[:2] != own.shape[:2] or new.shape[3] != own.shape[3]:
+                raise RuntimeError(
+                    f"KVCache.append(): {name} must have shape ({own.shape[0]}, {own.shape[1]}, positions, "
+                    f"{own.shape[3]}), got {tuple(new.shape)}"
+                )
+            if new.dtype != own.dtype or new.device != own.device:
+                raise RuntimeError(
+                    f"KVCache.append(): {name} must have the cache's dtype and device, {own.dtype} on {own.device}, "
+                    f"got {new.dtype} on {new.device}"
+                )
+        count = key.shape[2]
+        if value.shape[2] != count:
+            raise RuntimeError(f"KVCache.append(): key has {count} positions, value {value.shape[2]}")
+        if self.length + count > self.capacity:
+            raise RuntimeError(
+                f"KVCache.append(): the cache is full: {self.length} of {self.capacity} positions are taken, "
+                f"{count} more do not fit"
+            )
+        end = self.length + count
+        with torch.no_grad():
+            self._keys[:, :, self.length : end] = key
+            self._values[:, :, self.length : end] = value
+        self.length = end
+        return self.keys, self.values
+
+    def crop(self, length: int) -> None:
+        """Forget the positions from ``length`` on. ValueError if there are not so many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache.crop(): length must be in [0, {self.length}], got {length}")
+        self.length = length
+
+    def reorder(self, beams: Tensor) -> None:
+        """Batch item i goes on from what item beams[i] was. IndexError if there is no such item.
+
+        Raises RuntimeError if beams is no vector of the batch's size of int32 or int64.
+        """
+        batch = self._keys.shape[0]
+        if beams.dtype not in (torch.int32, torch.int64) or tuple(beams.shape) != (batch,):
+            raise RuntimeError(
+                f"KVCache.reorder(): beams must be ({batch},) of int64, got {tuple(beams.shape)} of {beams.dtype}"
+            )
+        if batch and not 0 <= int(beams.min()) <= int(beams.max()) < batch:
+            raise IndexError(f"KVCache.reorder(): beams must be in [0, {batch}), got {beams.tolist()}")
+        for t in (self.keys, self.values):
+            t.copy_(t.index_select(0, beams))

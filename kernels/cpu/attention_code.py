@@ -1,0 +1,730 @@
+"""Attention, as compiled: the softmax of a block of scores between two register-tile products. Imported only to build a kernel.
+
+Forward: Dao 2023, "FlashAttention-2", algorithm 1; backward: algorithm 2, with a task that owns a head's keys instead of atomic
+sums. Sizes in elements, strides in bytes, addresses int64; ``attention_fields`` lists what ``f`` and the table point to.
+
+Logits are kept in units of log 2. Keys are packed transposed in panels of two vectors, values as rows, once for all the blocks
+that read them; a block of queries is copied into rows of the compute type, so that every operand of a tile is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, log
+from typing import Any
+
+from .activation_code import SIGN, random_bits
+from .attention_fields import BOOLEAN, FIELDS, NO_MASK, SAME, TABLE
+from .engine.dot import Dot, dot, row_adder
+from .engine.host import simd
+from .engine.pack import packer
+from .engine.region import parallel_tasks
+from .engine.simd import (
+    BYTES,
+    ELEMS,
+    FLOAT64,
+    INT64,
+    Elem,
+    absolute,
+    compute_elem,
+    first_lane,
+    first_lanes,
+    fma,
+    fold_add,
+    inline,
+    iota_like,
+    load,
+    load_n,
+    load_scalar,
+    maximum_fast,
+    outline,
+    reduce_add,
+    reduce_max,
+    select,
+    spread,
+    store,
+    store_n,
+    store_scalar,
+    to_float,
+    wide,
+)
+from .engine.tile import Tile, multiply_blocks
+from .engine.vecmath import exp2_below, tanh
+from .engine.vecmath import log as natural_log
+
+ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
+CHAIN = 256  # products that one accumulator sums up, as matmul_code's
+LOG2_E, LN_2 = 1 / log(2), log(2)
+WIDTH = 2  # vectors of a row that are computed as one
+
+(HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
+ RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS, PACK_K, PACK_V, PACK,
+ OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS, DQ_PART) = (8 * i for i in range(len(FIELDS)))
+(T_Q, T_K, T_V, T_O, T_MASK, T_SLOPE, T_ROW, T_LQ, T_LK, T_DROP, T_G, T_DQ, T_DK, T_DV, T_BIAS, T_DQ_ROW, T_DQ_H) = (
+    8 * i for i in range(len(TABLE)))
+TABLE_ROW = 8 * len(TABLE)
+# What is known of a row of a block: numbers of eight bytes each.
+LO, HI, MASK, INDEX, SLOPE, PLACE, OFFSET, SUM, DELTA = range(0, 72, 8)
+ROW = 72
+
+
+@inline
+def at(f, field):
+    return load_scalar(INT64, f + field)
+
+
+@inline
+def up(n, unit):
+    return (n + unit - 1) // unit * unit
+
+
+def product(p: Elem) -> Any:
+    """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row): C (+)= A B, ``tiles`` tiles of ROWS rows; B in
+    panels of two vectors ``b_panel`` bytes apart, rows of a panel b_k apart."""
+    two, one = Tile(p, ROWS, 2), Tile(p, ROWS, 1)
+    panel = 2 * p.bytes
+
+    @outline
+    def multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row):
+        if tiles <= 0 or k <= 0:
+            return
+        parts = (k + CHAIN - 1) // CHAIN
+        stretch = (k + parts - 1) // parts
+        step = c_row * ROWS
+        ahead_k = 2 * p.bytes // tiles
+        for j in range((vecs + 1) // 2):
+            cj, bj = c + j * panel, b + j * b_panel
+            init, init_row, init_step = (cj, c_row, step) if add else (0, 0, 0)
+            if vecs - 2 * j >= 2:
+                multiply_blocks(two, tiles, k, stretch, a, a_row, a_k, ROWS * a_row, bj, b_k, init, init_row, init_step, cj,
+                                c_row, step, p.lanes, bj + b_panel, ahead_k)
+            else:
+                multiply_blocks(one, tiles, k, stretch, a, a_row, a_k, ROWS * a_row, bj, b_k, init, init_row, init_step, cj,
+                                c_row, step, p.lanes, bj, 0)
+    return multiply
+
+
+def rows_of(e: Elem) -> Any:
+    """prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st): what is known of a block's rows, written to st."""
+    p = compute_elem(e)
+
+    @outline
+    def prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st):
+        lk = at(entry, T_LK)
+        left, right = at(f, LEFT), at(f, RIGHT)
+        for h in range(nh):
+            for i in range(nq):
+                row = st + (h * nq + i) * ROW
+                place = i0 + i + shift
+                store_scalar(INT64, row + LO, min(max(place - left, 0), lk) if left >= 0 else 0)
+                store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if right >= 0 else lk)
+                store_scalar(INT64, row + MASK, mask + at(entry, T_MASK) + (h0 + h) * at(f, MH) + (i0 + i) * at(f, MQ))
+                store_scalar(INT64, row + INDEX, at(entry, T_DROP) + (h0 + h) * at(f, DROP_H) + (i0 + i) * at(f, DROP_L))
+                slope = 0.0
+                if slopes != 0:
+                    slope = float(load_scalar(p, slopes + at(entry, T_SLOPE) + (h0 + h) * at(f, AH))) * LOG2_E
+                store_scalar(FLOAT64, row + SLOPE, slope)
+                store_scalar(FLOAT64, row + PLACE, float(place))
+    return prepare
+
+
+def logit(e: Elem) -> Any:
+    """logits(f, row, place, s, j, j0, n, scale, softcap): (the logits of columns j … of a block of n from key j0 on, -Inf where
+    the row may not look; tanh's value for softcap)."""
+    p = compute_elem(e)
+    flags = BYTES[p.size]
+
+    @inline
+    def logits(f, row, place, s, j, j0, n, scale, softcap):
+        x = load(p, s + j * p.size)
+        t = x
+        if softcap != 0.0:
+            t = tanh(x * (scale / softcap))
+            x = t * (softcap * LOG2_E)
+        else:
+            x = x * (scale * LOG2_E)
+        here = iota_like(x) + (j0 + j)
+        slope = load_scalar(FLOAT64, row + SLOPE)
+        if slope != 0.0:
+            x = x - absolute(to_float(here) - place) * slope
+        seen = (here >= load_scalar(INT64, row + LO)) & (here < load_scalar(INT64, row + HI)) | (here < at(f, PREFIX))
+        seen = seen & first_lanes(p, n - j)
+        kind = at(f, MASK_KIND)
+        if kind != NO_MASK:
+            step = at(f, MK)
+            m = load_scalar(INT64, row + MASK) + (j0 + j) * step
+            left = min(n - j, p.lanes) if step != 0 else 1
+            if kind == BOOLEAN:
+                flag = load_n(flags, m, left)
+                if step == 0:
+                    flag = (here & 0) + first_lane(flag)
+                seen = seen & (flag != 0)
+            else:
+                bias = load_n(e, m, left) if kind == SAME else load_n(p, m, left)
+                if step == 0:
+                    bias = spread(p, first_lane(bias))
+                x = fma(bias, LOG2_E, x)
+        return select(seen, x, -inf), t
+    return logits
+
+
+def attention(elem_name: str) -> Callable[..., Any]:
+    """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)"""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    several = wide(p, WIDTH)
+    L, W, size = p.lanes, p.lanes * WIDTH, p.size
+    panel = 2 * L  # keys of a packed panel
+    pack, multiply, prepare, logits = packer(e), product(p), rows_of(e), logit(e)
+    bits, sign = random_bits(size == 8), SIGN[size == 8]
+    add_rows = row_adder(e, p)
+    d1, d2, d4, one1, one2, one4 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 4, 4), Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
+
+    @outline
+    def largest(s, n):
+        best, j = spread(several, -inf), 0
+        while j + W <= n:
+            best = maximum_fast(load(several, s + j * size), best)
+            j += W
+        top = reduce_max(best)
+        if j < n:
+            rest = spread(p, -inf)
+            while j < n:
+                rest = maximum_fast(select(first_lanes(p, n - j), load(p, s + j * size), -inf), rest)
+                j += L
+            top = max(top, reduce_max(rest))
+        return top
+
+    @outline
+    def shape(f, row, place, s, n, j0, scale, softcap):
+        """The logits in place of the products; the largest of them"""
+        best = spread(p, -inf)
+        for j in range(0, n, L):
+            x, _ = logits(f, row, place, s, j, j0, n, scale, softcap)
+            store(p, s + j * size, x)
+            best = maximum_fast(x, best)
+        return reduce_max(best)
+
+    @outline
+    def exponentials(s, n, room, factor, offset):
+        """exp2 in place; zeros up to ``room``; the sum"""
+        total, j = spread(p, 0.0), 0
+        while j + W <= n:
+            x = exp2_below(fma(load(several, s + j * size), factor, -offset))
+            store(several, s + j * size, x)
+            total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
+            j += W
+        while j < n:
+            x = select(first_lanes(p, n - j), exp2_below(fma(load(p, s + j * size), factor, -offset)), 0.0)
+            store(p, s + j * size, x)
+            total = total + x
+            j += L
+        while j < room:
+            store(p, s + j * size, spread(p, 0.0))
+            j += L
+        return reduce_add(total)
+
+    @outline
+    def drop_some(f, s, n, index):
+        for j in range(0, n, L):
+            x = load(p, s + j * size)
+            store(p, s + j * size, select(bits(x, index + j, 1, at(f, KEY0), at(f, KEY1)) < (at(f, DROP) - sign), 0.0, x))
+
+    @outline
+    def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, edge, scale, softcap):
+        """The block's products become weights; what was summed before is scaled to the new offsets. edge: what the last rows see
+        may begin or end within the block; ``n`` are then the columns that the tile with the row reads."""
+        plain = at(f, PLAIN)
+        prefix = at(f, PREFIX)
+        for r in range(rows):
+            row, sr = st + r * ROW, s + r * s_row
+            lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
+            here = min(n, hi - j0)
+            if plain and lo <= j0 and (prefix <= j0 or hi >= prefix):
+                here = max(here, 0)
+                top = largest(sr, here) * (scale * LOG2_E)
+                factor = scale * LOG2_E
+            else:
+                here = n
+                top = shape(f, row, load_scalar(FLOAT64, row + PLACE), sr, n, j0, scale, softcap)
+                factor = 1.0
+            old = -inf if first else load_scalar(FLOAT64, row + OFFSET)
+            new = max(float(p_of(top)), old)
+            base = 0.0 if new == -inf else new
+            total = float(exponentials(sr, here, n, factor, base))
+            if not first:
+                before = load_scalar(FLOAT64, row + SUM)
+                if new > old and old > -inf:
+                    shrink = first_lane(exp2_below(spread(p, old - new)))
+                    before = before * shrink
+                    for j in range(vecs):
+                        at_o = o + r * o_row + j * p.bytes
+                        store(p, at_o, load(p, at_o) * shrink)
+                total = total + before
+            store_scalar(FLOAT64, row + OFFSET, new)
+            store_scalar(FLOAT64, row + SUM, total)
+            if at(f, DROP) != 0:
+                drop_some(f, sr, here, load_scalar(INT64, row + INDEX) + j0)
+
+    @inline
+    def dots(n, d, k, k_row, x, x_row, count, s, s_row):
+        """Products of n keys as they lie with ``count`` queries as they lie"""
+        v = 0
+        while v < count:
+            many = 4 if count - v >= 4 else 2 if count - v >= 2 else 1
+            j = 0
+            while j < n:
+                four = n - j >= 4
+                rest = (d, k + j * k_row, k_row, x + v * x_row, x_row, s + v * s_row + j * size, s_row)
+                if many == 4:
+                    if four:
+                        dot(d4, *rest)
+                    else:
+                        dot(one4, *rest)
+                elif many == 2:
+                    if four:
+                        dot(d2, *rest)
+                    else:
+                        dot(one2, *rest)
+                elif four:
+                    dot(d1, *rest)
+                else:
+                    dot(one1, *rest)
+                j += 4 if four else 1
+            v += many
+
+    @outline
+    def finish(f, entry, st, h0, nh, i0, nq, o, o_row, out, lse, stats, keep):
+        dv = at(f, DV)
+        for h in range(nh):
+            for i in range(nq):
+                row = st + (h * nq + i) * ROW
+                offset, total = load_scalar(FLOAT64, row + OFFSET), load_scalar(FLOAT64, row + SUM)
+                inverse = 0.0 if total == 0.0 else keep / total
+                src = o + (h * nq + i) * o_row
+                dst = out + at(entry, T_O) + (h0 + h) * at(f, OH) + (i0 + i) * at(f, OL)
+                for j in range(0, dv, L):
+                    x = load(p, src + j * size) * inverse
+                    if total == 0.0:
+                        x = spread(p, 0.0)
+                    store_n(e, dst + j * e.size, x, min(L, dv - j))
+                number = at(entry, T_ROW) + (h0 + h) * at(f, ROW_H) + i0 + i
+                store_scalar(p, stats + number * size, p_of(offset))
+                store_scalar(p, stats + (number + at(f, ALL_ROWS)) * size, p_of(total))
+                if lse != 0:
+                    whole = -inf if total == 0.0 else offset * LN_2 + first_lane(natural_log(spread(FLOAT64, total)))
+                    store_scalar(p, lse + number * size, p_of(whole))
+
+    @inline
+    def p_of(x):
+        return first_lane(spread(p, x))
+
+    @inline
+    def addresses(f, own):
+        """A thread's scratch memory: what is known of rows, queries, weights, sums; and the strides of their rows"""
+        rows = up(at(f, BQ) * at(f, BH), ROWS)
+        q_row = up(at(f, D), L) * size
+        s_row = (at(f, BK) + 64 // size) * size
+        st = own
+        q = st + rows * ROW
+        s = q + rows * q_row
+        return st, q, q_row, s, s_row, s + rows * s_row, up(at(f, DV), L) * size
+
+    @inline
+    def pack_task(t, task, f, table, k, v, packed, first):
+        """128 keys of a pair"""
+        chunks = at(f, CHUNKS)
+        pair = task // chunks
+        j0 = (task - pair * chunks) * 128
+        b = (first + pair) // (at(f, HEADS) // at(f, GROUP))
+        hk = first + pair - b * (at(f, HEADS) // at(f, GROUP))
+        entry = table + b * TABLE_ROW
+        lk, d, dv = at(entry, T_LK), at(f, D), at(f, DV)
+        to_k = packed + pair * at(f, PACK)
+        to_v = to_k + at(f, PACK_K)
+        kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+        for j in range(j0, min(lk, j0 + 128), panel):
+            pack(kp + j * at(f, KL), at(f, KL), at(f, KD), min(panel, lk - j), d, to_k + j * d * size, panel)
+        n = min(128, lk - j0)
+        for c in range(0, dv if n > 0 else 0, panel):
+            pack(vp + j0 * at(f, VL) + c * at(f, VD), at(f, VD), at(f, VL), min(panel, dv - c), n,
+                 to_v + c * at(f, PACK_V) + j0 * panel * size, panel)
+
+    @inline
+    def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale,
+                   softcap, keep):
+        pos_blocks, splits, head_blocks = at(f, POS_BLOCKS), at(f, SPLITS), at(f, HEAD_BLOCKS)
+        rest = task // pos_blocks
+        i0 = (pos_blocks - 1 - (task - rest * pos_blocks)) * at(f, BQ)  # the longest rows of a causal product first
+        split = rest % splits
+        rest = rest // splits
+        pair = rest // head_blocks
+        group, kv_heads = at(f, GROUP), at(f, HEADS) // at(f, GROUP)
+        b = (first + pair) // kv_heads
+        hk = first + pair - b * kv_heads
+        h0 = hk * group + (rest - pair * head_blocks) * at(f, BH)
+        nh = min(at(f, BH), (hk + 1) * group - h0)
+        entry = table + b * TABLE_ROW
+        lq, lk = at(entry, T_LQ), at(entry, T_LK)
+        nq = min(at(f, BQ), lq - i0)
+        if nq > 0:
+            d, dv, bk = at(f, D), at(f, DV), at(f, BK)
+            rows = nh * nq
+            tiles = (rows + ROWS - 1) // ROWS
+            st, qs, q_row, s, s_row, o, o_row = addresses(f, scratch + t * at(f, OWN))
+            vecs = o_row // p.bytes
+            shift = lk - lq if at(f, BOTTOM) else 0
+            prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st)
+            qp = q + at(entry, T_Q) + h0 * at(f, QH) + i0 * at(f, QL)
+            direct = at(f, DIRECT)
+            if not direct:
+                for h in range(nh):
+                    pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
+            to_k = packed + pair * at(f, PACK)
+            to_v = to_k + at(f, PACK_K)
+            kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+            # Two stretches of keys: the prefix that all see, and what the block's window covers.
+            low = load_scalar(INT64, st + LO)
+            high = load_scalar(INT64, st + (nq - 1) * ROW + HI)
+            prefix = min(at(f, PREFIX), lk)
+            low = min(low // panel * panel, high)
+            if low <= up(prefix, panel):
+                low, high, prefix = 0, max(high, prefix), 0
+            begin, end = lk * split // splits // panel * panel, lk * (split + 1) // splits // panel * panel
+            if split == splits - 1:
+                end = lk
+            trim = nh == 1 and at(f, RIGHT) >= 0
+            nothing = True
+            for stretch in range(2):
+                j0 = max(begin, low if stretch else 0)
+                stop = min(end, high if stretch else prefix)
+                while j0 < stop:
+                    n = min(bk, stop - j0)
+                    if direct:
+                        for h in range(nh if at(f, BQ) > 1 else 1):
+                            count, x_row = (nq, at(f, QL)) if at(f, BQ) > 1 else (nh, at(f, QH))
+                            dots(n, d, kp + j0 * at(f, KL), at(f, KL), qp + h * at(f, QH), x_row, count,
+                                 s + h * nq * s_row, s_row)
+                    else:
+                        for j in range(j0, j0 + n, panel):
+                            # Rows whose window ends before this panel are skipped, a tile at a time.
+                            skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS) if trim and j >= at(f, PREFIX) else 0
+                            multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
+                                     panel * d * size, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
+                    weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, trim, scale, softcap)
+                    if direct:
+                        for r in range(rows):
+                            o_at = o + r * o_row
+                            if nothing:
+                                for j in range(vecs):
+                                    store(p, o_at + j * p.bytes, spread(p, 0.0))
+                            add_rows(n, dv, vp + j0 * at(f, VL), at(f, VL), s + r * s_row, size, o_at)
+                    else:
+                        v_at, v_panel = to_v + j0 * panel * size, panel * at(f, PACK_V)
+                        whole = tiles
+                        if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1) and not nothing:
+                            whole = 0
+                            for tile in range(tiles):  # as many keys as its last row sees
+                                last = min(nq, (tile + 1) * ROWS) - 1
+                                seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
+                                multiply(1, vecs, seen, s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel, True,
+                                         o + tile * ROWS * o_row, o_row)
+                        multiply(whole, vecs, n, s, s_row, size, v_at, panel * size, v_panel, not nothing, o, o_row)
+                    nothing = False
+                    j0 += n
+            if nothing:
+                for r in range(rows):
+                    store_scalar(FLOAT64, st + r * ROW + OFFSET, -inf)
+                    store_scalar(FLOAT64, st + r * ROW + SUM, 0.0)
+                    for j in range(vecs):
+                        store(p, o + r * o_row + j * p.bytes, spread(p, 0.0))
+            if splits == 1:
+                finish(f, entry, st, h0, nh, i0, nq, o, o_row, out, lse, stats, keep)
+            else:
+                to = partial + task * at(f, PART)
+                for r in range(rows):
+                    store_scalar(FLOAT64, to, load_scalar(FLOAT64, st + r * ROW + OFFSET))
+                    store_scalar(FLOAT64, to + 8, load_scalar(FLOAT64, st + r * ROW + SUM))
+                    to += 64
+                    for j in range(vecs):
+                        store(p, to, load(p, o + r * o_row + j * p.bytes))
+                        to += p.bytes
+
+    @inline
+    def join_task(t, task, f, table, out, lse, stats, scratch, partial, first, keep):
+        """The splits of a block, in their order"""
+        pos_blocks, splits, head_blocks = at(f, POS_BLOCKS), at(f, SPLITS), at(f, HEAD_BLOCKS)
+        rest = task // pos_blocks
+        position = task - rest * pos_blocks
+        i0 = (pos_blocks - 1 - position) * at(f, BQ)
+        pair = rest // head_blocks
+        group, kv_heads = at(f, GROUP), at(f, HEADS) // at(f, GROUP)
+        b = (first + pair) // kv_heads
+        hk = first + pair - b * kv_heads
+        h0 = hk * group + (rest - pair * head_blocks) * at(f, BH)
+        nh = min(at(f, BH), (hk + 1) * group - h0)
+        entry = table + b * TABLE_ROW
+        nq = min(at(f, BQ), at(entry, T_LQ) - i0)
+        if nq > 0:
+            st, _, _, _, _, o, o_row = addresses(f, scratch + t * at(f, OWN))
+            vecs = o_row // p.bytes
+            for r in range(nh * nq):
+                top, total = -inf, 0.0
+                src = partial + (rest * splits * pos_blocks + position) * at(f, PART) + r * (64 + o_row)
+                for split in range(splits):
+                    top = max(top, load_scalar(FLOAT64, src + split * pos_blocks * at(f, PART)))
+                for j in range(vecs):
+                    store(p, o + r * o_row + j * p.bytes, spread(p, 0.0))
+                for split in range(splits):
+                    here = src + split * pos_blocks * at(f, PART)
+                    share = load_scalar(FLOAT64, here + 8)
+                    if share != 0.0:
+                        shrink = first_lane(exp2_below(spread(FLOAT64, load_scalar(FLOAT64, here) - top)))
+                        total += share * shrink
+                        for j in range(vecs):
+                            to = o + r * o_row + j * p.bytes
+                            store(p, to, fma(load(p, here + 64 + j * p.bytes), shrink, load(p, to)))
+                store_scalar(FLOAT64, st + r * ROW + OFFSET, top)
+                store_scalar(FLOAT64, st + r * ROW + SUM, total)
+            finish(f, entry, st, h0, nh, i0, nq, o, o_row, out, lse, stats, keep)
+
+    def kernel(threads, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep):
+        first = 0
+        while first < at(f, PAIRS):
+            pairs = min(at(f, WAVE), at(f, PAIRS) - first)
+            if not at(f, DIRECT):
+                parallel_tasks(threads, pairs * at(f, CHUNKS), pack_task, (f, table, k, v, packed, first))
+            blocks = pairs * at(f, HEAD_BLOCKS) * at(f, POS_BLOCKS)
+            parallel_tasks(threads, blocks * at(f, SPLITS), block_task,
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap, keep))
+            if at(f, SPLITS) > 1:
+                parallel_tasks(threads, blocks, join_task, (f, table, out, lse, stats, scratch, partial, first, keep))
+            first += pairs
+    return kernel
+
+
+def attention_backward(elem_name: str) -> Callable[..., Any]:
+    """kernel(threads, fields, table, chains, q, k, v, mask, slopes, out, stats, g, g_lse, dq, dk, dv, bias, delta, sums, scratch,
+    scale, softcap, keep)
+
+    chains: where each chain's pairs begin in a list of pairs, which follows. A chain is worked through in its order, by one
+    thread for each part of the keys, and has a copy of the mask's gradient to itself: nothing depends on who was first.
+    delta: a number a row; sums: the queries' gradient in the compute type, for each part of the keys.
+    """
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    several = wide(p, WIDTH)
+    L, W, size = p.lanes, p.lanes * WIDTH, p.size
+    panel = 2 * L
+    pack, multiply, prepare, logits = packer(e), product(p), rows_of(e), logit(e)
+    bits, sign = random_bits(size == 8), SIGN[size == 8]
+
+    @inline
+    def delta_task(t, task, f, table, out, g, g_lse, delta):
+        """Σ grad · out of a head's rows, less the gradient of the log-sum-exp"""
+        heads, dv = at(f, HEADS), at(f, DV)
+        b = task // heads
+        h = task - b * heads
+        entry = table + b * TABLE_ROW
+        for i in range(at(entry, T_LQ)):
+            x = g + at(entry, T_G) + h * at(f, GH) + i * at(f, GL)
+            y = out + at(entry, T_O) + h * at(f, OH) + i * at(f, OL)
+            total = spread(p, 0.0)
+            for j in range(0, dv, L):
+                n = min(L, dv - j)
+                total = fma(load_n(e, x + j * e.size, n), load_n(e, y + j * e.size, n), total)
+            number = (at(entry, T_ROW) + h * at(f, ROW_H) + i) * size
+            less = load_scalar(p, g_lse + number) if g_lse != 0 else first_lane(spread(p, 0.0))
+            store_scalar(p, delta + number, reduce_add(total) - less)
+
+    @outline
+    def slopes_plain(s, g, here, n, factor, offset, inverse, delta):
+        """Weights in place of products, the logits' gradients in place of the weights' ones; zeros from ``here`` to n"""
+        j = 0
+        while j + W <= here:
+            x = exp2_below(fma(load(several, s + j * size), factor, -offset)) * inverse
+            store(several, s + j * size, x)
+            store(several, g + j * size, (load(several, g + j * size) - delta) * x)
+            j += W
+        while j < n:
+            seen = first_lanes(p, here - j)
+            x = select(seen, exp2_below(fma(load(p, s + j * size), factor, -offset)) * inverse, 0.0)
+            store(p, s + j * size, x)
+            store(p, g + j * size, select(seen, (load(p, g + j * size) - delta) * x, 0.0))
+            j += L
+
+    @outline
+    def slopes_shaped(f, row, s, g, j0, n, scale, softcap, keep, offset, inverse, delta, bias):
+        total = spread(p, 0.0)
+        for j in range(0, n, L):
+            x, t = logits(f, row, load_scalar(FLOAT64, row + PLACE), s, j, j0, n, scale, softcap)
+            weight = exp2_below(x - offset) * inverse
+            weight = select(x == -inf, 0.0, weight)
+            dp = load(p, g + j * size) * keep
+            left = weight
+            if at(f, DROP) != 0:
+                index = load_scalar(INT64, row + INDEX) + j0 + j
+                dropped = bits(x, index, 1, at(f, KEY0), at(f, KEY1)) < (at(f, DROP) - sign)
+                left, dp = select(dropped, 0.0, left), select(dropped, 0.0, dp)
+            store(p, s + j * size, left)
+            ds = select(x == -inf, 0.0, (dp - delta) * weight)
+            if bias != 0:
+                if at(f, BIAS_K) != 0:
+                    to, m = bias + (j0 + j) * size, min(L, n - j)
+                    store_n(p, to, load_n(p, to, m) + ds, m)
+                else:
+                    total = total + ds
+            if softcap != 0.0:
+                ds = ds * (1.0 - t * t)
+            store(p, g + j * size, ds)
+        if bias != 0 and at(f, BIAS_K) == 0:
+            store_scalar(p, bias, load_scalar(p, bias) + reduce_add(total))
+
+    @inline
+    def clear(address, rows, row):
+        for r in range(rows):
+            for j in range(0, row, p.bytes):
+                store(p, address + r * row + j, spread(p, 0.0))
+
+    @outline
+    def write(dst, step, src, row, rows, n, factor):
+        for r in range(rows):
+            for j in range(0, n, L):
+                store_n(e, dst + r * step + j * e.size, load(p, src + r * row + j * size) * factor, min(L, n - j))
+
+    @inline
+    def scores(tiles, d, a, a_row, b, s, s_row, j0, n, i0, reach, trim):
+        """A block's products with keys or values, without what its window leaves out on the right"""
+        for j in range(0, n, panel):
+            skip = min(tiles, max(0, j0 + j - i0 - reach) // ROWS) if trim else 0
+            multiply(tiles - skip, 2, d, a + skip * ROWS * a_row, a_row, size, b + j * d * size, panel * size, 0, False,
+                     s + skip * ROWS * s_row + j * size, s_row)
+
+    @inline
+    def transposed(n, vecs, nq, s, s_row, b, b_row, c, j0, i0, reach, trim):
+        """C += Sᵀ B, for each tile of keys from the first query on that sees one of them"""
+        if trim:
+            for tile in range((n + ROWS - 1) // ROWS):
+                skip = min(nq, max(0, j0 + tile * ROWS - i0 - reach))
+                multiply(1, vecs, nq - skip, s + skip * s_row + tile * ROWS * size, size, s_row, b + skip * b_row, b_row,
+                         panel * size, True, c + tile * ROWS * b_row, b_row)
+        else:
+            multiply((n + ROWS - 1) // ROWS, vecs, nq, s, size, s_row, b, b_row, panel * size, True, c, b_row)
+
+    @inline
+    def chain_task(t, task, f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch,
+                   scale, softcap, keep):
+        parts = at(f, PARTS)
+        chain = task // parts
+        part = task - chain * parts
+        d, dv_size, bq, bk, group = at(f, D), at(f, DV), at(f, BQ), at(f, BK), at(f, GROUP)
+        kv_heads = at(f, HEADS) // group
+        q_row, g_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        rows, keys = up(bq, ROWS), up(bk, ROWS)
+        st = scratch + t * at(f, OWN)
+        qs = st + rows * ROW
+        gs = qs + rows * q_row
+        s = gs + rows * g_row
+        dp = s + rows * s_row
+        k_t = dp + rows * s_row
+        k_rows = k_t + up(bk, panel) * d * size
+        v_t = k_rows + bk * q_row
+        dks = v_t + up(bk, panel) * dv_size * size
+        dvs = dks + keys * q_row
+        left, right = at(f, LEFT), at(f, RIGHT)
+        for number in range(at(chains, 8 * chain), at(chains, 8 * chain + 8)):
+            pair = at(chains, 8 * number)
+            b = pair // kv_heads
+            hk = pair - b * kv_heads
+            entry = table + b * TABLE_ROW
+            lq, lk = at(entry, T_LQ), at(entry, T_LK)
+            shift = lk - lq if at(f, BOTTOM) else 0
+            reach = shift + right
+            dqs = sums + part * at(f, DQ_PART) + at(entry, T_DQ_ROW)
+            for h in range(hk * group, (hk + 1) * group):
+                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // q_row, q_row)
+            kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+            j0 = lk * part // parts // panel * panel
+            end = lk if part == parts - 1 else lk * (part + 1) // parts // panel * panel
+            while j0 < end:
+                n = min(bk, end - j0)
+                for j in range(0, n, panel):
+                    w = min(panel, n - j)
+                    pack(kp + (j0 + j) * at(f, KL), at(f, KL), at(f, KD), w, d, k_t + j * d * size, panel)
+                    pack(vp + (j0 + j) * at(f, VL), at(f, VL), at(f, VD), w, dv_size, v_t + j * dv_size * size, panel)
+                for c in range(0, d, panel):
+                    pack(kp + j0 * at(f, KL) + c * at(f, KD), at(f, KD), at(f, KL), min(panel, d - c), n, k_rows + c * bk * size,
+                         panel)
+                clear(dks, keys, q_row)
+                clear(dvs, keys, g_row)
+                low, high = 0, lq
+                if j0 >= at(f, PREFIX):  # else all queries see some of these keys
+                    low = max(0, j0 - reach) if right >= 0 else 0
+                    high = min(lq, j0 + n - shift + left) if left >= 0 else lq
+                for h in range(hk * group, (hk + 1) * group):
+                    for i0 in range(low // bq * bq, high, bq):
+                        nq = min(bq, lq - i0)
+                        tiles = (nq + ROWS - 1) // ROWS
+                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach
+                        pack(q + at(entry, T_Q) + h * at(f, QH) + i0 * at(f, QL), at(f, QD), at(f, QL), d, nq, qs, q_row // size)
+                        pack(g + at(entry, T_G) + h * at(f, GH) + i0 * at(f, GL), e.size, at(f, GL), dv_size, nq, gs,
+                             g_row // size)
+                        prepare(f, entry, mask, slopes, h, 1, i0, nq, shift, st)
+                        scores(tiles, d, qs, q_row, k_t, s, s_row, j0, n, i0, reach, trim)
+                        scores(tiles, dv_size, gs, g_row, v_t, dp, s_row, j0, n, i0, reach, trim)
+                        for r in range(nq):
+                            row = st + r * ROW
+                            at_row = (at(entry, T_ROW) + h * at(f, ROW_H) + i0 + r) * size
+                            offset, total = load_scalar(p, stats + at_row), load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
+                            inverse = 0.0 if total == 0.0 else 1.0 / total
+                            if total == 0.0:
+                                offset = total
+                            lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
+                            s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
+                            seen_prefix = at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)
+                            if at(f, PLAIN) and at(f, DROP) == 0 and lo <= j0 and seen_prefix:
+                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, scale * LOG2_E, offset, inverse, delta_r)
+                            else:
+                                to = 0
+                                if bias != 0:
+                                    to = (bias + chain * at(f, BIAS_CHAIN) + at(entry, T_BIAS) + h * at(f, BIAS_H)
+                                          + (i0 + r) * at(f, BIAS_Q))
+                                slopes_shaped(f, row, s_r, dp_r, j0, n, scale, softcap, keep, offset, inverse, delta_r, to)
+                        transposed(n, g_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
+                        transposed(n, q_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
+                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * q_row
+                        if trim:
+                            for tile in range(tiles):
+                                seen = min(n, i0 + min(nq, (tile + 1) * ROWS) + reach - j0)
+                                multiply(1, q_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
+                                         bk * panel * size, True, to_q + tile * ROWS * q_row, q_row)
+                        else:
+                            multiply(tiles, q_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
+                                     to_q, q_row)
+                write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
+                write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
+                j0 += n
+
+    @inline
+    def finish_task(t, task, f, table, dq, sums, scale):
+        """The parts of a head's queries' gradients, in their order"""
+        heads, d = at(f, HEADS), at(f, D)
+        b = task // heads
+        h = task - b * heads
+        entry = table + b * TABLE_ROW
+        q_row = up(d, panel) * size
+        src = sums + at(entry, T_DQ_ROW) + h * at(entry, T_DQ_H)
+        n = at(entry, T_LQ)
+        for part in range(1, at(f, PARTS)):
+            for j in range(0, n * q_row, p.bytes):
+                store(p, src + j, load(p, src + j) + load(p, src + part * at(f, DQ_PART) + j))
+        write(dq + at(entry, T_DQ) + h * at(f, XH), at(f, XL), src, q_row, n, d, scale)
+
+    def kernel(threads, f, table, sequences, chains, number, q, k, v, mask, slopes, out, stats, g, g_lse, dq, dk, dv, bias, delta,
+               sums, scratch, scale, softcap, keep):
+        heads = sequences * at(f, HEADS)
+        parallel_tasks(threads, heads, delta_task, (f, table, out, g, g_lse, delta))
+        parallel_tasks(threads, number * at(f, PARTS), chain_task,
+                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap, keep))
+        parallel_tasks(threads, heads, finish_task, (f, table, dq, sums, scale))
+    return kernel
