@@ -26,7 +26,7 @@ from ._activation import (
 )
 from ._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from ._matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
-from ._norm import batch_norm, group_norm, instance_norm
+from ._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from ._pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -82,6 +82,7 @@ __all__ = [
     "hardswish",
     "hardtanh",
     "instance_norm",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
@@ -106,6 +107,7 @@ __all__ = [
     "qrnn",
     "relu",
     "relu6",
+    "rms_norm",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",

@@ -1,13 +1,15 @@
-"""Batch and group normalisation on the CPU: how channels and pixels lie, and which kernel takes them.
+"""Normalisation on the CPU: how channels and pixels, or rows, lie, and which kernel takes them.
 
-Where the pixels of a channel lie next to each other the kernels "along" serve, where the channels of a pixel do those
-"across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there are few.
+Batch and group normalisation: where the pixels of a channel lie next to each other the kernels "along" serve, where the channels
+of a pixel do those "across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there
+are few. Layer and root-mean-square normalisation: rows (see norm_rows_code).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -138,7 +140,73 @@ def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor,
     _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
 
 
+# Rows
+
+
+@cache
+def _rows_kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import norm_rows_code
+
+        return getattr(norm_rows_code, kind)(_NAMES[dtype], *options)
+    return Kernel("_".join(["norm", kind, _NAMES[dtype], *map(str, options)]), signature, make).load()
+
+
+def _in_rows(t: Tensor, n: int) -> Tensor:
+    """t as rows of n elements next to each other; a copy where it does not lie so"""
+    flat = t if t.dim() == 2 and t.shape[1] == n else t.reshape(-1, n)
+    return flat if n == 1 or flat.stride(1) == 1 else flat.contiguous()
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """The address of the first row, and the bytes to the next"""
+    return t.data_ptr(), t.stride(0) * t.itemsize
+
+
+def _parameter(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
+    """In the compute type; ``usual`` where there is none"""
+    compute = torch.float32 if input.itemsize == 2 else input.dtype
+    return input.new_full((n,), usual, dtype=compute) if t is None else t.detach().to(compute).contiguous()
+
+
+def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
+          bias: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out: the normalised rows, [the sum,] the statistics"""
+    n = prod(shape)
+    x, y = _in_rows(input, n), _in_rows(out[0], n)
+    r, s = (_in_rows(residual, n), _in_rows(out[1], n)) if residual is not None else (None, None)
+    weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)  # alive until the kernel has run
+    rows = x.shape[0]
+    count = 1 if rows * n * x.itemsize < _SERIAL else threads.count()
+    added = (*_place(r), *_place(s)) if r is not None and s is not None else (0, 0, 0, 0)
+    _rows_kernel("rows", "i" * 14 + "f", x.dtype, centred, residual is not None)(
+        count, rows, n, *_place(x), *added, *_place(y), weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(), eps)
+
+
+def _norm_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
+    """out = (the normalised rows, each row's (mean and) 1 / deviation)"""
+    _rows(centred, out, input, None, *rest)
+
+
+def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None,
+                        stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out = (the gradient of input, those of weight and bias)"""
+    n = prod(shape)
+    g, x, y = (_in_rows(t, n) for t in (grad, input, out[0]))
+    m = None if more is None else _in_rows(more, n)
+    weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
+    rows = x.shape[0]
+    count = 1 if rows * n * x.itemsize < _SERIAL else threads.count()
+    added = (0, 0) if m is None else _place(m)
+    _rows_kernel("rows_backward", "i" * 16, x.dtype, centred)(
+        count, rows, n, *_place(g), *_place(x), *added, *_place(y), weight.data_ptr(), stats.data_ptr(), out[1].data_ptr(),
+        workspace(4 * n * count * weight.itemsize), max(32, isqrt(rows // count)))
+
+
 KERNELS: dict[str, Callable[..., None]] = {
     "batch_norm": batch_norm, "batch_norm_backward": batch_norm_backward,
     "group_norm": group_norm, "group_norm_backward": group_norm_backward,
 }
+for _name, _centred in (("layer_norm", True), ("rms_norm", False)):
+    KERNELS[_name], KERNELS[f"add_{_name}"] = partial(_norm_rows, _centred), partial(_rows, _centred)
+    KERNELS[f"{_name}_backward"] = partial(_norm_rows_backward, _centred)
