@@ -114,6 +114,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return functional.linear(input, weight, bias)
 
 
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
 def _softmax_method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.softmax(input, dim, dtype=None) in terms of the functional, which has _stacklevel in between."""
 
@@ -148,6 +155,8 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours = _softmax_method(getattr(functional, name))
         served[getattr(torch, name)] = ours
         served[getattr(Tensor, name)] = ours
+    served[torch.layer_norm] = _layer_norm
+    served[torch.rms_norm] = functional.rms_norm
     for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
         served[getattr(torch, name)] = getattr(functional, name)
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):

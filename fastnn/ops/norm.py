@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnn.kernels.reference import norm as reference
 
-from ._operator import Operator
+from ._operator import FLOATING, Operator
 from .activation import only_torch
 from .pool import empty_like_format
 
@@ -190,8 +190,19 @@ group_norm_backward: Operator = Operator(
 # layer_norm and rms_norm: of rows, the last dimensions. add_layer_norm and add_rms_norm normalise a sum, and give it too.
 
 
-def _check_rows(op: str, input: Tensor, shape: Sequence[int], **given: Tensor | None) -> str | None:
-    dims = len(shape)
+def _check_rows(
+    op: str, input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None = None
+) -> str | None:
+    dims, dtype, given = len(shape), input.dtype, {"weight": weight, "bias": bias}
+    if (
+        dims
+        and input.shape[-dims:] == shape
+        and dtype in FLOATING
+        and (weight is None or (weight.shape == shape and weight.dtype is dtype))
+        and (bias is None or (bias.shape == shape and bias.dtype is dtype))
+        and input.numel()
+    ):
+        return None
     if dims == 0:
         raise RuntimeError(f"{op}(): Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []")
     for name, t in given.items():
@@ -258,14 +269,14 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
         return _torch_rows(centred, total, *rest), total
 
     def check_sum(input: Tensor, residual: Tensor, weight: Any, bias: Any, shape: Sequence[int], eps: float) -> str | None:
-        reason = _check_rows(f"add_{name}", input, shape, weight=weight, bias=bias)
+        reason = _check_rows(f"add_{name}", input, shape, weight, bias)
         _check_like(f"add_{name}", "residual", residual, input)
         return reason
 
     def check_backward(
         grad: Tensor, input: Tensor, weight: Any, stats: Tensor, more: Any, shape: Sequence[int], eps: float
     ) -> str | None:
-        reason = _check_rows(f"{name}_backward", input, shape, weight=weight)
+        reason = _check_rows(f"{name}_backward", input, shape, weight)
         _check_like(f"{name}_backward", "grad", grad, input)
         _check_like(f"{name}_backward", "more", more, input)
         if list(stats.shape) != stats_shape(input, shape) or stats.dtype != torch.float64:
@@ -274,16 +285,24 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
             )
         return reason
 
+    def backward_by_torch(*args: Any) -> tuple[Tensor, Tensor]:
+        dtype = args[1].dtype
+        wide = (t.float() if isinstance(t, Tensor) and t.itemsize == 2 else t for t in args)
+        result, sums = getattr(reference, f"{name}_backward")(*wide)
+        return result.to(dtype), sums
+
+    contiguous = torch.contiguous_format
+
     def like(input: Tensor) -> Tensor:
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
+        return torch.empty_like(input, memory_format=contiguous)
 
     def empty_stats(input: Tensor, shape: Sequence[int]) -> Tensor:
-        return input.new_empty(stats_shape(input, shape), dtype=torch.float64)
+        return torch.empty(stats_shape(input, shape), dtype=torch.float64, device=input.device)
 
     forward = Operator(
         f"{name}(Tensor input, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor)",
         "norm",
-        check=lambda input, weight, bias, shape, eps: _check_rows(name, input, shape, weight=weight, bias=bias),
+        check=lambda input, weight, bias, shape, eps: _check_rows(name, input, shape, weight, bias),
         allocate=lambda plan, input, weight, bias, shape, eps: (like(input), empty_stats(input, shape)),
         torch=lambda *args: _torch_rows(centred, *args),
         extra=stats_of,
@@ -311,7 +330,7 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
             like(input),
             input.new_empty((2, *shape), dtype=torch.promote_types(input.dtype, torch.float32)),
         ),
-        torch=getattr(reference, f"{name}_backward"),
+        torch=backward_by_torch,
     )
     return forward, added, backward
 

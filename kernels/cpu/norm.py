@@ -21,6 +21,7 @@ from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+TINY = 192 << 10  # elements up to which torch's layer_norm, whose call is the shorter one, is faster
 
 
 @cache
@@ -152,55 +153,59 @@ def _rows_kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) 
     return Kernel("_".join(["norm", kind, _NAMES[dtype], *map(str, options)]), signature, make).load()
 
 
-def _in_rows(t: Tensor, n: int) -> Tensor:
-    """t as rows of n elements next to each other; a copy where it does not lie so"""
-    flat = t if t.dim() == 2 and t.shape[1] == n else t.reshape(-1, n)
-    return flat if n == 1 or flat.stride(1) == 1 else flat.contiguous()
-
-
-def _place(t: Tensor) -> tuple[int, int]:
-    """The address of the first row, and the bytes to the next"""
-    return t.data_ptr(), t.stride(0) * t.itemsize
+def _lay(t: Tensor, n: int) -> tuple[Tensor, int, int]:
+    """t, or a copy of it, as rows of n elements next to each other: the address of the first, and the bytes to the next"""
+    if not t.is_contiguous():
+        t = t.reshape(-1, n)
+        if t.stride(1) == 1 or n == 1:
+            return t, t.data_ptr(), t.stride(0) * t.itemsize
+        t = t.contiguous()
+    return t, t.data_ptr(), n * t.itemsize
 
 
 def _parameter(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
     """In the compute type; ``usual`` where there is none"""
     compute = torch.float32 if input.itemsize == 2 else input.dtype
-    return input.new_full((n,), usual, dtype=compute) if t is None else t.detach().to(compute).contiguous()
+    if t is None:
+        return input.new_full((n,), usual, dtype=compute)
+    return t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous()
 
 
 def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
           bias: Tensor | None, shape: Sequence[int], eps: float) -> None:
     """out: the normalised rows, [the sum,] the statistics"""
-    n = prod(shape)
-    x, y = _in_rows(input, n), _in_rows(out[0], n)
-    r, s = (_in_rows(residual, n), _in_rows(out[1], n)) if residual is not None else (None, None)
-    weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)  # alive until the kernel has run
-    rows = x.shape[0]
-    count = 1 if rows * n * x.itemsize < _SERIAL else threads.count()
-    added = (*_place(r), *_place(s)) if r is not None and s is not None else (0, 0, 0, 0)
-    _rows_kernel("rows", "i" * 14 + "f", x.dtype, centred, residual is not None)(
-        count, rows, n, *_place(x), *added, *_place(y), weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(), eps)
+    n = shape[0] if len(shape) == 1 else prod(shape)
+    x, *x_rows = _lay(input, n)  # the tensors have to live until the kernel has run
+    y, *y_rows = _lay(out[0], n)
+    r, *r_rows = (None, 0, 0) if residual is None else _lay(residual, n)
+    _, *s_rows = (None, 0, 0) if residual is None else _lay(out[1], n)
+    weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)
+    size = y.numel()
+    count = 1 if size * y.itemsize < _SERIAL else threads.count()
+    _rows_kernel("rows", "i" * 14 + "f", y.dtype, centred, residual is not None)(
+        count, size // n, n, *x_rows, *r_rows, *s_rows, *y_rows, weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(), eps)
 
 
-def _norm_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
+def _norm_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None,
+               shape: Sequence[int], eps: float) -> None:
     """out = (the normalised rows, each row's (mean and) 1 / deviation)"""
-    _rows(centred, out, input, None, *rest)
+    _rows(centred, out, input, None, weight, bias, shape, eps)
 
 
 def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None,
                         stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float) -> None:
     """out = (the gradient of input, those of weight and bias)"""
-    n = prod(shape)
-    g, x, y = (_in_rows(t, n) for t in (grad, input, out[0]))
-    m = None if more is None else _in_rows(more, n)
+    n = shape[0] if len(shape) == 1 else prod(shape)
+    g, *g_rows = _lay(grad, n)  # the tensors have to live until the kernel has run
+    x, *x_rows = _lay(input, n)
+    m, *m_rows = (None, 0, 0) if more is None else _lay(more, n)
+    y, *y_rows = _lay(out[0], n)
     weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
-    rows = x.shape[0]
-    count = 1 if rows * n * x.itemsize < _SERIAL else threads.count()
-    added = (0, 0) if m is None else _place(m)
-    _rows_kernel("rows_backward", "i" * 16, x.dtype, centred)(
-        count, rows, n, *_place(g), *_place(x), *added, *_place(y), weight.data_ptr(), stats.data_ptr(), out[1].data_ptr(),
-        workspace(4 * n * count * weight.itemsize), max(32, isqrt(rows // count)))
+    size = y.numel()
+    count = 1 if size * y.itemsize < _SERIAL else threads.count()
+    _rows_kernel("rows_backward", "i" * 16, y.dtype, centred)(
+        count, size // n, n, *g_rows, *x_rows, *m_rows, *y_rows, weight.data_ptr(), stats.data_ptr(), out[1].data_ptr(),
+        workspace(4 * n * count * weight.itemsize), max(32, isqrt(size // n // count)))
 
 
 KERNELS: dict[str, Callable[..., None]] = {
@@ -210,3 +215,10 @@ KERNELS: dict[str, Callable[..., None]] = {
 for _name, _centred in (("layer_norm", True), ("rms_norm", False)):
     KERNELS[_name], KERNELS[f"add_{_name}"] = partial(_norm_rows, _centred), partial(_rows, _centred)
     KERNELS[f"{_name}_backward"] = partial(_norm_rows_backward, _centred)
+
+
+def _few(input: Tensor, *_: Any) -> str | None:
+    return "torch is faster for so few elements, as measured" if input.numel() <= TINY else None
+
+
+TORCH_IS_FASTER = {"layer_norm": _few}

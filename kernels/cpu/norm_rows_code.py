@@ -146,9 +146,13 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
 
         @inline
         def term(i, n, args, a, b):
-            x, y, next_y, weight, bias, high, scale, shift, next_ = args
+            x, y, weight, bias, high, scale, shift, next_, ahead = args
             if not masked:
-                _fetch(next_y + i * size, n * size)
+                _fetch(ahead[0] + i * size, n * size)
+                _fetch(ahead[1] + i * size, n * size)
+                if added:
+                    _fetch(ahead[2] + i * size, n * size)
+                    _fetch(ahead[3] + i * size, n * size)
             v = fma(get(x + i * size, n) - high, scale, shift)
             put(y + i * size, fma(v, get_c(weight + i * c_size, n), get_c(bias + i * c_size, n)), n)
             return read(i, n, next_, a, b)
@@ -174,19 +178,20 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
         each = 1.0 / n
         for row in range(first, end):
             here = s + row * sr if added else x + row * xr
-            mean, var = 0.0, total * each
-            if centred:
-                about = first_lane(spread(c, var))
-                dd, d = squares(n, (here, about))
+            var, about, d = total * each, 0.0, 0.0
+            if centred:  # the mean is about + d
+                about = float64(first_lane(spread(c, var)))
+                dd, d = squares(n, (here, first_lane(spread(c, about))))
                 d *= each
-                mean, var = about + d, dd * each - d * d
-                store_scalar(FLOAT64, stats + row * 8, mean)
+                var = dd * each - d * d
+                store_scalar(FLOAT64, stats + row * 8, about + d)
             scale = inverse_deviation(var, eps)
             store_scalar(FLOAT64, stats + (rows + row if centred else row) * 8, scale)
             next_ = min(row + 1, end - 1)
-            high, into = first_lane(spread(c, mean)), y + row * yr
-            total = write(n, (here, into, into + yr, weight, bias, high, scale, (high - mean) * scale,
-                              (x + next_ * xr, r + next_ * rr, s + next_ * sr)))[0]
+            into = y + row * yr
+            next_row = (x + next_ * xr, r + next_ * rr, s + next_ * sr)
+            ahead = (next_row[0] + xr, into + yr, next_row[1] + rr, next_row[2] + sr)
+            total = write(n, (here, into, weight, bias, first_lane(spread(c, about)), scale, -d * scale, next_row, ahead))[0]
 
     def kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps):
         parallel(threads, body, (rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps))
