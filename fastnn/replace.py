@@ -18,6 +18,12 @@ from .ops._operator import PLAIN
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
+_WEIGHTS = (
+    "weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh",
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+)  # fmt: skip
+
+
 class Entry(NamedTuple):
     name: str
     class_name: str
@@ -84,7 +90,7 @@ def _why_left(module: nn.Module) -> str | None:
     if kind in REPLACEMENTS:
         if "forward" in module.__dict__:
             return "its forward is overridden on the instance"
-        names = getattr(module, "_flat_weights_names", ("weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        names = getattr(module, "_flat_weights_names", _WEIGHTS)
         own = [name for name in names if isinstance(module.__dict__.get(name), Tensor)]
         if own:
             return f"its {own[0]} is computed, not a parameter (an old-style parametrisation such as weight_norm)"
@@ -100,6 +106,8 @@ def _why_left(module: nn.Module) -> str | None:
         return "quantised"
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit"
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return None  # part of a MultiheadAttention, whose forward reads its weight
     base = next((base for base in kind.__mro__[1:] if base in REPLACEMENTS), None)
     if base is not None:
         return f"a subclass of torch.nn.{base.__name__}: only exact types are switched"

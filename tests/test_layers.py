@@ -639,8 +639,11 @@ def test_every_module_has_been_tested() -> None:
     tested |= {f"MaxUnpool{d}d" for d in (1, 2, 3)}  # in test_pool
     recurrent = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "QRNN"}  # in test_rnn, and their functions
     steps = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-    assert tested | recurrent == set(fastnn.nn.__all__)
-    assert set(f.__all__) == {case.name for case in CASES} | {"dropout", "qrnn"} | steps | {f"{name}_cell" for name in steps}
+    attention = {"MultiheadAttention", "SwiGLU", "GeGLU", "Transformer"}  # in test_transformer
+    attention |= {f"Transformer{part}{layer}" for part in ("Encoder", "Decoder") for layer in ("", "Layer")}
+    others = {"dropout", "qrnn", "multi_head_attention_forward"}
+    assert tested | recurrent | attention == set(fastnn.nn.__all__)
+    assert set(f.__all__) == {case.name for case in CASES} | others | steps | {f"{name}_cell" for name in steps}
 
 
 def test_state_dict_travels_by_file() -> None:

@@ -194,7 +194,7 @@ def old_weight_norm() -> nn.Module:
         (lambda: nn.LazyLinear(3), "lazy"),
         (lambda: torch.ao.nn.qat.Linear(3, 3, qconfig=torch.ao.quantization.default_qconfig), "quantised"),
         (lambda: torch.jit.script(nn.Linear(3, 3)), "compiled by torch.jit"),
-        (lambda: nn.MultiheadAttention(4, 2), "no fastnn kernel for MultiheadAttention"),
+        (lambda: parametrizations.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
         (lambda: nn.Embedding(3, 3), "no fastnn kernel for Embedding"),
     ],
 )

@@ -26,6 +26,7 @@ from ._activation import (
 )
 from ._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from ._matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
+from ._multihead import multi_head_attention_forward
 from ._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from ._pool import (
     adaptive_avg_pool1d,
@@ -101,6 +102,7 @@ __all__ = [
     "mish",
     "mm",
     "mse_loss",
+    "multi_head_attention_forward",
     "mv",
     "nll_loss",
     "prelu",

@@ -59,6 +59,16 @@ from .pool import (
 )
 from .rnn import GRU, LSTM, QRNN, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import CrossEntropyLoss, LogSoftmax, MSELoss, NLLLoss, Softmax
+from .transformer import (
+    GeGLU,
+    MultiheadAttention,
+    SwiGLU,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "ELU",
@@ -89,6 +99,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "GRUCell",
+    "GeGLU",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -112,6 +123,7 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "Mish",
+    "MultiheadAttention",
     "NLLLoss",
     "PReLU",
     "RMSNorm",
@@ -122,7 +134,13 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Softplus",
+    "SwiGLU",
     "Tanh",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]  # fmt: skip
 
 # torch.nn's class: ours
