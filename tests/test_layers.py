@@ -642,6 +642,8 @@ def test_every_module_has_been_tested() -> None:
     attention = {"MultiheadAttention", "SwiGLU", "GeGLU", "Transformer"}  # in test_transformer
     attention |= {f"Transformer{part}{layer}" for part in ("Encoder", "Decoder") for layer in ("", "Layer")}
     others = {"dropout", "qrnn", "multi_head_attention_forward"}
+    others |= {"sinusoidal_positions", "learned_positions", "rotary", "rotary_angles"}  # in test_positions
+    others |= {"relative_shift", "t5_buckets", "t5_bias"}
     assert tested | recurrent | attention == set(fastnn.nn.__all__)
     assert set(f.__all__) == {case.name for case in CASES} | others | steps | {f"{name}_cell" for name in steps}
 

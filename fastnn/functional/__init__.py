@@ -48,6 +48,15 @@ from ._pool import (
     max_unpool2d,
     max_unpool3d,
 )
+from ._positions import (
+    learned_positions,
+    relative_shift,
+    rotary,
+    rotary_angles,
+    sinusoidal_positions,
+    t5_bias,
+    t5_buckets,
+)
 from ._rnn import gru, gru_cell, lstm, lstm_cell, qrnn, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 from ._softmax import cross_entropy, log_softmax, mse_loss, nll_loss, softmax
 
@@ -85,6 +94,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "learned_positions",
     "linear",
     "log_softmax",
     "lp_pool1d",
@@ -107,6 +117,7 @@ __all__ = [
     "nll_loss",
     "prelu",
     "qrnn",
+    "relative_shift",
     "relu",
     "relu6",
     "rms_norm",
@@ -114,9 +125,14 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "rotary",
+    "rotary_angles",
     "sigmoid",
     "silu",
+    "sinusoidal_positions",
     "softmax",
     "softplus",
+    "t5_bias",
+    "t5_buckets",
     "tanh",
 ]  # fmt: skip
