@@ -761,7 +761,9 @@ def _norm_checks() -> Iterator[Check]:
     def largest(function: Callable[..., Tensor]) -> Scale:
         def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
             wide = [widen(v) for v in inputs]
-            return tuple(t.abs().amax().expand(t.shape) for t in results(lambda *v: function(TORCH, *v), wide, widen(grad)))
+            found = results(lambda *v: function(TORCH, *v), wide, widen(grad))
+            rows = inputs[0].shape[0] if inputs[0].dim() == 2 else 1  # over which a parameter's gradient is summed
+            return tuple(t.abs().amax().expand(t.shape) * (rows**0.5 if t.dim() == 1 else 1) for t in found)
 
         return scale
 
@@ -794,6 +796,41 @@ def _norm_checks() -> Iterator[Check]:
             ):
                 yield norm(name + kind + suffix, function, make, 33)
     yield norm("batch_norm of rows", batch_norm, _normal(97, 37, seed=1), 37)
+
+    def layer_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = F.layer_norm(x, weight.shape, weight, bias)
+        return out
+
+    def rms_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight) + bias
+
+    for name, function in (("layer_norm", layer_norm), ("rms_norm", rms_norm)):
+        for kind, make, size in (
+            ("", _normal(1543, 131, seed=1), 131),  # more than a rule leaves to torch
+            (", large means", _normal(1543, 131, seed=1, mean=50), 131),
+            (", long rows", _normal(49, 4099, seed=1), 4099),
+            (", one-hot rows", _one_hot(1543, 131, 60.0, noise=1.0), 131),
+            (", huge and tiny in turn", _huge_and_tiny(1543, 131, 1, 0, 0.1), 131),
+            (", subnormal", _subnormal(1543, 131, seed=1), 131),
+        ):
+            yield norm(name + kind, function, make, size)
+        added = partial(_added, function)
+        makers = (_normal(43, 131, seed=1, mean=3), _normal(43, 131, seed=4), _normal(131, seed=2), _normal(131, seed=3))
+        names = ("input", "residual", "weight", "bias")
+        yield Check("norm", f"{name} of a sum", _all(*makers), added, partial(_fused_sum, name), names, largest(added))
+
+
+def _added(function: Callable[..., Tensor], F: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    total = x + residual
+    return function(F, total, weight, bias) + total.cos()
+
+
+def _fused_sum(name: str, F: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    parameters = (weight, bias) if name == "layer_norm" else (weight,)
+    out, total = getattr(F, name)(x, weight.shape, *parameters, residual=residual, return_sum=True)
+    return (out if name == "layer_norm" else out + bias) + total.cos()
+
+
 def _conv_checks() -> Iterator[Check]:
     def check(
         name: str, function: Callable[..., Tensor], *makers: Callable[[torch.dtype], Any], fused: Any = None

@@ -119,6 +119,10 @@ def _careful_instance_norm(x: Tensor, mean: None, var: None, weight: Any = None,
     return _careful_group_norm(x, x.shape[1], weight, bias)
 
 
+def _careful_layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    return _careful_normal(x, list(range(x.dim() - len(shape), x.dim())), 1e-5) * weight + bias
+
+
 #: The same with functions that can judge float64 ones; products and convolutions of small tensors only.
 CAREFUL: Any = SimpleNamespace(
     **vars(TORCH)
@@ -137,6 +141,7 @@ CAREFUL: Any = SimpleNamespace(
         "batch_norm": _careful_batch_norm,
         "group_norm": _careful_group_norm,
         "instance_norm": _careful_instance_norm,
+        "layer_norm": _careful_layer_norm,
     }
     | {f"conv{d}d": _careful_convolution(d, False) for d in (1, 2, 3)}
     | {f"conv_transpose{d}d": _careful_convolution(d, True) for d in (1, 2, 3)}

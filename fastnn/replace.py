@@ -18,6 +18,12 @@ from .ops._operator import PLAIN
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
+_WEIGHTS = (
+    "weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh",
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+)  # fmt: skip
+
+
 class Entry(NamedTuple):
     name: str
     class_name: str
@@ -91,7 +97,7 @@ def why_left(module: nn.Module) -> str | None:
     if kind in REPLACEMENTS:
         if "forward" in module.__dict__:
             return "its forward is overridden on the instance"
-        names = getattr(module, "_flat_weights_names", ("weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        names = getattr(module, "_flat_weights_names", _WEIGHTS)
         own = [name for name in names if isinstance(module.__dict__.get(name), Tensor)]
         if own:
             return f"its {own[0]} is computed, not a parameter (an old-style parametrisation such as weight_norm)"
@@ -107,6 +113,8 @@ def why_left(module: nn.Module) -> str | None:
         return "quantised"
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit"
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return None  # part of a MultiheadAttention, whose forward reads its weight
     base = next((base for base in kind.__mro__[1:] if base in REPLACEMENTS), None)
     if base is not None:
         return f"a subclass of torch.nn.{base.__name__}: only exact types are switched"
@@ -119,6 +127,13 @@ def why_left(module: nn.Module) -> str | None:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(input, weight, bias)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _softmax_method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -155,6 +170,8 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours = _softmax_method(getattr(functional, name))
         served[getattr(torch, name)] = ours
         served[getattr(Tensor, name)] = ours
+    served[torch.layer_norm] = _layer_norm
+    served[torch.rms_norm] = functional.rms_norm
     for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
         served[getattr(torch, name)] = getattr(functional, name)
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):

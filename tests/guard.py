@@ -270,6 +270,18 @@ def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
                 yield Case("group_norm_backward", (grad, x, weight, moments, groups, 1e-5))
 
 
+    rows = [(1, 1), (5, 3), (3, 40), (2, 3, 33), (33, 67), (2, 2100)]
+    for shape, layout, affine, name in itertools.product(rows, LAYOUTS, (0, 1), ("layer_norm", "rms_norm")):
+        centred, n = name == "layer_norm", shape[-1]
+        weight, bias = (random(n), random(n)) if affine else (None, None)
+        x, r = layout(random(*shape)), layout(random(*shape))
+        yield Case(name, (x, weight, bias, [n], 1e-5))
+        yield Case(f"add_{name}", (x, plain(r), weight, bias, [n], 1e-5))
+        stats = getattr(torch.ops.fastnn, name)(x, None, None, [n], 1e-5, backend="torch")[1]
+        for more in (None, layout(random(*shape))):
+            yield Case(f"{name}_backward", (r, x, weight, stats, more, [n], 1e-5))
+
+
 def channels_last(t: Tensor) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 3 else t
 

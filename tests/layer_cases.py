@@ -34,7 +34,10 @@ class Case:
         return [t.requires_grad_(grad) for t in made]
 
     def ours(self, *tensors: Tensor, **more: Any) -> Tensor:
-        return getattr(fastnn.functional, self.name)(*tensors, **_in(tensors[0].dtype, self.options), **more)
+        options = _in(tensors[0].dtype, self.options)
+        if "normalized_shape" in options:  # comes second
+            tensors = (tensors[0], options.pop("normalized_shape"), *tensors[1:])
+        return getattr(fastnn.functional, self.name)(*tensors, **options, **more)
 
     def torch(self, *tensors: Tensor) -> Tensor:
         options = _in(tensors[0].dtype, self.options)
@@ -192,6 +195,18 @@ POOL = [
     Case("avg_pool2d", ((2, 3, 7, 5),), {"kernel_size": 3, "ceil_mode": True, "divisor_override": 5}),
     Case("adaptive_avg_pool2d", ((2, 3, 5, 7),), {"output_size": (None, 1)}),
 ]
+
+
+def _rows(name: str) -> Callable[..., Tensor]:
+    """The shape comes second in torch's signature, and by keyword in a case's options"""
+
+    def norm(input: Tensor, *parameters: Tensor, normalized_shape: Any, **options: Any) -> Tensor:
+        out: Tensor = getattr(F, name)(input, normalized_shape, *parameters, **options)
+        return out
+
+    return norm
+
+
 NORM = [
     Case("batch_norm", ((4, 3, 5),), {"running_mean": None, "running_var": None, "training": True}),
     Case(
@@ -201,6 +216,10 @@ NORM = [
     ),
     Case("group_norm", ((3, 4, 5),), {"num_groups": 2}),
     Case("instance_norm", ((3, 4, 5, 2),)),
+    Case("layer_norm", ((4, 3, 5), (5,), (5,)), {"normalized_shape": (5,)}, _rows("layer_norm")),
+    Case("layer_norm", ((4, 3, 5), (3, 5)), {"normalized_shape": (3, 5), "eps": 0.1}, _rows("layer_norm")),
+    Case("rms_norm", ((4, 3, 5), (5,)), {"normalized_shape": (5,)}, _rows("rms_norm")),
+    Case("rms_norm", ((3, 4, 2),), {"normalized_shape": (4, 2), "eps": 0.1}, _rows("rms_norm")),
 ]
 CONV = [
     Case("conv1d", ((2, 3, 11), (5, 3, 3), (5,)), {"stride": 2, "padding": 1}),

@@ -41,6 +41,13 @@ def moments(x: Tensor, groups: int) -> Tensor:
     return torch.stack([mean, var])
 
 
+def row_moments(x: Tensor, centred: bool) -> Tensor:
+    """What the ops of rows keep: the mean if ``centred``, and 1 / deviation"""
+    mean = x.double().mean(-1) if centred else torch.zeros(x.shape[:-1], dtype=torch.float64)
+    rstd = ((x.double() - mean.unsqueeze(-1)).square().mean(-1) + 1e-5).rsqrt()
+    return torch.stack([mean, rstd] if centred else [rstd])
+
+
 X = torch.linspace(-2, 3, 40).cos().reshape(2, 4, 5)
 WINDOW = False, [3, 2], [2, 2], [1, 1]
 EVENLY: Any = (True, [4], [], [])
@@ -123,6 +130,18 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (last(2, 4, 3, 3, grad=g), None, t(4, grad=g), 4, 1e-5),
     ],
     "group_norm_backward": [lambda g: (t(2, 4, 5), X, t(4), moments(X, 2), 2, 1e-5)],
+    "layer_norm": [
+        lambda g: (t(2, 4, 5, grad=g), t(5, grad=g), t(5, grad=g), [5], 1e-5),
+        lambda g: (t(5, 4, 2, grad=g).mT.detach().requires_grad_(g), None, t(2, 4, grad=g), [2, 4], 1e-5),
+    ],
+    "rms_norm": [lambda g: (t(2, 4, 5, grad=g), t(5, grad=g), None, [5], 1e-5)],
+    "add_layer_norm": [lambda g: (t(4, 5, grad=g), t(4, 5, grad=g), t(5, grad=g), t(5, grad=g), [5], 1e-5)],
+    "add_rms_norm": [lambda g: (t(2, 4, 5, grad=g), t(2, 4, 5, grad=g), t(4, 5, grad=g), None, [4, 5], 1e-5)],
+    "layer_norm_backward": [
+        lambda g: (t(2, 4, 5), X, t(5), row_moments(X, True), None, [5], 1e-5),
+        lambda g: (t(2, 4, 5), X, None, row_moments(X, True), t(2, 4, 5), [5], 1e-5),
+    ],
+    "rms_norm_backward": [lambda g: (t(2, 4, 5), X, t(5), row_moments(X, False), t(2, 4, 5), [5], 1e-5)],
     "conv": [
         lambda g: (t(2, 4, 6, 5, grad=g), t(6, 2, 3, 3, grad=g), t(6, grad=g), t(2, 6, 3, 3, grad=g), [2, 2], [1, 1], [1, 1],
                    False, [0, 0], 2, None),

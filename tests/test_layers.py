@@ -582,6 +582,10 @@ MODULES: list[tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = [
     *((lambda m, d=d: getattr(m, f"BatchNorm{d}d")(3, momentum=None).eval(), (2, 3, *[4] * d)) for d in (1, 2, 3)),
     *((lambda m, d=d: getattr(m, f"InstanceNorm{d}d")(3, affine=True), (2, 3, *[4] * d)) for d in (1, 2, 3)),
     (lambda m: m.GroupNorm(2, 4), (2, 4, 5)),
+    (lambda m: m.LayerNorm((4, 5), bias=False), (2, 4, 5)),
+    (lambda m: m.LayerNorm(5, elementwise_affine=False), (2, 4, 5)),
+    (lambda m: m.RMSNorm(5, eps=0.1), (2, 4, 5)),
+    (lambda m: m.RMSNorm((4, 5), elementwise_affine=False), (2, 4, 5)),
     (lambda m: m.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
     (lambda m: m.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (4, 9)),
     (lambda m: m.Conv2d(4, 6, (3, 2), padding="same", bias=False), (2, 4, 9, 5)),
@@ -635,8 +639,13 @@ def test_every_module_has_been_tested() -> None:
     tested |= {f"MaxUnpool{d}d" for d in (1, 2, 3)}  # in test_pool
     recurrent = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "QRNN"}  # in test_rnn, and their functions
     steps = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-    assert tested | recurrent == set(fastnn.nn.__all__)
-    assert set(f.__all__) == {case.name for case in CASES} | {"dropout", "qrnn"} | steps | {f"{name}_cell" for name in steps}
+    attention = {"MultiheadAttention", "SwiGLU", "GeGLU", "Transformer"}  # in test_transformer
+    attention |= {f"Transformer{part}{layer}" for part in ("Encoder", "Decoder") for layer in ("", "Layer")}
+    others = {"dropout", "qrnn", "multi_head_attention_forward"}
+    others |= {"sinusoidal_positions", "learned_positions", "rotary", "rotary_angles"}  # in test_positions
+    others |= {"relative_shift", "t5_buckets", "t5_bias"}
+    assert tested | recurrent | attention == set(fastnn.nn.__all__)
+    assert set(f.__all__) == {case.name for case in CASES} | others | steps | {f"{name}_cell" for name in steps}
 
 
 def test_state_dict_travels_by_file() -> None:

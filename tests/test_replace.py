@@ -21,10 +21,11 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.GELU(), nn.Linear(8, 8), nn.Dropout(0.25))
         self.again = self.first
         self.act = nn.ReLU()
+        self.odd = nn.Softsign()  # which fastnn has not
         self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.act(self.body(self.norm(self.first(x)))))
+        return self.last(self.odd(self.act(self.body(self.norm(self.first(x))))))
 
 
 def torch_model() -> Net:
@@ -45,13 +46,13 @@ def test_replace_switches_classes_and_nothing_else() -> None:
     assert model.again is model.first
     assert {name: id(m) for name, m in model.named_modules()} == {name: i for name, (i, _) in before.items()}
     assert [id(p) for p in model.parameters()] == parameters
-    assert [e.name for e in report.replaced] == ["first", "body.0", "body.1", "body.2", "act", "last"]
-    assert [tuple(e) for e in report.left] == [("norm", "LayerNorm", "no fastnn kernel for LayerNorm")]
+    assert [e.name for e in report.replaced] == ["first", "norm", "body.0", "body.1", "body.2", "act", "last"]
+    assert [tuple(e) for e in report.left] == [("odd", "Softsign", "no fastnn kernel for Softsign")]
     torch.testing.assert_close(model(x), expected)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with fastnn.trace() as calls:
         model(x)
-    assert [call.op for call in calls] == ["linear", "activation", "linear", "activation", "linear"]
+    assert [call.op for call in calls] == ["linear", "layer_norm", "activation", "linear", "activation", "linear"]
 
     assert fastnn.restore(model) is model
     assert {name: type(m) for name, m in model.named_modules()} == {name: t for name, (_, t) in before.items()}
@@ -72,9 +73,9 @@ def test_replace_is_idempotent() -> None:
 
 def test_report_reads_well() -> None:
     text = str(fastnn.replace(torch_model()))
-    assert text.splitlines()[0] == "replaced 6 modules, left 1"
+    assert text.splitlines()[0] == "replaced 7 modules, left 1"
     assert "3 × Linear" in text
-    assert "1 × LayerNorm            left: no fastnn kernel for LayerNorm" in text
+    assert "1 × Softsign             left: no fastnn kernel for Softsign" in text
     assert str(Report()) == "replaced 0 modules, left 0"
 
 
@@ -193,7 +194,7 @@ def old_weight_norm() -> nn.Module:
         (lambda: nn.LazyLinear(3), "lazy"),
         (lambda: torch.ao.nn.qat.Linear(3, 3, qconfig=torch.ao.quantization.default_qconfig), "quantised"),
         (lambda: torch.jit.script(nn.Linear(3, 3)), "compiled by torch.jit"),
-        (lambda: nn.MultiheadAttention(4, 2), "no fastnn kernel for MultiheadAttention"),
+        (lambda: parametrizations.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
         (lambda: nn.Embedding(3, 3), "no fastnn kernel for Embedding"),
     ],
 )
@@ -261,6 +262,10 @@ def torchs_own_calls(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
         F.cross_entropy(x, torch.tensor([0, 1, 2])),
         F.mse_loss(x, x.cos()),
         F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        F.layer_norm(x, (4,), v),
+        torch.layer_norm(x, (4,), v, None, 1e-5, False),
+        F.rms_norm(x, [4]),
+        torch.rms_norm(x, (4,), v, 0.1),
     ]
 
 
@@ -301,7 +306,7 @@ def test_use_serves_a_model_that_was_not_replaced() -> None:
     expected = model(x)
     with fastnn.use(), fastnn.trace() as calls:
         torch.testing.assert_close(model(x), expected)
-    assert [call.op for call in calls] == ["linear", "activation", "linear", "activation", "linear"]
+    assert [call.op for call in calls] == ["linear", "layer_norm", "activation", "linear", "activation", "linear"]
     with fastnn.use():
         model(x).sum().backward()
     assert model.first.weight.grad is not None

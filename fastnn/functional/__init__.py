@@ -27,7 +27,8 @@ from ._activation import (
 from ._attention import scaled_dot_product_attention
 from ._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from ._matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
-from ._norm import batch_norm, group_norm, instance_norm
+from ._multihead import multi_head_attention_forward
+from ._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from ._pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -47,6 +48,15 @@ from ._pool import (
     max_unpool1d,
     max_unpool2d,
     max_unpool3d,
+)
+from ._positions import (
+    learned_positions,
+    relative_shift,
+    rotary,
+    rotary_angles,
+    sinusoidal_positions,
+    t5_bias,
+    t5_buckets,
 )
 from ._rnn import gru, gru_cell, lstm, lstm_cell, qrnn, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 from ._softmax import cross_entropy, log_softmax, mse_loss, nll_loss, softmax
@@ -83,7 +93,9 @@ __all__ = [
     "hardswish",
     "hardtanh",
     "instance_norm",
+    "layer_norm",
     "leaky_relu",
+    "learned_positions",
     "linear",
     "log_softmax",
     "lp_pool1d",
@@ -101,20 +113,28 @@ __all__ = [
     "mish",
     "mm",
     "mse_loss",
+    "multi_head_attention_forward",
     "mv",
     "nll_loss",
     "prelu",
     "qrnn",
+    "relative_shift",
     "relu",
     "relu6",
+    "rms_norm",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "rotary",
+    "rotary_angles",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",
+    "sinusoidal_positions",
     "softmax",
     "softplus",
+    "t5_bias",
+    "t5_buckets",
     "tanh",
 ]  # fmt: skip

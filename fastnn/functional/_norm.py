@@ -1,4 +1,7 @@
-"""Batch, group and instance normalisation."""
+"""Batch, group, instance, layer and root-mean-square normalisation."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import backends
 from ..ops import norm as _norm
+from ..ops._operator import Operator
 
 
 def _update(running: Tensor, value: Tensor, momentum: float) -> None:
@@ -128,3 +132,56 @@ def instance_norm(
             if running_var is not None:
                 _update(running_var, stats[1].mean(0) * (count / (count - 1)), momentum)
     return out
+
+
+def _rows(op: Operator, added: Operator, input: Tensor, residual: Tensor | None, return_sum: bool, backend: str | None,
+          shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:  # fmt: skip
+    if type(shape) is not tuple:
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(f"{op.name}(): argument 'normalized_shape' must be tuple of ints, not {type(shape).__name__}")
+        shape = tuple(shape)
+    if residual is None:
+        out = op.call(input, weight, bias, shape, eps, backend)
+        return (out, input) if return_sum else out
+    out, total = added.call(input, residual, weight, bias, shape, eps, backend)
+    return (out, total) if return_sum else out
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Each row (the dimensions of normalized_shape, the last ones) less its mean, divided by its deviation (Ba, Kiros and Hinton
+    2016, arXiv:1607.06450); times weight, plus bias, both of normalized_shape.
+
+    residual, of input's shape and dtype, is first added to input, in the same pass; with return_sum the result is (output, sum).
+    RuntimeError where shapes do not match.
+    """
+    return _rows(_norm.layer_norm, _norm.add_layer_norm, input, residual, return_sum, backend, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Each row (the dimensions of normalized_shape, the last ones) divided by the root of its mean square (Zhang and Sennrich
+    2019, arXiv:1910.07467); times weight, of normalized_shape. eps: by default that of the type that is computed in.
+
+    residual and return_sum as for ``layer_norm``. RuntimeError where shapes do not match, ValueError for too few dimensions.
+    """
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    return _rows(_norm.rms_norm, _norm.add_rms_norm, input, residual, return_sum, backend, normalized_shape, weight, None, eps)

@@ -26,7 +26,17 @@ from .activation import (
 )
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .matmul import Linear
-from .norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from .pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -49,6 +59,16 @@ from .pool import (
 )
 from .rnn import GRU, LSTM, QRNN, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import CrossEntropyLoss, LogSoftmax, MSELoss, NLLLoss, Softmax
+from .transformer import (
+    GeGLU,
+    MultiheadAttention,
+    SwiGLU,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "ELU",
@@ -79,6 +99,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "GRUCell",
+    "GeGLU",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -90,6 +111,7 @@ __all__ = [
     "LPPool2d",
     "LPPool3d",
     "LSTMCell",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",
@@ -101,8 +123,10 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "Mish",
+    "MultiheadAttention",
     "NLLLoss",
     "PReLU",
+    "RMSNorm",
     "RNNCell",
     "ReLU",
     "ReLU6",
@@ -110,7 +134,13 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Softplus",
+    "SwiGLU",
     "Tanh",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]  # fmt: skip
 
 # torch.nn's class: ours

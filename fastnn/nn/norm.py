@@ -1,4 +1,4 @@
-"""Batch, group and instance normalisation."""
+"""Batch, group, instance, layer and root-mean-square normalisation."""
 
 from typing import Any
 
@@ -75,3 +75,19 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         return _instance_norm(self, input)
+
+
+class LayerNorm(nn.LayerNorm):
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, backend=self.backend)
+        return out
+
+
+class RMSNorm(nn.RMSNorm):
+    backend: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.rms_norm(x, self.normalized_shape, self.weight, self.eps, backend=self.backend)
+        return out

@@ -1,9 +1,11 @@
-"""Batch and group normalisation, each with its backward. Instance normalisation is a group a channel.
+"""Batch, group, layer and root-mean-square normalisation, each with its backward. Instance normalisation is a group a
+channel.
 
-Besides their result the ops give the mean and the variance that they normalised by, in float64: the backward needs
-them, and so does who keeps running statistics. Those are the caller's to update: an op changes nothing.
+Besides their result the ops give what they normalised by, in float64: the backward needs it, and so does who keeps
+running statistics. Those are the caller's to update: an op changes nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fastnn.kernels.reference import norm as reference
 
-from ._operator import Operator
+from ._operator import FLOATING, Operator
 from .activation import only_torch
 from .pool import empty_like_format
 
@@ -183,3 +185,155 @@ group_norm_backward: Operator = Operator(
     ),
     torch=reference.group_norm_backward,
 )
+
+
+# layer_norm and rms_norm: of rows, the last dimensions. add_layer_norm and add_rms_norm normalise a sum, and give it too.
+
+
+def _check_rows(
+    op: str, input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None = None
+) -> str | None:
+    dims, dtype, given = len(shape), input.dtype, {"weight": weight, "bias": bias}
+    if (
+        dims
+        and input.shape[-dims:] == shape
+        and dtype in FLOATING
+        and (weight is None or (weight.shape == shape and weight.dtype is dtype))
+        and (bias is None or (bias.shape == shape and bias.dtype is dtype))
+        and input.numel()
+    ):
+        return None
+    if dims == 0:
+        raise RuntimeError(f"{op}(): Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []")
+    for name, t in given.items():
+        if t is not None and tuple(t.shape) != tuple(shape):
+            raise RuntimeError(
+                f"{op}(): Expected {name} to be of same shape as normalized_shape, but got {name} of shape "
+                f"{tuple(t.shape)} and normalized_shape = {tuple(shape)}"
+            )
+    if input.dim() < dims or tuple(input.shape[-dims:]) != tuple(shape):
+        short = op.endswith("rms_norm") and input.dim() < dims  # torch has another type for it
+        raise (ValueError if short else RuntimeError)(
+            f"{op}(): Given normalized_shape={tuple(shape)}, expected input with shape (*, "
+            f"{', '.join(map(str, shape))}), but got input of size {tuple(input.shape)}"
+        )
+    if input.numel() == 0:
+        return "an empty input has no moments"
+    for name, t in given.items():
+        if t is not None and t.dtype != input.dtype and not (input.itemsize == 2 and t.dtype == torch.float32):
+            return f"{name} of dtype {t.dtype} beside input of {input.dtype} is torch's to judge"
+    return only_torch(input.dtype)
+
+
+def _check_like(op: str, name: str, t: Tensor | None, input: Tensor) -> None:
+    if t is not None and (t.shape != input.shape or t.dtype != input.dtype):
+        raise RuntimeError(
+            f"{op}(): {name} must have input's shape {tuple(input.shape)} and dtype {input.dtype}, got {tuple(t.shape)} and "
+            f"{t.dtype}"
+        )
+
+
+def _torch_rows(centred: bool, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float) -> Tensor:
+    if centred:
+        return F.layer_norm(input, shape, weight, bias, eps)
+    y = F.rms_norm(input, shape, weight, eps)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
+    """layer_norm or rms_norm; that of a sum; and the backward of both."""
+
+    def stats_shape(input: Tensor, shape: Sequence[int]) -> list[int]:
+        return [2 if centred else 1, *input.shape[: input.dim() - len(shape)]]
+
+    def stats_of(input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float) -> Tensor:
+        wide = input.detach().double()
+        return getattr(reference, name)(wide, None, None, shape, eps)[1] if wide.numel() else wide.new_empty(stats_shape(input, shape))
+
+    def save(ctx: Any, parameters: Any, x: Tensor, stats: Tensor) -> None:
+        weight, bias, *ctx.rest = parameters
+        ctx.dtypes = _dtypes(weight, bias)
+        ctx.save_for_backward(x, weight, stats)
+
+    def gradients(ctx: Any, grad: Tensor, more: Tensor | None, tensors: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        result, sums = backward.call(grad, *ctx.saved_tensors, more, *ctx.rest, ctx.backend)
+        weight, bias = ctx.needs_input_grad[tensors : tensors + 2]
+        return result, sums[0].to(ctx.dtypes[0]) if weight else None, sums[1].to(ctx.dtypes[1]) if bias else None
+
+    def of_sum(ctx: Any, grad: Tensor, more: Tensor | None) -> tuple[Tensor | None, ...]:
+        result, weight, bias = gradients(ctx, grad, more, 2)
+        return result, result, weight, bias, None, None
+
+    def sum_by_torch(input: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        total = input + residual
+        return _torch_rows(centred, total, *rest), total
+
+    def check_sum(input: Tensor, residual: Tensor, weight: Any, bias: Any, shape: Sequence[int], eps: float) -> str | None:
+        reason = _check_rows(f"add_{name}", input, shape, weight, bias)
+        _check_like(f"add_{name}", "residual", residual, input)
+        return reason
+
+    def check_backward(
+        grad: Tensor, input: Tensor, weight: Any, stats: Tensor, more: Any, shape: Sequence[int], eps: float
+    ) -> str | None:
+        reason = _check_rows(f"{name}_backward", input, shape, weight)
+        _check_like(f"{name}_backward", "grad", grad, input)
+        _check_like(f"{name}_backward", "more", more, input)
+        if list(stats.shape) != stats_shape(input, shape) or stats.dtype != torch.float64:
+            raise RuntimeError(
+                f"{name}_backward(): stats must be float64 {stats_shape(input, shape)}, got {stats.dtype} {tuple(stats.shape)}"
+            )
+        return reason
+
+    def backward_by_torch(*args: Any) -> tuple[Tensor, Tensor]:
+        dtype = args[1].dtype
+        wide = (t.float() if isinstance(t, Tensor) and t.itemsize == 2 else t for t in args)
+        result, sums = getattr(reference, f"{name}_backward")(*wide)
+        return result.to(dtype), sums
+
+    contiguous = torch.contiguous_format
+
+    def like(input: Tensor) -> Tensor:
+        return torch.empty_like(input, memory_format=contiguous)
+
+    def empty_stats(input: Tensor, shape: Sequence[int]) -> Tensor:
+        return torch.empty(stats_shape(input, shape), dtype=torch.float64, device=input.device)
+
+    forward = Operator(
+        f"{name}(Tensor input, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor)",
+        "norm",
+        check=lambda input, weight, bias, shape, eps: _check_rows(name, input, shape, weight, bias),
+        allocate=lambda plan, input, weight, bias, shape, eps: (like(input), empty_stats(input, shape)),
+        torch=lambda *args: _torch_rows(centred, *args),
+        extra=stats_of,
+        save=lambda ctx, args, out: save(ctx, args[1:], args[0], out[1]),
+        backward=lambda ctx, grad: (*gradients(ctx, grad, None, 1), None, None),
+    )
+    added = Operator(
+        f"add_{name}(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, SymInt[] shape, float eps)"
+        " -> (Tensor, Tensor, Tensor)",
+        "norm",
+        check=check_sum,
+        allocate=lambda plan, input, residual, weight, bias, shape, eps: (like(input), like(input), empty_stats(input, shape)),
+        torch=sum_by_torch,
+        extra=lambda input, residual, *rest: stats_of(input + residual, *rest),
+        visible=2,
+        save=lambda ctx, args, out: save(ctx, args[2:], out[1], out[2]),
+        backward=of_sum,
+    )
+    backward = Operator(
+        f"{name}_backward(Tensor grad, Tensor input, Tensor? weight, Tensor stats, Tensor? more, SymInt[] shape, float eps)"
+        " -> (Tensor, Tensor)",
+        "norm",
+        check=check_backward,
+        allocate=lambda plan, grad, input, weight, stats, more, shape, eps: (
+            like(input),
+            input.new_empty((2, *shape), dtype=torch.promote_types(input.dtype, torch.float32)),
+        ),
+        torch=backward_by_torch,
+    )
+    return forward, added, backward
+
+
+layer_norm, add_layer_norm, layer_norm_backward = _make_rows("layer_norm", True)
+rms_norm, add_rms_norm, rms_norm_backward = _make_rows("rms_norm", False)

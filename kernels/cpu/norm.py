@@ -1,13 +1,15 @@
-"""Batch and group normalisation on the CPU: how channels and pixels lie, and which kernel takes them.
+"""Normalisation on the CPU: how channels and pixels, or rows, lie, and which kernel takes them.
 
-Where the pixels of a channel lie next to each other the kernels "along" serve, where the channels of a pixel do those
-"across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there are few.
+Batch and group normalisation: where the pixels of a channel lie next to each other the kernels "along" serve, where the channels
+of a pixel do those "across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there
+are few. Layer and root-mean-square normalisation: rows (see norm_rows_code).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .engine import threads
 from .engine.build import Kernel
+from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -138,7 +141,81 @@ def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor,
     _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
 
 
+# Rows
+
+
+@cache
+def _rows_kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) -> Callable[..., None]:
+    def make() -> Callable[..., Any]:
+        from . import norm_rows_code
+
+        return getattr(norm_rows_code, kind)(_NAMES[dtype], *options)
+    return Kernel("_".join(["norm", kind, _NAMES[dtype], *map(str, options)]), signature, make).load()
+
+
+def _lay(t: Tensor, n: int) -> tuple[Tensor, int, int]:
+    """t, or a copy of it, as rows of n elements next to each other: the address of the first, and the bytes to the next"""
+    if not t.is_contiguous():
+        t = t.reshape(-1, n)
+        if t.stride(1) == 1 or n == 1:
+            return t, t.data_ptr(), t.stride(0) * t.itemsize
+        t = t.contiguous()
+    return t, t.data_ptr(), n * t.itemsize
+
+
+def _parameter(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
+    """In the compute type; ``usual`` where there is none"""
+    compute = torch.float32 if input.itemsize == 2 else input.dtype
+    if t is None:
+        return input.new_full((n,), usual, dtype=compute)
+    return t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous()
+
+
+def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
+          bias: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out: the normalised rows, [the sum,] the statistics"""
+    n = shape[0] if len(shape) == 1 else prod(shape)
+    x, *x_rows = _lay(input, n)  # the tensors have to live until the kernel has run
+    y, *y_rows = _lay(out[0], n)
+    r, *r_rows = (None, 0, 0) if residual is None else _lay(residual, n)
+    _, *s_rows = (None, 0, 0) if residual is None else _lay(out[1], n)
+    weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)
+    size = y.numel()
+    count = 1 if size * y.itemsize < _SERIAL else threads.count()
+    _rows_kernel("rows", "i" * 14 + "f", y.dtype, centred, residual is not None)(
+        count, size // n, n, *x_rows, *r_rows, *s_rows, *y_rows, weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(), eps)
+
+
+def _norm_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None,
+               shape: Sequence[int], eps: float) -> None:
+    """out = (the normalised rows, each row's (mean and) 1 / deviation)"""
+    _rows(centred, out, input, None, weight, bias, shape, eps)
+
+
+def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None,
+                        stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out = (the gradient of input, those of weight and bias)"""
+    n = shape[0] if len(shape) == 1 else prod(shape)
+    g, *g_rows = _lay(grad, n)  # the tensors have to live until the kernel has run
+    x, *x_rows = _lay(input, n)
+    m, *m_rows = (None, 0, 0) if more is None else _lay(more, n)
+    y, *y_rows = _lay(out[0], n)
+    weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
+    size = y.numel()
+    count = 1 if size * y.itemsize < _SERIAL else threads.count()
+    _rows_kernel("rows_backward", "i" * 16, y.dtype, centred)(
+        count, size // n, n, *g_rows, *x_rows, *m_rows, *y_rows, weight.data_ptr(), stats.data_ptr(), out[1].data_ptr(),
+        workspace(4 * n * count * weight.itemsize), max(32, isqrt(size // n // count)))
+
+
 KERNELS: dict[str, Callable[..., None]] = {
     "batch_norm": batch_norm, "batch_norm_backward": batch_norm_backward,
     "group_norm": group_norm, "group_norm_backward": group_norm_backward,
 }
+for _name, _centred in (("layer_norm", True), ("rms_norm", False)):
+    KERNELS[_name], KERNELS[f"add_{_name}"] = partial(_norm_rows, _centred), partial(_rows, _centred)
+    KERNELS[f"{_name}_backward"] = partial(_norm_rows_backward, _centred)
+
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER = {"layer_norm": lambda input, *_: torch_is_shorter(input, 192 << 10, 192 << 10)}

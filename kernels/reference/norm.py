@@ -1,5 +1,8 @@
 """Normalisation as plain maths: what the fast kernels must equal. Differentiable any number of times."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,3 +78,82 @@ def group_norm_backward(
     products = grad * unit.reshape(input.shape)
     sums = [t.sum(spatial) if spatial else t for t in (grad, products)]
     return (inner * rstd).reshape(input.shape), torch.stack(sums).double()
+
+
+# Rows: layer_norm and rms_norm
+
+
+def _last(input: Tensor, shape: Sequence[int]) -> list[int]:
+    return list(range(input.dim() - len(shape), input.dim()))
+
+
+def _unit_rows(input: Tensor, dims: list[int], eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """The rows normalised, and what they were multiplied by; ``centred``: their mean is taken away first."""
+    below = _less_mean(input, input.mean(dims, keepdim=True), dims) if centred else input
+    rstd = torch.rsqrt(below.square().mean(dims, keepdim=True) + eps)
+    return below * rstd, rstd
+
+
+def layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Ba, Kiros and Hinton 2016, equations 3 and 4: the normalised input, and each row's (mean, 1 / deviation)."""
+    dims = _last(input, shape)
+    unit, rstd = _unit_rows(input, dims, eps, True)
+    y = unit if weight is None else unit * weight.to(input.dtype)
+    stats = torch.stack([input.mean(dims), rstd.reshape(input.shape[: dims[0]])])
+    return y if bias is None else y + bias.to(input.dtype), stats.double().detach()
+
+
+def rms_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Zhang and Sennrich 2019, equation 4: the input divided by the root of its mean square, and what it was multiplied by."""
+    dims = _last(input, shape)
+    unit, rstd = _unit_rows(input, dims, eps, False)
+    y = unit if weight is None else unit * weight.to(input.dtype)
+    return y if bias is None else y + bias.to(input.dtype), rstd.reshape(1, *input.shape[: dims[0]]).double().detach()
+
+
+def add_layer_norm(input: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """layer_norm of the sum, and the sum"""
+    total = input + residual
+    y, stats = layer_norm(total, *rest)
+    return y, total, stats
+
+
+def add_rms_norm(input: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm of the sum, and the sum"""
+    total = input + residual
+    y, stats = rms_norm(total, *rest)
+    return y, total, stats
+
+
+def _rows_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, more: Tensor | None, shape: Sequence[int], eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    dims = _last(input, shape)
+    unit, rstd = _unit_rows(input, dims, eps, centred)  # not from stats, so that the second derivative sees them
+    g = grad if weight is None else grad * weight.to(grad.dtype)
+    inner = g - unit * (g * unit).mean(dims, keepdim=True)
+    if centred:
+        inner = inner - g.mean(dims, keepdim=True)
+    rows = list(range(dims[0]))
+    sums = [t.sum(rows) if rows else t for t in (grad * unit, grad)]
+    sums_type = torch.promote_types(input.dtype, torch.float32)
+    result = inner * rstd
+    return result if more is None else result + more, torch.stack(sums).to(sums_type)
+
+
+def layer_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of input, to which ``more`` is added; those of weight and bias, stacked."""
+    return _rows_backward(grad, input, weight, more, shape, eps, True)
+
+
+def rms_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """As ``layer_norm_backward``"""
+    return _rows_backward(grad, input, weight, more, shape, eps, False)
