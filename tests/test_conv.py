@@ -278,17 +278,20 @@ def test_replace_serves_a_network() -> None:
 def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     """By shape alone, never with an epilogue, and not when a backend was named; bad arguments meet our own messages."""
     monkeypatch.setattr(host, "RULES", True)
-    small, w = randn(1, 3, 9, 9), randn(4, 3, 3, 3)
+    small, w = randn(1, 3, 9, 9), randn(4, 3, 1, 1)
     big, deep = randn(1, 64, 40, 40), randn(64, 1, 3, 3)
     ours.conv2d(small, w)
     ours.conv2d(small, w, activation="relu")
     ours.conv2d(small, w, backend="cpu")
-    ours.conv2d(randn(1, 64, 40, 40), randn(64, 64, 3, 3))
-    ours.conv2d(randn(1, 64, 90, 90), deep, groups=64)
+    ours.conv2d(small, randn(4, 3, 3, 3))
+    ours.conv2d(big, deep, groups=64)
+    ours.conv_transpose2d(big, deep, groups=64, stride=2)
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))
+    ours.conv2d(FORMATS["last"](randn(1, 5, 9, 9)), FORMATS["last"](randn(160, 5, 3, 3)))
     ours.conv2d(small.double(), w.double())
-    assert [c.backend for c in calls] == ["torch", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "cpu"]
+    served = ["torch", "cpu", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "torch", "cpu"]
+    assert [c.backend for c in calls] == served
     assert "this small" in calls[0].reason
     with pytest.raises(RuntimeError, match="must have 2 channels"):
         ours.conv2d(small, randn(4, 2, 3, 3))

@@ -357,25 +357,25 @@ KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_wei
 # The automatic choice, not a limit: float32 calls that torch (through oneDNN) was measured to serve faster, on a Zen 3 with AVX2.
 # `bench conv --backend cpu` shows both sides.
 RULES = True
-_SMALL = 1 << 22  # multiplications
+_SMALL, _SMALL_PRODUCT = 1 << 22, 1 << 20  # multiplications
 
 
 def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], transposed: bool, groups: int) -> str | None:
     """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
     if not RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
         return None
-    positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
-    if positions * weight.numel() <= _SMALL:
-        return "a convolution this small takes less time in torch than a call of ours"
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if not transposed:
-            return "depthwise: oneDNN's kernel is 1.1 to 2 times as fast"
-        if last or max(stride) > 1:
+        if transposed and (last or max(stride) > 1):
             return "depthwise, channels last or with a stride: torch's gradient of the input is faster"
-    elif groups > 1 and last:
+        return None
+    positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
+    size = positions * weight.numel()
+    if (size <= _SMALL_PRODUCT and max(weight.shape[2:]) == 1) or (size <= _SMALL and last):
+        return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
+    if groups > 1 and last:
         return "groups with channels last: oneDNN's kernel is faster"
-    elif last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
+    if last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
         return "channels last and few outputs: oneDNN's tile wastes less of its width"
     return None
 
