@@ -30,6 +30,8 @@ WINDOWS: list[tuple[Any, ...]] = [
     (2, 2, 0, 1, False), (3, 2, 1, 1, False), (3, 1, 1, 1, False), (2, 1, 0, 2, True), (3, 3, 1, 1, True),
     (2, 3, 1, 1, True), (3, 2, 1, 2, True), (4, 5, 2, 1, False),
 ]  # fmt: skip
+
+
 def fits(shape: tuple[int, ...], dims: int, window: tuple[Any, ...]) -> bool:
     kernel, _, padding, dilation, _ = window
     return all(n + 2 * padding >= dilation * (kernel - 1) + 1 for n in shape[-dims:])

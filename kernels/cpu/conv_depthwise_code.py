@@ -202,7 +202,7 @@ def depthwise(elem_name: str) -> Any:
         table, line, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
         row, wk, depth, yh, yw = lay_out(geo, table, band), get(geo, _WK), get(geo, _DEPTH), get(geo, _YH), get(geo, _YW)
         line_row, below = (ow + 2 * lanes) * ps, get(geo, _SH) * row
-        straight = ps == size and yw == size and (act == 0 or act == RELU or act == RELU6)
+        straight = ps == size and yw == size and act in (0, RELU, RELU6)
         many, width = (8, lanes) if ow <= lanes else (4, 2 * lanes)
         enough = (width + ow - 1) // ow if straight and yh == ow * size else oh + 1  # rows that a block's width fits into
         image = first // channels
@@ -229,8 +229,8 @@ def depthwise(elem_name: str) -> Any:
                         else:
                             for j in range(0, ow, width):
                                 k = max(0, min(j, ow - width)) * ps
-                                broad(taps, table, wc, wk, at + k, below, b, to + k, to_step, more + k if more != 0 else 0, act_now,
-                                      rows, whole, ow)
+                                r = more + k if more != 0 else 0
+                                broad(taps, table, wc, wk, at + k, below, b, to + k, to_step, r, act_now, rows, whole, ow)
                         if not straight:
                             for i in range(rows):
                                 finish(ow, line + i * line_row, y + offset + i * yh, yw, bias + c * size if bias != 0 else 0, 0,
@@ -344,7 +344,7 @@ def depthwise(elem_name: str) -> Any:
         low, _ = bounds(geo, tw)
         _, high = bounds(geo, tw + extent(geo, 16, False) - 1)
         step = get(geo, _SW) * get(geo, _XW)
-        straight = ps == size and (act == 0 or act == RELU or act == RELU6)
+        straight = ps == size and act in (0, RELU, RELU6)
         pairs = channels // (2 * lanes) * 2 * lanes if straight else 0
         for row in range(first, end):
             r = row // oh
@@ -394,8 +394,8 @@ def depthwise(elem_name: str) -> Any:
                 if done < channels:
                     for j in range(FOUR if four else 1):
                         to = offset + j * get(geo, _YW) + more
-                        finish(channels - done, lines + j * line_row + done * ps, y + to, size, bias + more if bias != 0 else 0, size,
-                               res + to if res != 0 else 0, act, p0, p1)
+                        finish(channels - done, lines + j * line_row + done * ps, y + to, size, bias + more if bias != 0 else 0,
+                               size, res + to if res != 0 else 0, act, p0, p1)
                 i += FOUR if four else 1
 
     @outline
