@@ -141,11 +141,14 @@ def test_gradients_of_a_sum() -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_epilogue(form: str) -> None:
     place = FORMATS[form]
-    for op, w, groups in (("conv2d", (9, 5, 3, 3), 1), ("conv2d", (5, 1, 3, 3), 5), ("conv_transpose2d", (5, 9, 3, 3), 1)):
-        x, weight = place(randn(2, 5, 7, 11)), place(randn(*w, seed=1))
+    for op, w, groups, x_shape in (
+        ("conv2d", (9, 5, 3, 3), 1, (2, 5, 7, 11)), ("conv2d", (5, 1, 3, 3), 5, (2, 5, 7, 11)),
+        ("conv2d", (35, 1, 3, 3), 35, (1, 35, 21, 43)), ("conv_transpose2d", (5, 9, 3, 3), 1, (2, 5, 7, 11)),
+    ):  # fmt: skip
+        x, weight = place(randn(*x_shape)), place(randn(*w, seed=1))
         plain = getattr(F, op)(x, weight, stride=2, groups=groups)
         bias = randn(plain.shape[1], seed=2)
-        for other, activation in itertools.product(FORMATS.values(), ("relu", "gelu", "hardswish", None)):
+        for other, activation in itertools.product(FORMATS.values(), ("relu", "relu6", "gelu", None)):
             residual = other(randn(*plain.shape, seed=3))
             z = plain + bias[:, None, None] + residual
             expected = z if activation is None else getattr(F, activation)(z)
@@ -278,17 +281,20 @@ def test_replace_serves_a_network() -> None:
 def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     """By shape alone, never with an epilogue, and not when a backend was named; bad arguments meet our own messages."""
     monkeypatch.setattr(host, "RULES", True)
-    small, w = randn(1, 3, 9, 9), randn(4, 3, 3, 3)
+    small, w = randn(1, 3, 9, 9), randn(4, 3, 1, 1)
     big, deep = randn(1, 64, 40, 40), randn(64, 1, 3, 3)
     ours.conv2d(small, w)
     ours.conv2d(small, w, activation="relu")
     ours.conv2d(small, w, backend="cpu")
-    ours.conv2d(randn(1, 64, 40, 40), randn(64, 64, 3, 3))
-    ours.conv2d(randn(1, 64, 90, 90), deep, groups=64)
+    ours.conv2d(small, randn(4, 3, 3, 3))
+    ours.conv2d(big, deep, groups=64)
+    ours.conv_transpose2d(big, deep, groups=64, stride=2)
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))
+    ours.conv2d(FORMATS["last"](randn(1, 5, 9, 9)), FORMATS["last"](randn(160, 5, 3, 3)))
     ours.conv2d(small.double(), w.double())
-    assert [c.backend for c in calls] == ["torch", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "cpu"]
+    served = ["torch", "cpu", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "torch", "cpu"]
+    assert [c.backend for c in calls] == served
     assert "this small" in calls[0].reason
     with pytest.raises(RuntimeError, match="must have 2 channels"):
         ours.conv2d(small, randn(4, 2, 3, 3))

@@ -5,12 +5,13 @@ convolution in its input, and the other way round, so each is the other's backwa
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._operator import FLOATING, Operator
+from ._operator import FLOATING, PLAIN, Operator, empty_matrix
 from .activation import PARAMETERLESS, activation_backward, apply_torch, no_kernel_for
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -49,7 +50,35 @@ def _check(
     groups: int,
     activation: str | None,
 ) -> tuple[int, ...] | str:
-    x, w = input.shape, weight.shape
+    b, r = bias is None or bias.shape, residual is None or residual.shape
+    numbers = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups, activation)
+    # A model asks the same again and again; a tracer's sizes may be symbols, which are not to be kept.
+    plan = _output_shape if type(input) in PLAIN and type(weight) in PLAIN else _output_shape.__wrapped__
+    shape: tuple[int, ...] = plan(input.shape, weight.shape, b, r, *numbers)
+    dtype = input.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) or (residual is not None and residual.dtype != dtype):
+        op = f"conv{'_transpose' if transposed else ''}{len(stride)}d"
+        for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
+            if t is not None and t.dtype != dtype:
+                raise RuntimeError(f"{op}(): {name} must have the same dtype as input, {dtype}, got {t.dtype}")
+    return shape if dtype in FLOATING else no_kernel_for(dtype)
+
+
+@lru_cache(4096)
+def _output_shape(
+    x: Sequence[int],
+    w: Sequence[int],
+    bias: Sequence[int] | bool,
+    residual: Sequence[int] | bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    activation: str | None,
+) -> tuple[int, ...]:
+    """The output's shape, of the tensors' shapes: those of bias and residual are True where there are none."""
     dims = len(stride)
     op = f"conv_transpose{dims}d" if transposed else f"conv{dims}d"
     if len(w) != dims + 2 or len(x) != dims + 2:
@@ -76,13 +105,10 @@ def _check(
         else _size(op, x, w, stride, padding, dilation)
     )
     shape = (x[0], outputs, *size)
-    for name, t, expected in (("bias", bias, (outputs,)), ("residual", residual, shape)):
-        if t is not None and tuple(t.shape) != expected:
-            raise RuntimeError(f"{op}(): {name} must have shape {expected} for weight {tuple(w)}, got {tuple(t.shape)}")
-    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None and t.dtype != input.dtype:
-            raise RuntimeError(f"{op}(): {name} must have the same dtype as input, {input.dtype}, got {t.dtype}")
-    return shape if input.dtype in FLOATING else no_kernel_for(input.dtype)
+    for name, found, expected in (("bias", bias, (outputs,)), ("residual", residual, shape)):
+        if not isinstance(found, bool) and tuple(found) != expected:
+            raise RuntimeError(f"{op}(): {name} must have shape {expected} for weight {tuple(w)}, got {tuple(found)}")
+    return shape
 
 
 def _check_numbers(
@@ -206,14 +232,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, grad_weight, grad_bias, grad if needs_residual else None, *[None] * 7
 
 
+@lru_cache(4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _allocate(shape: tuple[int, ...], input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    plain = type(input) in PLAIN and input.is_cpu and not torch._C._get_deterministic_algorithms()
+    if plain and input.is_contiguous() and weight.is_contiguous():
+        return empty_matrix(shape, _strides(shape), input.dtype)
+    form = memory_format(input, weight)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=form)
+
+
 conv: Operator = Operator(
     "conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation,"
     " bool transposed, SymInt[] output_padding, int groups, str? activation) -> Tensor",
     "conv",
     check=_check,
-    allocate=lambda shape, input, weight, *_: torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input, weight)
-    ),
+    allocate=_allocate,
     torch=_torch_conv,
     save=_save,
     backward=_backward,

@@ -134,7 +134,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         channels_all, total = groups * outputs, images * math.prod(positions)
         depth_all = channels * len(taps)
         ops = groups * outputs * depth_all * total
-        threads_used = 1 if ops < _SERIAL else nt
+        threads_used = 1 if ops * (8 if depthwise else 1) < _SERIAL else nt
         w_g, w_o, w_c = (outputs if not transposed else channels) * w_stride[0] * size, w_stride[0] * size, w_stride[1] * size
         if transposed:
             w_o, w_c = w_c, w_o
@@ -235,17 +235,17 @@ def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], de
                       moves: list[int]) -> dict[str, int]:
     """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
     vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
-    at_outs = _up(taps * 24 + 128, 64)
+    at_outs = _up(taps * 48 + moves[2] * 24 + 128, 64)
     depth = packing = 0
     if kind in (PIXELS, WEIGHTS_LAST):
         at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
     else:
-        at_pack = _up(at_outs + 2 * taps * vector + (positions[2] + 8 * f.lanes) * f.unit, 64)
+        at_pack = _up(at_outs + 2 * taps * vector + 8 * (positions[2] + 2 * f.lanes) * f.unit, 64)
         deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
-        row = (positions[2] + 4 * f.lanes + wide) * f.unit * moves[2]
+        row = (positions[2] + 2 * f.lanes + wide) * f.unit * moves[2]
         fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
-        depth = max(1, min(positions[1], fits, 256 * f.lanes // positions[2]))
-        packing = row * deep * ((depth - 1) * moves[1] + high)
+        depth = max(8, min(positions[1], fits, 256 * f.lanes // positions[2]) // 8 * 8)
+        packing = row * deep * ((depth + 6) * moves[1] + high)
     return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "panels": vectors if kind == PIXELS else 0,
                                        "at_outs": at_outs, "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
 
@@ -357,25 +357,25 @@ KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_wei
 # The automatic choice, not a limit: float32 calls that torch (through oneDNN) was measured to serve faster, on a Zen 3 with AVX2.
 # `bench conv --backend cpu` shows both sides.
 RULES = True
-_SMALL = 1 << 22  # multiplications
+_SMALL, _SMALL_PRODUCT = 1 << 22, 1 << 20  # multiplications
 
 
 def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], transposed: bool, groups: int) -> str | None:
     """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
     if not RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
         return None
-    positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
-    if positions * weight.numel() <= _SMALL:
-        return "a convolution this small takes less time in torch than a call of ours"
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if not transposed:
-            return "depthwise: oneDNN's kernel is 1.1 to 2 times as fast"
-        if last or max(stride) > 1:
+        if transposed and (last or max(stride) > 1):
             return "depthwise, channels last or with a stride: torch's gradient of the input is faster"
-    elif groups > 1 and last:
+        return None
+    positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
+    size = positions * weight.numel()
+    if (size <= _SMALL_PRODUCT and max(weight.shape[2:]) == 1) or (size <= _SMALL and last):
+        return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
+    if groups > 1 and last:
         return "groups with channels last: oneDNN's kernel is faster"
-    elif last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
+    if last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
         return "channels last and few outputs: oneDNN's tile wastes less of its width"
     return None
 

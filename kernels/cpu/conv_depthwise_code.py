@@ -5,7 +5,8 @@ channels last. The problem is described as in ``conv_code``, so strides, dilatio
 are the same thing here as there.
 
 * ``planes``: a band of the image is copied with its padding (and, for a stride, its columns sorted by remainder), so that
-  the loop over taps reads whole vectors and asks nothing.
+  the loop over taps reads whole vectors and asks nothing. Rows of outputs share a tap's weight. A row's last vectors overlap
+  those before; of short rows the end is overwritten by the next row.
 * ``pixels``: four positions next to each other share a vector of weights; positions whose taps leave the image go one by one.
 * the gradients of the weight do the same, with the sums of one band or row added to the total at its end, so that chains stay
   short.
@@ -50,6 +51,7 @@ from .conv_code import (
     get,
     put,
 )
+from .engine.activation_codes import CODES
 from .engine.region import parallel
 from .engine.simd import (
     ELEMS,
@@ -60,22 +62,26 @@ from .engine.simd import (
     load,
     load_n,
     load_scalar,
+    maximum_fast,
+    minimum_fast,
     outline,
     reduce_add,
     spread,
     store,
+    store_n,
     store_scalar,
     wide,
 )
 
 FOUR = 4
+RELU, RELU6 = CODES["relu"], CODES["relu6"]
 
 
 def depthwise(elem_name: str) -> Any:
     """The four kinds in one kernel, as ``convolution``."""
     e = ELEMS[elem_name]
     p = compute_elem(e)
-    quad = wide(p, FOUR)
+    two = wide(p, 2)
     lanes, ps, size = p.lanes, p.size, e.size
     zeros, copy_stepped = copier(e)
     finish = finisher(e)
@@ -90,91 +96,155 @@ def depthwise(elem_name: str) -> Any:
         return a if low else b - a + 1
 
     @outline
-    def lay_out(geo, table):
-        """The table of where a tap's first element lies in a copied band, then the taps' extents; returns bytes of a row"""
+    def lay_out(geo, table, band):
+        """Clears a band and writes the table of where a tap's first element lies in it, then what ``copy_band`` goes by; returns
+        bytes of a row"""
         td, th, tw = extent(geo, 0, True), extent(geo, 8, True), extent(geo, 16, True)
-        rows, sw = (get(geo, _DEPTH) - 1) * get(geo, _SH) + extent(geo, 8, False), get(geo, _SW)
+        rows, sw = (get(geo, _DEPTH) + 6) * get(geo, _SH) + extent(geo, 8, False), get(geo, _SW)
         at = table + get(geo, _TAPS) * 8
         put(at, 0, td)
         put(at, 8, th)
-        put(at, 16, tw)
+        put(at, 16, rows)
         put(at, 24, extent(geo, 0, False))
         put(at, 32, extent(geo, 8, False))
-        over = FOUR * lanes if get(geo, _OW) > lanes else lanes  # what a block of vectors may read past the last position
-        part = (get(geo, _OW) + over + (extent(geo, 16, False) - 1) // sw) * ps
+        part = max(get(geo, _OW), 2 * lanes) + (extent(geo, 16, False) - 1) // sw + 1
+        for f in range(sw):  # of the columns with remainder f: the first, zeros before it, elements
+            w = tw + f
+            before = min(part, (sw - 1 - w) // sw) if w < 0 else 0
+            upto = max(before, min(part, (get(geo, _W) - w + sw - 1) // sw)) if w < get(geo, _W) else before
+            put(at, 40 + f * 24, (w + before * sw) * get(geo, _XW))
+            put(at, 48 + f * 24, (f * part + before) * ps)
+            put(at, 56 + f * 24, upto - before)
         for t in range(get(geo, _TAPS)):
             tap = get(geo, _TAP) + t * 24
             w = get(tap, 16) - tw
-            put(table, t * 8, ((get(tap, 0) - td) * rows + get(tap, 8) - th) * part * sw + w % sw * part + w // sw * ps)
-        return part * sw
+            put(table, t * 8, (((get(tap, 0) - td) * rows + get(tap, 8) - th) * part * sw + w % sw * part + w // sw) * ps)
+        zeros(band, extent(geo, 0, False) * rows * part * sw)
+        return part * sw * ps
 
     @outline
     def copy_band(geo, table, x, d, h, n, dst, row):
-        """The padded rows that n rows of positions from (d, h) on meet"""
+        """The padded rows that n rows of positions from (d, h) on meet; what lies left and right of the image is zero already"""
         at = table + get(geo, _TAPS) * 8
-        td, th, tw, deep, high = get(at, 0), get(at, 8), get(at, 16), get(at, 24), get(at, 32)
-        sw, xw = get(geo, _SW), get(geo, _XW)
-        rows, used = (get(geo, _DEPTH) - 1) * get(geo, _SH) + high, (n - 1) * get(geo, _SH) + high
-        part = row // (sw * ps)
+        rows, deep = get(at, 16), get(at, 24)
+        used = (n - 1) * get(geo, _SH) + get(at, 32)
+        sw, step, xh = get(geo, _SW), get(geo, _SW) * get(geo, _XW), get(geo, _XH)
+        z, y0 = d * get(geo, _SD) + get(at, 0), h * get(geo, _SH) + get(at, 8)
         for i in range(deep):
-            z = d * get(geo, _SD) + td + i
-            for j in range(used):
-                y = h * get(geo, _SH) + th + j
-                for f in range(sw):
-                    to = dst + (i * rows + j) * row + f * part * ps
-                    before = upto = 0
-                    if z >= 0 and z < get(geo, _D) and y >= 0 and y < get(geo, _H):
-                        w = tw + f
-                        before = min(part, (sw - 1 - w) // sw) if w < 0 else 0
-                        upto = max(before, min(part, (get(geo, _W) - w + sw - 1) // sw)) if w < get(geo, _W) else before
-                        zeros(to, before)
-                        copy_stepped(to + before * ps, x + z * get(geo, _XD) + y * get(geo, _XH) + (w + before * sw) * xw,
-                                     upto - before, sw * xw)
-                    zeros(to + upto * ps, part - upto)
+            there = z + i >= 0 and z + i < get(geo, _D)
+            to = dst + i * rows * row
+            source = x + (z + i) * get(geo, _XD) + y0 * xh
+            for y in range(y0, y0 + used):
+                if there and y >= 0 and y < get(geo, _H):
+                    for f in range(sw):
+                        copy_stepped(to + get(at, 48 + f * 24), source + get(at, 40 + f * 24), get(at, 56 + f * 24), step)
+                else:
+                    zeros(to, row // ps)
+                to += row
+                source += xh
+
+    @inline
+    def put_row(q, v, bias, y, res, act, n):
+        """One row's sums with bias, residual and activation; the first n, or all"""
+        if bias != 0:
+            v = v + spread(q, load_scalar(p, bias))
+        if res != 0:
+            v = v + (load(q, res) if n < 0 else load_n(q, res, n))
+        if act != 0:
+            v = maximum_fast(0.0, v)
+            if act == RELU6:
+                v = minimum_fast(6.0, v)
+        if n < 0:
+            store(q, y, v)
+        else:
+            store_n(q, y, v, n)
+
+    # A block is a stretch of ``rows`` rows of positions, one below the other. Of ``whole`` of them all lanes are written, of the
+    # others n. Rows go downwards: what a whole vector writes past a short row's end is the next row's.
+
+    @outline
+    def broad(taps, table, w, wk, at, step, bias, y, y_step, res, act, rows, whole, n):
+        """A block of two vectors, at most four rows"""
+        a0 = a1 = a2 = a3 = spread(two, 0.0)
+        for t in range(taps):
+            s = at + load_scalar(INT64, table + t * 8)
+            f = spread(two, load_scalar(p, w + t * wk))
+            a0, a1 = fma(f, load(two, s), a0), fma(f, load(two, s + step), a1)
+            a2, a3 = fma(f, load(two, s + 2 * step), a2), fma(f, load(two, s + 3 * step), a3)
+        for i in range(rows):
+            put_row(two, a0, bias, y, res, act, -1 if i < whole else n)
+            a0, a1, a2 = a1, a2, a3
+            y += y_step
+            res += y_step if res != 0 else 0
+
+    @outline
+    def tall(taps, table, w, wk, at, step, bias, y, y_step, res, act, rows, whole, n):
+        """A block of one vector, at most eight rows"""
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = spread(p, 0.0)
+        for t in range(taps):
+            s = at + load_scalar(INT64, table + t * 8)
+            f = spread(p, load_scalar(p, w + t * wk))
+            a0, a1 = fma(f, load(p, s), a0), fma(f, load(p, s + step), a1)
+            a2, a3 = fma(f, load(p, s + 2 * step), a2), fma(f, load(p, s + 3 * step), a3)
+            s += 4 * step
+            b0, b1 = fma(f, load(p, s), b0), fma(f, load(p, s + step), b1)
+            b2, b3 = fma(f, load(p, s + 2 * step), b2), fma(f, load(p, s + 3 * step), b3)
+        for i in range(rows):
+            put_row(p, a0, bias, y, res, act, -1 if i < whole else n)
+            a0, a1, a2, a3, b0, b1, b2 = a1, a2, a3, b0, b1, b2, b3
+            y += y_step
+            res += y_step if res != 0 else 0
 
     @outline
     def planes(geo, first, end, x, w, y, bias, res, act, p0, p1, ws):
         """Planes first … end of the output, counted over images and channels"""
-        channels, ow, oh, taps = get(geo, _G) * get(geo, _O), get(geo, _OW), get(geo, _OH), get(geo, _TAPS)
+        channels, ow, oh, taps, outputs = get(geo, _G) * get(geo, _O), get(geo, _OW), get(geo, _OH), get(geo, _TAPS), get(geo, _O)
         table, line, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
-        row, wk = lay_out(geo, table), get(geo, _WK)
-        for plane in range(first, end):
-            image = plane // channels
-            c = plane - image * channels
-            xc = x + image * get(geo, _XN) + c // get(geo, _O) * get(geo, _XC)
+        row, wk, depth, yh, yw = lay_out(geo, table, band), get(geo, _WK), get(geo, _DEPTH), get(geo, _YH), get(geo, _YW)
+        line_row, below = (ow + 2 * lanes) * ps, get(geo, _SH) * row
+        straight = ps == size and yw == size and act in (0, RELU, RELU6)
+        many, width = (8, lanes) if ow <= lanes else (4, 2 * lanes)
+        enough = (width + ow - 1) // ow if straight and yh == ow * size else oh + 1  # rows that a block's width fits into
+        image = first // channels
+        c = first - image * channels
+        for _ in range(first, end):
+            xc = x + image * get(geo, _XN) + (c if outputs == 1 else c // outputs) * get(geo, _XC)
             yc, wc = image * get(geo, _YN) + c * get(geo, _YO), w + c * get(geo, _WR)
+            b = bias + c * size if straight and bias != 0 else 0
             for d in range(get(geo, _OD)):
-                for h0 in range(0, oh, get(geo, _DEPTH)):
-                    n = min(get(geo, _DEPTH), oh - h0)
+                for h0 in range(0, oh, depth):
+                    n = min(depth, oh - h0)
                     copy_band(geo, table, xc, d, h0, n, band, row)
-                    for h in range(n):
-                        at = band + h * get(geo, _SH) * row
-                        j = 0
-                        while j < ow:
-                            if ow - j > lanes:
-                                acc = spread(quad, 0.0)
-                                for t in range(taps):
-                                    acc = fma(spread(quad, load_scalar(p, wc + t * wk)),
-                                              load(quad, at + j * ps + load_scalar(INT64, table + t * 8)), acc)
-                                store(quad, line + j * ps, acc)
-                                j += FOUR * lanes
-                            else:
-                                one = spread(p, 0.0)
-                                for t in range(taps):
-                                    one = fma(spread(p, load_scalar(p, wc + t * wk)),
-                                              load(p, at + j * ps + load_scalar(INT64, table + t * 8)), one)
-                                store(p, line + j * ps, one)
-                                j += lanes
-                        offset = yc + d * get(geo, _YD) + (h0 + h) * get(geo, _YH)
-                        finish(ow, line, y + offset, get(geo, _YW), bias + c * size if bias != 0 else 0, 0,
-                               res + offset if res != 0 else 0, act, p0, p1)
+                    for h in range(0, n, many):
+                        rows = min(many, n - h)
+                        offset = yc + d * get(geo, _YD) + (h0 + h) * yh
+                        at = band + h * below
+                        if straight:
+                            to, to_step, more, act_now = y + offset, yh, res + offset if res != 0 else 0, act
+                        else:
+                            to, to_step, more, act_now = line, line_row, 0, 0
+                        whole = rows if ow >= width or not straight else max(0, oh - h0 - h - enough + 1)
+                        if ow <= lanes:
+                            tall(taps, table, wc, wk, at, below, b, to, to_step, more, act_now, rows, whole, ow)
+                        else:
+                            for j in range(0, ow, width):
+                                k = max(0, min(j, ow - width)) * ps
+                                r = more + k if more != 0 else 0
+                                broad(taps, table, wc, wk, at + k, below, b, to + k, to_step, r, act_now, rows, whole, ow)
+                        if not straight:
+                            for i in range(rows):
+                                finish(ow, line + i * line_row, y + offset + i * yh, yw, bias + c * size if bias != 0 else 0, 0,
+                                       res + offset + i * yh if res != 0 else 0, act, p0, p1)
+            c += 1
+            if c == channels:
+                image, c = image + 1, 0
 
     @outline
     def plane_weights(geo, first, end, x, out, grad, ws):
         """The gradients of the filters of outputs first … end"""
         ow, oh, taps = get(geo, _OW), get(geo, _OH), get(geo, _TAPS)
         table, sums, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
-        row = lay_out(geo, table)
+        row = lay_out(geo, table, band)
         line = sums + 2 * taps * p.bytes
         for c in range(first, end):
             for t in range(taps):
@@ -226,15 +296,56 @@ def depthwise(elem_name: str) -> Any:
         left = get(geo, _W) - tap
         return low, max(low, min(get(geo, _OW), (left + sw - 1) // sw)) if left > 0 else low
 
+    @inline
+    def put_vector(v, y, bias, res, act):
+        """The sums of a vector of channels with bias, residual and activation"""
+        if bias != 0:
+            v = v + load(p, bias)
+        if res != 0:
+            v = v + load(p, res)
+        if act != 0:
+            v = maximum_fast(0.0, v)
+            if act == RELU6:
+                v = minimum_fast(6.0, v)
+        store(p, y, v)
+
+    @outline
+    def pair(number, valid, more, w, w_next, step, y, y_step, bias, res, act):
+        """Two vectors of channels at four positions; ``more`` is their offset from the taps' addresses"""
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = spread(p, 0.0)
+        for t in range(number):
+            at = valid + t * 24
+            k = get(at, 8) * p.bytes
+            f, g = load(p, w + k), load(p, w + w_next + k)
+            s = get(at, 0) + more
+            a0, b0 = fma(f, load(p, s), a0), fma(g, load(p, s + p.bytes), b0)
+            a1, b1 = fma(f, load(p, s + step), a1), fma(g, load(p, s + step + p.bytes), b1)
+            s += 2 * step
+            a2, b2 = fma(f, load(p, s), a2), fma(g, load(p, s + p.bytes), b2)
+            a3, b3 = fma(f, load(p, s + step), a3), fma(g, load(p, s + step + p.bytes), b3)
+        after = bias + p.bytes if bias != 0 else 0
+        r = res + p.bytes if res != 0 else 0
+        more_step = y_step if res != 0 else 0
+        put_vector(a0, y, bias, res, act)
+        put_vector(b0, y + p.bytes, after, r, act)
+        put_vector(a1, y + y_step, bias, res + more_step, act)
+        put_vector(b1, y + y_step + p.bytes, after, r + more_step, act)
+        put_vector(a2, y + 2 * y_step, bias, res + 2 * more_step, act)
+        put_vector(b2, y + 2 * y_step + p.bytes, after, r + 2 * more_step, act)
+        put_vector(a3, y + 3 * y_step, bias, res + 3 * more_step, act)
+        put_vector(b3, y + 3 * y_step + p.bytes, after, r + 3 * more_step, act)
+
     @outline
     def pixels(geo, first, end, x, w, y, bias, res, act, p0, p1, ws):
         """Rows of positions first … end; weights in panels of one vector"""
         channels, ow, oh, od, taps = get(geo, _G), get(geo, _OW), get(geo, _OH), get(geo, _OD), get(geo, _TAPS)
-        valid, lines, line_row = ws, ws + get(geo, _AT_OUTS), (get(geo, _G) + lanes) * ps
+        valid, here, lines, line_row = ws, ws + taps * 24, ws + get(geo, _AT_OUTS), (get(geo, _G) + lanes) * ps
         tw = extent(geo, 16, True)
         low, _ = bounds(geo, tw)
         _, high = bounds(geo, tw + extent(geo, 16, False) - 1)
         step = get(geo, _SW) * get(geo, _XW)
+        straight = ps == size and act in (0, RELU, RELU6)
+        pairs = channels // (2 * lanes) * 2 * lanes if straight else 0
         for row in range(first, end):
             r = row // oh
             h = row - r * oh
@@ -244,35 +355,47 @@ def depthwise(elem_name: str) -> Any:
             i = 0
             while i < ow:
                 four = i >= low and i + FOUR <= high
-                for c in range(0, channels, lanes):
+                count, table = number, valid
+                if not four:  # the taps that meet the image
+                    count, table = 0, here
+                    for t in range(number):
+                        at = valid + t * 24
+                        place = i * get(geo, _SW) + get(at, 16)
+                        if place >= 0 and place < get(geo, _W):
+                            put(here, count * 24, get(at, 0))
+                            put(here, count * 24 + 8, get(at, 8))
+                            count += 1
+                offset = image * get(geo, _YN) + d * get(geo, _YD) + h * get(geo, _YH) + i * get(geo, _YW)
+                if four:
+                    for c in range(0, pairs, 2 * lanes):
+                        pair(count, table, i * step + c * size, w + c * taps * ps, taps * p.bytes, step, y + offset + c * size,
+                             get(geo, _YW), bias + c * size if bias != 0 else 0, res + offset + c * size if res != 0 else 0, act)
+                for c in range(pairs if four else 0, channels, lanes):
                     n = min(lanes, channels - c)
                     wc = w + c * taps * ps
                     a0 = a1 = a2 = a3 = spread(p, 0.0)
                     if four:
-                        for t in range(number):
-                            at = valid + t * 24
+                        for t in range(count):
+                            at = table + t * 24
                             f = load(p, wc + get(at, 8) * p.bytes)
                             s = get(at, 0) + i * step + c * size
-                            if n == lanes:
-                                a0, a1 = fma(f, load(e, s), a0), fma(f, load(e, s + step), a1)
-                                a2, a3 = fma(f, load(e, s + 2 * step), a2), fma(f, load(e, s + 3 * step), a3)
-                            else:
-                                a0, a1 = fma(f, load_n(e, s, n), a0), fma(f, load_n(e, s + step, n), a1)
-                                a2, a3 = fma(f, load_n(e, s + 2 * step, n), a2), fma(f, load_n(e, s + 3 * step, n), a3)
+                            a0, a1 = fma(f, load_n(e, s, n), a0), fma(f, load_n(e, s + step, n), a1)
+                            a2, a3 = fma(f, load_n(e, s + 2 * step, n), a2), fma(f, load_n(e, s + 3 * step, n), a3)
                         store(p, lines + line_row + c * ps, a1)
                         store(p, lines + 2 * line_row + c * ps, a2)
                         store(p, lines + 3 * line_row + c * ps, a3)
                     else:
-                        for t in range(number):
-                            at = valid + t * 24
-                            place = i * get(geo, _SW) + get(at, 16)
-                            if place >= 0 and place < get(geo, _W):
-                                a0 = fma(load(p, wc + get(at, 8) * p.bytes), load_n(e, get(at, 0) + i * step + c * size, n), a0)
+                        for t in range(count):
+                            at = table + t * 24
+                            a0 = fma(load(p, wc + get(at, 8) * p.bytes), load_n(e, get(at, 0) + i * step + c * size, n), a0)
                     store(p, lines + c * ps, a0)
-                for j in range(FOUR if four else 1):
-                    offset = image * get(geo, _YN) + d * get(geo, _YD) + h * get(geo, _YH) + (i + j) * get(geo, _YW)
-                    finish(channels, lines + j * line_row, y + offset, size, bias, size, res + offset if res != 0 else 0, act, p0,
-                           p1)
+                done = pairs if four else 0
+                more = done * size
+                if done < channels:
+                    for j in range(FOUR if four else 1):
+                        to = offset + j * get(geo, _YW) + more
+                        finish(channels - done, lines + j * line_row + done * ps, y + to, size, bias + more if bias != 0 else 0,
+                               size, res + to if res != 0 else 0, act, p0, p1)
                 i += FOUR if four else 1
 
     @outline
