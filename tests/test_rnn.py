@@ -362,6 +362,25 @@ def test_the_short_way_has_the_same_bits_and_sees_every_change(mode: str, kind: 
     assert not torch.equal(old, weight)
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])
+def test_the_short_way_is_not_gone_for_gradients(kind: str) -> None:
+    module: Any = getattr(fastnn.nn, kind)(6, 40).requires_grad_(False)
+    x, state = (torch.randn(2, 6), torch.randn(2, 40)) if kind == "LSTMCell" else (torch.randn(3, 2, 6), torch.randn(1, 2, 40))
+    hx = (state, state + 1) if kind == "LSTMCell" else state
+    for _ in range(4):  # nothing needs a gradient, with gradients on
+        module(x, hx)
+    assert id(module._parameters["weight_ih" if kind == "LSTMCell" else "weight_ih_l0"]) in ops._ready
+    given = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(module(given, hx)[0].sum(), given)
+    assert grad.any()
+    state.requires_grad_()
+    (grad,) = torch.autograd.grad(module(x, hx)[0].sum(), state)
+    assert grad.any()
+    state.requires_grad_(False)
+    next(module.parameters()).requires_grad_()
+    assert module(x, hx)[0].requires_grad
+
+
 def test_the_short_way_ends_when_packings_are_dropped() -> None:
     module, x, h = fastnn.nn.GRUCell(6, 40), torch.randn(2, 6), torch.randn(2, 40)
     with torch.no_grad():

@@ -44,7 +44,7 @@ def layers(
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         state = torch.zeros(number * directions, batch, units, dtype=dtype)
         weights = (random(*s, seed=n, scale=units**-0.5, grad=grad)(dtype) for n, s in enumerate(shapes))
-        return random(*rows, seed=99)(dtype), *[state] * states, *weights
+        return random(*rows, seed=99)(dtype), *(state.clone() for _ in range(states)), *weights
 
     def run(F: Any, x: Tensor, *rest: Tensor, ours: bool = False) -> Tensor:
         hx: Any = tuple(rest[:2]) if states == 2 else rest[0]
@@ -94,6 +94,57 @@ def cell(mode: str, batch: int, units: int, **extra: Any) -> Case:
     )  # fmt: skip
 
 
+def changing_lengths(mode: str, lengths: tuple[int, ...], batch: int, inputs: int, units: int, **extra: Any) -> Case:
+    """Call after call with another number of steps, for which torch's own library makes itself ready anew."""
+    wide, states = GATES[mode] * units, 2 if mode == "lstm" else 1
+    shapes = ((wide, inputs), (wide, units), (wide,), (wide,))
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        state = torch.zeros(1, batch, units, dtype=dtype)
+        weights = (random(*s, seed=n, scale=units**-0.5)(dtype) for n, s in enumerate(shapes))
+        return *(random(n, batch, inputs, seed=n)(dtype) for n in lengths), *(state.clone() for _ in range(states)), *weights
+
+    def run(F: Any, *given: Tensor) -> Tensor:
+        xs, hx, weights = given[: len(lengths)], given[len(lengths) : -4], list(given[-4:])
+        initial: Any = hx if states == 2 else hx[0]
+        return torch.cat([getattr(F, mode)(x, initial, weights, True, 1, 0.0, False, False, False)[0] for x in xs])
+
+    steps, first = sum(lengths), len(lengths) + states
+    return Case(
+        "rnn", f"{mode}/changing_lengths/{len(lengths)}_B{batch}_I{inputs}_H{units}", make, theirs=run,
+        parameters=tuple(range(first, first + 4)), flops=2 * steps * batch * wide * (inputs + units),
+        passes=((steps * batch * inputs + len(lengths) * wide * (inputs + units + 2), steps * batch * units),),
+        scale=_of_the_largest(run), **extra,
+    )  # fmt: skip
+
+
+def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any) -> Case:
+    """A quasi-recurrent layer, fo-pooling, window 2; torch's way is a product and a loop over the steps."""
+    grad = kind == "train"
+    shapes = ((steps, batch, units), (batch, units), (3 * units, 2 * units), (3 * units,))
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        scales = (1.0, 0.0, (2 * units) ** -0.5, 0.1)
+        return tuple(random(*s, seed=n, scale=scale, grad=grad and n >= 2)(dtype)
+                     for n, (s, scale) in enumerate(zip(shapes, scales, strict=True)))  # fmt: skip
+
+    def theirs(F: Any, x: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        windows = torch.cat([F.pad(x[:-1], (0, 0, 0, 0, 1, 0)), x], 2)
+        z, f, o = F.linear(windows, weight, bias).chunk(3, 2)
+        f, z, cells = torch.sigmoid(f), torch.tanh(z), []
+        for t in range(steps):
+            c = torch.lerp(z[t], c, f[t])
+            cells.append(c)
+        return torch.sigmoid(o) * torch.stack(cells)
+
+    return Case(
+        "rnn", f"qrnn/wikitext/T{steps}_B{batch}_H{units}", make, theirs=theirs, ours=lambda F, *given: F.qrnn(*given)[0],
+        parameters=(2, 3), flops=12 * steps * batch * units * units * (3 if grad else 1),
+        passes=((sum(torch.Size(s).numel() for s in shapes), steps * batch * units),), mode=kind,
+        scale=_of_the_largest(theirs), **extra,
+    )  # fmt: skip
+
+
 _LENGTHS = tuple(sorted((5 + 37 * n % 96 for n in range(32)), reverse=True))
 
 CASES = [
@@ -111,6 +162,10 @@ CASES = [
     layers("lstm", "language_model", 35, 20, 650, 650, 2, kind="train", goals={"best": 1.15}),
     layers("lstm", "resemblyzer", 160, 4, 40, 256, 3, goals={"best": 1.3}),
     layers("lstm", "packed_5_to_100", 100, 32, 128, 256, lengths=_LENGTHS, goals={"torch": 2.0}),
+    changing_lengths("lstm", (31, 57, 44, 83, 20, 66), 8, 128, 128, goals={"best": 1.5}),
+    qrnn(105, 20, 640, goals={"best": 2.0}),
+    qrnn(105, 20, 640, kind="train", goals={"best": 2.0}),
+    layers("lstm", "streaming", 1, 1, 256, 512, goals={"best": 1.5}),
     layers("lstm", "tiny", 50, 8, 32, 32, goals={"best": 1.5}),
     layers("gru", "tiny", 50, 8, 64, 64, goals={"best": 1.5}),
     *(cell(mode, 1, units, goals={"best": 6.0 if units == 64 else 2.5}) for mode in GATES for units in (64, 256)),

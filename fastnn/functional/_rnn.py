@@ -1,6 +1,6 @@
 """Recurrent layers: the arguments of torch.lstm, torch.gru, … and of torch.lstm_cell, …; QRNN."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,64 +47,41 @@ def lstm(
     return _layers("lstm", input, hx[0], hx[1], params, *options, batch_sizes, recompute, backend)
 
 
-def gru(
-    input: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
-    *,
-    batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """GRU layers, by torch.gru's rules: output and last states. Arguments as lstm's, without cells and projection."""
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    return _layers("gru", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+def _layer_function(mode: str, doc: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of layers without cells, which differ in nothing but their mode."""
+
+    def function(
+        input: Tensor,
+        hx: Tensor,
+        params: Sequence[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool = False,
+        *,
+        batch_sizes: Tensor | None = None,
+        recompute: bool = False,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        return _layers(mode, input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+
+    function.__name__ = function.__qualname__ = mode
+    function.__doc__ = doc
+    return function
 
 
-def rnn_tanh(
-    input: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
-    *,
-    batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Elman layers with tanh, by torch.rnn_tanh's rules: output and last states. Arguments as gru's."""
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    return _layers("rnn_tanh", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
-
-
-def rnn_relu(
-    input: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
-    *,
-    batch_sizes: Tensor | None = None,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Elman layers with relu, by torch.rnn_relu's rules: output and last states. Arguments as gru's."""
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    return _layers("rnn_relu", input, hx, None, params, *options, batch_sizes, recompute, backend)[:2]
+gru = _layer_function(
+    "gru", "GRU layers, by torch.gru's rules: output and last states. Arguments as lstm's, without cells and projection."
+)
+rnn_tanh = _layer_function(
+    "rnn_tanh", "Elman layers with tanh, by torch.rnn_tanh's rules: output and last states. Arguments as gru's."
+)
+rnn_relu = _layer_function(
+    "rnn_relu", "Elman layers with relu, by torch.rnn_relu's rules: output and last states. Arguments as gru's."
+)
 
 
 def _only_torch(op: str, input: Tensor, backend: str | None) -> str | None:
@@ -121,6 +98,10 @@ def _states_rule(mode: str, input: Tensor) -> bool:
     """Whether autocast leaves the states' dtype as it is and lowers products only, as in torch's GRU and cells. Here all is
     computed in the states' dtype then; in an RNN, and an LSTM's layers, all is lowered."""
     return mode in ("gru", "lstm_cell", "gru_cell") and input.is_cpu and torch.is_autocast_enabled("cpu")
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [t if t is None else t.to(dtype) for t in tensors]
 
 
 def _time_first(x: Tensor) -> Tensor:
@@ -185,7 +166,7 @@ def _layers(
             return by_torch(input, batch_sizes, given, *options)
         return by_torch(input, given, *options, batch_first)
     if _states_rule(mode, input):
-        weights = [p.to(hx.dtype) for p in params]
+        weights = _to(hx.dtype, *params)
         with torch.autocast("cpu", enabled=False):
             return _layers(mode, input.to(hx.dtype), hx, cx, weights, has_biases, num_layers, dropout, train, bidirectional,
                            batch_first, batch_sizes, recompute, backend)  # fmt: skip
@@ -270,83 +251,53 @@ def lstm_cell(
         backends.torch_serves("lstm_cell", (input, state, cell), backend, reason)
         return _VF.lstm_cell(input, (state, cell), w_ih, w_hh, b_ih, b_hh)
     if _states_rule("lstm_cell", input):
-        x, w_ih, w_hh, b_ih, b_hh = (t if t is None else t.to(state.dtype) for t in (input, w_ih, w_hh, b_ih, b_hh))
+        x, *params = _to(state.dtype, input, w_ih, w_hh, b_ih, b_hh)
         with torch.autocast("cpu", enabled=False):
-            return lstm_cell(x, (state, cell), w_ih, w_hh, b_ih, b_hh, backend=backend)
+            return lstm_cell(x, (state, cell), *params, backend=backend)
     keep = torch.is_grad_enabled() and any_requires_grad(input, state, cell, w_ih, w_hh, b_ih, b_hh)
     out = _recurrent(input, state, cell, w_ih, w_hh, b_ih, b_hh, None, None, "lstm", False, keep, backend)
     _prepare_cell("lstm", input, (state, cell), (w_ih, w_hh, b_ih, b_hh))
     return out[1], out[2]
 
 
-def gru_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """One step of a GRU: input (B, I), hx (B, H) → (B, H)."""
-    return _cell("gru", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
+def _cell_function(mode: str, doc: str) -> Callable[..., Tensor]:
+    """The function of a cell without a cell state"""
+
+    def function(
+        input: Tensor,
+        hx: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        params = (w_ih, w_hh, b_ih, b_hh)
+        found = cell_again(mode, input, (hx,), params, backend)
+        if found is not None:
+            return found
+        reason = _only_torch(f"{mode}_cell", input, backend)
+        if reason is not None:
+            backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
+            return getattr(_VF, f"{mode}_cell")(input, hx, *params)
+        if _states_rule(f"{mode}_cell", input):
+            x, *lowered = _to(hx.dtype, input, *params)
+            with torch.autocast("cpu", enabled=False):
+                return function(x, hx, *lowered, backend=backend)
+        keep = torch.is_grad_enabled() and any_requires_grad(input, hx, *params)
+        out = _recurrent(input, hx, None, *params, None, None, mode, False, keep, backend)[1]
+        _prepare_cell(mode, input, (hx,), params)
+        return out
+
+    function.__name__ = function.__qualname__ = f"{mode}_cell"
+    function.__doc__ = doc
+    return function
 
 
-def rnn_tanh_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """One step of an Elman network with tanh: input (B, I), hx (B, H) → (B, H)."""
-    return _cell("rnn_tanh", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
-
-
-def rnn_relu_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """One step of an Elman network with relu: input (B, I), hx (B, H) → (B, H)."""
-    return _cell("rnn_relu", input, hx, w_ih, w_hh, b_ih, b_hh, backend)
-
-
-def _cell(
-    mode: str,
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    params = (w_ih, w_hh, b_ih, b_hh)
-    found = cell_again(mode, input, (hx,), params, backend)
-    if found is not None:
-        return found
-    reason = _only_torch(f"{mode}_cell", input, backend)
-    if reason is not None:
-        backends.torch_serves(f"{mode}_cell", (input, hx), backend, reason)
-        return getattr(_VF, f"{mode}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
-    if _states_rule(f"{mode}_cell", input):
-        x, *params = (t if t is None else t.to(hx.dtype) for t in (input, *params))
-        with torch.autocast("cpu", enabled=False):
-            return _cell(mode, x, hx, *params, backend)
-    keep = torch.is_grad_enabled() and any_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)
-    out = _recurrent(input, hx, None, *params, None, None, mode, False, keep, backend)[1]
-    _prepare_cell(mode, input, (hx,), params)
-    return out
+gru_cell = _cell_function("gru", "One step of a GRU: input (B, I), hx (B, H) → (B, H).")
+rnn_tanh_cell = _cell_function("rnn_tanh", "One step of an Elman network with tanh: input (B, I), hx (B, H) → (B, H).")
+rnn_relu_cell = _cell_function("rnn_relu", "One step of an Elman network with relu: input (B, I), hx (B, H) → (B, H).")
 
 
 def _prepare_cell(mode: str, input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor | None]) -> None:

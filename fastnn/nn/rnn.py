@@ -113,7 +113,7 @@ def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
         raise RuntimeError(f"input has inconsistent input_size: got {size} expected {module.input_size}")
     if hx is None:
         state = input.new_zeros(batch, module.hidden_size)
-        return (state, state) if cells else state
+        return (state, torch.zeros_like(state)) if cells else state  # two: the short way takes no tensor twice
     states = hx if cells else (hx,)
     for k, state in enumerate(states):
         if state.dim() not in (1, 2):

@@ -19,7 +19,7 @@ from fastnn import backends
 from fastnn.backends import context, traces
 from fastnn.kernels.reference import rnn as reference
 
-from ._operator import FLOATING, PLAIN, Operator, empty_matrix, usual
+from ._operator import PLAIN, Operator, empty_matrix, usual
 from .activation import only_torch
 
 MODES = tuple(reference.GATES)
@@ -52,42 +52,7 @@ def _check(
     reverse: bool,
     keep: bool,
 ) -> str | None:
-    """None, or why only torch can serve the call. The usual call is looked at here; `_complain` knows what else may be."""
-    if w_hr is None and batch_sizes is None and mode in reference.GATES and input.dim() == 2 and hx.dim() == 2:
-        dtype, shape, (batch, units) = input.dtype, input.shape, hx.shape
-        wide = (reference.GATES[mode] * units,)
-        if (
-            batch
-            and shape[0] % batch == 0
-            and w_ih.shape == (*wide, shape[1])
-            and w_hh.shape == (*wide, units)
-            and hx.dtype is w_ih.dtype is w_hh.dtype is dtype
-            and (cx is None) != (mode == "lstm")
-            and (cx is None or (cx.shape == hx.shape and cx.dtype is dtype))
-            and (
-                b_ih.shape == b_hh.shape == wide and b_ih.dtype is b_hh.dtype is dtype
-                if b_ih is not None and b_hh is not None
-                else b_ih is b_hh
-            )
-            and input.device == hx.device == w_ih.device == w_hh.device
-            and dtype in FLOATING
-        ):
-            return None
-    return _complain(input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, mode)
-
-
-def _complain(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    mode: str,
-) -> str | None:
+    """None, or why only torch can serve the call."""
     if mode not in reference.GATES:
         raise ValueError(f"recurrent(): mode got {mode!r}, allowed are {', '.join(MODES)}")
     if input.dim() != 2 or hx.dim() != 2 or w_ih.dim() != 2 or w_hh.dim() != 2:
@@ -235,7 +200,7 @@ def again(options: Options, x: Tensor, states: Sequence[Tensor], params: Sequenc
 def prepare(options: Options, x: Tensor, states: Sequence[Tensor], params: Sequence[Any]) -> None:
     """Note how calls like this one, which has just been served, can be served sooner."""
     tensors = (x, *states, *params)
-    if not usual(tensors):
+    if not usual(tensors) or len(set(map(id, tensors))) < len(tensors):  # TensorGuards takes no tensor twice
         return
     make = getattr((backends.tables["cpu"].get("recurrent") or (None,))[0], "prepare", None)
     needs = any(t.requires_grad for t in tensors)
