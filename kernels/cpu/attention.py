@@ -20,7 +20,7 @@ from .activation import _mix
 from .attention_fields import BOOLEAN, COMPUTE, FIELDS, NO_MASK, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
-from .engine.host import simd
+from .engine.host import caches, simd
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -165,14 +165,15 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
     f["pack_v"] = c.longest_k * size
     f["pack"] = f["pack_k"] + f["pack_v"] * _up(f["dv"], panel)
     f["chunks"] = -(-c.longest_k // 128)
-    f["wave"] = f["pairs"] if direct else min(f["pairs"], max(2 * c.nt, _WAVE // f["pack"]))
-    blocks = f["wave"] * f["pos_blocks"] * f["head_blocks"]
-    f["splits"] = 1 if blocks >= 2 * c.nt or c.nt == 1 else max(1, min(-(-2 * c.nt // blocks), c.longest_k // 256))
+    alone = not direct and f["pack"] <= caches().l2 // 4 and (f["pairs"] >= 4 * c.nt or f["pairs"] % c.nt == 0)
+    f["wave"] = 0 if alone else f["pairs"] if direct else min(f["pairs"], max(2 * c.nt, _WAVE // f["pack"]))
+    blocks = (f["wave"] or f["pairs"]) * f["pos_blocks"] * f["head_blocks"]
+    f["splits"] = 1 if alone or blocks >= 2 * c.nt or c.nt == 1 else max(1, min(-(-2 * c.nt // blocks), c.longest_k // 256))
     block_rows = _up(f["bq"] * f["bh"], 12)
     o_row = _up(f["dv"], lanes) * size
     f["own"] = _up(block_rows * (72 + _up(f["d"], lanes) * size + (f["bk"] * size + 64) + o_row), 4096)
     f["part"] = block_rows * (64 + o_row)
-    packed = 0 if direct else _up(f["wave"] * f["pack"], 4096)
+    packed = 0 if direct else _up((f["wave"] or c.nt) * f["pack"], 4096)
     scratch = c.nt * f["own"]
     room = workspace(packed + scratch + (blocks * f["splits"] * f["part"] if f["splits"] > 1 else 0))
     fields, table = c.memory()
@@ -235,8 +236,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
                            ("z", dv, c.first_k)):
         f[name + "h"], f[name + "l"] = t.stride(-3) * t.itemsize, t.stride(-2) * t.itemsize
         c.table[{"x": "dq", "y": "dk", "z": "dv"}.get(name, name)] = c.starts(t, first)
-    bias = None
-    compute = stats.dtype
+    bias, direct, compute = None, False, stats.dtype
     if needs_mask and mask is not None:
         f["plain"] = 0
         shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
@@ -246,7 +246,8 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
             c.table["bias"] = [c.table["bias"][0] + a * f["bias_q"] + b * f["bias_k"] for a, b in zip(c.first_q, c.first_k)]
         chains, number, copies = _chains(c, True)
         f["bias_chain"] = one.numel() * size if copies > 1 else 0
-        bias = torch.zeros(copies, *shape, dtype=compute)
+        direct = copies == 1 and out[3].dtype == compute and out[3].is_contiguous()
+        bias = out[3].zero_() if direct else torch.zeros(copies, *shape, dtype=compute)
     else:
         chains, number, _ = _chains(c, False)
     lanes = simd().width // size
@@ -274,7 +275,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
            output.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(),
            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(), room, room + sums,
            o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
-    if bias is not None:
+    if bias is not None and not direct:
         out[3].copy_(bias.sum(0).reshape(out[3].shape))
 
 
