@@ -878,7 +878,10 @@ def _attention_checks() -> Iterator[Check]:
         yield attention(f"gradient of a bias, {name}", *three(2, 2, 37, 16, long=61), _normal(*shape, seed=9))
     yield attention("all equal", *[_equal(1, 2, 37, 16)] * 3)
     yield attention("subnormal", *[_subnormal(1, 2, 37, 16, seed=n) for n in range(3)])
-    yield attention("special values", lambda dtype: _special_rows(24)(dtype).detach()[None].requires_grad_(), *three(1, 37, 24)[1:])
+    special = _special_rows(24)
+    yield attention(
+        "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
+    )
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -94,5 +94,5 @@ CASES = [
     attention("attention_train", "bert_base", "train", goals={"torch": 1.5}, quick=True),
     attention("attention_train", "gpt2", "train", causal=True),
     attention("attention_bias_train", "t5_base", "train", bias=(1, 12, 512, 512), goals={"best": 2.0}),
-    *(attention("decode", model, goals={"limit": 0.85} if "4096" in model else {}, quick=model == "decode_4096") for model in DECODE),
+    *(attention("decode", model, goals={"limit": 0.85}, quick=model == "decode_4096") for model in DECODE),
 ]

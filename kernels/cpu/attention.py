@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from functools import cache, lru_cache
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference.attention import Options
 from .activation import _mix
-from .attention_fields import BOOLEAN, COMPUTE, FIELDS, NO_MASK, SAME, TABLE
+from .attention_fields import BOOLEAN, COMPUTE, FIELDS, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
 from .engine.host import caches, simd
@@ -105,8 +105,8 @@ class Call:
             self.table |= {"row": list(rows), "drop": [row * lk for row in rows]} if f["rows"] else {}
         else:
             starts_q, starts_k = offsets_q.tolist(), offsets_k.tolist()
-            self.lq = [b - a for a, b in zip(starts_q, starts_q[1:])]
-            self.lk = [b - a for a, b in zip(starts_k, starts_k[1:])]
+            self.lq = [b - a for a, b in pairwise(starts_q)]
+            self.lk = [b - a for a, b in pairwise(starts_k)]
             self.first_q, self.first_k = starts_q[:-1], starts_k[:-1]
             self.table["row"] = self.first_q
             self.table["drop"] = [a * lk + b for a, b in zip(self.first_q, self.first_k)]
@@ -137,7 +137,8 @@ def _up(n: int, unit: int) -> int:
 
 
 def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: Tensor, value: Tensor,
-            mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None, offsets_k: Tensor | None, *options: Any) -> None:
+            mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None, offsets_k: Tensor | None,
+            *options: Any) -> None:
     o = Options(*options)
     if not out.numel() or not key.shape[-2]:
         out.zero_()
@@ -273,8 +274,8 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     kernel = _kernel("attention_backward", "i" * 22 + "fff", query.dtype)
     kernel(nt, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), chains.buffer_info()[0], number, *c.addresses(),
            output.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(),
-           dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(), room, room + sums,
-           o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
+           dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(),
+           room, room + sums, o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
     if bias is not None and not direct:
         out[3].copy_(bias.sum(0).reshape(out[3].shape))
 

@@ -58,8 +58,9 @@ LOG2_E, LN_2 = 1 / log(2), log(2)
 WIDTH = 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
- RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS, PACK_K, PACK_V, PACK,
- OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS, DQ_PART) = (8 * i for i in range(len(FIELDS)))
+ RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS,
+ PACK_K, PACK_V, PACK, OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS,
+ DQ_PART) = (8 * i for i in range(len(FIELDS)))
 (T_Q, T_K, T_V, T_O, T_MASK, T_SLOPE, T_ROW, T_LQ, T_LK, T_DROP, T_G, T_DQ, T_DK, T_DV, T_BIAS, T_DQ_ROW, T_DQ_H) = (
     8 * i for i in range(len(TABLE)))
 TABLE_ROW = 8 * len(TABLE)
@@ -432,9 +433,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     else:
                         for j in range(j0, j0 + n, panel):
                             # Rows whose window ends before this panel are skipped, a tile at a time.
-                            skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS) if trim and j >= at(f, PREFIX) else 0
+                            skip = 0
+                            if trim and j >= at(f, PREFIX):
+                                skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS)
                             multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
-                                     panel * d * size, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
+                                     0, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
                     weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, trim, scale, softcap)
                     if direct:
                         for r in range(rows):
@@ -446,13 +449,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     else:
                         v_at, v_panel = to_v + j0 * panel * size, panel * at(f, PACK_V)
                         whole = tiles
-                        if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1) and not nothing:
+                        if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1):
                             whole = 0
-                            for tile in range(tiles):  # as many keys as its last row sees
+                            for tile in range(tiles):  # as many keys as its last row sees, or one of weight 0
                                 last = min(nq, (tile + 1) * ROWS) - 1
                                 seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
-                                multiply(1, vecs, seen, s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel, True,
-                                         o + tile * ROWS * o_row, o_row)
+                                multiply(1, vecs, max(1, seen), s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel,
+                                         not nothing, o + tile * ROWS * o_row, o_row)
                         multiply(whole, vecs, n, s, s_row, size, v_at, panel * size, v_panel, not nothing, o, o_row)
                     nothing = False
                     j0 += n
@@ -478,8 +481,8 @@ def attention(elem_name: str) -> Callable[..., Any]:
     def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
                    keep):
         pair = task // (at(f, POS_BLOCKS) * at(f, SPLITS) * at(f, HEAD_BLOCKS))
-        block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed + pair * at(f, PACK), scratch, partial, first, scale,
-              softcap, keep)
+        block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed + pair * at(f, PACK), scratch, partial, first,
+              scale, softcap, keep)
 
     @inline
     def pair_task(t, pair, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep):
@@ -489,8 +492,8 @@ def attention(elem_name: str) -> Callable[..., Any]:
             pack_chunk(pair, chunk * 128, f, table, k, v, to_k)
         blocks = at(f, POS_BLOCKS) * at(f, HEAD_BLOCKS)
         for number in range(blocks):
-            block(t, pair * blocks + number, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, 0, 0, scale, softcap,
-                  keep)
+            block(t, pair * blocks + number, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, 0, 0, scale,
+                  softcap, keep)
 
     @inline
     def join_task(t, task, f, table, out, lse, stats, scratch, partial, first, keep):
@@ -534,15 +537,16 @@ def attention(elem_name: str) -> Callable[..., Any]:
         first = 0
         if at(f, WAVE) == 0:
             first = at(f, PAIRS)
-            parallel_tasks(threads, first, pair_task, (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap,
-                                                       keep))
+            parallel_tasks(threads, first, pair_task,
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep))
         while first < at(f, PAIRS):
             pairs = min(at(f, WAVE), at(f, PAIRS) - first)
             if not at(f, DIRECT):
                 parallel_tasks(threads, pairs * at(f, CHUNKS), pack_task, (f, table, k, v, packed, first))
             blocks = pairs * at(f, HEAD_BLOCKS) * at(f, POS_BLOCKS)
             parallel_tasks(threads, blocks * at(f, SPLITS), block_task,
-                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap, keep))
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
+                            keep))
             if at(f, SPLITS) > 1:
                 parallel_tasks(threads, blocks, join_task, (f, table, out, lse, stats, scratch, partial, first, keep))
             first += pairs
@@ -725,7 +729,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                         for r in range(nq):
                             row = st + r * ROW
                             at_row = (at(entry, T_ROW) + h * at(f, ROW_H) + i0 + r) * size
-                            offset, total = load_scalar(p, stats + at_row), load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
+                            offset = load_scalar(p, stats + at_row)
+                            total = load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
                             inverse = 0.0 if total == 0.0 else 1.0 / total
                             if total == 0.0:
                                 offset = total
@@ -733,7 +738,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                             s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
                             seen_prefix = at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)
                             if at(f, PLAIN) and at(f, DROP) == 0 and lo <= j0 and seen_prefix:
-                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, p_of(scale * LOG2_E), offset, inverse, delta_r)
+                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, p_of(scale * LOG2_E), offset, inverse,
+                                             delta_r)
                             else:
                                 to = 0
                                 if bias != 0:
@@ -775,6 +781,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         heads = sequences * at(f, HEADS)
         parallel_tasks(threads, heads, delta_task, (f, table, out, g, g_lse, delta))
         parallel_tasks(threads, number * at(f, PARTS), chain_task,
-                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap, keep))
+                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap,
+                        keep))
         parallel_tasks(threads, heads, finish_task, (f, table, dq, sums, scale))
     return kernel
