@@ -18,11 +18,13 @@ from rule import DTYPES, LAYOUTS, check, randn
 F = torch.nn.functional
 INF, NAN = float("inf"), float("nan")
 pytestmark = pytest.mark.usefixtures("poison", "threads")
-attention = ours.scaled_dot_product_attention
+attention: Callable[..., Any] = ours.scaled_dot_product_attention
+torchs: Callable[..., Tensor] = F.scaled_dot_product_attention  # whose stubs know no unpacked lists
 
 
-def tensors(b: int, h: int, hk: int, lq: int, lk: int, d: int, dv: int, dtype: torch.dtype = torch.float32,
-            grad: bool = True) -> list[Tensor]:
+def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:
+    """Query, key and value: batch, heads, heads of keys, queries, keys, sizes of a key and of a value."""
+    b, h, hk, lq, lk, d, dv = shape
     made = [randn(b, h, lq, d, dtype=dtype), randn(b, hk, lk, d, dtype=dtype, seed=1), randn(b, hk, lk, dv, dtype=dtype, seed=2)]
     return [t.requires_grad_(grad) for t in made]
 
@@ -78,7 +80,7 @@ def test_a_float32_mask_beside_bfloat16() -> None:
     q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=torch.bfloat16, grad=False)
     mask = randn(17, 31).requires_grad_()
     out = attention(q, k, v, mask, backend="cpu")
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    expected = torchs(q.float(), k.float(), v.float(), mask)
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
     (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.float(), expected))
     assert grad.dtype == torch.float32
@@ -107,7 +109,7 @@ def test_special_values() -> None:
         inputs[place][0, 1, 7, 3] = value
         for causal in (False, True):
             out = attention(*inputs, is_causal=causal, backend="cpu")
-            expected = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+            expected = torchs(*inputs, is_causal=causal)
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -216,7 +218,7 @@ def test_positions_before_heads_are_read_in_place() -> None:
     q, k, v = (randn(2, n, 3, 16).transpose(1, 2).requires_grad_() for n in (20, 30, 30))
     out = attention(q, k, v, backend="cpu")
     assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, torchs(q, k, v), rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert grad.transpose(1, 2).is_contiguous()
 
@@ -228,7 +230,7 @@ def test_positions_before_heads_are_read_in_place() -> None:
 ], ids=str)
 def test_batch_dimensions(shapes: tuple[tuple[int, ...], ...]) -> None:
     inputs = [randn(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
-    out, expected = attention(*inputs, backend="cpu"), F.scaled_dot_product_attention(*inputs)
+    out, expected = attention(*inputs, backend="cpu"), torchs(*inputs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     grad = randn(*out.shape)
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
@@ -239,7 +241,7 @@ def test_batch_dimensions(shapes: tuple[tuple[int, ...], ...]) -> None:
 def test_empty(sizes: tuple[int, ...]) -> None:
     b, h, lq, lk, d = sizes
     inputs = [t.requires_grad_() for t in (torch.randn(b, h, lq, d), torch.randn(b, h, lk, d), torch.randn(b, h, lk, 6))]
-    out, expected = attention(*inputs), F.scaled_dot_product_attention(*inputs)
+    out, expected = attention(*inputs), torchs(*inputs)
     torch.testing.assert_close(out, expected)
     for a, e in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         torch.testing.assert_close(a, e)
@@ -296,7 +298,7 @@ def test_double_backward() -> None:
 def test_autocast_as_torch(lower: torch.dtype) -> None:
     q, k, v = tensors(1, 2, 2, 9, 11, 8, 8)
     with torch.autocast("cpu", lower):
-        out, expected = attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        out, expected = attention(q, k, v), torchs(q, k, v)
         masked = attention(q, k, v, torch.zeros(9, 11))
     assert out.dtype == masked.dtype == expected.dtype == lower
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
@@ -321,9 +323,9 @@ def test_compiled_with_extras() -> None:
 
 def test_use_serves_torchs_call() -> None:
     q, k, v = tensors(1, 4, 2, 9, 11, 8, 8)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = torchs(q, k, v, is_causal=True, enable_gqa=True)
     with fastnn.use(), fastnn.trace() as calls:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = torchs(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected)
     assert [(c.op, c.backend) for c in calls] == [("attention", "cpu")]
 
@@ -369,7 +371,7 @@ def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str])
 def test_prefill_and_decode_equal_the_whole(dtype: torch.dtype) -> None:
     q, k, v = tensors(2, 4, 2, 70, 70, 16, 16, dtype=dtype, grad=False)
     whole = attention(q, k, v, is_causal=True, enable_gqa=True, backend="cpu")
-    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    truth = torchs(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
     cache = fastnn.KVCache(2, 2, 80, 16, dtype=dtype)
     parts, at = [], 0
     for step in (50, 1, 1, 7, 1, 10):
@@ -425,6 +427,6 @@ def test_the_plain_maths_is_torchs() -> None:
     q, k, v = (t.detach().double() for t in tensors(2, 4, 2, 9, 11, 8, 6))
     mask = randn(2, 1, 9, 11, dtype=torch.float64)
     out, lse, _ = plain.attention_lse(q, k, v, mask, None, None, None, 0.0, 0, 0.5)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask, scale=0.5, enable_gqa=True))
+    torch.testing.assert_close(out, torchs(q, k, v, mask, scale=0.5, enable_gqa=True))
     torch.testing.assert_close(lse, (q @ k.repeat_interleave(2, 1).mT * 0.5 + mask).logsumexp(-1))
     assert ops.attention.attention.name == "attention"
