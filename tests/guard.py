@@ -319,9 +319,11 @@ def conv_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
 def attention_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
     """(query, key, value, mask, slopes, offsets) and (dropout, seed, scale, left, right, bottom_right, prefix, softcap)"""
     plain_ = (0.0, 0, 0.4, -1, -1, False, 0, 0.0)
-    shapes = [(2, 3, 3, 1, 37, 8, 8), (1, 4, 2, 2, 150, 5, 9), (1, 2, 1, 13, 29, 17, 3), (2, 1, 1, 53, 70, 16, 33), (1, 2, 2, 7, 1, 1, 1)]
+    shapes = [(2, 3, 3, 1, 37, 8, 8), (1, 4, 2, 2, 150, 5, 9), (1, 2, 1, 13, 29, 17, 3), (2, 1, 1, 53, 70, 16, 33),
+              (1, 2, 2, 7, 1, 1, 1)]  # fmt: skip
     for (b, h, hk, lq, lk, d, dv), (layout, other) in itertools.product(shapes, PAIRS):
-        q, k, v, grad = layout(random(b, h, lq, d)), other(random(b, hk, lk, d)), layout(random(b, hk, lk, dv)), other(random(b, h, lq, dv))
+        q, k = layout(random(b, h, lq, d)), other(random(b, hk, lk, d))
+        v, grad = layout(random(b, hk, lk, dv)), other(random(b, h, lq, dv))
         masks = [None, layout(random(lq, lk)), other(random(b, 1, 1, lk)), random(h, lq, 1), layout(random(b, 1, lq, lk)) > -1]
         for n, mask in enumerate(masks):
             options = [plain_, (0.3, 9, 0.4, -1, -1, False, 0, 0.0), (0.0, 0, 0.4, 11, 5, True, 2, 3.0)][n % 3]

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on the CPU against float64, beside torch, and what torch has no word for against the plain maths."""
+"""Scaled dot-product attention on the CPU against float64, beside torch; what torch has no word for against the plain maths."""
 
 import itertools
 from collections.abc import Callable
@@ -18,11 +18,13 @@ from rule import DTYPES, LAYOUTS, check, randn
 F = torch.nn.functional
 INF, NAN = float("inf"), float("nan")
 pytestmark = pytest.mark.usefixtures("poison", "threads")
-attention = ours.scaled_dot_product_attention
+attention: Callable[..., Any] = ours.scaled_dot_product_attention
+torchs: Callable[..., Tensor] = F.scaled_dot_product_attention  # whose stubs know no unpacked lists
 
 
-def tensors(b: int, h: int, hk: int, lq: int, lk: int, d: int, dv: int, dtype: torch.dtype = torch.float32,
-            grad: bool = True) -> list[Tensor]:
+def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:
+    """Query, key and value: batch, heads, heads of keys, queries, keys, sizes of a key and of a value."""
+    b, h, hk, lq, lk, d, dv = shape
     made = [randn(b, h, lq, d, dtype=dtype), randn(b, hk, lk, d, dtype=dtype, seed=1), randn(b, hk, lk, dv, dtype=dtype, seed=2)]
     return [t.requires_grad_(grad) for t in made]
 
@@ -48,7 +50,8 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 MASKS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "full": lambda r: r(2, 2, 50, 70), "shared by all": lambda r: r(50, 70), "a row": lambda r: r(2, 1, 1, 70),
     "vector": lambda r: r(70), "a column": lambda r: r(2, 50, 1), "one": lambda r: r(1, 1), "heads": lambda r: r(2, 1, 50, 70),
-    "transposed": lambda r: r(70, 50).t(), "stepped": lambda r: r(2, 1, 50, 140)[..., ::2], "expanded": lambda r: r(70).expand(2, 2, 50, 70),
+    "transposed": lambda r: r(70, 50).t(), "stepped": lambda r: r(2, 1, 50, 140)[..., ::2],
+    "expanded": lambda r: r(70).expand(2, 2, 50, 70),
 }
 
 
@@ -67,15 +70,17 @@ def test_masks(name: str, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_masks_of_other_dtypes(dtype: torch.dtype) -> None:
     inputs = tensors(2, 2, 1, 17, 31, 16, 8, dtype=dtype)
-    for mask in (randn(2, 1, 17, 31) > 0, randn(17, 31, dtype=dtype).requires_grad_(), randn(2, 17, 1, dtype=dtype).requires_grad_()):
-        check(lambda space, q, k, v, m: space.scaled_dot_product_attention(q, k, v, m, enable_gqa=True), [*inputs, mask], attention_scale())
+    added = [randn(*shape, dtype=dtype).requires_grad_() for shape in ((17, 31), (2, 17, 1))]
+    for mask in (randn(2, 1, 17, 31) > 0, *added):
+        check(lambda space, q, k, v, m: space.scaled_dot_product_attention(q, k, v, m, enable_gqa=True), [*inputs, mask],
+              attention_scale())
 
 
 def test_a_float32_mask_beside_bfloat16() -> None:
     q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=torch.bfloat16, grad=False)
     mask = randn(17, 31).requires_grad_()
     out = attention(q, k, v, mask, backend="cpu")
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    expected = torchs(q.float(), k.float(), v.float(), mask)
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
     (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.float(), expected))
     assert grad.dtype == torch.float32
@@ -104,7 +109,7 @@ def test_special_values() -> None:
         inputs[place][0, 1, 7, 3] = value
         for causal in (False, True):
             out = attention(*inputs, is_causal=causal, backend="cpu")
-            expected = F.scaled_dot_product_attention(*(t.double() for t in inputs), is_causal=causal).float()
+            expected = torchs(*inputs, is_causal=causal)
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -118,7 +123,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 2.0}, "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, 1.0])},
     "alibi of a batch": {"alibi_slopes": torch.rand(2, 4, generator=torch.Generator().manual_seed(1)), "align": "bottom-right"},
     "dropout": {"dropout_p": 0.4, "seed": 2**40 + 3}, "causal dropout": {"dropout_p": 0.4, "seed": 3, "is_causal": True},
-    "all": {"window": (30, 7), "softcap": 3.0, "dropout_p": 0.2, "seed": 1, "alibi_slopes": torch.rand(4), "global_prefix": 2, "scale": 0.7},
+    "all": {"window": (30, 7), "softcap": 3.0, "dropout_p": 0.2, "seed": 1, "alibi_slopes": torch.linspace(0, 1, 4),
+            "global_prefix": 2, "scale": 0.7},
     "negative scale": {"scale": -0.5}, "zero scale": {"scale": 0.0},
 }
 
@@ -134,7 +140,8 @@ def against_plain(call: Callable[[str, list[Tensor]], Any], inputs: list[Tensor]
         grads = torch.autograd.grad(finite, [t for t in leaves if t.requires_grad], upstream)
         found.append([t.double() for t in (out.detach(), lse.detach(), *grads)])
     for mine, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * max(1.0, float(wanted[wanted.isfinite()].abs().amax())))
+        largest = max(1.0, float(wanted[wanted.isfinite()].abs().amax()))
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("lengths", [(1, 150), (5, 5), (70, 150), (150, 70)], ids=str)
@@ -163,13 +170,14 @@ def test_variable_lengths(options: dict[str, Any]) -> None:
     inputs = [t[0] for t in tensors(1, 4, 2, 80, 151, 16, 8)]
 
     def call(backend: str, leaves: list[Tensor]) -> Any:
-        return attention(*leaves, enable_gqa=True, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k.to(offsets_q.dtype), return_lse=True,
+        return attention(*leaves, enable_gqa=True, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, return_lse=True,
                          backend=backend, **options)
     against_plain(call, inputs)
     if "seed" not in options:
         out, _ = call("cpu", inputs)
         for a, b, c, d in zip(offsets_q, offsets_q[1:], offsets_k, offsets_k[1:]):
-            alone = attention(inputs[0][:, a:b], inputs[1][:, c:d], inputs[2][:, c:d], enable_gqa=True, backend="cpu", **options)
+            one = inputs[0][:, a:b], inputs[1][:, c:d], inputs[2][:, c:d]
+            alone = attention(*one, enable_gqa=True, backend="cpu", **options)
             torch.testing.assert_close(out[:, a:b], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -200,7 +208,8 @@ def test_layouts(layout: str) -> None:
         expected = attention(*straight, is_causal=True, align="bottom-right", backend="cpu")
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         upstream = LAYOUTS["rotated"](randn(*out.shape))
-        for a, b in zip(torch.autograd.grad(out, lying, upstream), torch.autograd.grad(expected, straight, upstream), strict=True):
+        grads, wanted = torch.autograd.grad(out, lying, upstream), torch.autograd.grad(expected, straight, upstream)
+        for a, b in zip(grads, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -209,7 +218,7 @@ def test_positions_before_heads_are_read_in_place() -> None:
     q, k, v = (randn(2, n, 3, 16).transpose(1, 2).requires_grad_() for n in (20, 30, 30))
     out = attention(q, k, v, backend="cpu")
     assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, torchs(q, k, v), rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert grad.transpose(1, 2).is_contiguous()
 
@@ -221,7 +230,7 @@ def test_positions_before_heads_are_read_in_place() -> None:
 ], ids=str)
 def test_batch_dimensions(shapes: tuple[tuple[int, ...], ...]) -> None:
     inputs = [randn(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
-    out, expected = attention(*inputs, backend="cpu"), F.scaled_dot_product_attention(*inputs)
+    out, expected = attention(*inputs, backend="cpu"), torchs(*inputs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     grad = randn(*out.shape)
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
@@ -232,7 +241,7 @@ def test_batch_dimensions(shapes: tuple[tuple[int, ...], ...]) -> None:
 def test_empty(sizes: tuple[int, ...]) -> None:
     b, h, lq, lk, d = sizes
     inputs = [t.requires_grad_() for t in (torch.randn(b, h, lq, d), torch.randn(b, h, lk, d), torch.randn(b, h, lk, 6))]
-    out, expected = attention(*inputs), F.scaled_dot_product_attention(*inputs)
+    out, expected = attention(*inputs), torchs(*inputs)
     torch.testing.assert_close(out, expected)
     for a, e in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         torch.testing.assert_close(a, e)
@@ -275,7 +284,8 @@ def test_gradcheck() -> None:
     mask = randn(1, 3, 5, dtype=torch.float64).requires_grad_()
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
-        return attention(q, k, v, mask, enable_gqa=True, softcap=2.0, dropout_p=0.3, seed=2, window=(2, 1), return_lse=True, backend="cpu")
+        return attention(q, k, v, mask, enable_gqa=True, softcap=2.0, dropout_p=0.3, seed=2, window=(2, 1), return_lse=True,
+                         backend="cpu")
     assert torch.autograd.gradcheck(call, (q, k, v, mask), nondet_tol=0)
 
 
@@ -288,31 +298,34 @@ def test_double_backward() -> None:
 def test_autocast_as_torch(lower: torch.dtype) -> None:
     q, k, v = tensors(1, 2, 2, 9, 11, 8, 8)
     with torch.autocast("cpu", lower):
-        out, expected = attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        out, expected = attention(q, k, v), torchs(q, k, v)
         masked = attention(q, k, v, torch.zeros(9, 11))
     assert out.dtype == masked.dtype == expected.dtype == lower
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
     out.float().sum().backward()
-    assert q.grad is not None and q.grad.dtype == torch.float32
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
 
 
 def test_compiled_with_extras() -> None:
     q, k, v = tensors(1, 4, 2, 9, 11, 8, 8)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention(q, k, v, is_causal=True, align="bottom-right", enable_gqa=True, softcap=2.0, return_lse=True, dropout_p=0.1, seed=3)
+        return attention(q, k, v, is_causal=True, align="bottom-right", enable_gqa=True, softcap=2.0, return_lse=True,
+                         dropout_p=0.1, seed=3)
     torch._dynamo.reset()
     got, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), call(q, k, v)
     torch.testing.assert_close(got, expected)
-    for a, b in zip(torch.autograd.grad(got[0].sum(), (q, k, v)), torch.autograd.grad(expected[0].sum(), (q, k, v)), strict=True):
+    grads, wanted = (torch.autograd.grad(y[0].sum(), (q, k, v)) for y in (got, expected))
+    for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_use_serves_torchs_call() -> None:
     q, k, v = tensors(1, 4, 2, 9, 11, 8, 8)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = torchs(q, k, v, is_causal=True, enable_gqa=True)
     with fastnn.use(), fastnn.trace() as calls:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = torchs(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected)
     assert [(c.op, c.backend) for c in calls] == [("attention", "cpu")]
 
@@ -338,7 +351,8 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (ValueError, {"softcap": -1.0}, ["softcap", "-1.0"]),
     (RuntimeError, {"alibi_slopes": torch.ones(3)}, ["alibi_slopes", "(1, 4)", "(3,)"]),
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 5])}, ["cu_seqlens_q and cu_seqlens_k"]),
-    (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_k": torch.tensor([0, 5])}, ["cu_seqlens_q", "from 0 to 5", "[0, 4]"]),
+    (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_k": torch.tensor([0, 5])},
+     ["cu_seqlens_q", "from 0 to 5", "[0, 4]"]),
     (TypeError, {"query": [1.0]}, ["query", "list"]),
 ]  # fmt: skip
 
@@ -357,12 +371,13 @@ def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str])
 def test_prefill_and_decode_equal_the_whole(dtype: torch.dtype) -> None:
     q, k, v = tensors(2, 4, 2, 70, 70, 16, 16, dtype=dtype, grad=False)
     whole = attention(q, k, v, is_causal=True, enable_gqa=True, backend="cpu")
-    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    truth = torchs(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
     cache = fastnn.KVCache(2, 2, 80, 16, dtype=dtype)
     parts, at = [], 0
     for step in (50, 1, 1, 7, 1, 10):
         keys, values = cache.append(k[:, :, at : at + step], v[:, :, at : at + step])
-        parts.append(attention(q[:, :, at : at + step], keys, values, is_causal=True, align="bottom-right", enable_gqa=True, backend="cpu"))
+        parts.append(attention(q[:, :, at : at + step], keys, values, is_causal=True, align="bottom-right", enable_gqa=True,
+                               backend="cpu"))
         at += step
     worst, allowed = ((y.double() - truth).abs().max() for y in (torch.cat(parts, 2), whole))
     assert worst <= 2 * allowed + 4 * torch.finfo(dtype).eps
@@ -371,14 +386,17 @@ def test_prefill_and_decode_equal_the_whole(dtype: torch.dtype) -> None:
 def test_cache() -> None:
     k, v = randn(3, 2, 5, 4), randn(3, 2, 5, 6)
     cache = fastnn.KVCache(3, 2, 8, 4, 6)
-    assert len(cache) == 0 and cache.capacity == 8
+    assert len(cache) == 0
+    assert cache.capacity == 8
     cache.append(k, v)
     memory = cache.keys.data_ptr()
     cache.reorder(torch.tensor([2, 2, 0]))
-    assert torch.equal(cache.keys, k[[2, 2, 0]]) and torch.equal(cache.values, v[[2, 2, 0]])
+    assert torch.equal(cache.keys, k[[2, 2, 0]])
+    assert torch.equal(cache.values, v[[2, 2, 0]])
     cache.crop(3)
     keys, values = cache.append(k[:, :, :2], v[:, :, :2])
-    assert len(cache) == 5 and keys.data_ptr() == memory
+    assert len(cache) == 5
+    assert keys.data_ptr() == memory
     assert torch.equal(keys, torch.cat([k[[2, 2, 0], :, :3], k[:, :, :2]], 2))
     assert torch.equal(values, torch.cat([v[[2, 2, 0], :, :3], v[:, :, :2]], 2))
 
@@ -388,7 +406,8 @@ def test_cache_errors() -> None:
     cache = fastnn.KVCache(3, 2, 8, 4, 6)
     cache.append(k, v)
     before = cache.keys.clone()
-    for bad, words in [((k, v), ["full", "5 of 8", "5 more"]), ((k.double(), v), ["key", "torch.float64"]), ((k, v[..., :4]), ["value", "6"]),
+    for bad, words in [((k, v), ["full", "5 of 8", "5 more"]), ((k.double(), v), ["key", "torch.float64"]),
+                       ((k, v[..., :4]), ["value", "6"]),
                        ((k[:2], v), ["key", "(2, 2, 5, 4)"]), ((k[:, :, :1], v[:, :, :2]), ["1 positions", "2"])]:
         with pytest.raises(RuntimeError) as error:
             cache.append(*bad)
@@ -408,6 +427,6 @@ def test_the_plain_maths_is_torchs() -> None:
     q, k, v = (t.detach().double() for t in tensors(2, 4, 2, 9, 11, 8, 6))
     mask = randn(2, 1, 9, 11, dtype=torch.float64)
     out, lse, _ = plain.attention_lse(q, k, v, mask, None, None, None, 0.0, 0, 0.5)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask, scale=0.5, enable_gqa=True))
+    torch.testing.assert_close(out, torchs(q, k, v, mask, scale=0.5, enable_gqa=True))
     torch.testing.assert_close(lse, (q @ k.repeat_interleave(2, 1).mT * 0.5 + mask).logsumexp(-1))
     assert ops.attention.attention.name == "attention"

@@ -297,6 +297,7 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("softmax", g) for g in ("softmax", "log_softmax", "cross_entropy")),
         *(("pool", g) for g in ("max_pool", "avg_pool")),
         *(("norm", g) for g in ("batch_norm", "batch_norm_eval", "group_norm")),
+        *(("attention", g) for g in ("attention", "attention_causal", "attention_bias_train", "attention_window", "decode")),
         *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d")),
         *(("startup", g) for g in ("import", "first_linear")),
     }  # fmt: skip
@@ -614,7 +615,8 @@ def test_an_interrupted_run_keeps_what_is_done(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["poetry"], "unknown family 'poetry'; there are: activation, conv, matmul, models, norm, pool, rnn, softmax, startup"),
+    [(["poetry"], "unknown family 'poetry'; there are: activation, attention, conv, matmul, models, norm, pool, rnn, softmax, "
+                  "startup"),
      (["matmul", "--threads", "0"], "--threads is 0; it must be 1 or more"),
      (["matmul", "--dtype", "int8"], "dtype is 'int8'; allowed: float32"),
      (["matmul", "--case", "nowhere"], "no case matches 'nowhere' in: matmul"),

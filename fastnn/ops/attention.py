@@ -78,7 +78,7 @@ def _check_batch(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, heads = query.shape[:-3], query.shape[-3] if query.dim() > 2 else 1
     for word, t in (("key", key), ("value", value)):
         own = t.shape[-3] if t.dim() > 2 else 1
-        if own == 0 or heads % own or t.dim() > query.dim():
+        if t.dim() > query.dim() or (heads % own if own else heads):
             raise RuntimeError(
                 f"{name}(): Number of heads in key and value must divide the number of heads in query: query "
                 f"{tuple(query.shape)}, {word} {tuple(t.shape)}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from functools import cache, lru_cache
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..reference.attention import Options
 from .activation import _mix
-from .attention_fields import BOOLEAN, COMPUTE, FIELDS, NO_MASK, SAME, TABLE
+from .attention_fields import BOOLEAN, COMPUTE, FIELDS, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
-from .engine.host import simd
+from .engine.host import caches, simd
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -105,8 +105,8 @@ class Call:
             self.table |= {"row": list(rows), "drop": [row * lk for row in rows]} if f["rows"] else {}
         else:
             starts_q, starts_k = offsets_q.tolist(), offsets_k.tolist()
-            self.lq = [b - a for a, b in zip(starts_q, starts_q[1:])]
-            self.lk = [b - a for a, b in zip(starts_k, starts_k[1:])]
+            self.lq = [b - a for a, b in pairwise(starts_q)]
+            self.lk = [b - a for a, b in pairwise(starts_k)]
             self.first_q, self.first_k = starts_q[:-1], starts_k[:-1]
             self.table["row"] = self.first_q
             self.table["drop"] = [a * lk + b for a, b in zip(self.first_q, self.first_k)]
@@ -137,7 +137,8 @@ def _up(n: int, unit: int) -> int:
 
 
 def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: Tensor, value: Tensor,
-            mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None, offsets_k: Tensor | None, *options: Any) -> None:
+            mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None, offsets_k: Tensor | None,
+            *options: Any) -> None:
     o = Options(*options)
     if not out.numel() or not key.shape[-2]:
         out.zero_()
@@ -165,14 +166,15 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
     f["pack_v"] = c.longest_k * size
     f["pack"] = f["pack_k"] + f["pack_v"] * _up(f["dv"], panel)
     f["chunks"] = -(-c.longest_k // 128)
-    f["wave"] = f["pairs"] if direct else min(f["pairs"], max(2 * c.nt, _WAVE // f["pack"]))
-    blocks = f["wave"] * f["pos_blocks"] * f["head_blocks"]
-    f["splits"] = 1 if blocks >= 2 * c.nt or c.nt == 1 else max(1, min(-(-2 * c.nt // blocks), c.longest_k // 256))
+    alone = not direct and f["pack"] <= caches().l2 // 4 and (f["pairs"] >= 4 * c.nt or f["pairs"] % c.nt == 0)
+    f["wave"] = 0 if alone else f["pairs"] if direct else min(f["pairs"], max(2 * c.nt, _WAVE // f["pack"]))
+    blocks = (f["wave"] or f["pairs"]) * f["pos_blocks"] * f["head_blocks"]
+    f["splits"] = 1 if alone or blocks >= 2 * c.nt or c.nt == 1 else max(1, min(-(-2 * c.nt // blocks), c.longest_k // 256))
     block_rows = _up(f["bq"] * f["bh"], 12)
     o_row = _up(f["dv"], lanes) * size
     f["own"] = _up(block_rows * (72 + _up(f["d"], lanes) * size + (f["bk"] * size + 64) + o_row), 4096)
     f["part"] = block_rows * (64 + o_row)
-    packed = 0 if direct else _up(f["wave"] * f["pack"], 4096)
+    packed = 0 if direct else _up((f["wave"] or c.nt) * f["pack"], 4096)
     scratch = c.nt * f["own"]
     room = workspace(packed + scratch + (blocks * f["splits"] * f["part"] if f["splits"] > 1 else 0))
     fields, table = c.memory()
@@ -235,8 +237,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
                            ("z", dv, c.first_k)):
         f[name + "h"], f[name + "l"] = t.stride(-3) * t.itemsize, t.stride(-2) * t.itemsize
         c.table[{"x": "dq", "y": "dk", "z": "dv"}.get(name, name)] = c.starts(t, first)
-    bias = None
-    compute = stats.dtype
+    bias, direct, compute = None, False, stats.dtype
     if needs_mask and mask is not None:
         f["plain"] = 0
         shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
@@ -246,7 +247,8 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
             c.table["bias"] = [c.table["bias"][0] + a * f["bias_q"] + b * f["bias_k"] for a, b in zip(c.first_q, c.first_k)]
         chains, number, copies = _chains(c, True)
         f["bias_chain"] = one.numel() * size if copies > 1 else 0
-        bias = torch.zeros(copies, *shape, dtype=compute)
+        direct = copies == 1 and out[3].dtype == compute and out[3].is_contiguous()
+        bias = out[3].zero_() if direct else torch.zeros(copies, *shape, dtype=compute)
     else:
         chains, number, _ = _chains(c, False)
     lanes = simd().width // size
@@ -272,9 +274,9 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     kernel = _kernel("attention_backward", "i" * 22 + "fff", query.dtype)
     kernel(nt, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), chains.buffer_info()[0], number, *c.addresses(),
            output.data_ptr(), stats.data_ptr(), grad.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(),
-           dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(), room, room + sums,
-           o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
-    if bias is not None:
+           dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if bias is None else bias.data_ptr(), delta.data_ptr(),
+           room, room + sums, o.scale, o.softcap, 1.0 / (1.0 - o.dropout))
+    if bias is not None and not direct:
         out[3].copy_(bias.sum(0).reshape(out[3].shape))
 
 

@@ -58,8 +58,9 @@ LOG2_E, LN_2 = 1 / log(2), log(2)
 WIDTH = 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
- RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS, PACK_K, PACK_V, PACK,
- OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS, DQ_PART) = (8 * i for i in range(len(FIELDS)))
+ RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS,
+ PACK_K, PACK_V, PACK, OWN, PART, GH, GL, XH, XL, YH, YL, ZH, ZL, BIAS_Q, BIAS_K, BIAS_H, BIAS_CHAIN, PARTS,
+ DQ_PART) = (8 * i for i in range(len(FIELDS)))
 (T_Q, T_K, T_V, T_O, T_MASK, T_SLOPE, T_ROW, T_LQ, T_LK, T_DROP, T_G, T_DQ, T_DK, T_DV, T_BIAS, T_DQ_ROW, T_DQ_H) = (
     8 * i for i in range(len(TABLE)))
 TABLE_ROW = 8 * len(TABLE)
@@ -76,6 +77,25 @@ def at(f, field):
 @inline
 def up(n, unit):
     return (n + unit - 1) // unit * unit
+
+
+def part_store(e: Elem) -> Any:
+    """put(address, x, n): the first n lanes, or all. A masked store costs as much as ten others where there is no AVX-512."""
+    @inline
+    def put(address, x, n):
+        if n >= e.lanes:
+            store(e, address, x)
+        else:
+            store_n(e, address, x, n)
+    return put
+
+
+def rounder(p: Elem) -> Any:
+    """p_of(x): a number in the compute type"""
+    @inline
+    def p_of(x):
+        return first_lane(spread(p, x))
+    return p_of
 
 
 def product(p: Elem) -> Any:
@@ -129,13 +149,19 @@ def rows_of(e: Elem) -> Any:
 
 
 def logit(e: Elem) -> Any:
-    """logits(f, row, place, s, j, j0, n, scale, softcap): (the logits of columns j … of a block of n from key j0 on, -Inf where
-    the row may not look; tanh's value for softcap)."""
+    """(known(f, row), logits(known, s, j, j0, n, scale, softcap)): the logits of columns j … of a block of n from key j0 on, -Inf
+    where the row may not look, and tanh's value for softcap. ``known`` is read once, as stores might change memory."""
     p = compute_elem(e)
     flags = BYTES[p.size]
 
     @inline
-    def logits(f, row, place, s, j, j0, n, scale, softcap):
+    def known(f, row):
+        return (load_scalar(INT64, row + LO), load_scalar(INT64, row + HI), at(f, PREFIX), load_scalar(FLOAT64, row + SLOPE),
+                load_scalar(FLOAT64, row + PLACE), at(f, MASK_KIND), load_scalar(INT64, row + MASK), at(f, MK))
+
+    @inline
+    def logits(known, s, j, j0, n, scale, softcap):
+        lo, hi, prefix, slope, place, kind, mask, step = known
         x = load(p, s + j * p.size)
         t = x
         if softcap != 0.0:
@@ -144,28 +170,29 @@ def logit(e: Elem) -> Any:
         else:
             x = x * (scale * LOG2_E)
         here = iota_like(x) + (j0 + j)
-        slope = load_scalar(FLOAT64, row + SLOPE)
         if slope != 0.0:
             x = x - absolute(to_float(here) - place) * slope
-        seen = (here >= load_scalar(INT64, row + LO)) & (here < load_scalar(INT64, row + HI)) | (here < at(f, PREFIX))
+        seen = (here >= lo) & (here < hi) | (here < prefix)
         seen = seen & first_lanes(p, n - j)
-        kind = at(f, MASK_KIND)
         if kind != NO_MASK:
-            step = at(f, MK)
-            m = load_scalar(INT64, row + MASK) + (j0 + j) * step
+            m = mask + (j0 + j) * step
             left = min(n - j, p.lanes) if step != 0 else 1
+            whole = left == p.lanes
             if kind == BOOLEAN:
-                flag = load_n(flags, m, left)
+                flag = load(flags, m) if whole else load_n(flags, m, left)
                 if step == 0:
                     flag = (here & 0) + first_lane(flag)
                 seen = seen & (flag != 0)
             else:
-                bias = load_n(e, m, left) if kind == SAME else load_n(p, m, left)
+                if kind == SAME:
+                    bias = load(e, m) if whole else load_n(e, m, left)
+                else:
+                    bias = load(p, m) if whole else load_n(p, m, left)
                 if step == 0:
                     bias = spread(p, first_lane(bias))
                 x = fma(bias, LOG2_E, x)
         return select(seen, x, -inf), t
-    return logits
+    return known, logits
 
 
 def attention(elem_name: str) -> Callable[..., Any]:
@@ -175,7 +202,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
     several = wide(p, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
-    pack, multiply, prepare, logits = packer(e), product(p), rows_of(e), logit(e)
+    pack, multiply, prepare = packer(e), product(p), rows_of(e)
+    known, logits = logit(e)
+    p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
     add_rows = row_adder(e, p)
     d1, d2, d4, one1, one2, one4 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 4, 4), Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
@@ -196,11 +225,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
         return top
 
     @outline
-    def shape(f, row, place, s, n, j0, scale, softcap):
+    def shape(f, row, s, n, j0, scale, softcap):
         """The logits in place of the products; the largest of them"""
-        best = spread(p, -inf)
+        best, of_row = spread(p, -inf), known(f, row)
         for j in range(0, n, L):
-            x, _ = logits(f, row, place, s, j, j0, n, scale, softcap)
+            x, _ = logits(of_row, s, j, j0, n, scale, softcap)
             store(p, s + j * size, x)
             best = maximum_fast(x, best)
         return reduce_max(best)
@@ -210,12 +239,12 @@ def attention(elem_name: str) -> Callable[..., Any]:
         """exp2 in place; zeros up to ``room``; the sum"""
         total, j = spread(p, 0.0), 0
         while j + W <= n:
-            x = exp2_below(fma(load(several, s + j * size), factor, -offset))
+            x = exp2_below(load(several, s + j * size) * factor - offset)  # not fused, so that it is 0 at the largest
             store(several, s + j * size, x)
             total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
             j += W
         while j < n:
-            x = select(first_lanes(p, n - j), exp2_below(fma(load(p, s + j * size), factor, -offset)), 0.0)
+            x = select(first_lanes(p, n - j), exp2_below(load(p, s + j * size) * factor - offset), 0.0)
             store(p, s + j * size, x)
             total = total + x
             j += L
@@ -226,9 +255,10 @@ def attention(elem_name: str) -> Callable[..., Any]:
 
     @outline
     def drop_some(f, s, n, index):
+        key0, key1, least = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
         for j in range(0, n, L):
             x = load(p, s + j * size)
-            store(p, s + j * size, select(bits(x, index + j, 1, at(f, KEY0), at(f, KEY1)) < (at(f, DROP) - sign), 0.0, x))
+            store(p, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
 
     @outline
     def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, edge, scale, softcap):
@@ -242,14 +272,14 @@ def attention(elem_name: str) -> Callable[..., Any]:
             here = min(n, hi - j0)
             if plain and lo <= j0 and (prefix <= j0 or hi >= prefix):
                 here = max(here, 0)
-                top = largest(sr, here) * (scale * LOG2_E)
-                factor = scale * LOG2_E
+                factor = p_of(scale * LOG2_E)
+                top = largest(sr, here) * factor
             else:
                 here = n
-                top = shape(f, row, load_scalar(FLOAT64, row + PLACE), sr, n, j0, scale, softcap)
-                factor = 1.0
+                top = shape(f, row, sr, n, j0, scale, softcap)
+                factor = p_of(1.0)
             old = -inf if first else load_scalar(FLOAT64, row + OFFSET)
-            new = max(float(p_of(top)), old)
+            new = max(float(top), old)
             base = 0.0 if new == -inf else new
             total = float(exponentials(sr, here, n, factor, base))
             if not first:
@@ -307,17 +337,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     x = load(p, src + j * size) * inverse
                     if total == 0.0:
                         x = spread(p, 0.0)
-                    store_n(e, dst + j * e.size, x, min(L, dv - j))
+                    put(dst + j * e.size, x, dv - j)
                 number = at(entry, T_ROW) + (h0 + h) * at(f, ROW_H) + i0 + i
                 store_scalar(p, stats + number * size, p_of(offset))
                 store_scalar(p, stats + (number + at(f, ALL_ROWS)) * size, p_of(total))
                 if lse != 0:
                     whole = -inf if total == 0.0 else offset * LN_2 + first_lane(natural_log(spread(FLOAT64, total)))
                     store_scalar(p, lse + number * size, p_of(whole))
-
-    @inline
-    def p_of(x):
-        return first_lane(spread(p, x))
 
     @inline
     def addresses(f, own):
@@ -330,17 +356,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
         s = q + rows * q_row
         return st, q, q_row, s, s_row, s + rows * s_row, up(at(f, DV), L) * size
 
-    @inline
-    def pack_task(t, task, f, table, k, v, packed, first):
-        """128 keys of a pair"""
-        chunks = at(f, CHUNKS)
-        pair = task // chunks
-        j0 = (task - pair * chunks) * 128
-        b = (first + pair) // (at(f, HEADS) // at(f, GROUP))
-        hk = first + pair - b * (at(f, HEADS) // at(f, GROUP))
+    @outline
+    def pack_chunk(number, j0, f, table, k, v, to_k):
+        """128 keys and values of a pair"""
+        b = number // (at(f, HEADS) // at(f, GROUP))
+        hk = number - b * (at(f, HEADS) // at(f, GROUP))
         entry = table + b * TABLE_ROW
         lk, d, dv = at(entry, T_LK), at(f, D), at(f, DV)
-        to_k = packed + pair * at(f, PACK)
         to_v = to_k + at(f, PACK_K)
         kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
         for j in range(j0, min(lk, j0 + 128), panel):
@@ -351,8 +373,12 @@ def attention(elem_name: str) -> Callable[..., Any]:
                  to_v + c * at(f, PACK_V) + j0 * panel * size, panel)
 
     @inline
-    def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale,
-                   softcap, keep):
+    def pack_task(t, task, f, table, k, v, packed, first):
+        pair = task // at(f, CHUNKS)
+        pack_chunk(first + pair, (task - pair * at(f, CHUNKS)) * 128, f, table, k, v, packed + pair * at(f, PACK))
+
+    @outline
+    def block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, partial, first, scale, softcap, keep):
         pos_blocks, splits, head_blocks = at(f, POS_BLOCKS), at(f, SPLITS), at(f, HEAD_BLOCKS)
         rest = task // pos_blocks
         i0 = (pos_blocks - 1 - (task - rest * pos_blocks)) * at(f, BQ)  # the longest rows of a causal product first
@@ -380,7 +406,6 @@ def attention(elem_name: str) -> Callable[..., Any]:
             if not direct:
                 for h in range(nh):
                     pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
-            to_k = packed + pair * at(f, PACK)
             to_v = to_k + at(f, PACK_K)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
             # Two stretches of keys: the prefix that all see, and what the block's window covers.
@@ -408,9 +433,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     else:
                         for j in range(j0, j0 + n, panel):
                             # Rows whose window ends before this panel are skipped, a tile at a time.
-                            skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS) if trim and j >= at(f, PREFIX) else 0
+                            skip = 0
+                            if trim and j >= at(f, PREFIX):
+                                skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS)
                             multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
-                                     panel * d * size, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
+                                     0, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
                     weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, trim, scale, softcap)
                     if direct:
                         for r in range(rows):
@@ -422,13 +449,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     else:
                         v_at, v_panel = to_v + j0 * panel * size, panel * at(f, PACK_V)
                         whole = tiles
-                        if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1) and not nothing:
+                        if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1):
                             whole = 0
-                            for tile in range(tiles):  # as many keys as its last row sees
+                            for tile in range(tiles):  # as many keys as its last row sees, or one of weight 0
                                 last = min(nq, (tile + 1) * ROWS) - 1
                                 seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
-                                multiply(1, vecs, seen, s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel, True,
-                                         o + tile * ROWS * o_row, o_row)
+                                multiply(1, vecs, max(1, seen), s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel,
+                                         not nothing, o + tile * ROWS * o_row, o_row)
                         multiply(whole, vecs, n, s, s_row, size, v_at, panel * size, v_panel, not nothing, o, o_row)
                     nothing = False
                     j0 += n
@@ -449,6 +476,24 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     for j in range(vecs):
                         store(p, to, load(p, o + r * o_row + j * p.bytes))
                         to += p.bytes
+
+    @inline
+    def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
+                   keep):
+        pair = task // (at(f, POS_BLOCKS) * at(f, SPLITS) * at(f, HEAD_BLOCKS))
+        block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed + pair * at(f, PACK), scratch, partial, first,
+              scale, softcap, keep)
+
+    @inline
+    def pair_task(t, pair, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep):
+        """Small keys and values are packed by the thread that needs them, into memory that stays in its L2"""
+        to_k = packed + t * at(f, PACK)
+        for chunk in range(at(f, CHUNKS)):
+            pack_chunk(pair, chunk * 128, f, table, k, v, to_k)
+        blocks = at(f, POS_BLOCKS) * at(f, HEAD_BLOCKS)
+        for number in range(blocks):
+            block(t, pair * blocks + number, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, 0, 0, scale,
+                  softcap, keep)
 
     @inline
     def join_task(t, task, f, table, out, lse, stats, scratch, partial, first, keep):
@@ -490,13 +535,18 @@ def attention(elem_name: str) -> Callable[..., Any]:
 
     def kernel(threads, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep):
         first = 0
+        if at(f, WAVE) == 0:
+            first = at(f, PAIRS)
+            parallel_tasks(threads, first, pair_task,
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep))
         while first < at(f, PAIRS):
             pairs = min(at(f, WAVE), at(f, PAIRS) - first)
             if not at(f, DIRECT):
                 parallel_tasks(threads, pairs * at(f, CHUNKS), pack_task, (f, table, k, v, packed, first))
             blocks = pairs * at(f, HEAD_BLOCKS) * at(f, POS_BLOCKS)
             parallel_tasks(threads, blocks * at(f, SPLITS), block_task,
-                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap, keep))
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
+                            keep))
             if at(f, SPLITS) > 1:
                 parallel_tasks(threads, blocks, join_task, (f, table, out, lse, stats, scratch, partial, first, keep))
             first += pairs
@@ -516,7 +566,9 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     several = wide(p, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L
-    pack, multiply, prepare, logits = packer(e), product(p), rows_of(e), logit(e)
+    pack, multiply, prepare = packer(e), product(p), rows_of(e)
+    known, logits = logit(e)
+    p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
 
     @inline
@@ -542,42 +594,44 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         """Weights in place of products, the logits' gradients in place of the weights' ones; zeros from ``here`` to n"""
         j = 0
         while j + W <= here:
-            x = exp2_below(fma(load(several, s + j * size), factor, -offset)) * inverse
+            x = exp2_below(load(several, s + j * size) * factor - offset) * inverse
             store(several, s + j * size, x)
             store(several, g + j * size, (load(several, g + j * size) - delta) * x)
             j += W
         while j < n:
             seen = first_lanes(p, here - j)
-            x = select(seen, exp2_below(fma(load(p, s + j * size), factor, -offset)) * inverse, 0.0)
+            x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
             store(p, s + j * size, x)
             store(p, g + j * size, select(seen, (load(p, g + j * size) - delta) * x, 0.0))
             j += L
 
     @outline
     def slopes_shaped(f, row, s, g, j0, n, scale, softcap, keep, offset, inverse, delta, bias):
-        total = spread(p, 0.0)
+        total, of_row = spread(p, 0.0), known(f, row)
+        drops, key0, key1, least = at(f, DROP) != 0, at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
+        index, each = load_scalar(INT64, row + INDEX) + j0, bias != 0 and at(f, BIAS_K) != 0
         for j in range(0, n, L):
-            x, t = logits(f, row, load_scalar(FLOAT64, row + PLACE), s, j, j0, n, scale, softcap)
+            x, t = logits(of_row, s, j, j0, n, scale, softcap)
             weight = exp2_below(x - offset) * inverse
             weight = select(x == -inf, 0.0, weight)
             dp = load(p, g + j * size) * keep
             left = weight
-            if at(f, DROP) != 0:
-                index = load_scalar(INT64, row + INDEX) + j0 + j
-                dropped = bits(x, index, 1, at(f, KEY0), at(f, KEY1)) < (at(f, DROP) - sign)
+            if drops:
+                dropped = bits(x, index + j, 1, key0, key1) < least
                 left, dp = select(dropped, 0.0, left), select(dropped, 0.0, dp)
             store(p, s + j * size, left)
             ds = select(x == -inf, 0.0, (dp - delta) * weight)
-            if bias != 0:
-                if at(f, BIAS_K) != 0:
-                    to, m = bias + (j0 + j) * size, min(L, n - j)
-                    store_n(p, to, load_n(p, to, m) + ds, m)
+            if each:
+                to = bias + (j0 + j) * size
+                if n - j >= L:
+                    store(p, to, load(p, to) + ds)
                 else:
-                    total = total + ds
+                    store_n(p, to, load_n(p, to, n - j) + ds, n - j)
+            total = total + ds
             if softcap != 0.0:
                 ds = ds * (1.0 - t * t)
             store(p, g + j * size, ds)
-        if bias != 0 and at(f, BIAS_K) == 0:
+        if bias != 0 and not each:
             store_scalar(p, bias, load_scalar(p, bias) + reduce_add(total))
 
     @inline
@@ -590,7 +644,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     def write(dst, step, src, row, rows, n, factor):
         for r in range(rows):
             for j in range(0, n, L):
-                store_n(e, dst + r * step + j * e.size, load(p, src + r * row + j * size) * factor, min(L, n - j))
+                put(dst + r * step + j * e.size, load(p, src + r * row + j * size) * factor, n - j)
 
     @inline
     def scores(tiles, d, a, a_row, b, s, s_row, j0, n, i0, reach, trim):
@@ -675,7 +729,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                         for r in range(nq):
                             row = st + r * ROW
                             at_row = (at(entry, T_ROW) + h * at(f, ROW_H) + i0 + r) * size
-                            offset, total = load_scalar(p, stats + at_row), load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
+                            offset = load_scalar(p, stats + at_row)
+                            total = load_scalar(p, stats + at_row + at(f, ALL_ROWS) * size)
                             inverse = 0.0 if total == 0.0 else 1.0 / total
                             if total == 0.0:
                                 offset = total
@@ -683,7 +738,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                             s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
                             seen_prefix = at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)
                             if at(f, PLAIN) and at(f, DROP) == 0 and lo <= j0 and seen_prefix:
-                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, scale * LOG2_E, offset, inverse, delta_r)
+                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, p_of(scale * LOG2_E), offset, inverse,
+                                             delta_r)
                             else:
                                 to = 0
                                 if bias != 0:
@@ -725,6 +781,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         heads = sequences * at(f, HEADS)
         parallel_tasks(threads, heads, delta_task, (f, table, out, g, g_lse, delta))
         parallel_tasks(threads, number * at(f, PARTS), chain_task,
-                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap, keep))
+                       (f, table, chains, q, k, v, mask, slopes, stats, g, dk, dv, bias, delta, sums, scratch, scale, softcap,
+                        keep))
         parallel_tasks(threads, heads, finish_task, (f, table, dq, sums, scale))
     return kernel

@@ -10,7 +10,8 @@ FIELDS = [
     "left", "right", "bottom", "prefix",
     "drop", "drop_h", "drop_l", "key0", "key1",  # dropout's threshold; the step between indices; its keys
     "bq", "bk", "bh", "pos_blocks", "head_blocks", "splits", "direct", "wave", "chunks",
-    "pack_k", "pack_v", "pack", "own", "part",  # bytes: of a pair's packed keys, a column of values, both; a thread's scratch; a split's results
+    # bytes: of a pair's packed keys, a column of its values, and both; a thread's scratch; a split's results
+    "pack_k", "pack_v", "pack", "own", "part",
     "gh", "gl", "xh", "xl", "yh", "yl", "zh", "zl",  # backward: the gradients of out, query, key, value
     "bias_q", "bias_k", "bias_h", "bias_chain", "parts", "dq_part",
 ]

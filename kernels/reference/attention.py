@@ -7,7 +7,7 @@ backward: Dao 2023, "FlashAttention-2", section 3.2, without its blocks.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, slopes: Tensor | No
 
 def attention_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, slopes: Tensor | None = None,
                   offsets_q: Tensor | None = None, offsets_k: Tensor | None = None,
-                  *options: float) -> tuple[Tensor, Tensor, Tensor]:
+                  *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(out, log Σ exp(logits) of each row, and that in two parts: the largest in units of log 2, and Σ exp(logit - largest))."""
     heads = query.shape[-3] if query.dim() > 2 else 1
     s = _scores(query, key, mask, slopes, offsets_q, offsets_k, Options(*options))
@@ -117,14 +117,14 @@ def attention_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, slopes: Tensor | None = None,
-              offsets_q: Tensor | None = None, offsets_k: Tensor | None = None, *options: float) -> tuple[Tensor, Tensor]:
+              offsets_q: Tensor | None = None, offsets_k: Tensor | None = None, *options: Any) -> tuple[Tensor, Tensor]:
     out, _, stats = attention_lse(query, key, value, mask, slopes, offsets_q, offsets_k, *options)
     return out, stats
 
 
 def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None,
                        offsets_q: Tensor | None, offsets_k: Tensor | None, out: Tensor | None, stats: Tensor | None,
-                       grad_lse: Tensor | None, needs_mask: bool, *options: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                       grad_lse: Tensor | None, needs_mask: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and, if needed, of an additive mask (else an empty tensor)."""
     o = Options(*options)
     heads = query.shape[-3] if query.dim() > 2 else 1

@@ -1,0 +1,98 @@
+"""Attention of the models that its shapes come from: whole sequences, training, and the next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn._numerics import attention_scale
+
+from . import Case, random, together
+
+# batch, heads, heads of keys, queries, keys, size
+SHAPES = {
+    "bert_base": (1, 12, 12, 512, 512, 64),
+    "bert_base_b8": (8, 12, 12, 128, 128, 64),
+    "gpt2": (1, 12, 12, 1024, 1024, 64),
+    "gpt2_2k": (1, 12, 12, 2048, 2048, 64),
+    "llama_gqa": (1, 32, 8, 512, 512, 128),
+    "vit_b": (8, 12, 12, 197, 197, 64),
+    "t5_base": (4, 12, 12, 512, 512, 64),
+    "whisper_cross": (1, 8, 8, 224, 1500, 64),
+    "long_4k": (1, 8, 8, 4096, 4096, 64),
+    "long_16k": (1, 2, 2, 16384, 16384, 64),
+    "window_8k": (1, 4, 4, 8192, 8192, 64),
+}
+DECODE = {f"decode_{keys}": (1, 32, 8, 1, keys, 128) for keys in (128, 1024, 4096, 8192)}
+SHAPES |= DECODE
+
+
+def _kept(shape: tuple[int, ...], causal: bool, window: int) -> int:
+    """Scores that are not masked"""
+    queries, keys = shape[3:5]
+    if window:
+        return sum(min(i, window) + 1 for i in range(queries))
+    return queries * (queries + 1) // 2 if causal else queries * keys
+
+
+def _window_mask(F: Any, n: int, window: int) -> Tensor:
+    place = torch.arange(n)
+    distance = place.unsqueeze(1) - place
+    return (distance >= 0) & (distance <= window)
+
+
+def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = False, bias: tuple[int, ...] | None = None,
+              padded: bool = False, window: int = 0, **extra: Any) -> Case:
+    """bias: the shape of an additive mask, learned in training; padded: a boolean mask of keys; window: keys before the query."""
+    shape = SHAPES[model]
+    b, h, hk, lq, lk, d = shape
+    train = mode == "train"
+    makers: list[Any] = [random(b, h, lq, d, seed=1, grad=train), random(b, hk, lk, d, seed=2, grad=train),
+                         random(b, hk, lk, d, seed=3, grad=train)]
+    if bias is not None:
+        makers.append(random(*bias, seed=4, grad=train))
+    if padded:
+        makers.append(lambda dtype: (torch.arange(lk) < lk - 20).expand(b, 1, 1, lk))
+    options = {"is_causal": causal, "enable_gqa": h != hk}
+    own = {"is_causal": True, "window": (window, 0)} if window else options
+
+    def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if window:
+            return F.scaled_dot_product_attention(q, k, v, _window_mask(F, lq, window))
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, **own)
+
+    products = (7 if train else 2) * 2 * b * h * d * _kept(shape, causal, window)
+    return Case(
+        "attention",
+        f"{kind}/{model}/{'x'.join(map(str, shape))}",
+        together(*makers),
+        theirs=theirs,
+        ours=ours,
+        flops=0 if lq == 1 else products,
+        passes=((2 * b * hk * lk * d + b * h * lq * d, b * h * lq * d),) if lq == 1 else (),
+        mode=mode,
+        scale=attention_scale(**options) if lk <= 2048 else None,
+        **extra,
+    )
+
+
+CASES = [
+    attention("attention", "bert_base", goals={"limit": 0.8}, quick=True),
+    attention("attention", "bert_base_b8", goals={"best": 1.25}, quick=True),
+    attention("attention_padded", "bert_base_b8", padded=True, goals={"best": 1.25}),
+    *(attention("attention", model) for model in ("vit_b", "whisper_cross", "long_4k")),
+    attention("attention_causal", "bert_base", causal=True, goals={"torch": 2.0}, quick=True),
+    *(attention("attention_causal", model, causal=True) for model in ("gpt2", "llama_gqa", "long_4k", "long_16k")),
+    attention("attention_causal", "gpt2_2k", causal=True, goals={"limit": 0.75}),
+    attention("attention_bias", "t5_base", bias=(1, 12, 512, 512)),
+    attention("attention_window", "window_8k", window=256),
+    attention("attention_train", "bert_base", "train", goals={"torch": 1.5}, quick=True),
+    attention("attention_train", "gpt2", "train", causal=True),
+    attention("attention_bias_train", "t5_base", "train", bias=(1, 12, 512, 512), goals={"best": 2.0}),
+    *(attention("decode", model, goals={"limit": 0.85}, quick=model == "decode_4096") for model in DECODE),
+]
