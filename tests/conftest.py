@@ -33,6 +33,7 @@ def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels themselves are tested, however small their work, and not the rules that leave some of it to torch."""
     monkeypatch.setattr("fastnn.kernels.cpu.matmul.TINY", 0)
     monkeypatch.setattr("fastnn.kernels.cpu.norm.TINY", 0)
+    monkeypatch.setattr("fastnn.kernels.cpu.embedding.SMALL", 0)
     monkeypatch.setattr("fastnn.kernels.cpu.conv.RULES", False)
 
 

@@ -282,6 +282,14 @@ def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             yield Case(f"{name}_backward", (r, x, weight, stats, more, [n], 1e-5))
 
 
+def embedding_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    for size, n, layout, kind in itertools.product((1, 2, 7, 8, 33, 67, 131), (1, 5, 70), LAYOUTS[::2], (torch.int64, torch.int32)):
+        table = random(11, 2 * size)[:, :size] if layout is stepped else random(11, size)
+        indices = (random(n).abs() * 1e4).to(kind) % 11
+        yield Case("embedding", (table, indices, -1, False))
+        yield Case("embedding_backward", (layout(random(n, size)), indices, 11, 3, n == 5))
+
+
 def channels_last(t: Tensor) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 3 else t
 
@@ -324,6 +332,7 @@ CASES = {
     "pool": pool_cases,
     "norm": norm_cases,
     "rnn": rnn_cases,
+    "embedding": embedding_cases,
 }
 
 

@@ -42,7 +42,7 @@ def guarded(family: str, dtype: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["matmul", "activation", "softmax", "conv", "pool", "norm", "rnn"])
+@pytest.mark.parametrize("family", ["matmul", "activation", "softmax", "conv", "pool", "norm", "rnn", "embedding"])
 def test_nothing_outside_is_touched(family: str, dtype: str) -> None:
     assert guarded(family, dtype) == []
 
