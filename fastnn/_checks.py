@@ -901,7 +901,7 @@ def _summed_magnitudes(run: Callable[..., Tensor]) -> Scale:
         weight, indices = inputs
         wide = torch.nan_to_num(weight.detach().double()).requires_grad_(grad is not None)
         found = results(lambda *v: run(TORCH, *v), [wide, indices], None if grad is None else widen(grad.abs()))
-        return tuple(t.abs() for t in (found if grad is None else found))
+        return tuple(t.abs() for t in found)
 
     return scale
 
