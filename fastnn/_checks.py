@@ -921,6 +921,34 @@ def _attention_checks() -> Iterator[Check]:
     )
 
 
+def _embedding_checks() -> Iterator[Check]:
+    def check(name: str, table: Callable[[torch.dtype], Tensor], rows: int, n: int, **options: Any) -> Check:
+        def run(F: Any, weight: Tensor, indices: Tensor) -> Tensor:
+            return F.embedding(indices, weight, **options)
+
+        makers = (table, lambda dtype: torch.randint(rows, (n, 3), generator=torch.Generator().manual_seed(2)))
+        return Check("embedding", name, _all(*makers), run, names=("weight", "indices"), scale=_summed_magnitudes(run))
+
+    # more than a rule leaves to torch
+    yield check("embedding", _normal(997, 255, seed=1), 997, 3000)
+    yield check("embedding, padding_idx", _normal(65, 1021, seed=1), 65, 3000, padding_idx=7)
+    yield check("embedding, many of a few rows", _normal(7, 511, seed=1), 7, 3000, scale_grad_by_freq=True)
+    special = _special_rows(4099)
+    yield check("embedding, special values", special, len(special(torch.float32)), 1500)
+
+
+def _summed_magnitudes(run: Callable[..., Tensor]) -> Scale:
+    """A gradient is a sum over the places that took the row: errors are counted at the sum of magnitudes"""
+
+    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+        weight, indices = inputs
+        wide = torch.nan_to_num(weight.detach().double()).requires_grad_(grad is not None)
+        found = results(lambda *v: run(TORCH, *v), [wide, indices], None if grad is None else widen(grad.abs()))
+        return tuple(t.abs() for t in found)
+
+    return scale
+
+
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "matmul": _matmul_checks,
     "activation": _activation_checks,
@@ -930,6 +958,7 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "norm": _norm_checks,
     "conv": _conv_checks,
     "attention": _attention_checks,
+    "embedding": _embedding_checks,
 }
 
 

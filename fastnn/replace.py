@@ -129,6 +129,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return functional.linear(input, weight, bias)
 
 
+def _embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    pad = None if padding_idx < 0 else padding_idx
+    return functional.embedding(indices, weight, pad, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+
+
 def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
     cudnn_enable: bool = True,
@@ -170,6 +177,7 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours = _softmax_method(getattr(functional, name))
         served[getattr(torch, name)] = ours
         served[getattr(Tensor, name)] = ours
+    served[torch.embedding] = _embedding
     served[torch.layer_norm] = _layer_norm
     served[torch.rms_norm] = functional.rms_norm
     for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):

@@ -272,7 +272,7 @@ def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
 
     rows = [(1, 1), (5, 3), (3, 40), (2, 3, 33), (33, 67), (2, 2100)]
     for shape, layout, affine, name in itertools.product(rows, LAYOUTS, (0, 1), ("layer_norm", "rms_norm")):
-        centred, n = name == "layer_norm", shape[-1]
+        n = shape[-1]
         weight, bias = (random(n), random(n)) if affine else (None, None)
         x, r = layout(random(*shape)), layout(random(*shape))
         yield Case(name, (x, weight, bias, [n], 1e-5))
@@ -280,6 +280,15 @@ def norm_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
         stats = getattr(torch.ops.fastnn, name)(x, None, None, [n], 1e-5, backend="torch")[1]
         for more in (None, layout(random(*shape))):
             yield Case(f"{name}_backward", (r, x, weight, stats, more, [n], 1e-5))
+
+
+def embedding_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    sizes, kinds = (1, 2, 7, 8, 33, 67, 131), (torch.int64, torch.int32)
+    for size, n, layout, kind in itertools.product(sizes, (1, 5, 70), LAYOUTS[::2], kinds):
+        table = random(11, 2 * size)[:, :size] if layout is stepped else random(11, size)
+        indices = (random(n).abs() * 1e4).to(kind) % 11
+        yield Case("embedding", (table, indices, -1, False))
+        yield Case("embedding_backward", (layout(random(n, size)), indices, 11, 3, n == 5))
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -346,6 +355,7 @@ CASES = {
     "pool": pool_cases,
     "norm": norm_cases,
     "rnn": rnn_cases,
+    "embedding": embedding_cases,
 }
 
 

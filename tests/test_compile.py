@@ -13,6 +13,7 @@ import fastnn.functional as f
 from fastnn.ops import activation as activation_ops
 from fastnn.ops import attention as attention_ops
 from fastnn.ops import conv as conv_ops
+from fastnn.ops import embedding as embedding_ops
 from fastnn.ops import matmul as matmul_ops
 from fastnn.ops import norm as norm_ops
 from fastnn.ops import pool as pool_ops
@@ -22,7 +23,7 @@ from layer_cases import ACTIVATION, CASES, FUSED, MATMUL, NORM, POOL, SOFTMAX, C
 
 OPERATORS: dict[str, Operator] = {
     op.name: op
-    for module in (matmul_ops, activation_ops, softmax_ops, conv_ops, pool_ops, norm_ops, attention_ops)
+    for module in (matmul_ops, activation_ops, softmax_ops, conv_ops, pool_ops, norm_ops, attention_ops, embedding_ops)
     for op in vars(module).values()
     if isinstance(op, Operator)
 }
@@ -142,6 +143,11 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(2, 4, 5), X, None, row_moments(X, True), t(2, 4, 5), [5], 1e-5),
     ],
     "rms_norm_backward": [lambda g: (t(2, 4, 5), X, t(5), row_moments(X, False), t(2, 4, 5), [5], 1e-5)],
+    "embedding": [
+        lambda g: (t(7, 3, grad=g), torch.tensor([[1, 6], [0, 1]]), -1, False),
+        lambda g: (t(7, 3, grad=g), torch.tensor([1, 6, 1], dtype=torch.int32), 1, True),
+    ],
+    "embedding_backward": [lambda g: (t(2, 2, 3), torch.tensor([[1, 6], [0, 1]]), 7, 0, False)],
     "conv": [
         lambda g: (t(2, 4, 6, 5, grad=g), t(6, 2, 3, 3, grad=g), t(6, grad=g), t(2, 6, 3, 3, grad=g), [2, 2], [1, 1], [1, 1],
                    False, [0, 0], 2, None),

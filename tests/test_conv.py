@@ -280,7 +280,7 @@ def test_replace_serves_a_network() -> None:
 
 def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     """By shape alone, never with an epilogue, and not when a backend was named; bad arguments meet our own messages."""
-    monkeypatch.setattr(host, "RULES", True)
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", True)
     small, w = randn(1, 3, 9, 9), randn(4, 3, 1, 1)
     big, deep = randn(1, 64, 40, 40), randn(64, 1, 3, 3)
     ours.conv2d(small, w)

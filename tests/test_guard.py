@@ -42,7 +42,9 @@ def guarded(family: str, dtype: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["matmul", "activation", "softmax", "conv", "pool", "norm", "rnn", "attention"])
+@pytest.mark.parametrize(
+    "family", ["matmul", "activation", "softmax", "conv", "pool", "norm", "rnn", "attention", "embedding"]
+)
 def test_nothing_outside_is_touched(family: str, dtype: str) -> None:
     assert guarded(family, dtype) == []
 

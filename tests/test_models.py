@@ -100,7 +100,7 @@ def test_layers_say_who_served_them() -> None:
     assert served == {
         "first": "linear: cpu",
         "activation": "activation: cpu",
-        "norm": "torch",
+        "norm": "layer_norm: cpu",
         "second": "linear: cpu",
         models.OUTSIDE: "softmax: cpu",
     }

@@ -103,7 +103,7 @@ def test_t5_is_that_of_transformers() -> None:
     for options in ({}, {"bidirectional": False}, {"buckets": 20, "max_distance": 50}):
         theirs = {{"buckets": "num_buckets"}.get(k, k): v for k, v in options.items()}
         expected = t5.T5Attention._relative_position_bucket(distance, **theirs)
-        assert torch.equal(f.t5_buckets(distance, **options), expected)  # type: ignore[arg-type]
+        assert torch.equal(f.t5_buckets(distance, **options), expected)
 
 
 def test_t5_bias() -> None:

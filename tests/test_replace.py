@@ -195,7 +195,7 @@ def old_weight_norm() -> nn.Module:
         (lambda: torch.ao.nn.qat.Linear(3, 3, qconfig=torch.ao.quantization.default_qconfig), "quantised"),
         (lambda: torch.jit.script(nn.Linear(3, 3)), "compiled by torch.jit"),
         (lambda: parametrizations.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
-        (lambda: nn.Embedding(3, 3), "no fastnn kernel for Embedding"),
+        (lambda: nn.EmbeddingBag(3, 3), "no fastnn kernel for EmbeddingBag"),
     ],
 )
 def test_what_is_left_and_why(make, reason: str) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,5 @@
-"""Batch and group normalisation in the networks for images and sound that they come from, in both memory formats."""
+"""Batch and group normalisation in the networks for images and sound that they come from, in both memory formats; layer and
+root-mean-square normalisation of transformers."""
 
 from __future__ import annotations
 
@@ -74,10 +75,60 @@ def norm(kind: str, model: str, last: bool, mode: str = "forward", **extra: Any)
     )
 
 
+ROWS = {"bert_base": (4096, 768), "gpt2": (1024, 768), "minilm": (2048, 384), "llama": (512, 4096), "bert_base_one": (128, 768)}
+
+
+def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtypes: Any = (torch.float32,), **extra: Any) -> Case:
+    """layer_norm or rms_norm; ``added``: of the sum with a residual, which is a result too"""
+    n, size = shape = ROWS[model]
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(1)
+        x, other = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        parameters = [torch.rand(size, generator=generator).add_(0.5).to(dtype) for _ in range(2 if name == "layer_norm" else 1)]
+        return tuple(t.requires_grad_(mode == "train") for t in (x, *((other,) if added else ()), *parameters))
+
+    def run(F: Any, x: Tensor, *rest: Tensor) -> Tensor:
+        if not added:
+            return getattr(F, name)(x, (size,), *rest)
+        total = x + rest[0]
+        return getattr(F, name)(total, (size,), *rest[1:]) + total
+
+    def fused(F: Any, x: Tensor, *rest: Tensor) -> Tensor:
+        y, total = getattr(F, name)(x, (size,), *rest[1:], residual=rest[0], return_sum=True)
+        return y + total
+
+    def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+        """As in ``_scale``: a parameter's gradient is a sum over rows"""
+        wanted = inputs if grad is not None else inputs[:1]
+        return tuple(torch.full(t.shape, 8.0 if t.dim() > 1 else n, dtype=torch.float64) for t in wanted)
+
+    count = n * size * (2 if added else 1)
+    passes = ((count, count), (2 * count, count)) if mode == "train" else ((count, count),)
+    return Case(
+        "norm",
+        f"{'add_' if added else ''}{name}/{model}/{n}x{size}",
+        make,
+        theirs=run,
+        ours=fused if added else None,
+        passes=passes,
+        mode=mode,
+        dtypes=dtypes,
+        scale=scale,
+        **extra,
+    )
+
+
 _IMAGES = [(model, last) for model in SHAPES for last in (False, True) if len(SHAPES[model]) > 2 or not last]
 _QUICK = ("resnet50_56", False)
 
 CASES = [
+    *(rows("layer_norm", m, goals={"limit": 0.8}, quick=m == "bert_base") for m in ROWS),
+    *(rows("layer_norm", m, "train", goals={"torch": 2.5}, quick=m == "bert_base") for m in ROWS),
+    *(rows("rms_norm", m, goals={"limit": 0.8}) for m in ("bert_base", "llama")),
+    *(rows("rms_norm", m, "train", goals={"torch": 2.5}) for m in ("bert_base", "llama")),
+    *(rows(name, "bert_base", added=True, goals={"best": 1.0}) for name in ("layer_norm", "rms_norm")),
+    rows("layer_norm", "bert_base", dtypes=(torch.bfloat16,), goals={"torch": 1.0}),
     *(norm("eval", *which, goals={"limit": 0.85}, quick=which == _QUICK) for which in _IMAGES),
     *(norm("batch", *which, goals={"torch": 2.5}, quick=which == _QUICK) for which in _IMAGES),
     *(norm("batch", *which, "train", goals={"torch": 2.5}, quick=which == _QUICK) for which in _IMAGES),

@@ -26,6 +26,7 @@ from ._activation import (
 )
 from ._attention import scaled_dot_product_attention
 from ._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from ._embedding import embedding
 from ._matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
 from ._multihead import multi_head_attention_forward
 from ._norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
@@ -84,6 +85,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "elu",
+    "embedding",
     "gelu",
     "glu",
     "group_norm",

@@ -164,7 +164,8 @@ def layer_norm(
     residual, of input's shape and dtype, is first added to input, in the same pass; with return_sum the result is (output, sum).
     RuntimeError where shapes do not match.
     """
-    return _rows(_norm.layer_norm, _norm.add_layer_norm, input, residual, return_sum, backend, normalized_shape, weight, bias, eps)
+    ops = (_norm.layer_norm, _norm.add_layer_norm)
+    return _rows(*ops, input, residual, return_sum, backend, normalized_shape, weight, bias, eps)
 
 
 def rms_norm(
@@ -184,4 +185,5 @@ def rms_norm(
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    return _rows(_norm.rms_norm, _norm.add_rms_norm, input, residual, return_sum, backend, normalized_shape, weight, None, eps)
+    ops = (_norm.rms_norm, _norm.add_rms_norm)
+    return _rows(*ops, input, residual, return_sum, backend, normalized_shape, weight, None, eps)

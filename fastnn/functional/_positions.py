@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal, learned, rotary and relative positions, in plain PyTorch (they cost little beside a product)."""
+"""Where a token stands: sinusoidal, learned, rotary and relative positions, in plain PyTorch: they cost little."""
 
 import math
 
@@ -36,7 +36,7 @@ def learned_positions(input: Tensor, weight: Tensor, *, offset: int = 0) -> Tens
     length = input.shape[-2]
     _need("learned_positions", "weight", tuple(weight.shape), weight.dim() == 2 and weight.shape[1] == input.shape[-1],
           f"(positions, {input.shape[-1]})")  # fmt: skip
-    _need("learned_positions", "offset + L", offset + length, 0 <= offset and offset + length <= weight.shape[0],
+    _need("learned_positions", "offset + L", offset + length, 0 <= offset <= weight.shape[0] - length,
           f"in [0, {weight.shape[0]}], as weight has so many rows")  # fmt: skip
     return input + weight[offset : offset + length]
 
@@ -78,9 +78,11 @@ def rotary(input: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tenso
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """Scores by distance as scores by key: (…, L, K), the last column being distance 0, to (…, L, K) where row i is moved left by
-    L - 1 - i: Dai et al. 2019 (arXiv:1901.02860), appendix B. What comes in from the right belongs to keys behind the query, which
-    a causal mask hides."""
+    """Scores by distance, (…, L, K) with distance 0 in the last column, as scores by key: row i is moved left by L - 1 - i.
+
+    Dai et al. 2019 (arXiv:1901.02860), appendix B. What comes in from the right belongs to keys behind the query, which a causal
+    mask hides.
+    """
     *batch, length, keys = scores.shape
     padded = torch.cat([scores.new_zeros(*batch, length, 1), scores], -1)
     return padded.reshape(*batch, keys + 1, length)[..., 1:, :].reshape(scores.shape)

@@ -25,6 +25,7 @@ from .activation import (
     Tanh,
 )
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .embedding import Embedding
 from .matmul import Linear
 from .norm import (
     BatchNorm1d,
@@ -98,6 +99,7 @@ __all__ = [
     "ConvTranspose3d",
     "CrossEntropyLoss",
     "Dropout",
+    "Embedding",
     "GRUCell",
     "GeGLU",
     "GroupNorm",

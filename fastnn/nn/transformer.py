@@ -38,7 +38,7 @@ def _fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     return "relu" if _plain(activation, nn.ReLU, ReLU) else "silu" if _plain(activation, nn.SiLU, SiLU) else None
 
 
-def _linear(layer: Any, part: nn.Module, x: Tensor, activation: Any = None, residual: Tensor | None = None) -> Tensor:
+def _linear(layer: Any, part: Any, x: Tensor, activation: Any = None, residual: Tensor | None = None) -> Tensor:
     """activation(part(x) + residual)"""
     name = _fused_name(activation) if activation is not None else None
     if _plain(part, nn.Linear, Linear):
@@ -49,7 +49,7 @@ def _linear(layer: Any, part: nn.Module, x: Tensor, activation: Any = None, resi
     return x if activation is None else activation(x)
 
 
-def _norm(layer: Any, part: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _norm(layer: Any, part: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """part(x + residual), and the sum"""
     if _plain(part, nn.LayerNorm, LayerNorm) and x.dtype == residual.dtype:
         found: tuple[Tensor, Tensor] = F.layer_norm(

@@ -247,8 +247,10 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
         return [2 if centred else 1, *input.shape[: input.dim() - len(shape)]]
 
     def stats_of(input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float) -> Tensor:
-        wide = input.detach().double()
-        return getattr(reference, name)(wide, None, None, shape, eps)[1] if wide.numel() else wide.new_empty(stats_shape(input, shape))
+        if input.numel() == 0:
+            return empty_stats(input, shape)
+        stats: Tensor = getattr(reference, name)(input.detach().double(), None, None, shape, eps)[1]
+        return stats
 
     def save(ctx: Any, parameters: Any, x: Tensor, stats: Tensor) -> None:
         weight, bias, *ctx.rest = parameters
@@ -314,7 +316,11 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
         " -> (Tensor, Tensor, Tensor)",
         "norm",
         check=check_sum,
-        allocate=lambda plan, input, residual, weight, bias, shape, eps: (like(input), like(input), empty_stats(input, shape)),
+        allocate=lambda plan, input, residual, weight, bias, shape, eps: (
+            like(input),
+            like(input),
+            empty_stats(input, shape),
+        ),
         torch=sum_by_torch,
         extra=lambda input, residual, *rest: stats_of(input + residual, *rest),
         visible=2,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .conv_fields import FIELDS
-from .engine import packed, threads
+from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel
 from .engine.host import caches
@@ -356,13 +356,12 @@ KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_wei
 
 # The automatic choice, not a limit: float32 calls that torch (through oneDNN) was measured to serve faster, on a Zen 3 with AVX2.
 # `bench conv --backend cpu` shows both sides.
-RULES = True
 _SMALL, _SMALL_PRODUCT = 1 << 22, 1 << 20  # multiplications
 
 
 def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], transposed: bool, groups: int) -> str | None:
     """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
-    if not RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
+    if not overhead.RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
@@ -390,8 +389,8 @@ def _slower_conv(input: Tensor, weight: Tensor, bias: Tensor | None, residual: T
 
 def _slower_weight(grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
                    dilation: Sequence[int], groups: int) -> str | None:
-    if RULES and input.dtype == torch.float32 and input.dim() == 4 and 1 < groups == input.shape[1] and max(kernel_size) < 7 and (
-            not threads.forked()):
+    depthwise = input.dim() == 4 and 1 < groups == input.shape[1] and max(kernel_size) < 7
+    if overhead.RULES and depthwise and input.dtype == torch.float32 and not threads.forked():
         return "depthwise, a small filter: torch's gradient of the weight is 1.5 to 7 times as fast"
     return None
 

@@ -175,9 +175,9 @@ def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tenso
           bias: Tensor | None, shape: Sequence[int], eps: float) -> None:
     """out: the normalised rows, [the sum,] the statistics"""
     n = shape[0] if len(shape) == 1 else prod(shape)
-    x, *x_rows = _lay(input, n)  # the tensors have to live until the kernel has run
+    _x, *x_rows = _lay(input, n)  # the tensors have to live until the kernel has run
     y, *y_rows = _lay(out[0], n)
-    r, *r_rows = (None, 0, 0) if residual is None else _lay(residual, n)
+    _r, *r_rows = (None, 0, 0) if residual is None else _lay(residual, n)
     _, *s_rows = (None, 0, 0) if residual is None else _lay(out[1], n)
     weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)
     size = y.numel()
@@ -196,9 +196,9 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
                         stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float) -> None:
     """out = (the gradient of input, those of weight and bias)"""
     n = shape[0] if len(shape) == 1 else prod(shape)
-    g, *g_rows = _lay(grad, n)  # the tensors have to live until the kernel has run
-    x, *x_rows = _lay(input, n)
-    m, *m_rows = (None, 0, 0) if more is None else _lay(more, n)
+    _g, *g_rows = _lay(grad, n)  # the tensors have to live until the kernel has run
+    _x, *x_rows = _lay(input, n)
+    _m, *m_rows = (None, 0, 0) if more is None else _lay(more, n)
     y, *y_rows = _lay(out[0], n)
     weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
     size = y.numel()
