@@ -97,6 +97,23 @@ def _careful_normal(x: Tensor, dims: list[int], eps: float) -> Tensor:
     return below * torch.rsqrt(below.square().mean(dims, keepdim=True) + eps)
 
 
+def _careful_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's own adds up a row's exponentials one after the other."""
+    from .kernels.reference import attention as plain
+
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    options = plain.Options(scale=factor, right=0 if is_causal else -1)
+    return plain.attention(query, key, value, mask, None, None, None, *options)[0]
+
+
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = [-1, *[1] * (x.dim() - 2)]
     x = x if weight is None else x * weight.reshape(shape)
@@ -137,6 +154,7 @@ CAREFUL: Any = SimpleNamespace(
         "softmax": _careful_softmax,
         "log_softmax": _careful_log_softmax,
         "cross_entropy": _careful_cross_entropy,
+        "scaled_dot_product_attention": _careful_attention,
         "avg_pool2d": _careful_avg_pool2d,
         "batch_norm": _careful_batch_norm,
         "group_norm": _careful_group_norm,
@@ -298,7 +316,8 @@ def softmax_scale(log: bool, dim: int = -1) -> Scale:
 def attention_scale(**options: Any) -> Scale:
     """For scaled_dot_product_attention of (query, key, value[, attn_mask]), with causal, scale or grouped heads as ``options``.
 
-    A weight is an exponential, which magnifies what its argument has lost: the sum of its products' magnitudes.
+    A weight is an exponential, which magnifies what its argument has lost: the sum of its products' magnitudes. A weight below
+    float32's smallest normal number, beside others that sum up to 1, may be 0.
     """
     from .kernels.reference import attention as plain
 
@@ -313,7 +332,8 @@ def attention_scale(**options: Any) -> Scale:
         lost = 1 + query.abs() @ k.abs().mT * abs(factor)
         if mask is not None and mask.dtype != torch.bool:
             lost = lost + mask.abs().nan_to_num(0, 0, 0)
-        weights = weights * lost
+        floor = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+        weights = weights * lost + floor
         if grad is None:
             return (weights @ v.abs(),)
         g = grad.abs() @ v.abs().mT

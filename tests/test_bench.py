@@ -343,7 +343,7 @@ def test_select() -> None:
     both = run.select(["matmul"], pattern="square/1024")
     assert [dtype for _, dtype in both] == [torch.float32, torch.bfloat16]
     assert [dtype for _, dtype in run.select(["matmul"], torch.float64, "square/1024")] == [torch.float64]
-    with pytest.raises(ValueError, match="unknown family 'convolution'; there are: activation, conv"):
+    with pytest.raises(ValueError, match="unknown family 'convolution'; there are: activation, attention"):
         run.select(["convolution"])
     with pytest.raises(ValueError, match="no case matches 'nowhere' in: matmul"):
         run.select(["matmul"], pattern="nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ SHAPES = {
     "t5_base": (4, 12, 12, 512, 512, 64),
     "whisper_cross": (1, 8, 8, 224, 1500, 64),
     "long_4k": (1, 8, 8, 4096, 4096, 64),
-    "long_16k": (1, 2, 2, 16384, 16384, 64),
-    "window_8k": (1, 4, 4, 8192, 8192, 64),
+    "long_16k": (1, 4, 4, 16384, 16384, 64),
+    "window_8k": (1, 8, 8, 8192, 8192, 64),
 }
 DECODE = {f"decode_{keys}": (1, 32, 8, 1, keys, 128) for keys in (128, 1024, 4096, 8192)}
 SHAPES |= DECODE
@@ -44,7 +45,8 @@ def _window_mask(F: Any, n: int, window: int) -> Tensor:
 
 
 def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = False, bias: tuple[int, ...] | None = None,
-              padded: bool = False, window: int = 0, **extra: Any) -> Case:
+              padded: bool = False, window: int = 0,
+              goals: dict[str, float] | None = None, **extra: Any) -> Case:
     """bias: the shape of an additive mask, learned in training; padded: a boolean mask of keys; window: keys before the query."""
     shape = SHAPES[model]
     b, h, hk, lq, lk, d = shape
@@ -74,9 +76,10 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         theirs=theirs,
         ours=ours,
         flops=0 if lq == 1 else products,
-        passes=((2 * b * hk * lk * d + b * h * lq * d, b * h * lq * d),) if lq == 1 else (),
+        passes=((2 * b * hk * lk * d + b * h * lq * d + math.prod(bias or (0,)), b * h * lq * d),),
         mode=mode,
         scale=attention_scale(**options) if lk <= 2048 else None,
+        goals=goals or {"best": 1.0},
         **extra,
     )
 

@@ -66,8 +66,13 @@ def _starts(t: Tensor | None, batch: torch.Size, last: int = 3) -> list[int]:
 
 
 def _unit(t: Tensor, exact: bool = False) -> Tensor:
-    """The tensor, or a copy, with elements next to each other along its last dimension (or all alike, unless ``exact``)."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 or (t.stride(-1) == 0 and not exact) else t.contiguous()
+    """The tensor, or a copy, with elements next to each other along its last dimension; unless ``exact`` they may all be alike,
+    and the copy is of what is distinct in expanded dimensions."""
+    if t.stride(-1) == 1 or t.shape[-1] == 1 or (t.stride(-1) == 0 and not exact):
+        return t
+    if exact:
+        return t.contiguous()
+    return t[tuple(slice(0, 1 if step == 0 else size) for size, step in zip(t.shape, t.stride()))].contiguous()
 
 
 class Call:
