@@ -113,7 +113,7 @@ def changing_lengths(mode: str, lengths: tuple[int, ...], batch: int, inputs: in
     return Case(
         "rnn", f"{mode}/changing_lengths/{len(lengths)}_B{batch}_I{inputs}_H{units}", make, theirs=run,
         parameters=tuple(range(first, first + 4)), flops=2 * steps * batch * wide * (inputs + units),
-        passes=((steps * batch * inputs + len(lengths) * wide * (inputs + units + 2), steps * batch * units),),
+        passes=((steps * batch * inputs + wide * (inputs + units + 2), steps * batch * units),),
         scale=_of_the_largest(run), **extra,
     )  # fmt: skip
 
