@@ -56,6 +56,8 @@ def main(arguments: Namespace) -> int:
     seconds = SECONDS["quick" if arguments.quick else "full"]
     method = "cold" if arguments.cold else "interleaved" if arguments.interleaved else "warm"
     providers, missing = available_peers(arguments.providers, arguments.quick)
+    if not arguments.providers:  # who has nothing to do with any of the cases need not be told of
+        providers = [p for p in providers if any(p.takes_part(case, arguments.device) for case, _ in chosen)]
     headers: list[dict[str, Any]] = []
     records: list[Record] = []
     save = _Saver(arguments, headers, records)

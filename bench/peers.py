@@ -76,6 +76,12 @@ class Peer:
     slow = False
     #: Where it works.
     devices: tuple[str, ...] = ("cpu",)
+    #: The families that it has something of its own for; empty: all.
+    families: tuple[str, ...] = ()
+
+    def takes_part(self, case: Case, device: str) -> bool:
+        """Whether there is any sense in asking it for the case."""
+        return device in self.devices and (not self.families or case.family in self.families)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         """Why this peer cannot do the case, in a sentence; None if it can."""
@@ -118,6 +124,43 @@ class TorchEager(Peer):
 
     def prepare(self, job: Job) -> Work:
         return as_work(job, lambda *inputs: job.case.theirs(TORCH, *inputs))
+
+
+class SDPA(TorchEager):
+    """torch's attention by one of the backends that it chooses from on a GPU, and no other."""
+
+    devices: tuple[str, ...] = ("cuda",)
+    families = ("attention",)
+    backend = ""
+
+    def prepare(self, job: Job) -> Work:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = getattr(SDPBackend, self.backend)
+        with sdpa_kernel(backend):
+            work = super().prepare(job)
+
+        def alone() -> tuple[Tensor, ...]:
+            with sdpa_kernel(backend):
+                return work()
+
+        return alone
+
+
+class FlashSDPA(SDPA):
+    name, backend = "sdpa.flash", "FLASH_ATTENTION"
+
+
+class CuDNNSDPA(SDPA):
+    name, backend = "sdpa.cudnn", "CUDNN_ATTENTION"
+
+
+class EfficientSDPA(SDPA):
+    name, backend = "sdpa.efficient", "EFFICIENT_ATTENTION"
+
+
+class MathSDPA(SDPA):
+    name, backend = "sdpa.math", "MATH"
 
 
 class TorchCompile(Peer):
@@ -280,4 +323,6 @@ def _has_threadpoolctl() -> bool:
 
 
 #: Every provider, ours first.
-PEERS: tuple[type[Peer], ...] = (Fastnn, TorchEager, TorchCompile, MaxAutotune, NumPy, OnnxRuntime)
+PEERS: tuple[type[Peer], ...] = (
+    Fastnn, TorchEager, FlashSDPA, CuDNNSDPA, EfficientSDPA, MathSDPA, TorchCompile, MaxAutotune, NumPy, OnnxRuntime,
+)  # fmt: skip

@@ -253,7 +253,9 @@ def measure_case(
             case.mode,
             peer.name,
             method="gpu" if on_gpu else method,
-            missing=peer.missing(case, dtype, threads) if device in peer.devices else f"{peer.name} is not for {device}",
+            missing=peer.missing(case, dtype, threads)
+            if peer.takes_part(case, device)
+            else f"{peer.name} is not for {case.family} on {device}",
         )
         for peer in providers
     ]

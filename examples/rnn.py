@@ -72,7 +72,7 @@ class Model(nn.Module):
 
 
 def train(
-    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], loss_of: Callable[..., Tensor]
+    model: nn.Module, batches: Iterator[tuple[Any, Tensor]], loss_of: Callable[..., Tensor]
 ) -> tuple[list[float], float]:
     """The losses, and the seconds that it took"""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

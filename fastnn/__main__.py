@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--providers",
         nargs="+",
         metavar="NAME",
-        help="only these of: fastnn torch torch.compile max-autotune numpy onnxruntime",
+        help="only these of: fastnn torch torch.compile max-autotune numpy onnxruntime, and for attention on a GPU sdpa.flash "
+        "sdpa.cudnn sdpa.efficient sdpa.math",
     )
 
     warmup = commands.add_parser("warmup", help="compile all kernels into the cache, so that no later call waits")

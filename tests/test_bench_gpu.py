@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import fastnn.bench.cases as cases
 import fastnn.bench.command as command
 import fastnn.bench.gpu as gpu
+import fastnn.bench.peers as peers
 import fastnn.bench.run as run
 from fastnn.__main__ import main
 from fastnn.bench.cases import Case, random, together
@@ -129,6 +131,31 @@ def test_a_whole_run(cuda: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert by["fastnn"]["memory"] == 400
     assert by["torch"]["method"] == "gpu"
     assert (tmp_path / "bench/results/stand-in/matmul.json").exists()
+
+
+def test_attention_has_a_peer_a_backend(cuda: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each alone; one that has no kernel for the case is missing, and where attention is not measured they are not listed."""
+    case = next(c for c in cases.cases("attention") if c.group == "attention").on(
+        name="attention/small",
+        make=together(*(random(1, 2, 16, 8, seed=n) for n in range(3))),
+        passes=((768, 256),),
+        flops=4 * 2 * 16 * 16 * 8,
+    )
+    other = Case("matmul", "gpu/relu", together(random(64, 64, seed=1)), theirs=lambda F, x: F.relu(x), passes=((4096, 4096),))
+    monkeypatch.setattr(peers.SDPA, "devices", ("cpu",))
+    monkeypatch.setattr(command, "SECONDS", {"quick": 0.01, "full": 0.01})
+    file = tmp_path / "gpu.json"
+    found = {}
+    for family, only in (("attention", case), ("matmul", other)):
+        monkeypatch.setattr(run, "cases", lambda family, only=only: [only])
+        assert main(["bench", family, "--quick", "--device", "cpu", "--json", str(file)]) == 0
+        found[family] = {r["provider"]: r for r in json.loads(file.read_text())["records"]}
+    by = found["attention"]
+    assert by["sdpa.flash"]["correct"]
+    assert by["sdpa.math"]["correct"]
+    assert by["sdpa.flash"]["error_ulp"] != by["sdpa.math"]["error_ulp"], "both took the same way"
+    assert "No available kernel" in by["sdpa.cudnn"]["missing"]
+    assert not any(name.startswith("sdpa") for name in found["matmul"])
 
 
 def test_without_a_gpu_it_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,14 @@ def test_sentence_embeddings_stay() -> None:
     replaced = copy.deepcopy(model)
     report = fastnn.replace(replaced)
     assert len(report.replaced) >= 36  # the linear layers
-    expected, got = embeddings.embed(model, tokens), embeddings.embed(replaced, tokens)
+    with fastnn.use(), fastnn.trace() as calls:
+        got = embeddings.embed(replaced, tokens)
+    served = {call.op for call in calls if call.backend == "cpu"}
+    assert served >= {"linear", "layer_norm", "attention", "activation", "embedding"}, served
+    expected = embeddings.embed(model, tokens)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert not torch.equal(got, expected), "the same bits throughout: nothing was replaced"
+    assert all("family" in text for _, text in embeddings.search(replaced, "What is said of happy families?", 2))
     # The numbers mean something: the two sentences on happy families are each other's nearest.
     alike = (got @ got.T).fill_diagonal_(0)
     first, second = (i for i, s in enumerate(embeddings.sentences()) if "happy families" in s.lower())
@@ -129,3 +134,92 @@ def test_recurrent_models_train_alike() -> None:
             losses, _ = rnn.train(model, batches, lambda out, y: torch.nn.functional.cross_entropy(out.mT, y))
             found.append(losses)
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4, msg=name)
+
+
+def test_numbers_are_spelled() -> None:
+    import transformer
+
+    assert " ".join(transformer.spell(1042)) == "one thousand and forty two"
+    assert " ".join(transformer.spell(9915)) == "nine thousand nine hundred and fifteen"
+    assert [" ".join(transformer.spell(n)) for n in (0, 19, 20, 100)] == ["zero", "nineteen", "twenty", "one hundred"]
+    assert max(len(transformer.spell(n)) for n in range(10_000)) <= transformer.LONGEST
+
+
+def test_translators_train_alike_and_search_by_beams() -> None:
+    import itertools
+
+    import transformer
+
+    curves, found = {}, {}
+    for who, model, context in transformer.both(transformer.Translator):
+        with context, fastnn.trace() as calls:
+            batches = itertools.islice(transformer.number_batches(), 12)
+            curves[who] = transformer.train(model, batches, transformer.word_loss)[0]
+            found[who] = transformer.beam_search(model.eval(), transformer.spelled([1042])[0])
+        assert ("attention" in {call.op for call in calls if call.backend == "cpu"}) == (who == "fastnn")
+    torch.testing.assert_close(curves["fastnn"], curves["torch"], rtol=0, atol=1e-4)
+    assert curves["fastnn"] != curves["torch"], "the same bits throughout: nothing was replaced"
+    assert curves["torch"][-1] < curves["torch"][0]
+    assert found["fastnn"] == found["torch"]
+
+
+def test_one_beam_is_greedy_and_more_are_no_less_likely() -> None:
+    """On a model that was not trained, against whole passes without a cache."""
+    import transformer
+
+    torch.manual_seed(3)
+    model = transformer.Translator(16, 2, 1).eval()
+    source = transformer.spelled([42])[0]
+    memory = model.encode(source)
+
+    def likelihood(words: list[str]) -> float:
+        written = torch.tensor([[transformer.END, *(transformer.WORDS.index(word) for word in words), transformer.END]])
+        steps = written[:, : transformer.LONGEST + 2]  # one that did not end
+        each = model.decoder(steps[:, :-1], memory).log_softmax(2).gather(2, steps[:, 1:, None])
+        return float(each.sum())
+
+    with torch.no_grad():
+        written = torch.full((1, 1), transformer.END)
+        for _ in range(transformer.LONGEST + 1):
+            word = model.decoder(written, memory)[:, -1:].argmax(2)
+            written = torch.cat([written, word], 1)
+            if word == transformer.END:
+                break
+        greedy = transformer.beam_search(model, source, beams=1)
+        assert greedy == [transformer.WORDS[n] for n in written[0, 1:].tolist() if n != transformer.END]
+        assert likelihood(transformer.beam_search(model, source, beams=8)) >= likelihood(greedy) - 1e-5
+
+
+def test_a_gpt_writes_the_same_with_and_without_its_cache() -> None:
+    import transformer
+
+    data, alphabet = transformer.manual()
+    torch.manual_seed(0)
+    model = transformer.Decoder(len(alphabet), 96, 48, 3, 2).eval()
+    expected = transformer.generate(model, data[None, :20], 40, cached=False)
+    fastnn.replace(model)
+    with fastnn.use():
+        assert torch.equal(transformer.generate(model, data[None, :20], 40), expected)
+    assert expected.shape == (1, 60)
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_digits_are_seen_alike(convolutions: bool, tmp_path: Path) -> None:
+    import itertools
+
+    import digits
+    import transformer
+
+    data = digits.digits()
+    curves = {}
+    for who, model, context in transformer.both(lambda: transformer.Vision(convolutions)):
+        with context:
+            batches = itertools.islice(transformer.digit_batches(data), 15)
+            curves[who] = transformer.train(model, batches, torch.nn.functional.cross_entropy)[0]
+            seen = model.eval().looks_at(data.test_x[:3])
+        torch.testing.assert_close(seen.sum((1, 2)) <= 1, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(curves["fastnn"], curves["torch"], rtol=0, atol=1e-3)
+    assert curves["fastnn"] != curves["torch"], "the same bits throughout: nothing was replaced"
+    assert curves["torch"][-1] < curves["torch"][0]
+    transformer.draw(model, data, tmp_path / "seen.png")
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
