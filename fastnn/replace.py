@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import backends, functional
 from .nn import REPLACEMENTS
+from .nn._epilogue import Epilogue
 from .ops._operator import PLAIN
 
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
@@ -85,7 +86,8 @@ def restore(model: nn.Module) -> nn.Module:
     What `fuse` made stays: torch's layers have no place for the activation or residual.
     """
     for module in model.modules():
-        if type(module) in _ORIGINALS and "activation" not in module.__dict__:
+        fused = isinstance(module, Epilogue) and "activation" in module.__dict__
+        if type(module) in _ORIGINALS and not fused:
             module.__dict__.pop("backend", None)
             module.__class__ = _ORIGINALS[type(module)]
     return model

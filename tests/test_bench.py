@@ -618,8 +618,8 @@ def test_an_interrupted_run_keeps_what_is_done(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["poetry"], "unknown family 'poetry'; there are: activation, attention, conv, matmul, models, norm, pool, rnn, softmax, "
-                  "startup"),
+    [(["poetry"], "unknown family 'poetry'; there are: activation, attention, conv, embedding, matmul, models, norm, pool, rnn, "
+                  "softmax, startup"),
      (["matmul", "--threads", "0"], "--threads is 0; it must be 1 or more"),
      (["matmul", "--dtype", "int8"], "dtype is 'int8'; allowed: float32"),
      (["matmul", "--case", "nowhere"], "no case matches 'nowhere' in: matmul"),

@@ -112,15 +112,17 @@ _OTHERS = [pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "bfloat1
 def test_every_operator_is_right(family: str, dtype: str) -> None:
     lines = list(verify.run(verify.checks([family]), verify.dtypes(dtype)))
     assert [(line.name, line.dtype, line.what) for line in lines if not line.good] == []
-    assert {"forward", "grad of input"} <= {line.what for line in lines}
+    whats = {line.what for line in lines}
+    assert "forward" in whats
+    assert any(what.startswith("grad of ") for what in whats)
     # A report about torch's own kernels would be no report about ours.
     ours = sum("cpu" in line.served_by for line in lines)
     assert ours >= 0.9 * len(lines), [f"{line.name}, {line.what}: {line.served_by}" for line in lines]
 
 
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "reference"])
-@pytest.mark.parametrize("dtype", ["float32", *_OTHERS])
-def test_torch_and_the_plain_maths_pass_too(dtype: str, backend: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", "bfloat16"), ("reference", "float32"), ("reference", "float64")])
+def test_torch_and_the_plain_maths_pass_too(backend: str, dtype: str) -> None:
     """A rule that torch itself breaks would be no rule; and the plain maths is what every kernel must equal."""
     assert [line for line in verify.run(verify.checks(), verify.dtypes(dtype), backend) if not line.good] == []
 

@@ -19,16 +19,16 @@ def taken(model: str, mode: str = "forward", **extra: Any) -> Case:
     def indices(dtype: torch.dtype) -> Tensor:
         return torch.randint(rows, (words,), generator=torch.Generator().manual_seed(3))
 
-    def run(F: Any, weight: Tensor, words: Tensor) -> Tensor:
+    def run(F: Any, words: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(words, weight)
 
     n = words * size
     return Case(
         "embedding",
         f"embedding/{model}/{rows}x{size}_{words}",
-        together(random(rows, size, seed=1, grad=mode == "train"), indices),
+        together(indices, random(rows, size, seed=1, grad=mode == "train")),
         theirs=run,
-        parameters=(0,),
+        parameters=(1,),
         passes=((n, n), (n, rows * size)) if mode == "train" else ((n, n),),
         mode=mode,
         **extra,

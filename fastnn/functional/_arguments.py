@@ -21,5 +21,7 @@ def ints(op: str, name: str, value: Any, dims: int) -> list[int]:
     if not all(isinstance(v, (int, torch.SymInt)) for v in values):
         raise TypeError(f"{op}(): {name} must be int or a tuple of {dims} ints, got {value!r}")
     if len(values) not in (1, dims):
-        raise RuntimeError(f"{op}(): expected {name} to be a single integer value or {dims} values, got {tuple(values)}")
+        raise RuntimeError(
+            f"{op}(): expected {name} to be a single integer value or {dims} values, got {len(values)}: {tuple(values)}"
+        )
     return values if len(values) == dims else values * dims
