@@ -263,7 +263,8 @@ def main() -> int:
 
         trained, losses = run_digits(step)
         results = [trained, run_sentences(step)]
-        for run in (*(partial(run_pitch, size=size) for size in crepe.SIZES), run_voices):
+        more: list[Callable[[Step], Result]] = [*(partial(run_pitch, size=size) for size in crepe.SIZES), run_voices]
+        for run in more:
             try:
                 results.append(run(step))
             except ModuleNotFoundError as missing:  # the Makefile installs their weights, without what they depend on

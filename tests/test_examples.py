@@ -223,6 +223,5 @@ def test_digits_are_seen_alike(convolutions: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(seen.sum((1, 2)) <= 1, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(curves["fastnn"], curves["torch"], rtol=0, atol=1e-3)
     assert curves["fastnn"] != curves["torch"], "the same bits throughout: nothing was replaced"
-    assert curves["torch"][-1] < curves["torch"][0]
     transformer.draw(model, data, tmp_path / "seen.png")
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
