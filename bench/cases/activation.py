@@ -109,16 +109,15 @@ def _goals(name: str) -> dict[str, float]:
     return {"limit": 0.85} | ({"best": 1.0} if name != "gelu" else {"torch": 2.5})
 
 
-_QUICK = ("relu", "gelu", "silu")
 
 CASES = [
     *(
-        forward(name, model, goals=_goals(name), quick=name in _QUICK and model == "bert_base")
+        forward(name, model, goals=_goals(name), quick=name == "gelu" and model == "bert_base")
         for model in BERT
         for name in POINTWISE
     ),
     *(
-        backward(name, model, goals=_goals(name), quick=name == "gelu" and model == "bert_base")
+        backward(name, model, goals=_goals(name))
         for model in BERT
         for name in POINTWISE
     ),

@@ -92,12 +92,12 @@ def resnet(kind: str, batch: int, c: int, size: int, o: int, k: int, s: int, **e
 
 CASES = [
     *(
-        resnet(kind, batch, *layer, quick=batch == 1 and layer in ((64, 56, 64, 3, 1), (256, 56, 64, 1, 1), (3, 224, 64, 7, 2)))
+        resnet(kind, batch, *layer, quick=batch == 1 and layer == (64, 56, 64, 3, 1))
         for batch in (1, 8)
         for kind, layers in RESNET50.items()
         for layer in layers
     ),
-    *(resnet("3x3", 1, *layer, last=True, quick=layer[0] == 128) for layer in RESNET50["3x3"]),
+    *(resnet("3x3", 1, *layer, last=True) for layer in RESNET50["3x3"]),
     *(
         conv(f"3x3/vgg16_{c}_{o}", (1, c, size, size), o, 3, padding=1, goals={"best": 1.25})
         for c, o, size in ((3, 64, 224), (64, 128, 112), (128, 256, 56), (256, 512, 28), (512, 512, 14))
@@ -121,8 +121,7 @@ CASES = [
         for d in (2, 6, 12)
     ),
     *(
-        conv(f"transposed/{name}", shape, o, k, stride=2, padding=p, transposed=True, goals={"best": 2.0},
-             quick=name == "dcgan_256")
+        conv(f"transposed/{name}", shape, o, k, stride=2, padding=p, transposed=True, goals={"best": 2.0})
         for name, shape, o, k, p in (
             ("unet_1024", (1, 1024, 16, 16), 512, 2, 0), ("unet_128", (1, 128, 128, 128), 64, 2, 0),
             ("dcgan_512", (8, 512, 4, 4), 256, 4, 1), ("dcgan_256", (8, 256, 8, 8), 128, 4, 1),
@@ -139,7 +138,7 @@ CASES = [
         for c, length, k, s in ((1, 32000, 10, 5), (512, 6399, 3, 2), (512, 3199, 2, 2))
     ),
     *(
-        conv(f"conv1d/crepe_{c}_{o}", (16, c, length), o, k, stride=s, goals={"best": 1.2}, quick=c == 1)
+        conv(f"conv1d/crepe_{c}_{o}", (16, c, length), o, k, stride=s, goals={"best": 1.2})
         for c, o, length, k, s in ((1, 1024, 1532, 512, 4), (1024, 128, 191, 64, 1), (128, 128, 127, 64, 1))
     ),
     *(

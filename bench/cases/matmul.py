@@ -168,7 +168,6 @@ def call_overhead() -> Case:
         parameters=(1, 2),
         scale=sum_of_magnitudes(run),
         goals={"torch": 1 / 1.5},
-        quick=True,
     )
 
 
@@ -191,7 +190,7 @@ CASES = [
             "gelu",
             "linear_gelu",
             goals=_FUSED | ({"limit": 0.9} if m >= 32 else {}),
-            quick=(layer, m) in {("bert_up", 128), ("llama_projection", 32)},
+            quick=(layer, m) == ("bert_up", 128),
         )
         for layer in _BERT_AND_LLAMA
         for m in (8, 32, 128, 512)
@@ -209,8 +208,8 @@ CASES = [
     row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
     row("gpt2_up", 768, 3072, goals=_VECTOR),
     row("gpt2_vocabulary", 768, 50257, goals=_VECTOR),
-    *(small(n, quick=n == 64) for n in (8, 16, 32, 48, 64, 96, 128)),
-    bmm("bert_scores", 96, 128, 64, 128, transposed=True, goals={"best": 1.2}, quick=True),
+    *(small(n) for n in (8, 16, 32, 48, 64, 96, 128)),
+    bmm("bert_scores", 96, 128, 64, 128, transposed=True, goals={"best": 1.2}),
     bmm("bert_context", 96, 128, 128, 64, goals={"best": 1.2}),
     bmm("vit_b_scores", 96, 197, 64, 197, transposed=True, goals={"best": 1.2}),
     bmm("vit_b_context", 96, 197, 197, 64, goals={"best": 1.2}),
