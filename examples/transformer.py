@@ -1,6 +1,6 @@
 """Transformers at work: numbers spelled by beam search, a GPT of characters, and digits seen by a vision transformer.
 
-    python examples/transformer.py           # all three; a minute or two, pictures in report/
+    python examples/transformer.py           # all three; about three minutes, pictures in report/
     python examples/transformer.py words     # one of: words, gpt, digits
 """
 
