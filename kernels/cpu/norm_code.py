@@ -265,8 +265,8 @@ def norm_backward_along(elem_name: str) -> Callable[..., Any]:
 # Across ---------------------------------------------------------------------------------------------------------------
 
 
-def _over_channels(elem: Elem, step: Callable[[Elem, Elem, bool], Any]) -> Any:
-    """run(channels, args): step(first channel, n, args), several vectors, one, and the first n of one"""
+def over_elements(elem: Elem, step: Callable[[Elem, Elem, bool], Any]) -> Any:
+    """run(n, args): step(first element, how many, args) along a row: several vectors, one, and the first few of one"""
     c = compute_elem(elem)
     L, W = elem.lanes, elem.lanes * WIDTH
     several, one, rest = step(wide(elem, WIDTH), wide(c, WIDTH), False), step(elem, c, False), step(elem, c, True)
@@ -330,7 +330,7 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
                 store(target, at + channels * c_size, d)
                 store(target, at + 2 * channels * c_size, dd)
         return step
-    block_moments = _over_channels(elem, moments)
+    block_moments = over_elements(elem, moments)
 
     def normalise(source: Elem, target: Elem, masked: bool) -> Any:
         @inline
@@ -345,7 +345,7 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
                 high, scale = load(target, at), load(target, at + channels * c_size)
                 store(source, y + i * size, fma(v - high, scale, load(target, at + 2 * channels * c_size)))
         return step
-    row = _over_channels(elem, normalise)
+    row = over_elements(elem, normalise)
 
     @inline
     def measure(thread, threads, images, rows, channels, parts, x, xn, xr, work, lines):
@@ -445,7 +445,7 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
                 store(target, own + i * c_size, a)
                 store(target, own + (channels + i) * c_size, b)
         return step
-    block_products = _over_channels(elem, products)
+    block_products = over_elements(elem, products)
 
     def gradient(source: Elem, target: Elem, masked: bool) -> Any:
         @inline
@@ -464,7 +464,7 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
             else:
                 store(source, y + i * size, v)
         return step
-    row = _over_channels(elem, gradient)
+    row = over_elements(elem, gradient)
 
     @inline
     def measure(thread, threads, images, rows, channels, groups, parts, x, xn, xr, g, gn, gr, work, lines, owns):

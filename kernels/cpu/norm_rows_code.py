@@ -34,7 +34,7 @@ from .engine.simd import (
     store_scalar,
     wide,
 )
-from .norm_code import BLOCK, WIDTH, inverse_deviation
+from .norm_code import BLOCK, WIDTH, inverse_deviation, over_elements
 from .softmax_code import LINE
 
 
@@ -54,26 +54,6 @@ def _access(elem: Elem, masked: bool) -> tuple[Any, Any]:
 
 
 Step = Callable[[Elem, Elem, bool], Any]  # (in memory, in registers, masked): step(i, n, args), for n elements from number i on
-
-
-def _walk(elem: Elem, step: Step) -> Any:
-    """walk(n, args): step along a row, several vectors, one, and the first n of one"""
-    c = compute_elem(elem)
-    L, W = elem.lanes, elem.lanes * WIDTH
-    several, one, rest = step(wide(elem, WIDTH), wide(c, WIDTH), False), step(elem, c, False), step(elem, c, True)
-
-    @inline
-    def walk(n, args):
-        i = 0
-        while i + W <= n:
-            several(i, W, args)
-            i += W
-        while i + L <= n:
-            one(i, L, args)
-            i += L
-        if i < n:
-            rest(i, n - i, args)
-    return walk
 
 
 def _fold(elem: Elem, term: Step, pair: bool = False) -> Any:
@@ -240,7 +220,7 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
                 v = v + get(m + i * size, n)
             put(y + i * size, v, n)
         return step
-    differentiate = _walk(elem, result)
+    differentiate = over_elements(elem, result)
 
     def moved(source: Elem, target: Elem, masked: bool) -> Any:
         get, put = _access(target, masked)
@@ -251,7 +231,7 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
             put(sums + i * c_size, get(sums + i * c_size, n) + get(source + i * c_size, n), n)
             put(source + i * c_size, spread(target, 0.0), n)
         return step
-    move = _walk(c, moved)
+    move = over_elements(c, moved)
 
     @inline
     def body(thread, threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, work, stretch):
