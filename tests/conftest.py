@@ -11,6 +11,9 @@ import fastnn
 from fastnn import backends
 from fastnn.kernels.cpu.engine.overhead import no_rules
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by the first test of a GPU kernel
+
 hypothesis.settings.register_profile("fastnn", deadline=None, print_blob=True, max_examples=60)
 hypothesis.settings.load_profile("fastnn")
 
