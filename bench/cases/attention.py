@@ -85,7 +85,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
 
 
 CASES = [
-    attention("attention", "bert_base", goals={"limit": 0.8}, quick=True),
+    attention("attention", "bert_base", goals={"limit": 0.8}),
     attention("attention", "bert_base_b8", goals={"best": 1.25}),
     attention("attention_padded", "bert_base_b8", padded=True, goals={"best": 1.25}),
     *(attention("attention", model) for model in ("vit_b", "whisper_cross", "long_4k")),
@@ -97,5 +97,5 @@ CASES = [
     attention("attention_train", "bert_base", "train", goals={"torch": 1.5}),
     attention("attention_train", "gpt2", "train", causal=True),
     attention("attention_bias_train", "t5_base", "train", bias=(1, 12, 512, 512), goals={"best": 2.0}),
-    *(attention("decode", model, goals={"limit": 0.85}, quick=model == "decode_4096") for model in DECODE),
+    *(attention("decode", model, goals={"limit": 0.85}) for model in DECODE),
 ]

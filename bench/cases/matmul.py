@@ -205,7 +205,7 @@ CASES = [
     linear("vit_b_up", 3152, "gelu", "mlp", goals={"best": 1.0}),  # 16 images of 197 tokens
     *(linear(layer, 64, goals={"best": 1.0}) for layer in ("mnist_hidden", "mnist_output")),
     vector("square", 4096, 4096, goals=_VECTOR),
-    row("llama_projection", 4096, 4096, goals=_VECTOR, quick=True),
+    row("llama_projection", 4096, 4096, goals=_VECTOR),
     row("gpt2_up", 768, 3072, goals=_VECTOR),
     row("gpt2_vocabulary", 768, 50257, goals=_VECTOR),
     *(small(n) for n in (8, 16, 32, 48, 64, 96, 128)),

@@ -120,7 +120,6 @@ def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtyp
 
 
 _IMAGES = [(model, last) for model in SHAPES for last in (False, True) if len(SHAPES[model]) > 2 or not last]
-_QUICK = ("resnet50_56", False)
 
 CASES = [
     *(rows("layer_norm", m, goals={"limit": 0.8}, quick=m == "bert_base") for m in ROWS),
@@ -131,7 +130,7 @@ CASES = [
     rows("layer_norm", "bert_base", dtypes=(torch.bfloat16,), goals={"torch": 1.0}),
     *(norm("eval", *which, goals={"limit": 0.85}) for which in _IMAGES),
     *(norm("batch", *which, goals={"torch": 2.5}) for which in _IMAGES),
-    *(norm("batch", *which, "train", goals={"torch": 2.5}, quick=which == _QUICK) for which in _IMAGES),
+    *(norm("batch", *which, "train", goals={"torch": 2.5}) for which in _IMAGES),
     *(norm("group", *which, goals={"best": 1.0}) for which in _IMAGES if which[0] != "mlp"),
     *(norm("group", *which, "train", goals={"best": 1.0}) for which in _IMAGES if which[0] != "mlp"),
 ]

@@ -152,7 +152,7 @@ CASES = [
     layers("gru", "usual", 50, 32, 128, 256, goals={"best": 1.7, "torch": 2.2}),
     layers("rnn_tanh", "usual", 50, 32, 128, 256, goals={"best": 2.0}),
     layers("lstm", "usual", 50, 32, 128, 256, kind="train", goals={"best": 1.15}),
-    layers("gru", "usual", 50, 32, 128, 256, kind="train", goals={"best": 2.0}, quick=True),
+    layers("gru", "usual", 50, 32, 128, 256, kind="train", goals={"best": 2.0}),
     layers("rnn_tanh", "usual", 50, 32, 128, 256, kind="train", goals={"best": 2.0}),
     layers("lstm", "one_sequence", 100, 1, 256, 512, goals={"best": 1.5}),
     layers("lstm", "seq2seq_encoder", 40, 16, 256, 256, 2, 2, goals={"best": 1.3}),

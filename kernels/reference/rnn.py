@@ -136,7 +136,8 @@ def recurrent_backward(
 def scan(f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> Tensor:
     """c_t = f_t · c_{t-1} + u_t, the pooling of a QRNN (Bradbury et al. 2016, section 2.1)."""
     states, c = [], c0
-    for t in reversed(range(len(f))) if reverse else range(len(f)):
-        c = f[t] * c + u[t]
+    steps = list(zip(f.unbind(), u.unbind()))  # the gradient of f[t] would be as large as f's, for each t
+    for forget, new in reversed(steps) if reverse else steps:
+        c = forget * c + new
         states.append(c)
     return torch.stack(states[::-1] if reverse else states) if states else f + u
