@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,14 @@ def extra(call: Callable[[], object], calls: int = 3) -> int | None:
     """The bytes by which this process grows at most during a call, its result included; None where Linux does not tell.
 
     Whoever allocates, and in whatever way, is seen, to some ten kilobytes. What a provider keeps from call to call (an
-    arena, packed weights) is there before and after, and is not counted. The smallest of several calls.
+    arena, packed weights) is there before and after, and is not counted. The smallest of several calls. Garbage in cycles
+    is for the caller to collect beforehand: that takes longer than most calls.
     """
     if sys.platform != "linux" or not _CLEAR.exists():
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     found = []
     for _ in range(calls):
-        gc.collect()
         if trim is not None:  # glibc: what was freed would else be used again, and the growth not be seen
             trim(0)
         _CLEAR.write_text("5")  # the high-water mark is from now on
