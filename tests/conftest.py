@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -24,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = config.cache.mkdir("kernels")
         folder.chmod(0o700)
         os.environ["FASTNN_CACHE_DIR"] = str(folder)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: each full collection would walk some million objects of imports and test items."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 """CPU kernels between unreadable pages: one read or write past either end of an argument or a result is a crash.
 
-``Placed`` puts a tensor there. Run as a program (``python guard.py FAMILY DTYPE [FIRST]``) it takes every kernel of a family
+``Placed`` puts a tensor there. Run as a program (``python guard.py FAMILY FIRST DTYPE…``) it takes every kernel of a family
 through its cases and prints one line before and one after each, so that whoever started it knows which case a crash was.
 """
 
@@ -359,22 +359,27 @@ CASES = {
 }
 
 
-def run(family: str, dtype: torch.dtype, first: int) -> None:
-    """All cases from number ``first`` on, each between pages at both ends."""
-    kernels = importlib.import_module(f"fastnn.kernels.cpu.{family}")
-    importlib.import_module(f"fastnn.ops.{family}")
+def cases(family: str, dtype: torch.dtype) -> Iterator[tuple[torch.dtype, Case]]:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    return ((dtype, case) for case in CASES[family](random))
+
+
+def run(family: str, first: int, dtypes: list[torch.dtype]) -> None:
+    """All cases from number ``first`` on, each between pages at both ends."""
+    kernels = importlib.import_module(f"fastnn.kernels.cpu.{family}")
+    importlib.import_module(f"fastnn.ops.{family}")
     torch.set_num_threads(2)
     torch.set_grad_enabled(False)
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    for number, case in enumerate(CASES[family](random)):
+    all_cases = itertools.chain.from_iterable(cases(family, dtype) for dtype in dtypes)
+    for number, (dtype, case) in enumerate(all_cases):
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
         if number < first:
             continue
-        print("case", number, case, flush=True)
+        print("case", number, dtype, case, flush=True)
         by_torch = getattr(torch.ops.fastnn, case.op)(*case.args, backend="torch")
         wanted = by_torch if isinstance(by_torch, tuple) else (by_torch,)
         for end in ("front", "back"):
@@ -400,4 +405,4 @@ def run(family: str, dtype: torch.dtype, first: int) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    run(sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    run(sys.argv[1], int(sys.argv[2]), [getattr(torch, name) for name in sys.argv[3:]])

@@ -182,7 +182,7 @@ def test_every_operator_has_samples() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize(("name", "i"), [(name, i) for name in SAMPLES for i in range(len(SAMPLES[name]))])
 def test_opcheck(name: str, i: int, backend: str) -> None:
-    for grad in (False, True):
+    for grad in (False, True) if backend == "auto" else (True,):
         torch.library.opcheck(OPERATORS[name].overload, SAMPLES[name][i](grad), {"backend": backend})
 
 

@@ -68,12 +68,12 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:
     tensors = case.tensors(torch.float64, seed=4, grad=True)
-    assert torch.autograd.gradgradcheck(lambda *t: case.ours(*t, backend=backend), tensors)
+    # Along random directions, which takes 6 seconds for all cases instead of 140.
+    assert torch.autograd.gradgradcheck(lambda *t: case.ours(*t, backend=backend), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
