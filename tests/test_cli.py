@@ -87,16 +87,16 @@ def test_a_missing_package_is_named(command: str) -> None:
 @pytest.mark.slow
 def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    first = _run("warmup", "softmax", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
+    first = _run("warmup", "embedding", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
     assert first.returncode == 0, first.stderr
     found = re.search(r"(\d+) kernels compiled, (\d+) in ", first.stdout)
     assert found
-    assert int(found[1]) == int(found[2]) > 5
-    again = _run("warmup", "softmax", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
+    assert int(found[1]) == int(found[2]) > 1
+    again = _run("warmup", "embedding", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))
     assert again.returncode == 0, again.stderr
     assert f"0 kernels compiled, {found[2]} in {tmp_path}" in again.stdout
     # What a user calls afterwards finds everything there.
-    used = _run("verify", "softmax", "--dtype", "float32", "--failures", FASTNN_CACHE_DIR=str(tmp_path))
+    used = _run("verify", "embedding", "--dtype", "float32", "--failures", FASTNN_CACHE_DIR=str(tmp_path))
     assert used.returncode == 0, used.stdout + used.stderr
     assert sum(1 for _ in tmp_path.rglob("*.o")) == int(found[2])
 

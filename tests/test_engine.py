@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnn.kernels.cpu.engine import host
 from fastnn.kernels.cpu.engine.build import Kernel
 from fastnn.kernels.cpu.engine.host import simd
 from guard import Placed
@@ -493,32 +494,19 @@ def under(width: str, *selection: str, timeout: float = 900) -> None:
     assert re.search(r"\d+ passed", done.stdout), done.stdout
 
 
-def allowed(width: str) -> Any:
-    from fastnn.kernels.cpu.engine.host import _allowed
-
-    forced = "FASTNN_SIMD" in os.environ  # this is the process that `under` started
-    return pytest.param(
-        width, marks=pytest.mark.skipif(forced or width not in _allowed(), reason=f"this host cannot run {width}")
-    )
+#: What this host can run besides its best, which all other tests run; in the process that `under` starts, nothing.
+NARROWER = [] if "FASTNN_SIMD" in os.environ else host._allowed()[1:]
 
 
-@pytest.mark.parametrize("width", [allowed("avx2"), allowed("portable")])
+@pytest.mark.parametrize("width", NARROWER)
 def test_narrower_vectors(width: str) -> None:
     under(
         width,
         "tests/test_engine.py",
-        "-k",
-        "half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32)",
-    )
-
-
-@pytest.mark.parametrize("width", [allowed("avx2"), allowed("portable")])
-def test_products_with_narrower_vectors(width: str) -> None:
-    under(
-        width,
         "tests/test_matmul.py",
         "-k",
-        "linear_of_many_shapes and dtype0 or (test_every_path and dtype0) or (batches and dtype0)",
+        "test_engine and (half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32))"
+        " or linear_of_many_shapes and dtype0 or test_every_path and dtype0 or batches and dtype0",
     )
 
 
