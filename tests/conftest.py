@@ -33,11 +33,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+#: Files that `make test-quick` leaves out: they start processes, measure, trace, or go through whole models.
+SLOW = {
+    f"test_{name}.py"
+    for name in (
+        *("bench", "bench_gpu", "cache", "cli", "compile", "examples", "guard", "models", "outsider", "packaging", "peers"),
+        *("style", "threads", "verify"),
+    )
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The quick subset is float32: other dtypes run the same code, and each has kernels of its own to compile."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(str(p).removeprefix("torch.") in ("float64", "bfloat16", "float16") for p in parameters):
+        other = any(str(p).removeprefix("torch.") in ("float64", "bfloat16", "float16") for p in parameters)
+        if other or item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -632,7 +632,6 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_startup_is_measured_in_new_processes() -> None:
     providers, _ = run.available_peers(["fastnn", "torch"])
     case = next(c for c in cases.cases("startup") if c.name == "first_linear/warm")

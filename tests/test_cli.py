@@ -84,7 +84,6 @@ def test_a_missing_package_is_named(command: str) -> None:
     assert done.stderr.strip() == "rich is needed for this: pip install rich"
 
 
-@pytest.mark.slow
 def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     first = _run("warmup", "embedding", "--dtype", "float32", FASTNN_CACHE_DIR=str(tmp_path))

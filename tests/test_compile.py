@@ -252,7 +252,6 @@ def replaced_model() -> nn.Module:
     return model
 
 
-@pytest.mark.slow
 def test_inductor_runs_a_replaced_model() -> None:
     theirs, ours = replaced_model(), replaced_model()
     fastnn.replace(ours)

@@ -498,6 +498,7 @@ def under(width: str, *selection: str, timeout: float = 900) -> None:
 NARROWER = [] if "FASTNN_SIMD" in os.environ else host._allowed()[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", NARROWER)
 def test_narrower_vectors(width: str) -> None:
     under(

@@ -31,7 +31,6 @@ def test_digits_train_alike() -> None:
     assert digits.accuracy(theirs, data) >= 0.97
 
 
-@pytest.mark.slow
 def test_sentence_embeddings_stay() -> None:
     import embeddings
 
@@ -81,7 +80,7 @@ def test_a_denoised_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "denoised.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("size", "every", "share"), [("tiny", 1, 0.7), pytest.param("full", 6, 0.8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("size", "every", "share"), [("tiny", 1, 0.7), ("full", 6, 0.8)])
 def test_pitch_stays(size: str, every: int, share: float) -> None:
     """Known pitches: the same track as torch's to a cent, and the truth to ten, in the median and mostly."""
     import crepe

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 # A process imports torch for two seconds: it serves several dtypes.
 DTYPES = [
     pytest.param(["float32"], id="float32"),
-    pytest.param(["float64", "bfloat16", "float16"], marks=pytest.mark.slow, id="others"),
+    pytest.param(["float64", "bfloat16", "float16"], id="others"),
 ]
 
 

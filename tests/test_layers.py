@@ -27,15 +27,15 @@ def gradients(case: Case, call: Callable[..., Tensor], tensors: list[Tensor], **
     return [out, *torch.autograd.grad(out, tensors, upstream)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", EVERY, ids=str)
-def test_forward(case: Case, backend: str) -> None:
-    for dtype in (torch.float32, torch.float64):
-        tensors = case.tensors(dtype)
-        expected = case.torch(*tensors)
-        result = case.ours(*tensors, backend=backend)
-        assert result.dtype == expected.dtype
-        torch.testing.assert_close(result, expected)
+def test_forward(case: Case, backend: str, dtype: torch.dtype) -> None:
+    tensors = case.tensors(dtype)
+    expected = case.torch(*tensors)
+    result = case.ours(*tensors, backend=backend)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,6 +61,7 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
         assert error <= 2 * allowed + floor
 
 
+@pytest.mark.slow  # in float64, as is the next
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradcheck(case: Case, backend: str) -> None:
@@ -68,6 +69,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:

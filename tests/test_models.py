@@ -27,7 +27,7 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
     [
         "digits_mlp/inference/1437",
         "digits_mlp/training_step/64",
-        pytest.param("minilm/embeddings/96", marks=pytest.mark.slow),
+        "minilm/embeddings/96",
         "crepe_tiny/94",
         "resnet/fused/8",
     ],

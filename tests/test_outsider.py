@@ -44,7 +44,6 @@ def test_agreement_is_more_than_nothing() -> None:
     assert agree(Times(1.2, 1.0, 1.5, 9), Times(1.0, 0.98, 1.02, 9))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("peer", available_peers(["fastnn", "torch"])[0], ids=lambda peer: peer.name)
 @pytest.mark.parametrize(("family", "name"), CASES, ids=[name for _, name in CASES])
 def test_torch_utils_benchmark_reads_the_same(family: str, name: str, peer: Peer) -> None:

@@ -84,7 +84,6 @@ def test_checkout_imports_from_its_own_files(tmp_path: Path) -> None:
     assert [f for f in files if not f.startswith(tuple(f"{CHECKOUT}/{room}/" for room in ("fastnn", *ROOMS)))] == []
 
 
-@pytest.mark.slow
 def test_transformers_beside_the_kernels_package(installed: Path, tmp_path: Path) -> None:
     """transformers probes for Hugging Face's `kernels`; it must find that one, with ours in use in the same process."""
     out = python(

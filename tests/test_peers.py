@@ -109,7 +109,6 @@ def test_a_quick_run_leaves_out_what_is_slow_to_prepare() -> None:
     assert [peer.name for peer in there] == ["max-autotune"]
 
 
-@pytest.mark.slow
 def test_max_autotune_takes_part() -> None:
     found = _measure(_linear(8, 16), "max-autotune", "torch")["max-autotune"]
     assert found.correct

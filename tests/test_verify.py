@@ -104,10 +104,9 @@ def test_the_careful_products_are_products() -> None:
 
 # Our kernels ----------------------------------------------------------------------------------------------------------
 
-_OTHERS = [pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "bfloat16", "float16")]
 
 
-@pytest.mark.parametrize("dtype", ["float32", *_OTHERS])
+@pytest.mark.parametrize("dtype", list(_checks.DTYPES))
 @pytest.mark.parametrize("family", _checks.CHECKS)
 def test_every_operator_is_right(family: str, dtype: str) -> None:
     lines = list(verify.run(verify.checks([family]), verify.dtypes(dtype)))
@@ -120,7 +119,6 @@ def test_every_operator_is_right(family: str, dtype: str) -> None:
     assert ours >= 0.9 * len(lines), [f"{line.name}, {line.what}: {line.served_by}" for line in lines]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dtype"), [("torch", "bfloat16"), ("reference", "float32"), ("reference", "float64")])
 def test_torch_and_the_plain_maths_pass_too(backend: str, dtype: str) -> None:
     """A rule that torch itself breaks would be no rule; and the plain maths is what every kernel must equal."""
