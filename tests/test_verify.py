@@ -105,7 +105,6 @@ def test_the_careful_products_are_products() -> None:
 # Our kernels ----------------------------------------------------------------------------------------------------------
 
 
-
 @pytest.mark.parametrize("dtype", list(_checks.DTYPES))
 @pytest.mark.parametrize("family", _checks.CHECKS)
 def test_every_operator_is_right(family: str, dtype: str) -> None:
