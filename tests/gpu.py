@@ -67,7 +67,9 @@ def _tuple(out: Any) -> tuple[Tensor, ...]:
 
 
 def _mend_interpreter() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as whole numbers in tl.dot; its fma rounds twice."""
+    """Triton's interpreter keeps bfloat16 as its bits: it cuts float32 off instead of rounding it, loses its subnormal numbers, and
+    multiplies the bits as whole numbers in tl.dot. Its fma rounds twice.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -80,10 +82,23 @@ def _mend_interpreter() -> None:
         a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return right(self, a, b, *rest)
 
+    plain = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, value: Any, to: Any) -> Any:
+        pair = value.dtype.scalar, to.scalar
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(value.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            return TensorHandle(np.where(np.isnan(value.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+        return plain(self, value, to)
+
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         exact = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     create_dot.mended = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fma = create_fma
