@@ -2,7 +2,7 @@
 interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: kernels and host code are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +62,18 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
     return mine if len(mine) > 1 else mine[0]
 
 
+def filled(shape: Sequence[int], value: float) -> Tensor:
+    """A scale that is the same everywhere."""
+    return torch.full(tuple(shape), value, dtype=torch.float64)
+
+
 def _tuple(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
 def _mend_interpreter() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits: it cuts float32 off instead of rounding it, loses its subnormal numbers, and
-    multiplies the bits as whole numbers in tl.dot. Its fma rounds twice.
+    """Triton's interpreter keeps bfloat16 as its bits: it cuts float32 off instead of rounding it, loses its subnormal numbers,
+    and multiplies the bits as whole numbers in tl.dot. Its fma rounds twice.
     """
     import numpy as np
     import triton.language as tl

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastnn.kernels.gpu import norm as kernels
 from fastnn.ops import embedding as tables
 from fastnn.ops import norm as ops
-from gpu import DEVICE, check, run
+from gpu import DEVICE, check, filled, run
 from rule import LAYOUTS, randn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
@@ -21,10 +21,10 @@ def _sizes(*tensors: Tensor | None) -> float:
     return float(torch.stack([t.abs().max() for t in tensors if t is not None]).prod())
 
 
-def forward_scale(x: Tensor, w: Tensor | None, b: Tensor | None, *rest: Any) -> Any:
-    """An output is as exact as weight, bias and the distance from the mean are large; a mean as x is."""
+def forward_scale(x: Tensor, w: Tensor | None, b: Tensor | None, stats: tuple[int, ...]) -> list[Tensor]:
+    """An output is as exact as weight, bias and the distance from the mean are large; a mean as x, a variance as its square."""
     most = 6 * (1 if w is None else float(w.abs().max())) + (0 if b is None else float(b.abs().max()))
-    return [torch.full(x.shape, most, dtype=torch.float64)]
+    return [filled(x.shape, most), filled(stats, 2 * max(1.0, float(x.abs().max())) ** 2)]
 
 
 def rows_of(op: Any, dtype: torch.dtype, shape: tuple[int, ...], dims: int, layout: str = "contiguous") -> None:
@@ -37,8 +37,8 @@ def rows_of(op: Any, dtype: torch.dtype, shape: tuple[int, ...], dims: int, layo
     whole = [2 if centred else 1, *rows]
 
     def scale(x: Tensor, *rest: Any) -> list[Any]:
-        stats = torch.full(whole, float(x.abs().max()), dtype=torch.float64)
-        (most,) = forward_scale(x, *rest[-4:-2])
+        most, _ = forward_scale(x, *rest[-4:-2], ())
+        stats = filled(whole, float(x.abs().max()))
         return [most, stats] if len(rest) == 4 else [most, (x + rest[0]).abs(), stats]
 
     added = ops.add_layer_norm if centred else ops.add_rms_norm
@@ -50,12 +50,14 @@ def rows_of(op: Any, dtype: torch.dtype, shape: tuple[int, ...], dims: int, layo
             check(backward, g, x, weight, stats, extra, own, 1e-5, scale=backward_scale)
 
 
-def backward_scale(g: Tensor, x: Tensor, w: Tensor | None, stats: Tensor, more: Tensor | None, shape: Any, *_: Any) -> list[Tensor]:
+def backward_scale(
+    g: Tensor, x: Tensor, w: Tensor | None, stats: Tensor, more: Tensor | None, shape: Any, eps: float
+) -> list[Tensor]:
     rstd = float(stats[-1].max())
     most = _sizes(g, w) * rstd * 4 + (0 if more is None else float(more.abs().max()))
     rows = x.numel() // int(torch.tensor(shape).prod())
-    sums = torch.full((2, *shape), float(g.abs().max()) * 4 * rows**0.5, dtype=torch.float64)
-    return [torch.full(x.shape, most, dtype=torch.float64), sums]
+    sums = filled((2, *shape), float(g.abs().max()) * 4 * rows**0.5)
+    return [filled(x.shape, most), sums]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -78,9 +80,9 @@ def test_long_rows_are_taken_in_steps(op: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_large_mean_leaves_the_variance() -> None:
     x = randn(5, 300) + 1000.0
-    check(ops.layer_norm, x, None, None, [300], 1e-5, scale=lambda x, *_: [torch.full(x.shape, 2000.0, dtype=torch.float64), None])
+    check(ops.layer_norm, x, None, None, [300], 1e-5, scale=lambda x, *_: [filled(x.shape, 2000.0), None])
     y = randn(4, 3, 100) + 1000.0
-    check(ops.batch_norm, y, None, None, None, None, 1e-5, scale=lambda x, *_: [torch.full(x.shape, 4.0, dtype=torch.float64), None])
+    check(ops.batch_norm, y, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0), None])
 
 
 SHAPES = [(7, 5), (3, 6, 4, 5), (2, 6, 70)]
@@ -93,7 +95,7 @@ def lie(x: Tensor, layout: str) -> Tensor:
 
 
 def sums_scale(shape: tuple[int, ...], g: Tensor, count: float) -> Tensor:
-    return torch.full(shape, float(g.abs().max()) * 4 * count**0.5, dtype=torch.float64)
+    return filled(shape, float(g.abs().max()) * 4 * count**0.5)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
@@ -107,12 +109,11 @@ def test_batch_norm(shape: tuple[int, ...], layout: str) -> None:
         for weight, bias, given in ((w, b, ()), (None, None, ()), (w, b, (mean, var))):
             rest = given or (None, None)
             _, stats = check(ops.batch_norm, x, weight, bias, *rest, 1e-5,
-                             scale=lambda x, w, b, *_: [*forward_scale(x, w, b), torch.full((2, channels), 2 * float(x.abs().max()) ** 2,
-                                                                                         dtype=torch.float64)])  # fmt: skip
+                             scale=lambda x, w, b, *_: forward_scale(x, w, b, (2, channels)))  # fmt: skip
 
             def scale(g: Tensor, x: Tensor, w: Tensor | None, stats: Tensor, *_: Any) -> list[Tensor]:
                 most = _sizes(g, w) * float((stats[1] + 1e-5).rsqrt().max()) * 6
-                return [torch.full(x.shape, most, dtype=torch.float64), sums_scale((2, channels), g, count)]
+                return [filled(x.shape, most), sums_scale((2, channels), g, count)]
 
             check(ops.batch_norm_backward, g, x, weight, stats, not given, 1e-5, scale=scale)
 
@@ -125,15 +126,13 @@ def test_group_norm(groups: int, layout: str) -> None:
             continue  # a single number has no variance
         w, b = randn(6, dtype=dtype, seed=1), randn(6, dtype=dtype, seed=2)
         x, g = lie(randn(*shape, dtype=dtype, scale=2.0), layout), lie(randn(*shape, dtype=dtype, seed=5), layout)
-        count = torch.Size(shape[2:]).numel() * 6 // groups
         for weight, bias in ((w, b), (None, None)):
             _, stats = check(ops.group_norm, x, weight, bias, groups, 1e-5,
-                             scale=lambda x, w, b, *_: [*forward_scale(x, w, b), torch.full((2, shape[0], groups), 2 * float(x.abs().max()) ** 2,
-                                                                                         dtype=torch.float64)])  # fmt: skip
+                             scale=lambda x, w, b, *_: forward_scale(x, w, b, (2, x.shape[0], groups)))  # fmt: skip
 
             def scale(g: Tensor, x: Tensor, w: Tensor | None, stats: Tensor, *_: Any) -> list[Tensor]:
                 most = _sizes(g, w) * float((stats[1] + 1e-5).rsqrt().max()) * 6
-                return [torch.full(x.shape, most, dtype=torch.float64), sums_scale((2, shape[0], 6), g, count)]
+                return [filled(x.shape, most), sums_scale((2, *x.shape[:2]), g, x.numel() // x.shape[0])]
 
             check(ops.group_norm_backward, g, x, weight, stats, groups, 1e-5, scale=scale)
 
@@ -141,9 +140,9 @@ def test_group_norm(groups: int, layout: str) -> None:
 def test_few_lines_are_cut_into_parts() -> None:
     """The stand-in chip has 3 processors: 2 channels of 8192 numbers become six parts each."""
     x, g = randn(2, 2, 4096, scale=3.0) + 2.0, randn(2, 2, 4096, seed=1)
-    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [torch.full(x.shape, 4.0, dtype=torch.float64), None])
+    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0), None])
     check(ops.batch_norm_backward, g, x, None, stats, True, 1e-5,
-          scale=lambda g, x, *_: [torch.full(x.shape, 4.0, dtype=torch.float64), sums_scale((2, 2), g, 8192)])  # fmt: skip
+          scale=lambda g, x, *_: [filled(x.shape, 4.0), sums_scale((2, 2), g, 8192)])  # fmt: skip
 
 
 # Embedding
@@ -160,7 +159,7 @@ def test_embedding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         g = randn(*shape, width, dtype=dtype, seed=2)
         for padding, by_frequency in ((-1, False), (2, False), (2, True)):
             check(tables.embedding_backward, g, indices.to(torch.int32), 9, padding, by_frequency,
-                  scale=lambda g, *_, w=width: [torch.full((9, w), float(g.abs().max()) * 2, dtype=torch.float64)])  # fmt: skip
+                  scale=lambda g, *_, w=width: [filled((9, w), float(g.abs().max()) * 2)])  # fmt: skip
 
 
 def test_the_padding_row_has_no_gradient_and_wrong_indices_give_nan() -> None:

@@ -371,8 +371,8 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
         each = -(-blocks // min(blocks, 16))
         parts = -(-blocks // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
-        launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0), each,
-                   parts, CENTRED=centred, R=high, C=columns, num_warps=4)  # fmt: skip
+        launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0),
+                   each, parts, CENTRED=centred, R=high, C=columns, num_warps=4)  # fmt: skip
     out[1].view(2, n).copy_(sums.sum(1))
 
 
@@ -482,9 +482,9 @@ def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tens
     lines = _channel_lines(tensors, groups > 0)
     r, c = lines.tile()
     blocks = -(-lines.n // c)
-    launch.run(lines_backward, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), stats, a, b, *of_group, channels,
-               float(eps), lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), blocks,
-               R=r, C=c, num_warps=4)  # fmt: skip
+    launch.run(lines_backward, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), stats, a, b, *of_group,
+               channels, float(eps), lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner,
+               *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
 
 
 # The operators ------------------------------------------------------------------------------------------------------------------
