@@ -2,15 +2,20 @@
 interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: the kernels and their host code are the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastnn import backends
+from fastnn._numerics import error, widen
 from fastnn.ops._operator import Operator
+from rule import FLOOR
 
 HERE = torch.cuda.is_available()
 DEVICE = "cuda" if HERE else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(op: Operator, *args: Any) -> Any:
@@ -20,8 +25,64 @@ def run(op: Operator, *args: Any) -> Any:
     """
     if HERE:
         return op.execute(*args, backend="gpu")
+    _mend_interpreter()
     kernel, supports, _ = backends.load("gpu", op)
     reason = None if supports is None else supports(op.name, *args)
     if kernel is None or reason is not None:
         raise RuntimeError(f"{op.name}(): {reason}")
     return op._launch(kernel, op.check(*args), args)
+
+
+def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exact: Callable[..., Any] | None = None,
+          floor: float = 0.0) -> Any:
+    """The kernel by the error rule: at most twice torch's own error in this dtype and a floor, both against float64.
+
+    Tensors are given on the CPU. ``scale(*args)`` gives for each output the magnitude at which an ulp is counted, or None;
+    ``exact`` is better maths than the reference; ``floor`` adds ulp. Returns the kernel's outputs, on the CPU.
+    """
+    there = [a.to(DEVICE) if isinstance(a, Tensor) and HERE else a for a in args]
+    before = [a.clone() if isinstance(a, Tensor) else a for a in there]
+    mine = _tuple(run(op, *there))
+    for now, then in zip(there, before, strict=True):
+        if isinstance(now, Tensor):
+            torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True, msg="an input was changed")
+    mine = tuple(t.cpu() for t in mine)
+    theirs = _tuple(op._all_by_torch(args))
+    truth = _tuple((exact or backends.reference(op))(*(widen(a) for a in args)))
+    sizes = scale(*(widen(a) for a in args)) if scale else [None] * len(truth)
+    for a, b, t, s in zip(mine, theirs, truth, sizes, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        narrow = a if a.dtype != torch.float64 else a.float()  # statistics: computed in float32
+        flushed = 0.0 if narrow.dtype == torch.float16 else 2.0**-126 / torch.finfo(narrow.dtype).eps  # as GPUs do with subnormals
+        s = torch.full_like(t, flushed) if s is None else s.clamp(min=flushed)
+        our, their = error(narrow, t, s, b), error(b.to(narrow.dtype), t, s)
+        assert our.specials <= their.specials, f"{our.specials} special values lost, torch loses {their.specials}"
+        assert our.worst <= 2 * their.worst + FLOOR[narrow.dtype] + floor, f"{our.worst:.3g} ulp, torch's own {their.worst:.3g}"
+    return mine if len(mine) > 1 else mine[0]
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _mend_interpreter() -> None:
+    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as whole numbers in tl.dot; its fma rounds twice."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    right = InterpreterBuilder.create_dot
+    if getattr(right, "mended", False):
+        return
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return right(self, a, b, *rest)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    create_dot.mended = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fma = create_fma
