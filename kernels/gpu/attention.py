@@ -16,6 +16,7 @@ from ..reference.attention import Options
 from . import attention_code as code
 from .engine import launch
 from .engine.launch import power_of_two
+from .matmul import tf32
 
 _LOG2_E = 1.4426950408889634
 _FEW = 64  # rows of queries that share keys, up to which one program takes them all, and the keys are shared out
@@ -31,17 +32,25 @@ class Blocks(NamedTuple):
     stages: int
 
 
-#: By the larger head size, up to 64, 128 and 256; for numbers of 16 bits and of 32.
+#: By the larger head size, up to 64, 128 and 256; for numbers of 16 bits and of 32. Found by compiling: nothing is spilled.
 _FORWARD = {2: (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
             4: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))}
-_QUERIES = {2: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 1)),
+_QUERIES = {2: (Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
             4: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1))}
-_KEYS = {2: (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
+_KEYS = {2: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
          4: (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1))}
+_KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where products read shared memory instead of registers
+_KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
 
 
 def _blocks(table: dict[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
-    return table[t.itemsize][0 if size <= 64 else 1 if size <= 128 else 2]
+    which, chip = 0 if size <= 64 else 1 if size <= 128 else 2, launch.chip(t.device)
+    if table is _KEYS and t.itemsize == 2:
+        if not which and chip.nvidia >= 90:
+            return _KEYS_HOPPER
+        if chip.name.startswith("gfx"):
+            return _KEYS_AMD[which]
+    return table[t.itemsize][which]
 
 
 def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
@@ -86,7 +95,7 @@ class Call:
         self.bd, self.bv = power_of_two(self.d, 16), power_of_two(self.dv, 16)
         kind |= code.EVEN_D.value * (self.bd == self.d) | code.EVEN_V.value * (self.bv == self.dv)
         self.kind = kind
-        self.precision = "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self.precision = "tf32" if q.dtype == torch.float32 and tf32() else "ieee"
         inner = o.scale / o.softcap if o.softcap else 1.0
         outer = (o.softcap or o.scale) * _LOG2_E
         low, high = o.seed & 0xFFFFFFFF, _mix(((o.seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)

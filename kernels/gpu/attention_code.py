@@ -308,11 +308,12 @@ def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, 
     acc = tl.zeros((BM, BV), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
+    rows64 = tl.zeros((), tl.int64) + rows
     for split in tl.range(0, splits):
-        share_at = part_stats + 2 * split.to(tl.int64) * rows + number
+        share_at = part_stats + 2 * split * rows64 + number
         share_top = tl.load(share_at, mask=m_rows, other=float("-inf"))
         share = tl.load(share_at + rows, mask=m_rows, other=0.0)
-        x = tl.load(part + (split.to(tl.int64) * rows + number)[:, None] * BV + e, mask=m_rows[:, None], other=0.0)
+        x = tl.load(part + (split * rows64 + number)[:, None] * BV + e, mask=m_rows[:, None], other=0.0)
         new = tl.maximum(top, share_top)
         base = tl.where(new == float("-inf"), 0.0, new)
         shrink, factor = tl.exp2(top - base), tl.exp2(share_top - base)
@@ -325,10 +326,10 @@ def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, 
 
 @triton.jit
 def _row_numbers(stats, rows, number, m_rows):
-    """(the largest logit, 1 / Σ exp) of each row; 0 where it sees nothing"""
+    """(the largest logit, 1 / Σ exp) of each row, such that all weights are 0 where there is no row or it sees nothing"""
     total = tl.load(stats + rows + number, mask=m_rows, other=0.0)
     offset = tl.load(stats + number, mask=m_rows, other=0.0)
-    return tl.where(total == 0.0, 0.0, offset), tl.where(total == 0.0, 0.0, 1.0 / total)
+    return tl.where(total == 0.0, float("inf"), offset), tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
@@ -410,13 +411,13 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tas
 def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, rows, number, begin, end, D, DV, LK, k0, j, lq, lk, shift,
                    mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1, least, keep, EDGE: tl.constexpr,
                    KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """From the queries ``begin`` to ``end`` of one head; blocks lie transposed, a column a query."""
+    """From the queries ``begin`` to ``end`` of one head; blocks lie transposed, a column a query, all zeros beyond the last."""
     d = tl.arange(0, BD)[:, None]
     e = tl.arange(0, BV)[None, :]
     for start in tl.range(begin, end, BM):
         i = start + tl.arange(0, BM)
-        q = _matrix(q_at, i[None, :], sql, (i < lq)[None, :], d, sqd, d < D, EDGE or not EVEN_D & KIND)
-        g = _matrix(g_at, i[:, None], sgl, (i < lq)[:, None], e, sgd, e < DV, EDGE or not EVEN_V & KIND)
+        q = _matrix(q_at, i[None, :], sql, (i < lq)[None, :], d, sqd, d < D, True)
+        g = _matrix(g_at, i[:, None], sgl, (i < lq)[:, None], e, sgd, e < DV, True)
         offset, inverse = _row_numbers(stats, rows, number + i, i < lq)
         row_delta = tl.load(delta + number + i, mask=i < lq, other=0.0)
         mask_row, drop_low, drop_a, drop_b = mask_at, 0, 0, 0
@@ -453,7 +454,7 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
 
     # The queries that see some of these keys, and those that see all.
     first, last = block * BN, tl.minimum(block * BN + BN, lk) - 1
-    low, high, low_full, high_full = 0, lq, 0, lq // BM * BM
+    low, high, low_full, high_full = 0, lq, 0, lq
     if RIGHT & KIND:
         low = tl.maximum(0, first - shift - right) // BM * BM
         low_full = tl.cdiv(tl.maximum(0, last - shift - right), BM) * BM
@@ -480,7 +481,7 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
         if SLOPES & KIND:
             slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
         for n in tl.static_range(1, 4):
-            if n > 1 or RIGHT & KIND:
+            if n == 2 or (n == 1 and RIGHT & KIND) or (n == 3 and (LEFT | PREFIX) & KIND):
                 begin, stop = _stretch(n, low, low_full, high_full, high, 0)
                 dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, stats, delta,
                                                     rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift, mask_at, smq,
