@@ -20,6 +20,11 @@ from torch import Tensor
 NAMES = ("auto", "cpu", "gpu", "torch", "reference")
 _DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that its kernels work on
 
+_INSTALL = {  # module that a kernel needs: what to do where it is missing
+    "triton": "Triton is missing: `pip install triton`, in the version that your torch asks for",
+    "cupy": "CuPy is missing: `pip install cupy-cuda13x`, or -cuda12x for a driver of CUDA 12",
+}
+
 Kernel = Callable[..., None]  # (out, *args): writes the result into out, a tensor or a tuple of them
 Predicate = Callable[..., str | None]  # (op, *args): None if the kernel serves the call, else the reason why not
 Rule = Callable[..., str | None]  # (*args): why torch is faster for this call, by measurement; None if it is not
@@ -164,11 +169,23 @@ def _offer(backend: str, op: Op, args: tuple[Any, ...]) -> tuple[Kernel | None, 
     for a in args:
         if isinstance(a, Tensor):
             if a.device.type != _DEVICE[backend]:
-                return None, f"no {backend} kernel takes a tensor on device {str(a.device)!r}"
+                no_gpu = f"; {without_gpu()}" if backend == "gpu" and not torch.cuda.is_available() else ""
+                return None, f"no {backend} kernel takes a tensor on device {str(a.device)!r}{no_gpu}"
             if not dense(a):
                 return None, "a sparse, packed or lazily negated tensor has no memory that a kernel could read"
     kernel, supports, _ = tables[backend].get(op.name) or load(backend, op)
     return kernel, None if supports is None else supports(op.name, *args)
+
+
+def without_gpu() -> str:
+    """Why torch has no GPU here and what to do, in a sentence."""
+    if not (torch.version.cuda or torch.version.hip):
+        return "this torch is its CPU build: install one for your GPU (https://pytorch.org/get-started)"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # too old a driver, or none, in torch's own words
+        return str(error).splitlines()[0]
+    return "torch finds no GPU: nvidia-smi shows whether the driver does"
 
 
 def dense(t: Tensor) -> bool:
@@ -182,7 +199,8 @@ def load(backend: str, op: Op) -> Entry:
     try:
         kernels = importlib.import_module(module)
     except ModuleNotFoundError as missing:
-        reason = f"the {backend} kernels for {op.family} are not installed ({missing})"
+        install = _INSTALL.get((missing.name or "").split(".")[0])
+        reason = f"the {backend} kernels for {op.family} are not installed ({install or missing})"
         if backend == "cpu":
             warnings.warn(f"fastnn: {reason}; torch serves instead", RuntimeWarning, stacklevel=4)
         found: Entry = (None, lambda op, *args: reason, None)

@@ -1,5 +1,5 @@
 """Calls of the GPU kernels. On a GPU they are called through the operators, as a user's are. Without one, Triton's run in its
-interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: the kernels and their host code are the same.
+interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: kernels and host code are the same.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,8 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
     for a, b, t, s in zip(mine, theirs, truth, sizes, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         narrow = a if a.dtype != torch.float64 else a.float()  # statistics: computed in float32
-        flushed = 0.0 if narrow.dtype == torch.float16 else 2.0**-126 / torch.finfo(narrow.dtype).eps  # as GPUs do with subnormals
+        # GPUs take subnormal numbers of float32 for 0.
+        flushed = 0.0 if narrow.dtype == torch.float16 else 2.0**-126 / torch.finfo(narrow.dtype).eps
         s = torch.full_like(t, flushed) if s is None else s.clamp(min=flushed)
         our, their = error(narrow, t, s, b), error(b.to(narrow.dtype), t, s)
         assert our.specials <= their.specials, f"{our.specials} special values lost, torch loses {their.specials}"

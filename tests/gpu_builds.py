@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops import activation
+from fastnn.ops import activation, matmul
 from fastnn.ops._operator import Operator
 
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -16,8 +16,8 @@ ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Build:
     """A call of an operator. Tensors are written as their shape and dtype: ``t(4096, 4096)``.
 
-    family: of its kernels. matrix: names of the kernels launched that must use the matrix instruction, and "best" if it must be the
-    newest one of each chip (wgmma, tcgen05). spills: bytes that are allowed. chips: what to compile for.
+    matrix: names of the kernels launched that must use the matrix instruction; best: it must be the newest one of each chip
+    (wgmma, tcgen05). spills: bytes that are allowed. chips: what to compile for.
     """
 
     op: Operator
@@ -59,4 +59,13 @@ BUILDS += [
     Build(activation.prelu_backward, (t(8, 64, 56, 56), t(8, 64, 56, 56), t(64))),
     Build(activation.glu_backward, (t(64, 4096), t(64, 8192), 1)),
     Build(activation.dropout, (t(64, 4096, dtype=F32), 0.1, 1 << 40)),
+]
+
+# Products: the large tile with its epilogue, a transposed operand, few tiles and a long sum, a batch, plain float32.
+BUILDS += [
+    Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True),
+    Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
+    Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
+    Build(matmul.matmul, (t(96, 128, 64), t(96, 64, 128)), ("product",)),
+    Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
 ]

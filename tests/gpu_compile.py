@@ -1,8 +1,9 @@
+# ruff: noqa: E402
 """Compiles Triton kernels for chips that are not here, and says what each would use. Run as a script, in a process of its own:
 Triton must not be in its interpreter, and an error inside LLVM ends the process.
 
-The builds of ``gpu_builds`` are calls of operators on tensors without memory. The host code runs as it would on the chip, with its
-table of configurations; what it would launch is compiled instead. A line of JSON is printed for each kernel and chip.
+The builds of ``gpu_builds`` are calls of operators on tensors without memory. The host code runs as it would on the chip, with
+its table of configurations; what it would launch is compiled instead. A line of JSON is printed for each kernel and chip.
 """
 
 import json
@@ -77,7 +78,8 @@ def used(compiled: Any) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"]), "shared": compiled.metadata.shared}
+    spills = int(found["STACK"]) + int(found["LOCAL"])
+    return {"registers": int(found["REG"]), "spills": spills, "shared": compiled.metadata.shared}
 
 
 def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any], dict[str, Any]]]:

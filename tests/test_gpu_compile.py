@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for NVIDIA's and AMD's chips: nothing spilled, shared memory that the chip has, matrix instructions."""
+"""Every Triton kernel, compiled for NVIDIA's and AMD's chips: spills, shared memory, and the matrix instruction."""
 
 import json
 import os
@@ -20,7 +20,8 @@ def compiled(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     """What tests/gpu_compile.py says of all builds; one process for all of them."""
     kept = pytestconfig.cache.mkdir("triton")
     env = {**os.environ, "TRITON_CACHE_DIR": str(kept), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("gpu_compile.py"))], capture_output=True, text=True, env=env)
+    script = str(Path(__file__).with_name("gpu_compile.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

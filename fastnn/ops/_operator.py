@@ -31,6 +31,9 @@ from fastnn import backends
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 PLAIN = frozenset({Tensor, Parameter})  # types whose memory a kernel may touch: nothing is overridden
 _library = torch.library.Library("fastnn", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 # What Inductor's generated code allocates with: half of what torch.empty takes. (It fills nothing, as
 # deterministic algorithms ask for: they go the general way.)
 empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
@@ -94,7 +97,8 @@ class Operator:
     torch     torch's own implementation.
     save      (ctx, args, out) keeps what backward needs. Only where the op has a backward.
     backward  (ctx, *grads): a gradient or None for each argument, made of operators.
-    autocast  "lower" (to autocast's dtype), "float32", or None: as torch's own list for the CPU says.
+    autocast  "lower" (to autocast's dtype), "float32", "float32 on cuda" (whose list is the longer one), or None: as torch's own
+              lists say.
     inspect   raises for bad values inside the tensors (a check that has to read them), before any kernel runs.
     explain   the same, for kernels that see bad values themselves: says what torch's own error, or plain maths', does not.
     extra     outputs after the visible ones exist for the backward only: computes them where torch serves the others.
@@ -223,7 +227,7 @@ class Operator:
     def autocasting(self, *args: Any, backend: str | None = None) -> Any:
         """The op under autocast, for the dispatcher."""
         args = self._cast(args)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.overload(*args, backend=backend)
 
     def _launch(self, kernel: backends.Kernel, plan: Any, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
@@ -269,12 +273,14 @@ class Operator:
 
     def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What autocast does to the arguments of torch's op of this kind."""
-        if not torch.is_autocast_enabled("cpu"):
-            return args
-        dtype = torch.get_autocast_dtype("cpu") if self.autocast == "lower" else torch.float32
+        dtypes = {
+            device: torch.get_autocast_dtype(device) if self.autocast == "lower" else torch.float32
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device) and (device == "cuda" or self.autocast != "float32 on cuda")
+        }
         return tuple(
-            a.to(dtype)
-            if isinstance(a, Tensor) and a.is_cpu and a.dtype in FLOATING and a.dtype != torch.float64
+            a.to(dtypes[a.device.type])
+            if isinstance(a, Tensor) and a.device.type in dtypes and a.dtype in FLOATING and a.dtype != torch.float64
             else a
             for a in args
         )
@@ -285,7 +291,8 @@ class Operator:
         _library.impl(self.name, self.execute, "CompositeExplicitAutograd")
         _library.impl(self.name, self.differentiable, "Autograd")
         if self.autocast:
-            _library.impl(self.name, self.autocasting, "AutocastCPU")
+            for key in ("AutocastCPU", "AutocastCUDA"):
+                _library.impl(self.name, self.autocasting, key)
         torch.library.register_fake(f"fastnn::{self.name}", self.fake, lib=_library)
         return getattr(torch.ops.fastnn, self.name).default
 

@@ -170,6 +170,7 @@ group_norm: Operator = Operator(
     torch=_group_norm_by_torch,
     save=_save_group_norm,
     backward=_group_norm_gradients,
+    autocast="float32 on cuda",
 )
 
 group_norm_backward: Operator = Operator(
@@ -308,6 +309,7 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
         allocate=lambda plan, input, weight, bias, shape, eps: (like(input), empty_stats(input, shape)),
         torch=lambda *args: _torch_rows(centred, *args),
         extra=stats_of,
+        autocast="float32 on cuda" if centred else None,
         save=lambda ctx, args, out: save(ctx, args[1:], args[0], out[1]),
         backward=lambda ctx, grad: (*gradients(ctx, grad, None, 1), None, None),
     )

@@ -49,6 +49,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
         check=check,
         allocate=allocate,
         torch=getattr(torch, name),
+        autocast="float32 on cuda",
         save=save,
         backward=lambda ctx, grad: (backward.call(grad, *ctx.saved_tensors, ctx.dim, ctx.backend), None),
     )

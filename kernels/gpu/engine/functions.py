@@ -1,8 +1,8 @@
 """exp and its kin, the activations and the random numbers, for float32 blocks inside any kernel.
 
-The hardware's exp2 takes x·log₂e rounded, which costs |x| ulp: `exp` adds what the rounding left. The other functions are made of
-it without cancellation. Their polynomials are those of the CPU engine's vecmath, which says where they come from. An activation is
-chosen by its name, a constant: no kernel holds the code of more than one.
+The hardware's exp2 takes x·log₂e rounded, which costs |x| ulp: `exp` adds what the rounding left. The other functions are made
+of it without cancellation. Their polynomials are those of the CPU engine's vecmath, which says where they come from. An
+activation is chosen by its name, a constant: no kernel holds the code of more than one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950216293335)
 LOG2_E_LOW = tl.constexpr(1.9259629911266175e-08)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def wide(n):
+    """A scalar, or a constant, as an int64: sizes and strides that are 1 reach a kernel as constants."""
+    return tl.zeros((), tl.int64) + n
 
 
 @triton.jit

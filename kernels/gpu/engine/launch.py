@@ -1,8 +1,8 @@
 """How a Triton kernel is started: on the device of its tensors and torch's current stream there.
 
-What the configuration of a kernel may depend on is `chip`: a family's table is keyed by that and by bucketed sizes, and nothing is
-tuned as a program runs. Host code calls `run` and `chip` through this module, so that tests can put a recorder in their place:
-that is how every kernel is compiled for chips that are not there.
+What the configuration of a kernel may depend on is `chip`: a family's table is keyed by that and by bucketed sizes, and nothing
+is tuned as a program runs. Host code calls `launch.run` and `launch.chip` through the module, so that tests can put a recorder in
+their place: that is how every kernel is compiled for chips that are not there.
 """
 
 from __future__ import annotations

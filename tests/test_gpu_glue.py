@@ -1,0 +1,107 @@
+"""What stands between a call and a GPU kernel: autocast, the words when something is missing, the device."""
+
+import sys
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastnn.functional as F
+from fastnn import backends, ops
+from fastnn.ops._operator import Operator
+from gpu import HERE
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (ops.matmul.matmul, torch.float16),
+        (ops.softmax.softmax, torch.float32),
+        (ops.norm.layer_norm, torch.float32),
+        (ops.norm.rms_norm, None),
+        (ops.norm.batch_norm, None),
+        (ops.activation.activation, None),
+    ],
+    ids=lambda x: x.name if isinstance(x, Operator) else str(x),
+)
+def test_autocast_on_cuda_has_cudas_lists(op: Operator, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to enable it without a GPU, so it is told that it is."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = torch.empty(3, dtype=torch.bfloat16, device="cuda"), torch.empty(3, dtype=torch.float64, device="cuda")
+        cpu = torch.empty(3, dtype=torch.bfloat16)
+    if op.autocast is None:
+        assert expected is None
+        return
+    low, double, elsewhere = op._cast((*given, cpu))
+    assert (low.dtype, double.dtype, elsewhere.dtype) == (expected, torch.float64, torch.bfloat16)
+
+
+@pytest.mark.skipif(HERE, reason="the words are for where no GPU is")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"no gpu kernel takes a tensor on device 'cpu'; .*(install|driver|nvidia-smi)"):
+        F.relu(torch.ones(3), backend="gpu")
+
+
+@pytest.mark.parametrize(("module", "words"), [("triton", "pip install triton"), ("cupy", "pip install cupy-cuda13x")])
+def test_a_missing_package_is_named(module: str, words: str, fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=f"{module}.language")
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    kernel, supports, _ = backends.load("gpu", ops.matmul.matmul)
+    assert kernel is None
+    assert supports is not None
+    assert words in str(supports("matmul"))
+
+
+@pytest.mark.parametrize("words", ["The NVIDIA driver on your system is too old (found version 11040).\nMore.", "Found no NVIDIA driver"])
+def test_torchs_own_words_for_a_driver(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    assert backends.without_gpu() == words.splitlines()[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one() -> None:
+    x = torch.randn(64, 64, device="cuda:1")
+    torch.testing.assert_close(F.matmul(x, x, backend="gpu"), x @ x)
+
+
+@pytest.mark.skipif(not HERE, reason="needs a GPU")
+@pytest.mark.parametrize("stream", [False, True])
+def test_capture_in_a_graph(stream: bool) -> None:
+    """The kernels are launched on the current stream, and nothing waits for the GPU."""
+    x, w = torch.randn(64, 64, device="cuda"), torch.randn(64, 64, device="cuda")
+
+    def step() -> torch.Tensor:
+        y = F.linear(x, w, activation="gelu", backend="gpu")
+        return F.layer_norm(F.softmax(y, -1, backend="gpu"), (64,), backend="gpu")
+
+    with torch.cuda.stream(torch.cuda.Stream()) if stream else nullcontext():
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        x.copy_(torch.randn(64, 64))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(y, step())
+
+
+def test_importing_fastnn_imports_no_triton() -> None:
+    import subprocess
+
+    code = "import sys, fastnn, fastnn.functional; sys.exit('triton' in sys.modules or 'cupy' in sys.modules)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,158 @@
+"""Softmax and the losses on the GPU, or in Triton's interpreter, against float64, beside torch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnn.kernels.gpu import softmax as kernels
+from fastnn.ops import softmax as ops
+from gpu import DEVICE, DTYPES, check, run
+from rule import LAYOUTS, randn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+PAIRS = [(ops.softmax, ops.softmax_backward), (ops.log_softmax, ops.log_softmax_backward)]
+
+
+def backward_scale(g: Tensor, y: Tensor, dim: int) -> list[Tensor]:
+    """A difference is as exact as its terms."""
+    p = y if bool((y >= 0).all()) else y.exp()
+    return [g.abs() + g.abs().sum(dim, keepdim=True) * p]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: p[0].name)
+def test_rows_and_columns(pair: Any, dtype: torch.dtype) -> None:
+    forward, backward = pair
+    for shape, dim in (((5, 37), -1), ((3, 7, 41), 1), ((2, 2100), -1), ((1, 1), 0)):
+        x, g = randn(*shape, dtype=dtype, scale=4.0), randn(*shape, dtype=dtype, seed=1)
+        y = check(forward, x, dim, scale=(lambda x, dim: [x.abs()]) if forward is ops.log_softmax else None)
+        check(backward, g, y, dim, scale=backward_scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    x, g = randn(3, 6, 20), randn(3, 6, 20, seed=1)
+    for dim in range(3):
+        plain = run(ops.softmax, x.to(DEVICE), dim)
+        assert torch.equal(run(ops.softmax, LAYOUTS[layout](x).to(DEVICE), dim), plain)
+        slope = run(ops.softmax_backward, g.to(DEVICE), plain, dim)
+        assert torch.equal(run(ops.softmax_backward, LAYOUTS[layout](g).to(DEVICE), LAYOUTS[layout](plain), dim), slope)
+
+
+@pytest.mark.parametrize("shape", [(2, 300), (3, 300, 5)], ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: p[0].name)
+def test_long_lines_are_cut(pair: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WHOLE", 64)
+    monkeypatch.setattr(kernels, "_STEP", 128)
+    forward, backward = pair
+    x, g = randn(*shape, scale=4.0), randn(*shape, seed=1)
+    x[0, :128] = -float("inf")  # a part without a number
+    y = check(forward, x, 1)
+    check(backward, g, y, 1, scale=backward_scale)
+
+
+@pytest.mark.parametrize("whole", [64, 1 << 14])
+def test_special_values(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    inf = float("inf")
+    x = randn(5, 100)
+    x[0, 3], x[1, 4], x[2, :], x[3, 5], x[4, :3] = inf, -inf, -inf, float("nan"), 1e38
+    for op in (ops.softmax, ops.log_softmax):
+        mine = run(op, x.to(DEVICE), 1).cpu()
+        torch.testing.assert_close(mine, op(x, 1, backend="torch"), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def losses_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits, classes of which some are ignored, probabilities, weights"""
+    x = randn(*shape, dtype=dtype, scale=3.0)
+    rows = [*shape[:1], *shape[2:]] if len(shape) > 1 else []
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    target = torch.randint(classes, rows, generator=torch.Generator().manual_seed(3))
+    if rows:
+        target.view(-1)[::4] = -100
+    p = randn(*shape, scale=2.0, seed=5).softmax(1 if len(shape) > 1 else 0).to(dtype)
+    return x, target, p, randn(classes, dtype=dtype, seed=6).abs()
+
+
+def entropy_scale(x: Tensor, *_: Any) -> list[Any]:
+    """The loss is a sum over classes of log-probabilities."""
+    return [torch.full((), float(x.abs().max()) + 5.0, dtype=torch.float64), None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (9, 37), (3, 11, 5), (2, 1100)], ids=str)
+def test_cross_entropy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, target, p, weight = losses_of(dtype, shape)
+    rows = () if len(shape) == 1 else (shape[0], *shape[2:])
+    for w in (None, weight):
+        for q, smoothing in ((target, 0.0), (target, 0.2), (p, 0.1)):
+            for reduction in ("mean", "none") if w is None else ("sum",):
+                rest = (-100, reduction, smoothing)
+
+                def scale(x: Tensor, *_: Any, reduction: str = reduction) -> list[Any]:
+                    each = torch.full(rows, float(x.abs().max()) + 5.0, dtype=torch.float64)
+                    most = each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+                    return [most, torch.full((2, *rows), float(x.abs().max()), dtype=torch.float64)]
+
+                _, lse = check(ops.cross_entropy, x, q, w, *rest, scale=scale)
+                grad = randn(*rows, dtype=dtype, seed=8) if reduction == "none" else torch.tensor(1.5, dtype=dtype)
+                check(
+                    ops.cross_entropy_backward, grad, x, q, w, lse, *rest,
+                    scale=lambda g, x, *_: [torch.full(shape, float(g.abs().max()) * (3.0 if w is not None else 1.0),
+                                                       dtype=torch.float64)],
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(7,), (9, 37), (3, 11, 5)], ids=str)
+def test_nll(shape: tuple[int, ...]) -> None:
+    x, target, _, weight = losses_of(torch.float32, shape)
+    for w in (None, weight):
+        for reduction in ("mean", "sum", "none"):
+            size = float(x.abs().max()) * 3 * (target.numel() if reduction == "sum" else 1)
+            rows = target.shape if reduction == "none" else ()
+            check(ops.nll_loss, x, target, w, -100, reduction,
+                  scale=lambda *_, rows=rows, size=size: [torch.full(rows, size, dtype=torch.float64)])  # fmt: skip
+            grad = randn(*rows, seed=8) if rows else torch.tensor(1.5)
+            check(ops.nll_loss_backward, grad, x, target, w, -100, reduction)
+
+
+def test_ignored_lines_may_hold_anything_and_wrong_classes_give_nan() -> None:
+    x = randn(3, 8).to(DEVICE)
+    x[0] = float("nan")
+    target = torch.tensor([-100, 9, 2], device=DEVICE)
+    loss, lse = run(ops.cross_entropy, x, target, None, -100, "none", 0.0)
+    assert loss[0] == 0
+    assert loss[1].isnan()
+    assert loss[2].isfinite()
+    grad = run(ops.cross_entropy_backward, torch.ones(3, device=DEVICE), x, target, None, lse, -100, "none", 0.0)
+    assert torch.equal(grad[0], torch.zeros(8, device=DEVICE))
+    assert grad[1].isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_in_any_layout(layout: str) -> None:
+    x, target, p, _ = losses_of(torch.float32, (4, 9, 5))
+    for q in (target, p):
+        lay = LAYOUTS[layout](q) if q is p else q
+        plain, lse = run(ops.cross_entropy, x.to(DEVICE), q.to(DEVICE), None, -100, "mean", 0.1)
+        other, _ = run(ops.cross_entropy, LAYOUTS[layout](x).to(DEVICE), lay.to(DEVICE), None, -100, "mean", 0.1)
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=0)
+        rest = (None, lse, -100, "mean", 0.1)
+        g = torch.tensor(1.0, device=DEVICE)
+        slope = run(ops.cross_entropy_backward, g, x.to(DEVICE), q.to(DEVICE), *rest)
+        again = run(ops.cross_entropy_backward, g, LAYOUTS[layout](x).to(DEVICE), lay.to(DEVICE), *rest)
+        torch.testing.assert_close(again, slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mse(dtype: torch.dtype) -> None:
+    for shape in ((33,), (5, 4099), (0, 3)):
+        x, y = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
+        for reduction in ("mean", "sum", "none"):
+            check(ops.mse_loss, x, y, reduction)
+            grad = randn(*shape, dtype=dtype, seed=2) if reduction == "none" else torch.tensor(0.75, dtype=dtype)
+            check(ops.mse_loss_backward, grad, x, y, reduction,
+                  scale=lambda g, x, y, r: [2 * (x - y).abs() * g.abs() / (max(1, x.numel()) if r == "mean" else 1)])  # fmt: skip
+    check(ops.mse_loss, randn(6, 7).mT, randn(7, 6, seed=1), "mean")
