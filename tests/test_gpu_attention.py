@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastnn.kernels.gpu import attention as kernels
+from fastnn.kernels.gpu import attention_code as code
 from fastnn.kernels.gpu.engine import launch
 from fastnn.kernels.reference import attention as plain
 from fastnn.kernels.reference.activation import random_bits
@@ -210,19 +213,15 @@ def test_empty(sizes: tuple[int, ...]) -> None:
     check(*tensors(b, h, h, lq, lk, d, 6))
 
 
+@triton.jit(do_not_specialize=["row", "LK", "key0", "key1", "least"])
+def kept(out, row, LK, key0, key1, least, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    j = tl.arange(0, N)[None, :]
+    low, mixed, mixed_next = code._dropout_row(row + tl.zeros((1, 1), tl.int64), LK, 0, key0)
+    tl.store(out + j, code._kept(low, mixed, mixed_next, j, key1, least).to(tl.int8))
+
+
 def test_dropout_beyond_32_bits() -> None:
     """A row's weights may lie on both sides of a multiple of 2³²."""
-    import triton
-    import triton.language as tl
-
-    from fastnn.kernels.gpu import attention_code as code
-
-    @triton.jit(do_not_specialize=["row", "LK", "key0", "key1", "least"])
-    def kept(out, row, LK, key0, key1, least, N: tl.constexpr):  # type: ignore[no-untyped-def]
-        j = tl.arange(0, N)[None, :]
-        low, mixed, mixed_next = code._dropout_row(row + tl.zeros((1, 1), tl.int64), LK, 0, key0)
-        tl.store(out + j, code._kept(low, mixed, mixed_next, j, key1, least).to(tl.int8))
-
     length, seed, first = (1 << 31) - 16, 2**62 + 11, 2 * ((1 << 31) - 16)
     out = torch.empty(1, 64, dtype=torch.int8, device=DEVICE)
     key1 = kernels._mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)

@@ -34,11 +34,11 @@ class Blocks(NamedTuple):
 
 #: By the larger head size, up to 64, 128 and 256; for numbers of 16 bits and of 32. Found by compiling: nothing is spilled.
 _FORWARD = {2: (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
-            4: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))}
+            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))}
 _QUERIES = {2: (Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
-            4: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1))}
+            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))}
 _KEYS = {2: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
-         4: (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1))}
+         4: (Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1))}
 _KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where products read shared memory instead of registers
 _KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
 
