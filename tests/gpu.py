@@ -2,7 +2,7 @@
 interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: kernels and host code are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,12 +62,19 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
     return mine if len(mine) > 1 else mine[0]
 
 
+def filled(shape: Sequence[int], value: float) -> Tensor:
+    """A scale that is the same everywhere."""
+    return torch.full(tuple(shape), value, dtype=torch.float64)
+
+
 def _tuple(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
 def _mend_interpreter() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits, and multiplies those as whole numbers in tl.dot; its fma rounds twice."""
+    """Triton's interpreter keeps bfloat16 as its bits: it cuts float32 off instead of rounding it, loses its subnormal numbers,
+    and multiplies the bits as whole numbers in tl.dot. Its fma rounds twice.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -80,10 +87,23 @@ def _mend_interpreter() -> None:
         a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return right(self, a, b, *rest)
 
+    plain = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, value: Any, to: Any) -> Any:
+        pair = value.dtype.scalar, to.scalar
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(value.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            return TensorHandle(np.where(np.isnan(value.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+        return plain(self, value, to)
+
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         exact = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     create_dot.mended = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fma = create_fma

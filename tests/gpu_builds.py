@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops import activation, attention, conv, matmul
+from fastnn.ops import activation, attention, conv, embedding, matmul, norm, softmax
 from fastnn.ops._operator import Operator
 
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,7 +49,7 @@ def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, F64, I64, BF16, F16 = torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float16
 BUILDS: list[Build] = []
 
 # Activations: one compiled kernel serves all chips' sizes; the other dtypes differ in two conversions.
@@ -86,11 +86,18 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
 
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
-    Build(attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"), best=True,
-          chips=("sm_90", "gfx942"), note=" causal"),
-    Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)),
-    Build(attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64, dtype=F16, causal=False, mask=t(12, 512, 512, dtype=F16)),
-          ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_80",), note=" with the bias' gradient"),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
+        best=True, chips=("sm_90", "gfx942"), note=" causal",
+    ),
+    Build(
+        attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
+    ),
+    Build(
+        attention.attention_backward,
+        attend_backward(4, 12, 12, 512, 512, 64, dtype=F16, causal=False, mask=t(12, 512, 512, dtype=F16)),
+        ("backward_queries", "backward_keys", "backward_mask"), spills=32, chips=("sm_80",), note=" with the bias' gradient",
+    ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
@@ -101,9 +108,46 @@ ONE, SAME = ([1, 1], [1, 1], [1, 1]), [0, 0]
 BUILDS += [
     Build(conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "relu"), ("convolution",), best=True),
     Build(conv.conv, (X, W3, None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), ("convolution",), chips=("sm_90",)),
-    Build(conv.conv, (t(32, 3, 224, 224), t(64, 3, 7, 7), t(64), None, [2, 2], [3, 3], [1, 1], False, SAME, 1, "relu"), ("convolution",),
-          chips=("sm_80",)),
+    Build(
+        conv.conv, (t(32, 3, 224, 224), t(64, 3, 7, 7), t(64), None, [2, 2], [3, 3], [1, 1], False, SAME, 1, "relu"),
+        ("convolution",), chips=("sm_80",),
+    ),
     Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
     Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",), chips=("sm_80", "sm_90", "gfx942")),
-    Build(conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None), chips=("sm_90",)),
+    Build(
+        conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
+        chips=("sm_90",),
+    ),
+]
+
+# Softmax and losses: whole rows, columns, lines that are cut; the losses of a language model.
+BUILDS += [
+    Build(softmax.softmax, (t(4096, 4096), -1)),
+    Build(softmax.log_softmax_backward, (t(8, 64, 56, 56), t(8, 64, 56, 56), 1)),
+    Build(softmax.softmax, (t(16, 128000), -1)),
+    Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(
+        softmax.cross_entropy_backward,
+        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
+    ),
+    Build(softmax.cross_entropy, (t(64, 1000), t(64, 1000), None, -100, "mean", 0.1)),
+    Build(softmax.nll_loss_backward, (t(64, dtype=F32), t(64, 1000), t(64, dtype=I64), None, -100, "none")),
+    Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
+]
+
+# Norms: rows that fit and rows that do not; a residual; both layouts of an image; few lines, cut into parts. Embedding.
+IMAGE = t(8, 64, 56, 56)
+ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
+BUILDS += [
+    Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
+    Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
+    Build(norm.rms_norm, (t(64, 16384), t(16384), None, [16384], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
+    Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
+    Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
+    Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
+    Build(norm.group_norm_backward, (IMAGE, IMAGE, t(64), t(2, 8, 32, dtype=F64), 32, 1e-5)),
+    Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),
+    Build(embedding.embedding_backward, (t(8, 512, 768), t(8, 512, dtype=I64), 32000, 0, True)),
 ]

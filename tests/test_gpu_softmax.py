@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastnn.kernels.gpu import softmax as kernels
 from fastnn.ops import softmax as ops
-from gpu import DEVICE, DTYPES, check, run
+from gpu import DEVICE, DTYPES, check, filled, run
 from rule import LAYOUTS, randn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
@@ -76,11 +76,6 @@ def losses_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
     return x, target, p, randn(classes, dtype=dtype, seed=6).abs()
 
 
-def entropy_scale(x: Tensor, *_: Any) -> list[Any]:
-    """The loss is a sum over classes of log-probabilities."""
-    return [torch.full((), float(x.abs().max()) + 5.0, dtype=torch.float64), None]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(7,), (9, 37), (3, 11, 5), (2, 1100)], ids=str)
 def test_cross_entropy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -92,16 +87,15 @@ def test_cross_entropy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
                 rest = (-100, reduction, smoothing)
 
                 def scale(x: Tensor, *_: Any, reduction: str = reduction) -> list[Any]:
-                    each = torch.full(rows, float(x.abs().max()) + 5.0, dtype=torch.float64)
+                    each = filled(rows, float(x.abs().max()) + 5.0)
                     most = each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
-                    return [most, torch.full((2, *rows), float(x.abs().max()), dtype=torch.float64)]
+                    return [most, filled((2, *rows), float(x.abs().max()))]
 
                 _, lse = check(ops.cross_entropy, x, q, w, *rest, scale=scale)
                 grad = randn(*rows, dtype=dtype, seed=8) if reduction == "none" else torch.tensor(1.5, dtype=dtype)
                 check(
                     ops.cross_entropy_backward, grad, x, q, w, lse, *rest,
-                    scale=lambda g, x, *_: [torch.full(shape, float(g.abs().max()) * (3.0 if w is not None else 1.0),
-                                                       dtype=torch.float64)],
+                    scale=lambda g, x, q, w, *_: [filled(shape, float(g.abs().max()) * (3.0 if w is not None else 1.0))],
                 )  # fmt: skip
 
 
@@ -113,7 +107,7 @@ def test_nll(shape: tuple[int, ...]) -> None:
             size = float(x.abs().max()) * 3 * (target.numel() if reduction == "sum" else 1)
             rows = target.shape if reduction == "none" else ()
             check(ops.nll_loss, x, target, w, -100, reduction,
-                  scale=lambda *_, rows=rows, size=size: [torch.full(rows, size, dtype=torch.float64)])  # fmt: skip
+                  scale=lambda *_, rows=rows, size=size: [filled(rows, size)])  # fmt: skip
             grad = randn(*rows, seed=8) if rows else torch.tensor(1.5)
             check(ops.nll_loss_backward, grad, x, target, w, -100, reduction)
 

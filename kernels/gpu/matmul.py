@@ -1,8 +1,8 @@
 """Matrix products on the GPU: one Triton kernel, ``product``, and ``add_parts`` for sums that several programs share.
 
 ``product`` is persistent: as many programs as processors go through the output's tiles, in groups of rows, so that programs that
-run side by side read the same columns. A chip with a copy engine (TMA) reads whole tiles by descriptors where the operands' rows or
-columns allow it. Few tiles and a long sum: each tile's sum is cut, and ``add_parts`` adds the parts in their order: no atomics.
+run side by side read the same columns. A chip with a copy engine (TMA) reads whole tiles by descriptors where the operands' rows
+or columns allow it. Few tiles and a long sum: each sum is cut, and ``add_parts`` adds the parts in their order: no atomics.
 """
 
 from __future__ import annotations

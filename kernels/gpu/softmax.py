@@ -1,8 +1,8 @@
 """Softmax, log-softmax and the losses on the GPU.
 
-A line lies along the class dimension; a program takes R of them, whole, where they fit into its registers. Longer lines are cut into
-parts: ``line_sums`` takes each part's maximum and sum, ``softmax`` joins them, in their order, and finishes a part. The losses go
-through a line in steps, by one program: they have many lines, and write nothing of their size forward.
+A line lies along the class dimension; a program takes R of them, whole, where they fit into its registers. Longer lines are cut
+into parts: ``line_sums`` takes each part's maximum and sum, ``softmax_lines`` joins them, in their order, and finishes a part.
+The losses go through a line in steps, by one program: they have many lines, and write nothing of their size forward.
 
 A class index out of range gives NaN: to raise an error, the call would have to wait for the GPU.
 """

@@ -1,0 +1,536 @@
+"""Normalisation on the GPU.
+
+Layer and root-mean-square norms take rows: a program keeps whole ones in its registers, or goes through a longer one in steps.
+Their parameters' gradients are summed by each program for the rows that it takes, and then over programs: no atomics.
+
+Batch and group norms take lines: all of a channel's numbers in the batch, or a group's in an image. ``moments`` joins a line's
+blocks in float64; where lines are few they are cut into parts, which ``join_moments`` joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .engine import functions, launch
+from .engine.launch import power_of_two
+
+# Rows: the kernels --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_tile(x, residual, row, there, j, n, x_r, r_r):
+    """(R, C) numbers of rows, or of a sum of rows, rounded as it is stored"""
+    inside = there[:, None] & (j < n)[None, :]
+    v = tl.load(x + row[:, None] * x_r + j[None, :], mask=inside, other=0.0)
+    if residual is not None:
+        r = tl.load(residual + row[:, None] * r_r + j[None, :], mask=inside, other=0.0)
+        v = (v.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
+    return v.to(tl.float32), inside
+
+
+@triton.jit
+def norm_rows(
+    y, total, stats, x, residual, weight, bias, rows, n, x_r, r_r, eps,
+    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """y = (x - mean) / deviation · weight + bias; total = x + residual if there is one. STEPS: whether C is less than n."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    there = row < rows
+    j = tl.arange(0, C).to(tl.int64)
+    v, inside = _row_tile(x, residual, row, there, j, n, x_r, r_r)
+    mean = tl.zeros((R,), tl.float32)
+    if CENTRED:
+        s = tl.sum(v, 1)
+        if STEPS:
+            for first in tl.range(C, n, C):
+                s += tl.sum(_row_tile(x, residual, row, there, first + j, n, x_r, r_r)[0], 1)
+        mean = s / n
+    d = tl.where(inside, v - mean[:, None], 0.0)
+    squares = tl.sum(d * d, 1)
+    if STEPS:
+        for first in tl.range(C, n, C):
+            u, within = _row_tile(x, residual, row, there, first + j, n, x_r, r_r)
+            u = tl.where(within, u - mean[:, None], 0.0)
+            squares += tl.sum(u * u, 1)
+    rstd = 1.0 / tl.sqrt_rn(squares / n + eps)
+    if CENTRED:
+        tl.store(stats + row, mean.to(tl.float64), mask=there)
+        tl.store(stats + rows + row, rstd.to(tl.float64), mask=there)
+    else:
+        tl.store(stats + row, rstd.to(tl.float64), mask=there)
+    for first in tl.range(0, n, C):
+        at = first + j
+        if STEPS:
+            v, inside = _row_tile(x, residual, row, there, at, n, x_r, r_r)
+        r = (v - mean[:, None]) * rstd[:, None]
+        if weight is not None:
+            r *= tl.load(weight + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            r += tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + row[:, None] * n + at[None, :], r.to(y.dtype.element_ty), mask=inside)
+        if total is not None:
+            tl.store(total + row[:, None] * n + at[None, :], v.to(total.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_tile(g, x, weight, row, there, j, n, g_r, x_r, mean, rstd):
+    """(g, g · weight, the normalised x, which of them are there)"""
+    inside = there[:, None] & (j < n)[None, :]
+    vg = tl.load(g + row[:, None] * g_r + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    unit = (tl.load(x + row[:, None] * x_r + j[None, :], mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+    unit = tl.where(inside, unit, 0.0)
+    gw = vg
+    if weight is not None:
+        gw = vg * tl.load(weight + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+    return vg, gw, unit, inside
+
+
+@triton.jit
+def norm_rows_backward(
+    y, sums, g, x, weight, stats, more, rows, n, g_r, x_r, m_r, each,
+    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, of `each` blocks of R rows; sums, (2, programs, n): those of weight and bias, unless STEPS."""
+    pid = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, C).to(tl.int64)
+    by_weight = tl.zeros((R, C), tl.float32)
+    by_bias = tl.zeros((R, C), tl.float32)
+    for block in tl.range(pid * each, (pid + 1) * each):
+        row = block * R + tl.arange(0, R)
+        there = row < rows
+        if CENTRED:
+            mean = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+            rstd = tl.load(stats + rows + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        else:
+            mean = tl.zeros((R, 1), tl.float32)
+            rstd = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        vg, gw, unit, inside = _gradient_tile(g, x, weight, row, there, j, n, g_r, x_r, mean, rstd)
+        a = tl.sum(gw, 1)
+        b = tl.sum(gw * unit, 1)
+        if STEPS:
+            for first in tl.range(C, n, C):
+                _, hw, u, _ = _gradient_tile(g, x, weight, row, there, first + j, n, g_r, x_r, mean, rstd)
+                a += tl.sum(hw, 1)
+                b += tl.sum(hw * u, 1)
+        else:
+            by_weight += vg * unit
+            by_bias += vg
+        a = (a / n)[:, None] if CENTRED else tl.zeros((R, 1), tl.float32)
+        b = (b / n)[:, None]
+        for first in tl.range(0, n, C):
+            at = first + j
+            if STEPS:
+                vg, gw, unit, inside = _gradient_tile(g, x, weight, row, there, at, n, g_r, x_r, mean, rstd)
+            r = rstd * (gw - a - unit * b)
+            if more is not None:
+                r += tl.load(more + row[:, None] * m_r + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + row[:, None] * n + at[None, :], r.to(y.dtype.element_ty), mask=inside)
+    if not STEPS:
+        tl.store(sums + pid * n + j, tl.sum(by_weight, 0), mask=j < n)
+        tl.store(sums + (tl.num_programs(0) + pid) * n + j, tl.sum(by_bias, 0), mask=j < n)
+
+
+@triton.jit
+def column_sums(
+    sums, g, x, stats, rows, n, g_r, x_r, each, parts, CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """sums, (2, parts, n): the gradients of weight and bias by `each` blocks of R rows, for rows that do not fit"""
+    pid = tl.program_id(0).to(tl.int64)
+    j = pid // parts * C + tl.arange(0, C)
+    part = pid % parts
+    by_weight = tl.zeros((R, C), tl.float32)
+    by_bias = tl.zeros((R, C), tl.float32)
+    for block in tl.range(part * each, (part + 1) * each):
+        row = block * R + tl.arange(0, R)
+        there = row < rows
+        if CENTRED:
+            mean = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+            rstd = tl.load(stats + rows + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        else:
+            mean = tl.zeros((R, 1), tl.float32)
+            rstd = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        vg, _, unit, _ = _gradient_tile(g, x, None, row, there, j, n, g_r, x_r, mean, rstd)
+        by_weight += vg * unit
+        by_bias += vg
+    tl.store(sums + part * n + j, tl.sum(by_weight, 0), mask=j < n)
+    tl.store(sums + (parts + part) * n + j, tl.sum(by_bias, 0), mask=j < n)
+
+
+# Lines: the kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _line_place(line, i, across, s_o, s_i, inner, t_o, t_i):
+    """Where element i of a line is: line = outer · across + inner one, and i likewise; a stride for each"""
+    lines = (line // across * s_o + line % across * s_i)[:, None]
+    return lines + (i // inner * t_o + i % inner * t_i)[None, :]
+
+
+@triton.jit
+def moments(
+    means, squares, x, lines, across, s_o, s_i, n, inner, t_o, t_i, part, parts,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """means, squares, (lines, parts), float64: of a part's n elements the mean and Σ (x - mean)² / n"""
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // parts * R + tl.arange(0, R)
+    first = pid % parts * part
+    last = tl.minimum(n, first + part)
+    count = tl.zeros((), tl.float64)
+    mean = tl.zeros((R,), tl.float64)
+    square = tl.zeros((R,), tl.float64)
+    for at in tl.range(first, last, C):
+        i = at + tl.arange(0, C)
+        inside = (line < lines)[:, None] & (i < last)[None, :]
+        v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i), mask=inside, other=0.0).to(tl.float32)
+        more = tl.minimum(C, last - at).to(tl.float32)
+        m = tl.sum(v, 1) / more
+        d = tl.where(inside, v - m[:, None], 0.0)
+        m = m.to(tl.float64) + (tl.sum(d, 1) / more).to(tl.float64)  # what the mean's rounding has left
+        all = count + more
+        apart = m - mean
+        mean += apart * (more / all)
+        square += tl.sum(d * d, 1).to(tl.float64) + apart * apart * (count * more / all)
+        count = all
+    tl.store(means + line * parts + pid % parts, mean, mask=line < lines)
+    tl.store(squares + line * parts + pid % parts, square / count, mask=line < lines)
+
+
+@triton.jit
+def join_moments(stats, means, squares, lines, n, part, parts, R: tl.constexpr, P: tl.constexpr):
+    """stats, (2, lines): the moments of lines of which each part's are known"""
+    line = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    k = tl.arange(0, P)
+    inside = (line < lines)[:, None] & (k < parts)[None, :]
+    share = (tl.maximum(0, tl.minimum(part, n - k * part)).to(tl.float64) / n)[None, :]
+    m = tl.load(means + line[:, None] * parts + k[None, :], mask=inside, other=0.0)
+    s = tl.load(squares + line[:, None] * parts + k[None, :], mask=inside, other=0.0)
+    mean = tl.sum(m * share, 1)
+    d = tl.where(inside, m - mean[:, None], 0.0)
+    tl.store(stats + line, mean, mask=line < lines)
+    tl.store(stats + functions.wide(lines) + line, tl.sum((s + d * d) * share, 1), mask=line < lines)
+
+
+@triton.jit
+def _line_stats(stats, groups, line, there, per, eps):
+    """(mean in two floats, 1 / deviation) of the lines, of which `per` have one"""
+    mean = tl.load(stats + line // per, mask=there, other=0.0)
+    variance = tl.load(stats + functions.wide(groups) + line // per, mask=there, other=1.0)
+    high = mean.to(tl.float32)
+    low = (mean - high.to(tl.float64)).to(tl.float32)
+    return high[:, None], low[:, None], (1.0 / tl.sqrt_rn((variance + eps).to(tl.float32)))[:, None]
+
+
+@triton.jit
+def normalise_lines(
+    y, x, weight, bias, stats, groups, per, channels, eps,
+    lines, across, y_o, y_i, x_o, x_i, n, inner, yt_o, yt_i, xt_o, xt_i, blocks,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """y = (x - mean) / deviation · weight + bias, for a block of a line; a line's channel is line % channels"""
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // blocks * R + tl.arange(0, R)
+    i = pid % blocks * C + tl.arange(0, C)
+    there = line < lines
+    inside = there[:, None] & (i < n)[None, :]
+    high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
+    v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+    r = (v - high - low) * rstd
+    if weight is not None:
+        r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        r += tl.load(bias + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), r.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def line_products(
+    sums, g, x, stats, groups, per, eps,
+    lines, across, g_o, g_i, x_o, x_i, n, inner, gt_o, gt_i, xt_o, xt_i, part, parts,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """sums, (2, lines, parts): Σ g and Σ g · the normalised x of each part"""
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // parts * R + tl.arange(0, R)
+    first = pid % parts * part
+    last = tl.minimum(n, first + part)
+    there = line < lines
+    high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
+    plain = tl.zeros((R, C), tl.float32)
+    product = tl.zeros((R, C), tl.float32)
+    for at in tl.range(first, last, C):
+        i = at + tl.arange(0, C)
+        inside = there[:, None] & (i < last)[None, :]
+        vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        plain += vg
+        product += tl.where(inside, vg * ((v - high - low) * rstd), 0.0)
+    to = sums + line * parts + pid % parts
+    tl.store(to, tl.sum(plain, 1), mask=there)
+    tl.store(to + functions.wide(lines) * parts, tl.sum(product, 1), mask=there)
+
+
+@triton.jit
+def lines_backward(
+    y, g, x, weight, stats, a, b, groups, per, channels, eps,
+    lines, across, y_o, y_i, g_o, g_i, x_o, x_i, n, inner, yt_o, yt_i, gt_o, gt_i, xt_o, xt_i, blocks,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """y = (g · weight - a - b · the normalised x) / deviation; without a and b the moments were given"""
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // blocks * R + tl.arange(0, R)
+    i = pid % blocks * C + tl.arange(0, C)
+    there = line < lines
+    inside = there[:, None] & (i < n)[None, :]
+    high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
+    r = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
+    if a is not None:
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        va = tl.load(a + line // per, mask=there, other=0.0)[:, None]
+        vb = tl.load(b + line // per, mask=there, other=0.0)[:, None]
+        r -= va + vb * ((v - high - low) * rstd)
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), (r * rstd).to(y.dtype.element_ty), mask=inside)
+
+
+# Rows: the host -----------------------------------------------------------------------------------------------------------------
+
+_WHOLE = 16384  # elements of a row, at most, that a program keeps; backward, which keeps two sums besides, half as many
+_STEP = 4096  # of a step along a longer row
+_COLUMNS = 64, 32  # columns and rows of a block of `column_sums`
+
+
+def _rows_of(t: Tensor, n: int) -> Tensor:
+    """t, or a copy of it, as rows of n elements next to each other"""
+    t = t.reshape(-1, n)
+    return t if t.stride(1) == 1 or n == 1 else t.contiguous()
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _row_tile_of(n: int, rows: int, whole: int) -> tuple[int, int, bool]:
+    if power_of_two(n) > whole:
+        return 1, min(_STEP, whole), True
+    c = power_of_two(n, 16)
+    return min(power_of_two(rows), max(1, 2048 // c)), c, False
+
+
+def _warps(elements: int) -> int:
+    return max(4, min(16, elements // 1024))
+
+
+def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
+               bias: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out: the normalised rows, [the sum,] the statistics"""
+    n = prod(shape)
+    x = _rows_of(input, n)
+    rows = x.shape[0]
+    more = None if residual is None else _rows_of(residual, n)
+    r, c, steps = _row_tile_of(n, rows, _WHOLE)
+    launch.run(norm_rows, -(-rows // r), input.device, out[0], out[1] if len(out) > 2 else None, out[-1], x, more, _flat(weight),
+               _flat(bias), rows, n, x.stride(0), 0 if more is None else more.stride(0), float(eps), CENTRED=centred, R=r, C=c,
+               STEPS=steps, num_warps=_warps(r * c))  # fmt: skip
+
+
+def _plain_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
+    """out = (the normalised rows, each row's (mean and) 1 / deviation)"""
+    _norm_rows(centred, out, input, None, *rest)
+
+
+def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None,
+                        stats: Tensor, more: Tensor | None, shape: Sequence[int], eps: float) -> None:
+    """out = (the gradient of input, those of weight and bias)"""
+    n = prod(shape)
+    g, x = _rows_of(grad, n), _rows_of(input, n)
+    rows = x.shape[0]
+    extra = None if more is None else _rows_of(more, n)
+    stats = stats.contiguous()
+    r, c, steps = _row_tile_of(n, rows, _WHOLE // 2)
+    blocks = -(-rows // r)
+    wanted = blocks if steps else min(blocks, 2 * launch.chip(input.device).processors)
+    each = -(-blocks // wanted)
+    programs = -(-blocks // each)
+    sums = None if steps else torch.empty((2, programs, n), dtype=torch.float32, device=input.device)
+    launch.run(norm_rows_backward, programs, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, n, g.stride(0),
+               x.stride(0), 0 if extra is None else extra.stride(0), each, CENTRED=centred, R=r, C=c, STEPS=steps,
+               num_warps=_warps(r * c))  # fmt: skip
+    if sums is None:
+        columns, high = _COLUMNS
+        blocks = -(-rows // high)
+        each = -(-blocks // min(blocks, 16))
+        parts = -(-blocks // each)
+        sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
+        launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0),
+                   each, parts, CENTRED=centred, R=high, C=columns, num_warps=4)  # fmt: skip
+    out[1].view(2, n).copy_(sums.sum(1))
+
+
+# Lines: the host ----------------------------------------------------------------------------------------------------------------
+
+
+class Lines(NamedTuple):
+    """Lines of n elements: sizes, then for each tensor its strides by outer and inner line, outer and inner element."""
+
+    number: int
+    across: int
+    n: int
+    inner: int
+    lines: list[tuple[int, int]]
+    elements: list[tuple[int, int]]
+
+    def tile(self) -> tuple[int, int]:
+        """(lines, elements) of a program's tile: lines side by side where they lie so"""
+        if self.lines[0][1] == 1 and self.elements[0][1] != 1:
+            r = power_of_two(self.across, most=32)
+            return r, power_of_two(self.n, 16, 2048 // r)
+        c = power_of_two(self.n, 16, 2048)
+        return min(2048 // c, power_of_two(self.number)), c
+
+    def parts(self, r: int, c: int, device: torch.device) -> tuple[int, int]:
+        """(elements of a part, parts of a line) so that every processor has some"""
+        wanted = max(1, 4 * launch.chip(device).processors // -(-self.number // r))
+        part = -(-self.n // min(wanted, 256, -(-self.n // c)) // c) * c or c
+        part = max(part, c)
+        return part, -(-self.n // part)
+
+
+def _pixels(t: Tensor) -> Tensor:
+    """(N, C, pixels), a copy where the pixels lie in no order"""
+    return t.unsqueeze(2) if t.dim() == 2 else t.flatten(2)
+
+
+def _channel_lines(tensors: Sequence[Tensor], images: bool) -> Lines:
+    """A line for each channel of an image, or of the batch."""
+    n, c, pixels = tensors[0].shape
+    strides = [t.stride() for t in tensors]
+    if images:
+        return Lines(n * c, c, pixels, pixels, [(s[0], s[1]) for s in strides], [(0, s[2]) for s in strides])
+    return Lines(c, c, n * pixels, pixels, [(0, s[1]) for s in strides], [(s[0], s[2]) for s in strides])
+
+
+def _group_lines(x: Tensor, groups: int) -> Lines:
+    """A line for each group of an image: channels outermost, or innermost where they lie so."""
+    n, c, pixels = x.shape
+    each = c // groups
+    s = x.stride()
+    inner, steps = (each, (s[2], s[1])) if s[1] == 1 and s[2] != 1 else (pixels, (s[1], s[2]))
+    return Lines(n * groups, groups, each * pixels, inner, [(s[0], each * s[1])], [steps])
+
+
+def _moments(stats: Tensor, x: Tensor, lines: Lines) -> None:
+    """stats: contiguous, (2, …): the mean and variance of each line"""
+    r, c = lines.tile()
+    part, parts = lines.parts(r, c, x.device)
+    flat = stats.view(2, -1)
+    means, squares = flat if parts == 1 else torch.empty((2, lines.number, parts), dtype=torch.float64, device=x.device)
+    launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, lines.number, lines.across, *lines.lines[0],
+               lines.n, lines.inner, *lines.elements[0], part, parts, R=r, C=c, num_warps=4)  # fmt: skip
+    if parts > 1:
+        launch.run(join_moments, -(-lines.number // 8), x.device, stats, means, squares, lines.number, lines.n, part, parts,
+                   R=8, P=power_of_two(parts), num_warps=4)  # fmt: skip
+
+
+def _all(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    return [step for pair in pairs for step in pair]
+
+
+def _normalise(y: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, groups: int,
+               eps: float) -> None:
+    """groups: of an image; 0: a channel's numbers in the whole batch belong together"""
+    tensors = [_pixels(y), _pixels(input)]
+    lines = _channel_lines(tensors, groups > 0)
+    r, c = lines.tile()
+    blocks = -(-lines.n // c)
+    channels = input.shape[1]
+    launch.run(normalise_lines, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), _flat(bias), stats,
+               stats[0].numel(), channels // groups if groups else 1, channels, float(eps), lines.number, lines.across,
+               *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+
+
+def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, groups: int,
+              training: bool, eps: float) -> None:
+    """sums, (2, lines): Σ g and Σ g x̂ of each channel, of an image or of the batch"""
+    tensors = [_pixels(grad), _pixels(input)]
+    lines = _channel_lines(tensors, groups > 0)
+    r, c = lines.tile()
+    part, parts = lines.parts(r, c, y.device)
+    channels = input.shape[1]
+    of_group = (stats[0].numel(), channels // groups if groups else 1)
+    products = torch.empty((2, lines.number, parts), dtype=torch.float32, device=y.device)
+    launch.run(line_products, -(-lines.number // r) * parts, y.device, products, *tensors, stats, *of_group, float(eps),
+               lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), part, parts,
+               R=r, C=c, num_warps=4)  # fmt: skip
+    sums.view(2, -1).copy_(products.sum(2, dtype=torch.float64))
+    a = b = None
+    if training:
+        weighted = sums if weight is None else sums * weight.double()
+        if groups:
+            weighted = weighted.unflatten(-1, (groups, -1)).sum(-1)
+        a, b = (weighted / (lines.n * of_group[1])).float()
+    tensors = [_pixels(y), *tensors]
+    lines = _channel_lines(tensors, groups > 0)
+    r, c = lines.tile()
+    blocks = -(-lines.n // c)
+    launch.run(lines_backward, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), stats, a, b, *of_group,
+               channels, float(eps), lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner,
+               *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+
+
+# The operators ------------------------------------------------------------------------------------------------------------------
+
+
+def batch_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+               var: Tensor | None, eps: float) -> None:
+    """out = (the normalised input, the mean and variance that it was normalised by)"""
+    y, stats = out
+    if mean is not None and var is not None:
+        stats[0], stats[1] = mean, var
+    else:
+        x = _pixels(input)
+        _moments(stats, x, _channel_lines([x], False))
+    _normalise(y, input, weight, bias, stats, 0, eps)
+
+
+def batch_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
+                        training: bool, eps: float) -> None:
+    """out = (the gradient of input, those of bias and weight)"""
+    _backward(*out, grad, input, weight, stats.contiguous(), 0, training, eps)
+
+
+def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int,
+               eps: float) -> None:
+    """out = (the normalised input, each group's mean and variance)"""
+    y, stats = out
+    x = _pixels(input)
+    _moments(stats, x, _group_lines(x, groups))
+    _normalise(y, input, weight, bias, stats, groups, eps)
+
+
+def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
+                        groups: int, eps: float) -> None:
+    """out = (the gradient of input, for each image those of bias and weight)"""
+    _backward(*out, grad, input, weight, stats.contiguous(), groups, True, eps)
+
+
+def supports(op: str, *args: Any) -> str | None:
+    return launch.refuses(*(a for a in args if isinstance(a, Tensor)))
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "batch_norm": batch_norm, "batch_norm_backward": batch_norm_backward,
+    "group_norm": group_norm, "group_norm_backward": group_norm_backward,
+}
+for _name, _centred in (("layer_norm", True), ("rms_norm", False)):
+    KERNELS[_name], KERNELS[f"add_{_name}"] = partial(_plain_rows, _centred), partial(_norm_rows, _centred)
+    KERNELS[f"{_name}_backward"] = partial(_norm_rows_backward, _centred)
