@@ -73,8 +73,9 @@ BUILDS += [
 # Attention: each kernel with numbers of 16 bits, in a model's usual sizes; few queries; a bias with a gradient; plain float32.
 
 
-def attend(batch: int, heads: int, kv_heads: int, queries: int, keys: int, size: int, dtype: torch.dtype = BF16,
-           causal: bool = True, mask: Tensor | None = None) -> tuple[Any, ...]:
+def attend(*sizes: int, dtype: torch.dtype = BF16, causal: bool = True, mask: Tensor | None = None) -> tuple[Any, ...]:
+    """Batch, heads, heads of keys, queries, keys, size of a head"""
+    batch, heads, kv_heads, queries, keys, size = sizes
     q, k = t(batch, heads, queries, size, dtype=dtype), t(batch, kv_heads, keys, size, dtype=dtype)
     return q, k, k, mask, None, None, None, 0.0, 0, 0.1, -1, 0 if causal else -1, True, 0, 0.0
 

@@ -21,8 +21,9 @@ INF, NAN = float("inf"), float("nan")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
-def tensors(b: int, h: int, hk: int, lq: int, lk: int, d: int, dv: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Query, key and value"""
+def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Query, key and value: batch, heads, heads of keys, queries, keys, sizes of a key and of a value"""
+    b, h, hk, lq, lk, d, dv = sizes
     made = [randn(b, h, lq, d, dtype=dtype), randn(b, hk, lk, d, dtype=dtype, seed=1), randn(b, hk, lk, dv, dtype=dtype, seed=2)]
     return [t.to(DEVICE) for t in made]
 
@@ -39,10 +40,11 @@ def close(mine: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine.double(), wanted, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, slopes: Tensor | None = None,
+def check(*tensors: Tensor, mask: Tensor | None = None, slopes: Tensor | None = None,
           offsets: tuple[Tensor | None, Tensor | None] = (None, None), backward: bool = True, **options: Any) -> None:
-    """Both results, and the gradients of all that has one."""
-    args = (q, k, v, mask, slopes, *offsets)
+    """Both results, and the gradients of all that has one. ``tensors``: query, key and value."""
+    q, k, v = tensors
+    args: tuple[Any, ...] = (q, k, v, mask, slopes, *offsets)
     args = tuple(t.to(DEVICE) if isinstance(t, Tensor) else t for t in args)
     o = plain.Options(**({"scale": q.shape[-1] ** -0.5} | options))
     out, lse, stats = run(ops.attention_lse, *args, *o)
@@ -57,7 +59,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, slopes: T
     needs = mask is not None and mask.dtype != torch.bool
     found = run(ops.attention_backward, g, *args, out, stats, g_lse, needs, *o)
     exact = plain.attention_backward(wide(g), *map(wide, args), exact_out, exact_stats, wide(g_lse), needs, *o)
-    for mine, wanted, like in zip(found, exact, (q, k, v, mask if needs else q), strict=True):
+    for mine, wanted, like in zip(found, exact, (q, k, v, mask if mask is not None and needs else q), strict=True):
         assert (mine.shape, mine.dtype) == (wanted.shape, like.dtype)
         close(mine, wanted, q.dtype)
 
@@ -96,19 +98,19 @@ MASKS = {
 def test_masks(name: str) -> None:
     """Of every shape that broadcasts, and every stride; with the gradient of what is added."""
     q, k, v = tensors(2, 2, 2, 19, 40, 16, 8)
-    check(q, k, v, MASKS[name])
-    check(q, k, v, MASKS[name] > -0.5, backward=name == "shared by all")
+    check(q, k, v, mask=MASKS[name])
+    check(q, k, v, mask=MASKS[name] > -0.5, backward=name == "shared by all")
 
 
 def test_masks_of_other_dtypes() -> None:
     q, k, v = tensors(1, 2, 1, 17, 31, 16, 8, dtype=torch.bfloat16)
-    check(q, k, v, randn(17, 31))
-    check(q, k, v, randn(2, 17, 31, dtype=torch.bfloat16))
+    check(q, k, v, mask=randn(17, 31))
+    check(q, k, v, mask=randn(2, 17, 31, dtype=torch.bfloat16))
 
 
 def test_a_mask_for_one_of_two_batch_dimensions() -> None:
     q, k, v = (randn(2, 3, 2, 9, 8, seed=n).to(DEVICE) for n in range(3))
-    check(q, k, v, randn(3, 2, 9, 9))
+    check(q, k, v, mask=randn(3, 2, 9, 9))
 
 
 def test_rows_that_see_nothing() -> None:
@@ -116,8 +118,8 @@ def test_rows_that_see_nothing() -> None:
     q, k, v = tensors(1, 2, 2, 9, 40, 16, 16)
     mask = torch.zeros(9, 40)
     mask[3] = -INF
-    check(q, k, v, mask)
-    check(q, k, v, mask == 0)
+    check(q, k, v, mask=mask)
+    check(q, k, v, mask=mask == 0)
     mask[5] = torch.finfo(torch.float32).min
     out, _ = run(ops.attention, q, k, v, mask.to(DEVICE), None, None, None, *plain.Options())
     assert not out[:, :, 3].any()
@@ -135,7 +137,8 @@ def test_special_values() -> None:
 
 
 @pytest.mark.parametrize("case", [
-    {"mask": randn(1, 75)}, {"right": 0, "bottom_right": True, "dropout": 0.3, "seed": 4, "mask": randn(40, 1)}, {"mask": randn(1, 1)},
+    {"mask": randn(1, 75)}, {"right": 0, "bottom_right": True, "dropout": 0.3, "seed": 4, "mask": randn(40, 1)},
+    {"mask": randn(1, 1)},
     {"mask": randn(40, 75), "left": 5, "prefix": 3},
 ], ids=["a row", "a column", "one", "window"])
 def test_variable_lengths(case: dict[str, Any]) -> None:
@@ -145,7 +148,8 @@ def test_variable_lengths(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"right": 0, "bottom_right": True}, {"left": 300, "right": 0, "prefix": 3, "bottom_right": True}, {"left": 20, "bottom_right": True},
+    {}, {"right": 0, "bottom_right": True}, {"left": 300, "right": 0, "prefix": 3, "bottom_right": True}, {"left": 20,
+                                                                                                           "bottom_right": True},
     {"dropout": 0.5, "seed": 3, "slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "softcap": 5.0, "mask": randn(4, 1, 530)},
 ], ids=str)
 def test_few_queries_share_out_their_keys(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Convolutions on the GPU, or in Triton's interpreter, against the plain maths in float64: what the CPU's tests have as problems."""
+"""Convolutions on the GPU, or in Triton's interpreter, against the plain maths in float64: what the CPU's tests have as
+problems."""
 
 from typing import Any
 
@@ -43,7 +44,8 @@ def close(mine: Tensor, exact: Any, *tensors: Tensor) -> None:
     wide = [t.double().cpu() for t in tensors]
     wanted, size = exact(*wide), exact(*(t.abs() for t in wide))
     assert mine.shape == wanted.shape
-    few = 8 * torch.finfo(torch.float32).eps * size + (torch.finfo(mine.dtype).eps if mine.dtype != torch.float32 else 0) * wanted.abs()
+    eps = torch.finfo(mine.dtype).eps if mine.dtype != torch.float32 else 0.0
+    few = 8 * torch.finfo(torch.float32).eps * size + eps * wanted.abs()
     worst = (mine.double().cpu() - wanted).abs() - few - 1e-30
     assert bool((worst <= 0).all()), f"{float(worst.max())} too far off"
 
@@ -51,8 +53,9 @@ def close(mine: Tensor, exact: Any, *tensors: Tensor) -> None:
 def problem(name: str, transposed: bool, form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Any]]:
     x, w, stride, padding, dilation, groups, *more = (TRANSPOSED if transposed else PROBLEMS)[name]
     lie = FORMATS[form] if len(x) > 3 else FORMATS["first"]
-    tensors = [lie(randn(*shape, dtype=dtype, seed=n)).to(DEVICE) for n, shape in enumerate((x, w))]
-    return *tensors, [stride, padding, dilation, transposed, more[0] if more else [0] * len(stride), groups]  # type: ignore[return-value]
+    input, weight = (lie(randn(*shape, dtype=dtype, seed=n)).to(DEVICE) for n, shape in enumerate((x, w)))
+
+    return input, weight, [stride, padding, dilation, transposed, more[0] if more else [0] * len(stride), groups]
 
 
 def check(x: Tensor, w: Tensor, options: list[Any]) -> Tensor:
@@ -91,7 +94,8 @@ def test_epilogue(name: str, transposed: bool) -> None:
     bias, residual = randn(plainly.shape[1], seed=7).to(DEVICE), FORMATS["last"](randn(*plainly.shape, seed=8)).to(DEVICE)
     for b, r, act in ((bias, None, None), (None, residual, "relu"), (bias, residual, "silu")):
         found = run(ops.conv, x, w, b, r, *options, act)
-        z = plainly.double() + (0 if b is None else b.double().reshape(-1, *[1] * (x.dim() - 2))) + (0 if r is None else r.double())
+        z = plainly.double() + (0 if b is None else b.double().reshape(-1,
+                                                                       *[1] * (x.dim() - 2))) + (0 if r is None else r.double())
         torch.testing.assert_close(found.double(), torch.relu(z) if act == "relu" else z * torch.sigmoid(z) if act else z,
                                    rtol=1e-5, atol=1e-5)
 

@@ -1,12 +1,12 @@
 """Attention on the GPU: which rows and keys a program takes, and how many share a row's keys. The kernels: attention_code.
 
-Extra memory is linear in the lengths: a number a row in the backward; for few queries what each share of the keys came to; and for the
-gradient of a mask that all rows or all keys share, that of each head.
+Extra memory is linear in the lengths: a number a row in the backward; for few queries what each share of the keys came to; and
+for the gradient of a mask that all rows or all keys share, that of each head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ _KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where produ
 _KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
 
 
-def _blocks(table: dict[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
+def _blocks(table: Mapping[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
     which, chip = 0 if size <= 64 else 1 if size <= 128 else 2, launch.chip(t.device)
     if table is _KEYS and t.itemsize == 2:
         if not which and chip.nvidia >= 90:
@@ -62,8 +62,8 @@ def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
 class Call:
     """What forward and backward have in common: tensors with one batch dimension, and the kernels' arguments."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None,
-                 offsets_q: Tensor | None, offsets_k: Tensor | None, o: Options) -> None:
+    def __init__(self, o: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None,
+                 offsets_q: Tensor | None, offsets_k: Tensor | None) -> None:
         self.batch = batch = query.shape[:-3]
         self.query, self.key, self.value = q, k, v = [_four(t, batch) for t in (query, key, value)]
         self.items, self.heads, self.lq, self.d = q.shape
@@ -71,7 +71,7 @@ class Call:
         self.group = self.heads // k.shape[1]
         self.rows = self.items * self.heads * self.lq
         self.mask = mask
-        self.kind = kind = code.LEFT.value * (o.left >= 0) | code.RIGHT.value * (o.right >= 0) | code.PREFIX.value * (o.prefix > 0)
+        kind: int = code.LEFT.value * (o.left >= 0) | code.RIGHT.value * (o.right >= 0) | code.PREFIX.value * (o.prefix > 0)
         if o.left < 0 and o.right < 0:
             kind &= ~code.PREFIX.value  # all see all
         if mask is not None:
@@ -100,8 +100,8 @@ class Call:
         outer = (o.softcap or o.scale) * _LOG2_E
         low, high = o.seed & 0xFFFFFFFF, _mix(((o.seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
         least = min(round(o.dropout * 2**32), 2**32 - 1)
-        self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), o.left, o.right, o.prefix,
-                        *(_signed(n) for n in (low, high, least)), 1.0 / (1.0 - o.dropout))
+        self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), o.left, o.right,
+                        o.prefix, *(_signed(n) for n in (low, high, least)), 1.0 / (1.0 - o.dropout))
         self.steps = (*q.stride(), *k.stride(), *v.stride())
         self.more_steps = (*(self.mask.stride() if self.mask is not None else (0, 0, 0, 0)),
                            *(slopes.stride() if slopes is not None else (0, 0)))
@@ -112,7 +112,8 @@ class Call:
     def tasks(self, which: int, unit: int, length: int) -> tuple[Tensor | None, int]:
         """(a list of (sequence, block) pairs, or None without offsets; how many): blocks of ``unit`` queries (0) or keys (1).
 
-        As many as there may be at most, for how many there are is known to the GPU alone: those too many lie beyond their sequence.
+        As many as there may be at most, for how many there are is known to the GPU alone: those too many lie beyond their
+        sequence.
         """
         offsets = self.offsets[which]
         if offsets is None:
@@ -140,7 +141,7 @@ def _mix(h: int) -> int:
 
 
 def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:
-    c = Call(*args[:7], Options(*args[7:]))
+    c = Call(Options(*args[7:]), *args[:7])
     if not out.numel() or not c.lk or (c.offsets[0] is not None and len(c.offsets[0]) < 2):
         out.zero_()
         stats[0].fill_(-torch.inf)
@@ -166,12 +167,12 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:
         part_stats = out.new_empty(splits, 2, c.rows, dtype=torch.float32)
     programs = c.items * heads * blocks * splits
     launch.run(code.forward, programs, out.device, c.query, c.key, c.value, c.mask, c.slopes, to, lse, stats, part, part_stats,
-               tasks, *c.offsets, *c.steps, *to.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, splits, KIND=kind,
-               BM=table.rows, BN=table.keys, **c.constants(table))
+               tasks, *c.offsets, *c.steps, *to.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, splits,
+               KIND=kind, BM=table.rows, BN=table.keys, **c.constants(table))
     if splits > 1:
         rows = 16
-        launch.run(code.join, -(-c.rows // rows), out.device, part, part_stats, to, lse, stats, *to.stride()[:3], c.heads, c.lq, c.rows,
-                   c.dv, c.numbers[-1], splits, KIND=kind, BM=rows, BV=c.bv, num_warps=4)
+        launch.run(code.join, -(-c.rows // rows), out.device, part, part_stats, to, lse, stats, *to.stride()[:3], c.heads, c.lq,
+                   c.rows, c.dv, c.numbers[-1], splits, KIND=kind, BM=rows, BV=c.bv, num_warps=4)
 
 
 def attention(out: tuple[Tensor, Tensor], *args: Any) -> None:
@@ -188,7 +189,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     """The gradients of query, key, value and, if it is needed, of an additive mask"""
     output, stats, grad_lse, needs_mask = args[7:11]
     o = Options(*args[11:])
-    c = Call(*args[:7], o)
+    c = Call(o, *args[:7])
     if not grad.numel() or not c.lk or (c.offsets[0] is not None and len(c.offsets[0]) < 2):
         for t in out:
             t.zero_()
@@ -209,9 +210,10 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
                **c.constants(block))
     block = _blocks(_KEYS, c.query, max(c.bd, c.bv))
     tasks, blocks = c.tasks(1, block.keys, c.lk)
-    launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes, grad, stats,
-               delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3], *c.more_steps, c.heads,
-               c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys, **c.constants(block))
+    launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
+               grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
+               *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
+               **c.constants(block))
     for t, each in ((out[1], dk), (out[2], dv)):
         if each.data_ptr() != t.data_ptr():
             t.copy_(each.reshape(*c.batch, *each.shape[1:]).sum_to_size((1,) * (3 - t.dim()) + tuple(t.shape)).reshape(t.shape))
@@ -225,8 +227,8 @@ def _for_each(t: Tensor, full: Tensor) -> Tensor:
 
 
 def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tensor, delta: Tensor) -> None:
-    """Each element has a program that adds up what batch items and heads do to it; where all queries or all keys share it, each head
-    has an element of its own first."""
+    """Each element has a program that adds up what batch items and heads do to it; where all queries or all keys share it, each
+    head has an element of its own first."""
     shape = (1,) * (len(c.batch) + 3 - mask.dim()) + tuple(mask.shape)
     items, (heads, lq, lk) = shape[:-3], shape[-3:]
     all_q, all_k = lq == 1 < c.lq, lk == 1 < c.lk
@@ -245,13 +247,15 @@ def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tens
         strides = (0, *strides[1:])
     if all_q and c.offsets[0] is not None:
         index = torch.arange(sequences, device=out.device, dtype=torch.int32)
-        tasks, blocks = torch.stack([index, torch.zeros_like(index)], 1), sequences
+        tasks: Tensor | None = torch.stack([index, torch.zeros_like(index)], 1)
+        blocks = sequences
     else:
         tasks, blocks = (None, 1) if all_q else c.tasks(0, block.rows, c.lq)
     k_blocks = 1 if all_k else -(-c.lk // block.keys)
-    launch.run(code.backward_mask, c.items // nb * (c.heads // nh) * blocks * k_blocks, out.device, c.query, c.key, c.value, c.mask,
-               c.slopes, grad, stats, delta, dm, tasks, *c.offsets, *c.steps, *grad.stride(), *strides, *c.more_steps, c.heads, c.group,
-               blocks, *c.numbers, nb, nh, k_blocks, ALL_Q=all_q, ALL_K=all_k, KIND=c.kind, BM=block.rows, BN=block.keys,
+    launch.run(code.backward_mask, c.items // nb * (c.heads // nh) * blocks * k_blocks, out.device, c.query, c.key, c.value,
+               c.mask, c.slopes, grad, stats, delta, dm, tasks, *c.offsets, *c.steps, *grad.stride(), *strides, *c.more_steps,
+               c.heads,
+               c.group, blocks, *c.numbers, nb, nh, k_blocks, ALL_Q=all_q, ALL_K=all_k, KIND=c.kind, BM=block.rows, BN=block.keys,
                **c.constants(block))
     if own:
         dm = dm.sum(0, keepdim=True) if len(dm) > c.items else dm

@@ -1,11 +1,11 @@
 """Attention in Triton: the softmax of a block of scores between two products, kept on the chip.
 
-Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are split between programs and joined. Backward: algorithm 2,
-with programs that own keys (their gradients), queries (theirs), or elements of a mask, so that nothing is added atomically.
+Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are split between programs and joined. Backward:
+algorithm 2, with programs that own keys (their gradients), queries (theirs), or elements of a mask: nothing is added atomically.
 
-A program's rows are queries, m_ what it may load, i their positions in the sequence, j those of keys. Logits are in units of log 2; where
-they are a positive multiple of the products (LINEAR) the running maximum is that of the products, so that the largest one's weight is exactly 1.
-Strides are in elements; whatever may exceed 2³¹ is computed in 64 bits.
+A program's rows are queries, m_ what it may load, i their positions in the sequence, j those of keys. Logits are in units of
+log 2; where they are a positive multiple of the products (LINEAR), the running maximum is that of the products, so that the
+largest one's weight is exactly 1. Strides are in elements; whatever may exceed 2³¹ is computed in 64 bits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _kept(low, mixed, mixed_next, j, key1, least):
 
 
 @triton.jit
-def _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE: tl.constexpr, KIND: tl.constexpr):
+def _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE: tl.constexpr,
+            KIND: tl.constexpr):
     """(logits, tanh's value for softcap) of products, -Inf where a row may not look. If LINEAR, products instead of logits.
 
     EDGE: some rows may see only a part of these keys.
@@ -89,10 +90,10 @@ def _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, r
 
 
 @triton.jit
-def _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse, delta, drop_low, drop_a, drop_b, inner, outer, left,
-             right, prefix, key1, least, keep, EDGE: tl.constexpr, KIND: tl.constexpr):
-    """Of a block of products and of the weights' gradients: (weights, without those dropped; the gradients of the logits, and of the
-    products over the scale)."""
+def _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse, delta, drop_low, drop_a, drop_b, inner, outer,
+             left, right, prefix, key1, least, keep, EDGE: tl.constexpr, KIND: tl.constexpr):
+    """Of a block of products and of the weights' gradients: (weights, without those dropped; the gradients of the logits, and of
+    the products over the scale)."""
     x, t = _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE, KIND)
     if LINEAR & KIND:
         w = tl.exp2(x * outer - offset) * inverse
@@ -138,7 +139,8 @@ def _place(pid, blocks, heads, tasks, offsets_q, offsets_k, LQ, LK, KIND: tl.con
 
 @triton.jit
 def _keys_seen(first, last, lq, lk, shift, left, right, prefix, KIND: tl.constexpr, BN: tl.constexpr):
-    """Which keys rows from ``first`` to ``last`` see: those up to high_prefix, and from low to high; all rows see low_full to high_full."""
+    """Which keys rows from ``first`` to ``last`` see: those up to high_prefix, and from low to high; all rows see low_full to
+    high_full."""
     low, high, low_full, high_full, high_prefix = 0, lk, 0, lk // BN * BN, 0
     if RIGHT & KIND:
         high = tl.minimum(lk, tl.maximum(0, last + shift + right + 1))
@@ -223,21 +225,22 @@ def _finish(acc, top, total, out_rows, m_rows, DV, lse, stats, rows, number, kee
         tl.store(lse + number, whole, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix", "key0",
-                               "key1", "least", "splits"])
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+                               "key0", "key1", "least", "splits"])
 def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, offsets_q, offsets_k,
             sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sob, soh, sol, smb, smh, smq, smk, sab, sah,
             heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
-            splits, KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
+            splits, KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+            BV: tl.constexpr):
     """A block of BM rows of one head, or with PACK of the heads that share keys, and one of ``splits`` shares of their keys.
 
-    q … mask, out: as the operator has them, batch dimensions merged; slopes (batch, heads) float32; lse and stats: a number a row, ``rows``
-    in all; part (splits, rows, BV) and part_stats (splits, 2, rows): what the splits found.
+    q … mask, out: as the operator has them, batch dimensions merged; slopes (batch, heads) float32; lse and stats: a number a
+    row, ``rows`` in all; part (splits, rows, BV) and part_stats (splits, 2, rows): what the splits found.
     """
     pid = tl.program_id(0)
     split = pid % splits
-    b, _, h, block, q0, lq, k0, lk = _place(pid // splits, blocks, heads // group if PACK & KIND else heads, tasks, offsets_q, offsets_k,
-                                            LQ, LK, KIND)
+    b, _, h, block, q0, lq, k0, lk = _place(pid // splits, blocks, heads // group if PACK & KIND else heads, tasks, offsets_q,
+                                            offsets_k, LQ, LK, KIND)
     if not VARLEN & KIND:
         block = blocks - 1 - block  # the longest rows of a causal product first
     r = block * BM + tl.arange(0, BM)
@@ -284,8 +287,8 @@ def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, off
         if n > 1 or (n == 0 and PREFIX & KIND) or (n == 1 and LEFT & KIND):
             begin, stop = _stretch(n, low, low_full, high_full, end, high_prefix)
             acc, top, total = _attend(acc, top, total, q_block, k_at, v_at, skl, skd, svl, svd, D, DV, begin, stop, i[:, None],
-                                      m_rows[:, None], lk, shift, mask_row, smk, slope, drop_low, drop_a, drop_b, inner, outer, left,
-                                      right, prefix, key1, least, n != 2, KIND, PRECISION, BN, BD, BV)
+                                      m_rows[:, None], lk, shift, mask_row, smk, slope, drop_low, drop_a, drop_b, inner, outer,
+                                      left, right, prefix, key1, least, n != 2, KIND, PRECISION, BN, BD, BV)
     if LINEAR & KIND:
         top *= outer
     if SPLIT & KIND:
@@ -299,8 +302,8 @@ def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, off
 
 
 @triton.jit(do_not_specialize=["heads", "LQ", "rows", "DV", "splits"])
-def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, keep, splits, KIND: tl.constexpr, BM: tl.constexpr,
-         BV: tl.constexpr):
+def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, keep, splits, KIND: tl.constexpr,
+         BM: tl.constexpr, BV: tl.constexpr):
     """BM rows: the splits' sums, in their order"""
     number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = number < rows
@@ -333,8 +336,8 @@ def _row_numbers(stats, rows, number, m_rows):
 
 
 @triton.jit
-def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, end, i, m_i, lk, shift, mask_row, smk, slope, offset,
-                      inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, keep,
+def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, end, i, m_i, lk, shift, mask_row, smk, slope,
+                      offset, inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, keep,
                       EDGE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                       BV: tl.constexpr):
     d = tl.arange(0, BD)[:, None]
@@ -345,18 +348,19 @@ def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, en
         v = _matrix(v_at, j, svl, j < lk, e, svd, e < DV, EDGE or not EVEN_V & KIND)
         s = tl.dot(q, k, input_precision=PRECISION)
         dp = tl.dot(g, v, input_precision=PRECISION)
-        _, _, dt = _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse, delta, drop_low, drop_a, drop_b, inner,
-                            outer, left, right, prefix, key1, least, keep, EDGE, KIND)
+        _, _, dt = _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse, delta, drop_low, drop_a, drop_b,
+                            inner, outer, left, right, prefix, key1, least, keep, EDGE, KIND)
         dq = tl.dot(dt.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix", "key0",
-                               "key1", "least"])
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+                               "key0", "key1", "least"])
 def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tasks, offsets_q, offsets_k,
-                     sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sob, soh, sol, sod, sgb, sgh, sgl, sgd, sxb, sxh, sxl,
-                     smb, smh, smq, smk, sab, sah,
-                     heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep, scale,
+                     sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sob, soh, sol, sod, sgb, sgh, sgl, sgd, sxb,
+                     sxh, sxl, smb, smh, smq, smk, sab, sah,
+                     heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least,
+                     keep, scale,
                      KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                      BV: tl.constexpr):
     """The gradient of BM queries (dq, strides sx_); and delta of their rows, Σ grad · out less the log-sum-exp's gradient."""
@@ -401,14 +405,15 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tas
             begin, stop = _stretch(n, low, low_full, high_full, high, high_prefix)
             acc = _queries_gradient(acc, q_block, g_block, k_at, v_at, skl, skd, svl, svd, D, DV, begin, stop, i[:, None],
                                     m_rows[:, None], lk, shift, mask_row, smk, slope, offset[:, None], inverse[:, None],
-                                    row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, keep,
-                                    n != 2, KIND, PRECISION, BN, BD, BV)
+                                    row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1,
+                                    least, keep, n != 2, KIND, PRECISION, BN, BD, BV)
     to = (dq + b * sxb + head * sxh + at * sxl)[:, None] + d
     tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, rows, number, begin, end, D, DV, LK, k0, j, lq, lk, shift,
+def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, rows, number, begin, end, D, DV, LK, k0, j, lq,
+                   lk, shift,
                    mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1, least, keep, EDGE: tl.constexpr,
                    KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
     """From the queries ``begin`` to ``end`` of one head; blocks lie transposed, a column a query, all zeros beyond the last."""
@@ -427,21 +432,24 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, r
             drop_low, drop_a, drop_b = _dropout_row((number + i)[None, :], LK, k0, key0)
         s = tl.dot(k, q, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        w, _, dt = _weights(s, dp, i[None, :], j, (i < lq)[None, :], lk, shift, mask_row, smk, slope, offset[None, :], inverse[None, :],
-                            row_delta[None, :], drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, keep, EDGE, KIND)
+        w, _, dt = _weights(s, dp, i[None, :], j, (i < lq)[None, :], lk, shift, mask_row, smk, slope, offset[None, :],
+                            inverse[None, :], row_delta[None, :], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
+                            key1, least, keep, EDGE, KIND)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
         dk = tl.dot(dt.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix", "key0",
-                               "key1", "least"])
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+                               "key0", "key1", "least"])
 def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets_q, offsets_k,
                   sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sgb, sgh, sgl, sgd, syb, syh, syl, szb, szh, szl,
                   smb, smh, smq, smk, sab, sah,
-                  heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep, scale,
-                  KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """The gradients of BN keys (dk, strides sy_) and values (dv, sz_): of all queries of all heads that share them, in their order."""
+                  heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
+                  scale, KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                  BV: tl.constexpr):
+    """The gradients of BN keys (dk, strides sy_) and values (dv, sz_): of all queries of all heads that share them, in their
+    order."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads // group, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     kv_head = h.to(tl.int64)
     j = block * BN + tl.arange(0, BN)
@@ -483,26 +491,27 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
         for n in tl.static_range(1, 4):
             if n == 2 or (n == 1 and RIGHT & KIND) or (n == 3 and (LEFT | PREFIX) & KIND):
                 begin, stop = _stretch(n, low, low_full, high_full, high, 0)
-                dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, stats, delta,
-                                                    rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift, mask_at, smq,
-                                                    smk, slope, inner, outer, left, right, prefix, key0, key1, least, keep, n != 2, KIND,
-                                                    PRECISION, BM, BD, BV)
+                dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, stats,
+                                                    delta, rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
+                                                    mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1,
+                                                    least, keep, n != 2, KIND, PRECISION, BM, BD, BV)
     to_k = (dk + b * syb + kv_head * syh + at * syl)[:, None] + d
     to_v = (dv + b * szb + kv_head * szh + at * szl)[:, None] + e
     tl.store(to_k, (dk_block * scale).to(dk.dtype.element_ty), mask=m_j & (d < D))
     tl.store(to_v, (dv_block * keep).to(dv.dtype.element_ty), mask=m_j & (e < DV))
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix", "key0",
-                               "key1", "least", "nb", "nh", "k_blocks"])
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+                               "key0", "key1", "least", "nb", "nh", "k_blocks"])
 def backward_mask(q, k, v, mask, slopes, g, stats, delta, dm, tasks, offsets_q, offsets_k,
                   sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sgb, sgh, sgl, sgd, sdb, sdh, sdq, sdk,
                   smb, smh, smq, smk, sab, sah,
-                  heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep, nb, nh, k_blocks,
-                  ALL_Q: tl.constexpr, ALL_K: tl.constexpr,
-                  KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """The gradient of a mask's elements (dm, strides sd_): BM queries, or all that share it (ALL_Q), by BN keys, or all (ALL_K); of nb batch
-    items and nh heads that share it, in their order."""
+                  heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
+                  nb, nh, k_blocks, ALL_Q: tl.constexpr, ALL_K: tl.constexpr,
+                  KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                  BV: tl.constexpr):
+    """The gradient of a mask's elements (dm, strides sd_): BM queries, or all that share it (ALL_Q), by BN keys, or all (ALL_K);
+    of nb batch items and nh heads that share it, in their order."""
     pid = tl.program_id(0)
     chunk = pid % k_blocks
     b0, n, h0, block, q0, lq, k0, lk = _place(pid // k_blocks, blocks, heads // nh, tasks, offsets_q, offsets_k, LQ, LK, KIND)
@@ -553,9 +562,9 @@ def backward_mask(q, k, v, mask, slopes, g, stats, delta, dm, tasks, offsets_q, 
                                   mask=(j < lk)[None, :] & (e < DV)[:, None], other=0.0)
                 s = tl.dot(q_block, k_block, input_precision=PRECISION)
                 dp = tl.dot(g_block, v_block, input_precision=PRECISION)
-                _, ds, _ = _weights(s, dp, i[:, None], j[None, :], m_rows[:, None], lk, shift, mask_row, smk, slope, offset[:, None],
-                                    inverse[:, None], row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
-                                    key1, least, keep, True, KIND)
+                _, ds, _ = _weights(s, dp, i[:, None], j[None, :], m_rows[:, None], lk, shift, mask_row, smk, slope,
+                                    offset[:, None], inverse[:, None], row_delta[:, None], drop_low, drop_a, drop_b, inner,
+                                    outer, left, right, prefix, key1, least, keep, True, KIND)
                 acc += ds
     i, j = block * BM + tl.arange(0, BM), chunk * BN + tl.arange(0, BN)
     to = dm + (n.to(tl.int64) if VARLEN & KIND else b0) * sdb + h0 * sdh

@@ -1,15 +1,15 @@
 """Convolutions on the GPU: an implicit im2col. Both operands of a product are read where they lie, in either memory format.
 
 Everything is three-dimensional here: a missing dimension has size 1. A transposed convolution, which is also the gradient of the
-input, falls into *phases*: outputs that are alike modulo the strides meet the same taps, so nothing is multiplied by zeros (Shi et
-al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Either way output x of a dimension meets in tap a what
-lies at x · move + base + a · delta. Depthwise convolutions are sums of products without a matrix instruction.
+input, falls into *phases*: outputs that are alike modulo the strides meet the same taps, so nothing is multiplied by zeros (Shi
+et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Either way output x of a dimension meets in tap
+a what lies at x · move + base + a · delta. Depthwise convolutions are sums of products without a matrix instruction.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,8 @@ def convolution(
     ACT: tl.constexpr, TRANSPOSED: tl.constexpr, DEPTHWISE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """M positions of N outputs. FLAT: channels are few, a step of the sum takes K of (tap, channel); else K channels of one tap."""
+    """M positions of N outputs. FLAT: channels are few, a step of the sum takes K of (tap, channel); else K channels of one
+    tap."""
     across = tl.cdiv(o, N)
     pid = tl.program_id(0)
     column = pid % across
@@ -199,7 +200,8 @@ def weight_gradient(
         z = z // o1
         z0 = z % o0
         image = z // o0
-        vg = tl.load(from_g + (image * gn + z0 * q0 + z1 * q1 + z2 * q2)[None, :], mask=(row < o)[:, None] & m_z[None, :], other=0.0)
+        vg = tl.load(from_g + (image * gn + z0 * q0 + z1 * q1 + z2 * q2)[None, :], mask=(row < o)[:, None] & m_z[None, :],
+                     other=0.0)
         at = image * xn + z0 * s0 * x0 + z1 * s1 * x1 + z2 * s2 * x2
         z0, z1, z2 = (z0 * s0).to(tl.int32), (z1 * s1).to(tl.int32), (z2 * s2).to(tl.int32)
         if DEPTHWISE:
@@ -209,7 +211,8 @@ def weight_gradient(
             sums += vg.to(tl.float32) * vx.to(tl.float32)
         else:
             h0, h1, h2 = z0[:, None] + t0[None, :], z1[:, None] + t1[None, :], z2[:, None] + t2[None, :]
-            inside = m_z[:, None] & (h0 >= 0) & (h0 < i0) & (h1 >= 0) & (h1 < i1) & (h2 >= 0) & (h2 < i2) & (column < width)[None, :]
+            inside = (h0 >= 0) & (h0 < i0) & (h1 >= 0) & (h1 < i1) & (h2 >= 0) & (h2 < i2)
+            inside = inside & m_z[:, None] & (column < width)[None, :]
             vx = tl.load(from_x[None, :] + at[:, None], mask=inside, other=0.0)
             sums = tl.dot(vg, vx, sums, input_precision=PRECISION)
     if DEPTHWISE:
@@ -233,14 +236,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-_TILES = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)}  # by the bytes of a number
+_TILES = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 16, 4, 2)}  # by the bytes of a number
+_WEIGHT_TILES = {2: Tile(64, 128, 32, 8, 3), 4: Tile(32, 32, 16, 4, 2)}
 _DEPTHWISE = Tile(64, 32, 1, 4, 1)
 _FEW = 16  # channels below which a step takes several taps
 _PARTS = 64  # parts of a sum over positions at most
 
 
-def _tile(t: Tensor) -> Tile:
-    return Tile(32, 32, 32, 4, 1) if launch.chip(t.device) is launch.STAND_IN else _TILES[t.itemsize]
+def _tile(tiles: Mapping[int, Tile], t: Tensor) -> Tile:
+    return Tile(32, 32, 32, 4, 1) if launch.chip(t.device) is launch.STAND_IN else tiles[t.itemsize]
 
 
 def _three(values: Sequence[int], missing: int) -> list[int]:
@@ -267,10 +271,12 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     w = weight.stride()
     wg, wo, wc = (c * w[0], w[1], w[0]) if transposed else (o * w[0], w[0], w[1])
     depthwise = c == 1 and o <= 4
-    tile = _tile(input)
+    tile = _tile(_TILES, input)
+    flat = c < _FEW
+    tile = tile._replace(m=min(tile.m, 64)) if flat else tile
     size = _three(out.shape[2:], 1)
     phases = math.prod(s) if transposed else 1
-    positions = out.shape[0] * math.prod(-(-n // step) for n, step in zip(size, s)) if transposed else out.shape[0] * math.prod(size)
+    positions = out.shape[0] * math.prod(-(-n // step) if transposed else n for n, step in zip(size, s))
     if depthwise:
         tile = _DEPTHWISE
     columns = o * groups if depthwise else o
@@ -281,14 +287,15 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     launch.run(
         convolution, programs, out.device, out, input, weight, bias, residual, out.shape[0], groups, c, columns,
         *_three(input.shape[2:], 1), *size, *_three(weight.shape[2:], 1), *s, *p, *d, *common, *inverse,
-        *_strides(input), wg, wo, wc, *_three(w[2:], 0), *_strides(out), *(_strides(residual) if residual is not None else [0] * 5),
-        ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=c < _FEW, PRECISION=_precision(input), M=tile.m, N=tile.n,
-        K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        *_strides(input), wg, wo, wc, *_three(w[2:], 0), *_strides(out),
+        *(_strides(residual) if residual is not None else [0] * 5),
+        ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=flat, PRECISION=_precision(input), M=tile.m,
+        N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-                dilation: Sequence[int], groups: int) -> None:
+def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
+                padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     """The gradient of the weight: parts of the sum over positions, added up in their order"""
     if not out.numel():
         return
@@ -299,7 +306,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     c, o, taps = input.shape[1] // groups, grad.shape[1] // groups, math.prod(kernel)
     positions = grad.shape[0] * math.prod(size)
     depthwise = c == 1 and o <= 4
-    tile = _tile(input)
+    tile = _tile(_WEIGHT_TILES, input)
     tile = tile._replace(k=power_of_two(positions, 16, 64)) if depthwise else tile
     rows = o * groups if depthwise else o
     tile = tile._replace(m=power_of_two(rows, 16, 32 if depthwise else tile.m), n=power_of_two(c * taps, 16, tile.n))
@@ -310,9 +317,9 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     sums = torch.empty(parts, out.shape[0], c * taps, dtype=torch.float32, device=out.device)
     launch.run(
         weight_gradient, tiles * parts, out.device, sums, grad, input, grad.shape[0], 1 if depthwise else groups,
-        groups if depthwise else c, rows, chunk, *_three(input.shape[2:], 1), *size, *kernel, *_three(stride, 1), *_three(padding, 0),
-        *_three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise, PRECISION=_precision(input), M=tile.m, N=tile.n,
-        K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        groups if depthwise else c, rows, chunk, *_three(input.shape[2:], 1), *size, *kernel, *_three(stride, 1),
+        *_three(padding, 0), *_three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise,
+        PRECISION=_precision(input), M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out.copy_((sums[0] if parts == 1 else sums.sum(0)).view(out.shape))
 
