@@ -85,6 +85,7 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
     return q, q, k, v, mask, *rest[:3], q, t(2, *q.shape[:-1], dtype=F32), None, mask is not None, *rest[3:]
 
 
+ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
     Build(
@@ -96,8 +97,9 @@ BUILDS += [
     ),
     Build(
         attention.attention_backward,
-        attend_backward(4, 12, 12, 512, 512, 64, dtype=F16, causal=False, mask=t(12, 512, 512, dtype=F16)),
-        ("backward_queries", "backward_keys", "backward_mask"), spills=32, chips=("sm_80",), note=" with the bias' gradient",
+        (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
+         t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
+        ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_90",), note=" everything",
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
