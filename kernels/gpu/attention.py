@@ -1,7 +1,8 @@
 """Attention on the GPU: which rows and keys a program takes, and how many share a row's keys. The kernels: attention_code.
 
 Extra memory is linear in the lengths: a number a row in the backward; for few queries what each share of the keys came to; and
-for the gradient of a mask that all rows or all keys share, that of each head.
+for the gradient of a mask that all rows or all keys share, that of each head. (A mask with a gradient that some of several batch
+dimensions share, and others do not, is the exception: each head has a copy.)
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
 
 def _blocks(table: Mapping[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
     which, chip = 0 if size <= 64 else 1 if size <= 128 else 2, launch.chip(t.device)
+    if chip is launch.STAND_IN:  # few programs cost the interpreter least
+        return Blocks(32, 64, 4, 1)
     if table is _KEYS and t.itemsize == 2:
         if not which and chip.nvidia >= 90:
             return _KEYS_HOPPER
