@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops import activation, embedding, matmul, norm, softmax
+from fastnn.ops import activation, attention, conv, embedding, matmul, norm, softmax
 from fastnn.ops._operator import Operator
 
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,7 +49,7 @@ def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-F32, F64, I64 = torch.float32, torch.float64, torch.int64
+F32, F64, I64, BF16, F16 = torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float16
 BUILDS: list[Build] = []
 
 # Elementwise: one kernel for all; the operation with most registers, and two outputs, and integers.
@@ -65,6 +65,59 @@ BUILDS += [
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+]
+
+# Attention: each kernel with numbers of 16 bits, in a model's usual sizes; few queries; a bias with a gradient; plain float32.
+
+
+def attend(*sizes: int, dtype: torch.dtype = BF16, causal: bool = True, mask: Tensor | None = None) -> tuple[Any, ...]:
+    """Batch, heads, heads of keys, queries, keys, size of a head"""
+    batch, heads, kv_heads, queries, keys, size = sizes
+    q, k = t(batch, heads, queries, size, dtype=dtype), t(batch, kv_heads, keys, size, dtype=dtype)
+    return q, k, k, mask, None, None, None, 0.0, 0, 0.1, -1, 0 if causal else -1, True, 0, 0.0
+
+
+def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
+    q, k, v, mask, *rest = attend(*shape, **options)
+    return q, q, k, v, mask, *rest[:3], q, t(2, *q.shape[:-1], dtype=F32), None, mask is not None, *rest[3:]
+
+
+ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
+BUILDS += [
+    Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
+        best=True, chips=("sm_90", "gfx942"), note=" causal",
+    ),
+    Build(
+        attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
+    ),
+    Build(
+        attention.attention_backward,
+        (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
+         t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
+        ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_90",), note=" everything",
+    ),
+    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
+    Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
+]
+
+# Convolutions: a usual layer, its input's gradient and its weight's; a first layer of three channels; depthwise.
+X, W3 = t(32, 128, 56, 56).to(memory_format=torch.channels_last), t(128, 128, 3, 3).to(memory_format=torch.channels_last)
+ONE, SAME = ([1, 1], [1, 1], [1, 1]), [0, 0]
+BUILDS += [
+    Build(conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "relu"), ("convolution",), best=True),
+    Build(conv.conv, (X, W3, None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), ("convolution",), chips=("sm_90",)),
+    Build(
+        conv.conv, (t(32, 3, 224, 224), t(64, 3, 7, 7), t(64), None, [2, 2], [3, 3], [1, 1], False, SAME, 1, "relu"),
+        ("convolution",), chips=("sm_80",),
+    ),
+    Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
+    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",), chips=("sm_80", "sm_90", "gfx942")),
+    Build(
+        conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
+        chips=("sm_90",),
+    ),
 ]
 
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.

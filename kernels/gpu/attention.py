@@ -1,0 +1,279 @@
+"""Attention on the GPU: which rows and keys a program takes, and how many share a row's keys. The kernels: attention_code.
+
+Extra memory is linear in the lengths: a number a row in the backward; for few queries what each share of the keys came to; and
+for the gradient of a mask that all rows or all keys share, that of each head. (A mask with a gradient that some of several batch
+dimensions share, and others do not, is the exception: each head has a copy.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.attention import Options
+from . import attention_code as code
+from .engine import launch
+from .engine.launch import power_of_two
+from .matmul import tf32
+
+_LOG2_E = 1.4426950408889634
+_FEW = 64  # rows of queries that share keys, up to which one program takes them all, and the keys are shared out
+_SHARE = 256  # the fewest keys that are worth a program
+
+
+class Blocks(NamedTuple):
+    """Rows and keys of a program, its warps, and how many blocks of the loop are loaded ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+#: By the larger head size, up to 64, 128 and 256; for numbers of 16 bits and of 32. Found by compiling: nothing is spilled.
+_FORWARD = {2: (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))}
+_QUERIES = {2: (Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
+            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))}
+_KEYS = {2: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
+         4: (Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1))}
+_KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where products read shared memory instead of registers
+_KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
+
+
+def _blocks(table: Mapping[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
+    which, chip = 0 if size <= 64 else 1 if size <= 128 else 2, launch.chip(t.device)
+    if chip is launch.STAND_IN:  # few programs cost the interpreter least
+        return Blocks(32, 64, 4, 1)
+    if table is _KEYS and t.itemsize == 2:
+        if not which and chip.nvidia >= 90:
+            return _KEYS_HOPPER
+        if chip.name.startswith("gfx"):
+            return _KEYS_AMD[which]
+    return table[t.itemsize][which]
+
+
+def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
+    """With one batch dimension before the last ``dims``; copied only where the batch's own do not merge."""
+    t = t if t.dim() >= dims else t.reshape(*[1] * (dims - t.dim()), *t.shape)
+    return t.expand(*batch, *t.shape[-dims:]).reshape(batch.numel(), *t.shape[-dims:])
+
+
+class Call:
+    """What forward and backward have in common: tensors with one batch dimension, and the kernels' arguments."""
+
+    def __init__(self, o: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None,
+                 offsets_q: Tensor | None, offsets_k: Tensor | None) -> None:
+        self.batch = batch = query.shape[:-3]
+        self.query, self.key, self.value = q, k, v = [_four(t, batch) for t in (query, key, value)]
+        self.items, self.heads, self.lq, self.d = q.shape
+        self.lk, self.dv = v.shape[-2:]
+        self.group = self.heads // k.shape[1]
+        self.rows = self.items * self.heads * self.lq
+        self.mask = mask
+        kind: int = code.LEFT.value * (o.left >= 0) | code.RIGHT.value * (o.right >= 0) | code.PREFIX.value * (o.prefix > 0)
+        if o.left < 0 and o.right < 0:
+            kind &= ~code.PREFIX.value  # all see all
+        if mask is not None:
+            kind |= code.BOOLEAN.value if mask.dtype == torch.bool else code.ADDITIVE.value
+            self.mask = _four(mask, batch).expand(self.items, self.heads, self.lq, self.lk)
+            if mask.dtype == torch.bool:
+                self.mask = self.mask.view(torch.uint8)
+        if slopes is not None:
+            kind |= code.SLOPES.value
+            slopes = slopes.float()
+            slopes = slopes.expand(*batch, self.heads).reshape(self.items, self.heads)
+        self.slopes, self.offsets = slopes, (offsets_q, offsets_k)
+        if offsets_q is not None:
+            kind |= code.VARLEN.value
+        if o.dropout:
+            kind |= code.DROPOUT.value
+        if o.softcap:
+            kind |= code.SOFTCAP.value
+        elif slopes is None and not kind & code.ADDITIVE.value and o.scale > 0:
+            kind |= code.LINEAR.value
+        self.bd, self.bv = power_of_two(self.d, 16), power_of_two(self.dv, 16)
+        kind |= code.EVEN_D.value * (self.bd == self.d) | code.EVEN_V.value * (self.bv == self.dv)
+        self.kind = kind
+        self.precision = "tf32" if q.dtype == torch.float32 and tf32() else "ieee"
+        inner = o.scale / o.softcap if o.softcap else 1.0
+        outer = (o.softcap or o.scale) * _LOG2_E
+        low, high = o.seed & 0xFFFFFFFF, _mix(((o.seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
+        least = min(round(o.dropout * 2**32), 2**32 - 1)
+        self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), o.left, o.right,
+                        o.prefix, *(_signed(n) for n in (low, high, least)), 1.0 / (1.0 - o.dropout))
+        self.steps = (*q.stride(), *k.stride(), *v.stride())
+        self.more_steps = (*(self.mask.stride() if self.mask is not None else (0, 0, 0, 0)),
+                           *(slopes.stride() if slopes is not None else (0, 0)))
+
+    def constants(self, block: Blocks) -> dict[str, Any]:
+        return {"PRECISION": self.precision, "BD": self.bd, "BV": self.bv, "num_warps": block.warps, "num_stages": block.stages}
+
+    def tasks(self, which: int, unit: int, length: int) -> tuple[Tensor | None, int]:
+        """(a list of (sequence, block) pairs, or None without offsets; how many): blocks of ``unit`` queries (0) or keys (1).
+
+        As many as there may be at most, for how many there are is known to the GPU alone: those too many lie beyond their
+        sequence.
+        """
+        offsets = self.offsets[which]
+        if offsets is None:
+            return None, -(-length // unit)
+        sequences = len(offsets) - 1
+        if sequences == 0:
+            return None, 0
+        number = length // unit + sequences
+        ends = ((offsets[1:] - offsets[:-1] + unit - 1) // unit).cumsum(0)
+        index = torch.arange(number, device=offsets.device)
+        sequence = torch.searchsorted(ends, index, right=True).clamp_(max=sequences - 1)
+        begins = torch.nn.functional.pad(ends, (1, 0))[sequence]
+        return torch.stack([sequence, index - begins], 1).int(), number
+
+
+def _signed(n: int) -> int:
+    """32 bits as the integer that Triton passes in 32 bits"""
+    return n - (1 << 32) if n >> 31 else n
+
+
+def _mix(h: int) -> int:
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:
+    c = Call(Options(*args[7:]), *args[:7])
+    if not out.numel() or not c.lk or (c.offsets[0] is not None and len(c.offsets[0]) < 2):
+        out.zero_()
+        stats[0].fill_(-torch.inf)
+        stats[1].zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+        return
+    to = _four(out, c.batch)
+    kind, table = c.kind | (code.LSE.value if lse is not None else 0), _blocks(_FORWARD, c.query, max(c.bd, c.bv))
+    length, heads, splits = c.lq, c.heads, 1
+    packed = c.group * c.lq
+    if c.offsets[0] is None and packed <= _FEW:
+        kind |= code.PACK.value
+        length, heads = packed, heads // c.group
+        table = table._replace(rows=min(table.rows, power_of_two(packed, 16)), warps=4)
+        programs = c.items * heads * -(-packed // table.rows)
+        splits = max(1, min(2 * launch.chip(out.device).processors // programs, c.lk // _SHARE))
+    tasks, blocks = c.tasks(0, table.rows, length)
+    part = part_stats = None
+    if splits > 1:
+        kind |= code.SPLIT.value
+        part = out.new_empty(splits, c.rows, c.bv, dtype=torch.float32)
+        part_stats = out.new_empty(splits, 2, c.rows, dtype=torch.float32)
+    programs = c.items * heads * blocks * splits
+    launch.run(code.forward, programs, out.device, c.query, c.key, c.value, c.mask, c.slopes, to, lse, stats, part, part_stats,
+               tasks, *c.offsets, *c.steps, *to.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, splits,
+               KIND=kind, BM=table.rows, BN=table.keys, **c.constants(table))
+    if splits > 1:
+        rows = 16
+        launch.run(code.join, -(-c.rows // rows), out.device, part, part_stats, to, lse, stats, *to.stride()[:3], c.heads, c.lq,
+                   c.rows, c.dv, c.numbers[-1], splits, KIND=kind, BM=rows, BV=c.bv, num_warps=4)
+
+
+def attention(out: tuple[Tensor, Tensor], *args: Any) -> None:
+    """(softmax(query keyᵀ · scale + …) value, each row's log-sum-exp in two parts)"""
+    _attend(out[0], None, out[1], *args)
+
+
+def attention_lse(out: tuple[Tensor, Tensor, Tensor], *args: Any) -> None:
+    """The same, with the log-sum-exp as a number between the two"""
+    _attend(*out, *args)
+
+
+def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor, *args: Any) -> None:
+    """The gradients of query, key, value and, if it is needed, of an additive mask"""
+    output, stats, grad_lse, needs_mask = args[7:11]
+    o = Options(*args[11:])
+    c = Call(o, *args[:7])
+    if not grad.numel() or not c.lk or (c.offsets[0] is not None and len(c.offsets[0]) < 2):
+        for t in out:
+            t.zero_()
+        return
+    device = grad.device
+    grad, output = _four(grad, c.batch), _four(output, c.batch)
+    dq = _four(out[0], c.batch)
+    # Keys and values that batch items share have a gradient each, which are then added up.
+    dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
+    delta = torch.empty_like(stats[0])
+    block = _blocks(_QUERIES, c.query, max(c.bd, c.bv))
+    tasks, blocks = c.tasks(0, block.rows, c.lq)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    kind = c.kind | (code.LSE.value if grad_lse is not None else 0)
+    launch.run(code.backward_queries, c.items * c.heads * blocks, device, c.query, c.key, c.value, c.mask, c.slopes, output, grad,
+               grad_lse, stats, delta, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(), *dq.stride()[:3],
+               *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=kind, BM=block.rows, BN=block.keys,
+               **c.constants(block))
+    block = _blocks(_KEYS, c.query, max(c.bd, c.bv))
+    tasks, blocks = c.tasks(1, block.keys, c.lk)
+    launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
+               grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
+               *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
+               **c.constants(block))
+    for t, each in ((out[1], dk), (out[2], dv)):
+        if each.data_ptr() != t.data_ptr():
+            t.copy_(each.reshape(*c.batch, *each.shape[1:]).sum_to_size((1,) * (3 - t.dim()) + tuple(t.shape)).reshape(t.shape))
+    if needs_mask:
+        _mask_gradient(c, out[3], args[3], grad, stats, delta)
+
+
+def _for_each(t: Tensor, full: Tensor) -> Tensor:
+    """The output, with one batch dimension; or room for a gradient of each batch item, where they share it."""
+    return _four(t, t.shape[:-3]) if t.shape[:-3].numel() == full.shape[0] else full.new_empty(full.shape)
+
+
+def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tensor, delta: Tensor) -> None:
+    """Each element has a program that adds up what batch items and heads do to it; where all queries or all keys share it, each
+    head has an element of its own first."""
+    shape = (1,) * (len(c.batch) + 3 - mask.dim()) + tuple(mask.shape)
+    items, (heads, lq, lk) = shape[:-3], shape[-3:]
+    all_q, all_k = lq == 1 < c.lq, lk == 1 < c.lk
+    block = _blocks(_QUERIES, c.query, max(c.bd, c.bv))
+    sequences = 1 if c.offsets[0] is None else len(c.offsets[0]) - 1
+    one_batch = torch.Size(items) in (c.batch, torch.Size([1] * len(items)))
+    own = all_q or all_k or not one_batch
+    nb, nh = (1, 1) if own else (c.items if items != tuple(c.batch) else 1, c.heads if heads == 1 else 1)
+    if own:
+        dm = stats.new_zeros(max(c.items, sequences if all_q and all_k else 1), c.heads, lq, lk)
+    else:
+        dm = out.zero_() if c.offsets[0] is not None else out
+        dm = dm.view(-1, heads, lq, lk)
+    strides = dm.stride()
+    if c.offsets[0] is not None and not (all_q and all_k):
+        strides = (0, *strides[1:])
+    if all_q and c.offsets[0] is not None:
+        index = torch.arange(sequences, device=out.device, dtype=torch.int32)
+        tasks: Tensor | None = torch.stack([index, torch.zeros_like(index)], 1)
+        blocks = sequences
+    else:
+        tasks, blocks = (None, 1) if all_q else c.tasks(0, block.rows, c.lq)
+    k_blocks = 1 if all_k else -(-c.lk // block.keys)
+    launch.run(code.backward_mask, c.items // nb * (c.heads // nh) * blocks * k_blocks, out.device, c.query, c.key, c.value,
+               c.mask, c.slopes, grad, stats, delta, dm, tasks, *c.offsets, *c.steps, *grad.stride(), *strides, *c.more_steps,
+               c.heads,
+               c.group, blocks, *c.numbers, nb, nh, k_blocks, ALL_Q=all_q, ALL_K=all_k, KIND=c.kind, BM=block.rows, BN=block.keys,
+               **c.constants(block))
+    if own:
+        dm = dm.sum(0, keepdim=True) if len(dm) > c.items else dm
+        out.copy_(dm.reshape(*c.batch, *dm.shape[1:]).sum_to_size(shape).reshape(out.shape))
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """Why not, in a sentence"""
+    query, key, value, mask, slopes, *offsets = args[op == "attention_backward":][:7]
+    reason = launch.refuses(query, key, value, mask, slopes, *offsets)
+    if reason is None and max(query.shape[-1], value.shape[-1]) > 256:
+        reason = f"heads of up to 256 numbers, not {max(query.shape[-1], value.shape[-1])}, fit into a program's memory"
+    return reason
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "attention": attention, "attention_lse": attention_lse, "attention_backward": attention_backward,
+}

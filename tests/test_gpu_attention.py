@@ -1,0 +1,257 @@
+"""Attention on the GPU, or in Triton's interpreter, against the plain maths in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnn.kernels.gpu import attention as kernels
+from fastnn.kernels.gpu import attention_code as code
+from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.reference import attention as plain
+from fastnn.kernels.reference.activation import random_bits
+from fastnn.ops import attention as ops
+from gpu import DEVICE, DTYPES, run
+from rule import LAYOUTS, randn
+
+INF, NAN = float("inf"), float("nan")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+
+def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Query, key and value: batch, heads, heads of keys, queries, keys, sizes of a key and of a value"""
+    b, h, hk, lq, lk, d, dv = sizes
+    made = [randn(b, h, lq, d, dtype=dtype), randn(b, hk, lk, d, dtype=dtype, seed=1), randn(b, hk, lk, dv, dtype=dtype, seed=2)]
+    return [t.to(DEVICE) for t in made]
+
+
+def wide(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+def close(mine: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Within a few ulp of the largest number; weights are rounded to the values' dtype before the second product."""
+    finite = wanted[wanted.isfinite()]
+    largest = max(1.0, float(finite.abs().amax())) if finite.numel() else 1.0
+    tolerance = 16 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(mine.double(), wanted, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+
+
+def check(*tensors: Tensor, mask: Tensor | None = None, slopes: Tensor | None = None,
+          offsets: tuple[Tensor | None, Tensor | None] = (None, None), backward: bool = True, **options: Any) -> None:
+    """Both results, and the gradients of all that has one. ``tensors``: query, key and value."""
+    q, k, v = tensors
+    args: tuple[Any, ...] = (q, k, v, mask, slopes, *offsets)
+    args = tuple(t.to(DEVICE) if isinstance(t, Tensor) else t for t in args)
+    o = plain.Options(**({"scale": q.shape[-1] ** -0.5} | options))
+    out, lse, stats = run(ops.attention_lse, *args, *o)
+    exact_out, exact_lse, exact_stats = plain.attention_lse(*map(wide, args), *o)
+    assert out.dtype == q.dtype
+    close(out, exact_out, q.dtype)
+    close(lse, exact_lse, torch.float32)
+    close(stats[1] * torch.exp2(stats[0]), exact_stats[1] * torch.exp2(exact_stats[0]), torch.float32)
+    if not backward:
+        return
+    g, g_lse = randn(*out.shape, seed=5).to(q.dtype).to(DEVICE), randn(*lse.shape, seed=6).to(DEVICE)
+    needs = mask is not None and mask.dtype != torch.bool
+    found = run(ops.attention_backward, g, *args, out, stats, g_lse, needs, *o)
+    exact = plain.attention_backward(wide(g), *map(wide, args), exact_out, exact_stats, wide(g_lse), needs, *o)
+    for mine, wanted, like in zip(found, exact, (q, k, v, mask if mask is not None and needs else q), strict=True):
+        assert (mine.shape, mine.dtype) == (wanted.shape, like.dtype)
+        close(mine, wanted, q.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "right"), [
+    ((1, 1, 1, 1, 1, 1, 1), -1), ((1, 2, 1, 35, 70, 16, 9), -1), ((2, 1, 1, 70, 70, 20, 32), 0), ((1, 1, 1, 17, 19, 130, 256), 0),
+], ids=str)
+def test_against_float64(shape: Any, right: int, dtype: torch.dtype) -> None:
+    check(*tensors(*shape, dtype=dtype), right=right)
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "window": {"left": 11, "right": 5}, "left window": {"left": 3}, "bottom right": {"right": 0, "bottom_right": True},
+    "prefix": {"left": 9, "right": 0, "prefix": 5}, "long prefix": {"right": 0, "prefix": 40}, "softcap": {"softcap": 2.0},
+    "alibi": {"slopes": torch.tensor([[0.5, 0.1]]), "bottom_right": True},
+    "dropout": {"dropout": 0.4, "seed": 2**63 - 5, "right": 0},
+    "all": {"left": 30, "right": 7, "softcap": 3.0, "dropout": 0.2, "seed": 1, "slopes": torch.linspace(0, 1, 2), "prefix": 2,
+            "scale": 0.7, "mask": randn(37, 70, seed=8).masked_fill(randn(37, 70) > 1, -INF)},
+    "negative scale": {"scale": -0.5}, "zero scale": {"scale": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras(name: str) -> None:
+    check(*tensors(1, 2, 1, 37, 70, 16, 9), **EXTRAS[name])
+
+
+MASKS = {
+    "full": randn(2, 2, 19, 40), "shared by all": randn(19, 40), "a row": randn(2, 1, 1, 40), "a column": randn(2, 19, 1),
+    "one": randn(1, 1), "transposed and stepped": randn(2, 1, 80, 19)[:, :, ::2].mT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    """Of every shape that broadcasts, and every stride; with the gradient of what is added."""
+    q, k, v = tensors(2, 2, 2, 19, 40, 16, 8)
+    check(q, k, v, mask=MASKS[name])
+    check(q, k, v, mask=MASKS[name] > -0.5, backward=name == "shared by all")
+
+
+def test_masks_of_other_dtypes() -> None:
+    q, k, v = tensors(1, 2, 1, 17, 31, 16, 8, dtype=torch.bfloat16)
+    check(q, k, v, mask=randn(17, 31))
+    check(q, k, v, mask=randn(2, 17, 31, dtype=torch.bfloat16))
+
+
+def test_a_mask_for_one_of_two_batch_dimensions() -> None:
+    q, k, v = (randn(2, 3, 2, 9, 8, seed=n).to(DEVICE) for n in range(3))
+    check(q, k, v, mask=randn(3, 2, 9, 9))
+
+
+def test_rows_that_see_nothing() -> None:
+    """0, and a gradient of 0; but all keys alike where a mask of the lowest numbers hides them, as torch has it."""
+    q, k, v = tensors(1, 2, 2, 9, 40, 16, 16)
+    mask = torch.zeros(9, 40)
+    mask[3] = -INF
+    check(q, k, v, mask=mask)
+    check(q, k, v, mask=mask == 0)
+    mask[5] = torch.finfo(torch.float32).min
+    out, _ = run(ops.attention, q, k, v, mask.to(DEVICE), None, None, None, *plain.Options())
+    assert not out[:, :, 3].any()
+    torch.testing.assert_close(out[:, :, 5], v.mean(2))
+
+
+def test_special_values() -> None:
+    """NaN and Inf go where torch lets them go."""
+    for place, value in [(0, NAN), (0, 3e38), (1, -INF), (2, INF)]:
+        q, k, v = inputs = tensors(1, 1, 1, 20, 40, 16, 16)
+        inputs[place][0, 0, 7, 3] = value
+        out, _ = run(ops.attention, q, k, v, None, None, None, None, *plain.Options(scale=0.25))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", [
+    {"mask": randn(1, 75)}, {"right": 0, "bottom_right": True, "dropout": 0.3, "seed": 4, "mask": randn(40, 1)},
+    {"mask": randn(1, 1)},
+    {"mask": randn(40, 75), "left": 5, "prefix": 3},
+], ids=["a row", "a column", "one", "window"])
+def test_variable_lengths(case: dict[str, Any]) -> None:
+    """Sequences one after the other, one of them without queries, one without keys."""
+    offsets = torch.tensor([0, 1, 1, 5, 40]), torch.tensor([0, 30, 35, 35, 75], dtype=torch.int32)
+    check(*(t[0] for t in tensors(1, 2, 1, 40, 75, 16, 8)), offsets=offsets, **case)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"right": 0, "bottom_right": True}, {"left": 300, "right": 0, "prefix": 3, "bottom_right": True}, {"left": 20,
+                                                                                                           "bottom_right": True},
+    {"dropout": 0.5, "seed": 3, "slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "softcap": 5.0, "mask": randn(4, 1, 530)},
+], ids=str)
+def test_few_queries_share_out_their_keys(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], launch.run
+
+    def note(kernel: Any, *args: Any, **constants: Any) -> None:
+        started.append(kernel.__name__)
+        start(kernel, *args, **constants)
+
+    monkeypatch.setattr(launch, "run", note)
+    check(*tensors(1, 4, 2, 3, 530, 16, 9), backward=False, **options)
+    assert DEVICE == "cuda" or started == ["forward", "join"]
+
+
+def test_layouts() -> None:
+    """The values do not depend on where they lie."""
+    inputs = tensors(2, 3, 3, 9, 30, 16, 8)
+    o = plain.Options(scale=0.3, right=0, bottom_right=True)
+    out, stats = run(ops.attention, *inputs, *[None] * 4, *o)
+    g = randn(*out.shape, seed=3).to(DEVICE)
+    grads = run(ops.attention_backward, g, *inputs, *[None] * 4, out, stats, None, False, *o)
+    for name, lay in LAYOUTS.items():
+        lying = [lay(t) for t in inputs]
+        result, numbers = run(ops.attention, *lying, *[None] * 4, *o)
+        torch.testing.assert_close(result, out, rtol=1e-6, atol=1e-6)
+        if name in ("rotated", "sliced"):
+            found = run(ops.attention_backward, lay(g), *lying, *[None] * 4, result, numbers, None, False, *o)
+            for mine, wanted in zip(found, grads, strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [
+    ((7, 8), (9, 8), (9, 8)), ((3, 7, 8), (9, 8), (9, 5)), ((2, 2, 3, 7, 8), (2, 2, 3, 9, 8), (2, 2, 3, 9, 8)),
+    ((2, 3, 7, 8), (1, 3, 9, 8), (3, 9, 8)),
+], ids=str)
+def test_batch_dimensions(shapes: Any) -> None:
+    check(*(randn(*shape, seed=n).to(DEVICE) for n, shape in enumerate(shapes)))
+
+
+def test_nothing_beyond_the_tensors_is_read_or_written() -> None:
+    """All of it lies in memory full of NaN, which stays."""
+    def inside(t: Tensor) -> tuple[Tensor, Tensor]:
+        room = torch.full((*t.shape[:-2], t.shape[-2] + 7, t.shape[-1] + 5), NAN, dtype=t.dtype, device=DEVICE)
+        return room, room[..., 3:-4, 2:-3].copy_(t)
+
+    q, k, v = tensors(1, 2, 1, 35, 41, 20, 9)
+    lying = [inside(t)[1] for t in (q, k, v)]
+    for right in (-1, 0):
+        o = plain.Options(scale=0.2, right=right)
+        rooms = [inside(torch.full_like(t, NAN)) for t in (q.new_empty(1, 2, 35, 9), q, k, v)]
+        stats, nothing = q.new_empty(2, 1, 2, 35), q.new_empty(0)
+        out, *grads = (t for _, t in rooms)
+        kernels.attention((out, stats), *lying, *[None] * 4, *o)
+        g = inside(randn(1, 2, 35, 9))[1]
+        kernels.attention_backward((*grads, nothing), g, *lying, *[None] * 4, out, stats, None, False, *o)
+        for room, t in rooms:
+            assert not t.isnan().any()
+            t.fill_(NAN)
+            assert room.isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5, 8), (2, 3, 0, 5, 8), (2, 3, 4, 0, 8)], ids=str)
+def test_empty(sizes: tuple[int, ...]) -> None:
+    b, h, lq, lk, d = sizes
+    check(*tensors(b, h, h, lq, lk, d, 6))
+
+
+@triton.jit(do_not_specialize=["row", "LK", "key0", "key1", "least"])
+def kept(out, row, LK, key0, key1, least, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    j = tl.arange(0, N)[None, :]
+    low, mixed, mixed_next = code._dropout_row(row + tl.zeros((1, 1), tl.int64), LK, 0, key0)
+    tl.store(out + j, code._kept(low, mixed, mixed_next, j, key1, least).to(tl.int8))
+
+
+def test_dropout_beyond_32_bits() -> None:
+    """A row's weights may lie on both sides of a multiple of 2³²."""
+    length, seed, first = (1 << 31) - 16, 2**62 + 11, 2 * ((1 << 31) - 16)
+    out = torch.empty(1, 64, dtype=torch.int8, device=DEVICE)
+    key1 = kernels._mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
+    launch.run(kept, 1, out.device, out, 2, length, *(kernels._signed(n) for n in (seed & 0xFFFFFFFF, key1, 1 << 31)), N=64)
+    bits = _bits_at(first, 64, seed)
+    assert (first + 64) >> 32 != first >> 32
+    assert out.flatten().tolist() == [int(b >= 1 << 31) for b in bits]
+
+
+def _bits_at(first: int, n: int, seed: int) -> list[int]:
+    """What random_bits has there, without all that comes before."""
+    def mix(h: int) -> int:
+        return kernels._mix(h)
+
+    def one(i: int) -> int:
+        a, b = mix((seed & 0xFFFFFFFF) ^ mix(i >> 32)), mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
+        return mix(mix((i & 0xFFFFFFFF) + a & 0xFFFFFFFF) ^ b)
+
+    assert [one(i) for i in range(8)] == random_bits(8, seed).tolist()
+    return [one(i) for i in range(first, first + n)]
+
+
+def test_refusals() -> None:
+    q, k, v = tensors(1, 1, 1, 4, 5, 8, 8)
+    with pytest.raises(RuntimeError, match="float64"):
+        run(ops.attention, q.double(), k.double(), v.double(), *[None] * 4, *plain.Options())
+    q, k, v = tensors(1, 1, 1, 4, 5, 8, 257)
+    with pytest.raises(RuntimeError, match="257"):
+        run(ops.attention, q, k, v, *[None] * 4, *plain.Options())

@@ -1,0 +1,145 @@
+"""Convolutions on the GPU, or in Triton's interpreter, against the plain maths in float64: what the CPU's tests have as
+problems."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnn.kernels.reference import conv as plain
+from fastnn.ops import conv as ops
+from gpu import DEVICE, run
+from rule import LAYOUTS, randn
+from test_conv import FORMATS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+# input, weight, stride, padding, dilation, groups; transposed: output_padding
+PROBLEMS: dict[str, tuple[Any, ...]] = {
+    "3x3": ((2, 5, 9, 7), (11, 5, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "deep": ((1, 37, 5, 6), (9, 37, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "stride 3, uneven": ((2, 3, 11, 13), (6, 3, 4, 3), (3, 4), (2, 1), (1, 1), 1),
+    "dilation, beyond the image": ((1, 17, 7, 5), (6, 17, 3, 3), (1, 1), (4, 5), (2, 4), 1),
+    "1x1": ((1, 37, 4, 5), (33, 37, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "groups": ((1, 40, 5, 4), (6, 20, 3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "depthwise, stride 2": ((2, 11, 9, 7), (11, 1, 5, 5), (2, 2), (2, 2), (1, 1), 11),
+    "depthwise, two filters": ((1, 5, 6, 7), (10, 1, 3, 3), (1, 1), (2, 2), (2, 2), 5),
+    "1d": ((2, 3, 60), (13, 3, 10), (5,), (3,), (1,), 1),
+    "3d": ((1, 3, 4, 5, 6), (6, 3, 3, 2, 3), (1, 2, 1), (1, 1, 1), (1, 1, 1), 1),
+}  # fmt: skip
+TRANSPOSED: dict[str, tuple[Any, ...]] = {
+    "stride 2": ((2, 5, 4, 5), (5, 9, 4, 4), (2, 2), (1, 1), (1, 1), 1, (0, 0)),
+    "deep, gaps": ((1, 17, 3, 4), (17, 9, 2, 1), (3, 3), (0, 0), (1, 1), 1, (2, 1)),
+    "dilation": ((1, 3, 5, 4), (3, 4, 3, 3), (4, 2), (1, 0), (3, 2), 1, (2, 1)),
+    "groups": ((1, 6, 5, 4), (6, 5, 3, 3), (2, 1), (0, 0), (1, 1), 3, (0, 0)),
+    "depthwise": ((1, 11, 5, 4), (11, 1, 3, 3), (2, 2), (1, 1), (1, 1), 11, (0, 0)),
+    "1d": ((2, 3, 17), (3, 5, 4), (3,), (0,), (1,), 1, (0,)),
+    "3d": ((1, 3, 2, 3, 2), (3, 5, 3, 2, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1), 1, (0, 0, 0)),
+}  # fmt: skip
+
+
+def close(mine: Tensor, exact: Any, *tensors: Tensor) -> None:
+    """Within a few roundings of the sum of magnitudes, and of the result itself"""
+    wide = [t.double().cpu() for t in tensors]
+    wanted, size = exact(*wide), exact(*(t.abs() for t in wide))
+    assert mine.shape == wanted.shape
+    eps = torch.finfo(mine.dtype).eps if mine.dtype != torch.float32 else 0.0
+    few = 8 * torch.finfo(torch.float32).eps * size + eps * wanted.abs()
+    worst = (mine.double().cpu() - wanted).abs() - few - 1e-30
+    assert bool((worst <= 0).all()), f"{float(worst.max())} too far off"
+
+
+def problem(name: str, transposed: bool, form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Any]]:
+    x, w, stride, padding, dilation, groups, *more = (TRANSPOSED if transposed else PROBLEMS)[name]
+    lie = FORMATS[form] if len(x) > 3 else FORMATS["first"]
+    input, weight = (lie(randn(*shape, dtype=dtype, seed=n)).to(DEVICE) for n, shape in enumerate((x, w)))
+
+    return input, weight, [stride, padding, dilation, transposed, more[0] if more else [0] * len(stride), groups]
+
+
+def check(x: Tensor, w: Tensor, options: list[Any]) -> Tensor:
+    """The convolution and the gradient of its weight. (That of its input is a convolution too, transposed if this one is not.)"""
+    y = run(ops.conv, x, w, None, None, *options, None)
+    assert y.dtype == x.dtype
+    close(y, lambda x, w: plain.conv(x, w, None, None, *options, None), x, w)
+    stride, padding, dilation, transposed, _, groups = options
+    if not transposed or not any(options[4]):
+        g = randn(*y.shape, seed=5, dtype=x.dtype).to(DEVICE)
+        pair = (x, g) if transposed else (g, x)
+        args = list(w.shape[2:]), stride, padding, dilation, groups
+        dw = run(ops.conv_weight, *pair, *args)
+        assert dw.dtype == w.dtype
+        close(dw, lambda g, x: plain.conv_weight(g, x, *args), *pair)
+    return y
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(name: str) -> None:
+    check(*problem(name, False, "last" if name in ("1x1", "groups", "3d") else "first", torch.float32))
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_problems(name: str) -> None:
+    check(*problem(name, True, "last" if name in ("deep, gaps", "depthwise") else "first", torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["3x3", "deep", "depthwise, stride 2"])
+def test_dtypes(name: str, dtype: torch.dtype) -> None:
+    check(*problem(name, False, "last", dtype))
+
+
+@pytest.mark.parametrize(("name", "transposed"), [("3x3", False), ("depthwise", True), ("groups", False)])
+def test_epilogue(name: str, transposed: bool) -> None:
+    x, w, options = problem(name, transposed, "first", torch.float32)
+    plainly = run(ops.conv, x, w, None, None, *options, None)
+    bias, residual = randn(plainly.shape[1], seed=7).to(DEVICE), FORMATS["last"](randn(*plainly.shape, seed=8)).to(DEVICE)
+    for b, r, act in ((bias, None, None), (None, residual, "relu"), (bias, residual, "silu")):
+        found = run(ops.conv, x, w, b, r, *options, act)
+        z = plainly.double() + (0 if b is None else b.double().reshape(-1,
+                                                                       *[1] * (x.dim() - 2))) + (0 if r is None else r.double())
+        torch.testing.assert_close(found.double(), torch.relu(z) if act == "relu" else z * torch.sigmoid(z) if act else z,
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_layouts() -> None:
+    """The values do not depend on where they lie."""
+    x, w, options = problem("3x3", False, "first", torch.float32)
+    y = run(ops.conv, x, w, None, None, *options, None)
+    g = randn(*y.shape, seed=5).to(DEVICE)
+    args = [3, 3], *options[:3], 1
+    dw = run(ops.conv_weight, g, x, *args)
+    for lay in LAYOUTS.values():
+        torch.testing.assert_close(run(ops.conv, lay(x), lay(w), None, None, *options, None), y, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run(ops.conv_weight, lay(g), lay(x), *args), dw, rtol=1e-5, atol=1e-5)
+    one = x[:1].expand(3, -1, -1, -1)
+    torch.testing.assert_close(run(ops.conv, one, w, None, None, *options, None)[2], y[0])
+
+
+def test_nothing_beyond_the_tensors_is_read() -> None:
+    """They lie in memory full of NaN."""
+    def inside(t: Tensor) -> Tensor:
+        room = torch.full([n + 4 for n in t.shape], float("nan"), device=DEVICE)
+        return room[tuple(slice(2, -2) for _ in t.shape)].copy_(t)
+
+    for name, transposed in (("3x3", False), ("deep", False), ("stride 2", True), ("depthwise, stride 2", False)):
+        x, w, options = problem(name, transposed, "first", torch.float32)
+        check(inside(x), inside(w), options)
+
+
+def test_long_sums_are_cut() -> None:
+    """The weight's gradient over many positions: parts, the last of them shorter."""
+    x, g = randn(1, 2, 700, seed=1).to(DEVICE), randn(1, 3, 698, seed=2).to(DEVICE)
+    args = [3], [1], [0], [1], 1
+    close(run(ops.conv_weight, g, x, *args), lambda g, x: plain.conv_weight(g, x, *args), g, x)
+
+
+def test_empty_and_refused() -> None:
+    x, w = randn(0, 3, 5, 5).to(DEVICE), randn(4, 3, 3, 3).to(DEVICE)
+    options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    assert run(ops.conv, x, w, None, None, *options, None).shape == (0, 4, 3, 3)
+    dw = run(ops.conv_weight, randn(0, 4, 3, 3).to(DEVICE), x, [3, 3], *options[:3], 1)
+    assert not dw.any()
+    with pytest.raises(RuntimeError, match="float64"):
+        run(ops.conv, x.double(), w.double(), None, None, *options, None)
