@@ -2,14 +2,18 @@
 thread of the whole grid is a fiber: three blocks that wait for each other through memory.
 """
 
+import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastnn
 from cuda_shim import needs_compiler, shim
+from fastnn.functional import _rnn as layers
 from fastnn.kernels.gpu import rnn as gpu
 from fastnn.kernels.gpu.engine import cuda
 from fastnn.kernels.reference import rnn as reference
@@ -94,6 +98,73 @@ def test_wide_and_many(mode: str) -> None:
             both(mode, units, batch=19, steps=2)
 
 
+@pytest.mark.parametrize("sizes", [None, PACKED], ids=["even", "packed"])
+@pytest.mark.parametrize(("layers", "bidirectional", "bias", "keep"), [(3, False, True, True), (2, True, False, True),
+                                                                       (1, True, True, True), (2, False, True, False)])
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_layers_side_by_side(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, sizes: Tensor | None) -> None:
+    """All jobs of a launch wait for each other; the gradients of one vector of weights"""
+    units, batch, inputs, directions = 8, 5, 6, 2 if bidirectional else 1
+    rows = 3 * batch if sizes is None else int(sizes.sum())
+    wide = reference.GATES[mode] * units
+    count = sum((inputs if layer == 0 else directions * units) + units + 2 * bias for layer in range(layers)) * wide * directions
+    states = (layers * directions, batch, units)
+    given = [randn(rows, inputs), randn(*states), randn(*states) if mode == "lstm" else None, randn(count, scale=0.3)]
+    rest = [sizes, mode, layers, bidirectional, bias]
+    with shim(multiprocessors=2 * layers * directions) if not HERE else nullcontext():
+        found = run(ops.recurrent_stack, *there(given), *rest, keep)
+        exact = reference.recurrent_stack(*double(given), *rest, keep)
+        same(found, exact)
+        grads = [randn(*t.shape) for t in exact[:3]]
+        needs = [t is not None for t in given]
+        back = run(ops.recurrent_stack_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
+        same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), times=64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_of_the_functions(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions make of recurrent_stack is what torch makes of its layers; here the op's plain maths serve it."""
+    if not HERE:
+        monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
+        monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}.get(mode, nn.RNN)
+    options: dict[str, Any] = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
+    for more in ({"num_layers": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"batch_first": True}):
+        module = kind(4, 6, **options, **more).to(DEVICE)
+        ours = copy.deepcopy(module)
+        fastnn.replace(ours)
+        x = torch.randn(3, 5, 4, device=DEVICE)
+        packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4, device=DEVICE), torch.tensor([5, 3, 3]))
+        for input in (x, x[0], packed):
+            results = []
+            for m in (ours, module):
+                y, last = m(input)
+                leaves = [y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y, *(last if mode == "lstm" else (last,))]
+                m.zero_grad()
+                sum(((t * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in leaves), x.new_zeros(())).backward()
+                results.append([*(t.detach() for t in leaves), *(p.grad for p in m.parameters())])
+            torch.testing.assert_close(*results)
+
+
+def test_a_parameter_of_the_wrong_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
+    monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    params = [randn(24, 4), randn(24, 5), randn(24), randn(24)]
+    with pytest.raises(RuntimeError, match=r"w_hh of layer 0 must have shape \(24, 6\), got \(24, 5\)"):
+        fastnn.functional.lstm(randn(3, 2, 4), (randn(1, 2, 6), randn(1, 2, 6)), params, True, 1, 0.0, False, False)
+
+
+def test_gradients_of_gradients() -> None:
+    shapes = ((4, 3), (2, 2, 3), (2 * (9 + 9 + 6),))
+    given = [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+    def stack(x: Tensor, h: Tensor, w: Tensor) -> Any:
+        return ops.recurrent_stack(x, h, None, w, None, "rnn_tanh", 2, False, True, True)[0]
+
+    assert torch.autograd.gradcheck(stack, given)
+    assert torch.autograd.gradgradcheck(stack, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(dtype: torch.dtype) -> None:
     both("lstm", 12, dtype=dtype)
@@ -105,7 +176,7 @@ def test_staged_in_pieces() -> None:
     if HERE:
         pytest.skip("the device has more shared memory than a test would fill")
     for mode, units in (("lstm", 12), ("gru", 12), ("rnn_tanh", 24)):
-        with shim(shared=14 << 10):
+        with shim(shared=11 << 10):
             device = torch.device("cpu")
             for back in (False, True):
                 how = gpu.cut(gpu.KINDS[mode], back, device, 1, 19, units, 0)

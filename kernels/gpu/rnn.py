@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnn.kernels.reference.rnn import GATES, KEPT
+from fastnn.kernels.reference.rnn import GATES, KEPT, unpack
 
 from .engine import cuda
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
-WARPS = {1: 16, 2: 16, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; threads() in rnn.cu
+WARPS = {1: 16, 2: 16, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
 ROWS, TILE, JOBS = 4, 8, 12  # as in rnn.cu
 
 
@@ -162,7 +162,7 @@ def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
     return torch.addmm(bias, input, w_ih.t())
 
 
-def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Tensor, h_n: Tensor,
+def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor], h_n: Tensor,
             c_n: Tensor | None, kept: Tensor | None) -> None:
     """All layers. hx, cx, h_n, c_n (L·D, B, H); ys (L, rows, D·H); kept (L·D, rows, 5·H or 4·H); all float32 and dense."""
     d, wide = s.directions, s.directions * s.units
@@ -200,7 +200,7 @@ def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
 
 
 def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
-             params: Sequence[Parameters], ys: Tensor, kept: Tensor | None, needs_input: bool,
+             params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, needs_input: bool,
              ) -> tuple[Tensor | None, Tensor, Tensor | None, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:  # fmt: skip
     """The gradients of input, hx, cx and each job's parameters (biases too), all float32."""
     d, wide, gates = s.directions, s.directions * s.units, GATES[s.mode] * s.units
@@ -294,6 +294,62 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
             to.copy_(value)
 
 
+def _stacked(input: Tensor, hx: Tensor, batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool) -> Stack:
+    directions = 2 if bidirectional else 1
+    return Stack(mode, input.shape[0], *hx.shape[1:], layers, directions, (False, True)[:directions], batch_sizes)
+
+
+def _parted(s: Stack, reserve: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs of the lower layers, and the gates, which the GRU and the LSTM keep."""
+    wide = s.directions * s.units
+    lower, kept = reserve[: (s.layers - 1) * s.rows * wide], reserve[(s.layers - 1) * s.rows * wide :]
+    gates = kept.view(s.layers * s.directions, s.rows, KEPT[s.mode] * s.units) if KEPT[s.mode] else None
+    return list(lower.view(s.layers - 1, s.rows, wide)), gates
+
+
+def recurrent_stack(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor,
+                    batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool) -> None:
+    """out = (the last layer's states, all last states, all last cells, what the backward needs); see ops/rnn.py for the shapes."""
+    if input.shape[0] == 0:
+        return
+    s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
+    x, h0, c0, w = (_wide(t) for t in (input, hx, cx, weights))
+    params = unpack(w, mode, x.shape[1], s.units, layers, s.directions, bias)
+    y, h_n, c_n, reserve = out
+    lower, kept = _parted(s, reserve) if keep else (list(x.new_empty(layers - 1, s.rows, y.shape[1])), None)
+    results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
+    forward(s, x, h0, c0, params, [*lower, results[0]], results[1], None if c0 is None else results[2], kept)
+    for to, value in zip(out, results, strict=False):
+        if to is not value:
+            to.copy_(value)
+
+
+def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
+                             cx: Tensor | None, weights: Tensor, y: Tensor, reserve: Tensor, batch_sizes: Tensor | None,
+                             mode: str, layers: int, bidirectional: bool, bias: bool, needs: Sequence[bool]) -> None:
+    """out = the gradients of input, hx, cx and weights; those that ``needs`` leaves out are empty."""
+    if input.shape[0] == 0:
+        for t in out:
+            t.zero_()
+        return
+    s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
+    x, h0, c0, w, top = (_wide(t) for t in (input, hx, cx, weights, y))
+    params = unpack(w, mode, x.shape[1], s.units, layers, s.directions, bias)
+    if not reserve.numel() and (layers > 1 or KEPT[mode]):  # nothing was kept: it is made again
+        jobs = layers * s.directions
+        reserve = x.new_empty(s.rows * ((layers - 1) * top.shape[1] + jobs * KEPT[mode] * s.units))
+        lower, kept = _parted(s, reserve)
+        top = torch.empty_like(top)
+        forward(s, x, h0, c0, params, [*lower, top], torch.empty_like(h0), None if c0 is None else torch.empty_like(c0), kept)
+    lower, kept = _parted(s, reserve)
+    d_c = None if c0 is None else _wide(grad_c)
+    d_x, d_hx, d_cx, found = backward(s, _wide(grad_y), _wide(grad_h), d_c, x, h0, c0, params, [*lower, top], kept, needs[0])
+    d_weights = torch.cat([p.reshape(-1) for job in found for p in job[: 4 if bias else 2]]) if needs[3] else None
+    for to, value, needed in zip(out, (d_x, d_hx, d_cx, d_weights), needs, strict=True):
+        if needed:
+            to.copy_(value)
+
+
 def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
     """out_t = f_t · out_{t-1} + u_t, the first from c0"""
     if not out.numel():
@@ -325,9 +381,16 @@ def supports(op: str, *args: Any) -> str | None:
     """None if a kernel serves the call, else the reason why not."""
     if op == "scan":
         return cuda.refusal()
+    if op.startswith("recurrent_stack"):
+        input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
+        mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
+        return refusal(mode, input.dtype, input.device, layers, 2 if bidirectional else 1, *hx.shape[1:], False)
     input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
     mode = args[14] if op == "recurrent_backward" else args[9]
     return refusal(mode, input.dtype, input.device, 1, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], w_hr is not None)
 
 
-KERNELS: dict[str, Callable[..., None]] = {"recurrent": recurrent, "recurrent_backward": recurrent_backward, "scan": scan}
+KERNELS: dict[str, Callable[..., None]] = {
+    "recurrent": recurrent, "recurrent_backward": recurrent_backward,
+    "recurrent_stack": recurrent_stack, "recurrent_stack_backward": recurrent_stack_backward, "scan": scan,
+}  # fmt: skip
