@@ -21,7 +21,7 @@ struct Pool {
 };
 
 enum What { MAX, ARGMAX, AVERAGE };
-const int NONE = 0x7fffffff;  // the code of what is not in the image
+enum { NONE = 0x7fffffff };  // the code of what is not in the image
 
 template <typename C> struct Item { C value; int code; };
 

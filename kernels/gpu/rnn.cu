@@ -164,7 +164,7 @@ __device__ __forceinline__ void stage(float* shared, int first, int count, int w
 template <int KV> struct Most { static const int threads = KV <= 2 ? 512 : KV <= 4 ? 384 : 256; };  // leave enough registers
 
 template <int MODE, int KV>
-__global__ void __launch_bounds__(Most<KV>::threads) forward(const __grid_constant__ Call g) {
+__global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_constant__ Call g) {
     SHARED(shared);
     const Job& j = g.jobs[blockIdx.x / (unsigned)g.blocks];
     const int units = (int)g.units, warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -275,7 +275,7 @@ __device__ __forceinline__ float weight_back(const Job& j, int units, int column
 }
 
 template <int MODE, int KV>
-__global__ void __launch_bounds__(Most<KV>::threads) backward(const __grid_constant__ Call g) {
+__global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_constant__ Call g) {
     SHARED(shared);
     const Job& j = g.jobs[blockIdx.x / (unsigned)g.blocks];
     const int units = (int)g.units, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, parts = (int)g.parts;

@@ -177,7 +177,9 @@ def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequ
                   done=done[k].data_ptr(), reverse=s.reversed[k % d], y_stride=wide, y_at=k % d * s.units)  # fmt: skip
         if layer:
             waits = [done[(layer - 1) * d + i].data_ptr() for i in range(d)]
-            job = job._replace(below=ys[layer - 1].data_ptr(), below_columns=wide, wait0=waits[0], wait1=waits[1] if d > 1 else 0)
+            job = job._replace(below=ys[layer - 1].data_ptr(), below_columns=wide, wait0=waits[0])
+            if d > 1:
+                job = job._replace(wait1=waits[1])
         else:
             job = job._replace(gates_in=first[k].data_ptr())
         jobs.append(job)
@@ -309,7 +311,7 @@ def _parted(s: Stack, reserve: Tensor) -> tuple[list[Tensor], Tensor | None]:
 
 def recurrent_stack(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor,
                     batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool) -> None:
-    """out = (the last layer's states, all last states, all last cells, what the backward needs); see ops/rnn.py for the shapes."""
+    """out = (the last layer's states, all last states, all last cells, what the backward needs); shapes: ops/rnn.py."""
     if input.shape[0] == 0:
         return
     s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
@@ -340,7 +342,8 @@ def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tens
         reserve = x.new_empty(s.rows * ((layers - 1) * top.shape[1] + jobs * KEPT[mode] * s.units))
         lower, kept = _parted(s, reserve)
         top = torch.empty_like(top)
-        forward(s, x, h0, c0, params, [*lower, top], torch.empty_like(h0), None if c0 is None else torch.empty_like(c0), kept)
+        c_n = None if c0 is None else torch.empty_like(c0)
+        forward(s, x, h0, c0, params, [*lower, top], torch.empty_like(h0), c_n, kept)
     lower, kept = _parted(s, reserve)
     d_c = None if c0 is None else _wide(grad_c)
     d_x, d_hx, d_cx, found = backward(s, _wide(grad_y), _wide(grad_h), d_c, x, h0, c0, params, [*lower, top], kept, needs[0])

@@ -28,7 +28,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the shim for CUDA C needs a C++ compiler (g++)")
 
 
-def tested(source: cuda.Source) -> list[str]:
+def kernels_of(source: cuda.Source) -> list[str]:
     """The kernels that are tested: of types that differ in how a number is read and written only, fewer shapes."""
     few = re.compile(r".*<(bfloat_t, \d, \w+, (0, 0, 0|3, 2, 1)|(half_t|double), 1,|\w+, (MAX|ARGMAX|AVERAGE)>)")
     return [e for e in source.instances() if not re.search(r"_t,|double,", e) or few.match(e)]
@@ -39,7 +39,7 @@ def _library(source: cuda.Source) -> ctypes.CDLL:
     entries = "".join(
         f'extern "C" int k{n}(const void* args, unsigned grid, unsigned block, unsigned shared, int mode, char* message) {{\n'
         f"  return shim::run([](const void* a) {{ shim::call({e}, a); }}, args, grid, block, shared, mode, message); }}\n"
-        for n, e in enumerate(tested(source))
+        for n, e in enumerate(kernels_of(source))
     )
     call = (
         "namespace shim { template <typename A> void call(void (*kernel)(A), const void* args) { kernel(*(const A*)args); } }\n"
@@ -77,7 +77,7 @@ class Shim:
     def function(self, source: cuda.Source, expression: str, device: torch.device) -> Any:
         if source.name not in _libraries:
             _libraries[source.name] = _library(source)
-        return getattr(_libraries[source.name], f"k{tested(source).index(expression)}"), expression
+        return getattr(_libraries[source.name], f"k{kernels_of(source).index(expression)}"), expression
 
     def resident(self, function: Any, device: torch.device, block: int, shared: int) -> int:
         return self.has.multiprocessors
