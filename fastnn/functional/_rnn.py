@@ -219,9 +219,9 @@ def _layers(
             )
     keep = not recompute and torch.is_grad_enabled() and any_requires_grad(input, hx, cx, *params)
     if together:
-        weights = _rnn.flat_weights(rows, params, mode, hx.shape[2], num_layers, directions)
+        flat = _rnn.flat_weights(rows, params, mode, hx.shape[2], num_layers, directions)
         rows, h_n, c_n = _rnn.recurrent_stack.call(
-            rows, hx, cx, weights, batch_sizes, mode, num_layers, bidirectional, has_biases, keep, backend
+            rows, hx, cx, flat, batch_sizes, mode, num_layers, bidirectional, has_biases, keep, backend
         )
         if batch_sizes is None:
             rows = rows.view(steps, batch, rows.shape[1])

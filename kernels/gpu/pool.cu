@@ -35,7 +35,7 @@ template <int WHAT, typename C> __device__ __forceinline__ void join(Item<C>& be
     if (WHAT == AVERAGE) best.value += value;
     else if (WHAT == MAX) best.value = value > best.value || value != value ? value : best.value;
     else {
-        const bool nan = value != value, known = best.value != best.value;
+        const bool nan = value != value, known = best.value != best.value;  // known: a NaN already
         const bool better = nan ? !known || code > best.code : value > best.value || (value == best.value && code < best.code);
         if (better && code != NONE) best = {value, code};
     }

@@ -162,8 +162,8 @@ def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
     return torch.addmm(bias, input, w_ih.t())
 
 
-def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor], h_n: Tensor,
-            c_n: Tensor | None, kept: Tensor | None) -> None:
+def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
+            h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
     """All layers. hx, cx, h_n, c_n (L·D, B, H); ys (L, rows, D·H); kept (L·D, rows, 5·H or 4·H); all float32 and dense."""
     d, wide = s.directions, s.directions * s.units
     done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
@@ -250,7 +250,7 @@ def _wide(t: Any) -> Any:
 
 
 def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Stack:
-    return Stack(mode, input.shape[0], *hx.shape, 1, 1, (reverse,), batch_sizes)
+    return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes)
 
 
 def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor,
@@ -264,7 +264,7 @@ def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | Non
     y, h_n, c_n, kept = out
     results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
     cells = (None, None) if c0 is None else (c0[None], results[2][None])
-    forward(s, x, h0[None], cells[0], [params], results[0][None], results[1][None], cells[1],
+    forward(s, x, h0[None], cells[0], [params], results[:1], results[1][None], cells[1],
             kept[None] if kept.numel() else None)  # fmt: skip
     for to, value in zip(out, results, strict=False):
         if to is not value:
@@ -285,20 +285,20 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
     states, kept = _wide(y), reserve
     if not reserve.numel() and KEPT[mode]:  # the gates were not kept: they are made again
         kept, states = x.new_empty(s.rows, KEPT[mode] * s.units), torch.empty_like(states)
-        forward(s, x, h0[None], None if c0 is None else c0[None], [params], states[None], torch.empty_like(h0)[None],
+        forward(s, x, h0[None], None if c0 is None else c0[None], [params], [states], torch.empty_like(h0)[None],
                 None if c0 is None else torch.empty_like(c0)[None], kept[None])  # fmt: skip
     d_x, d_hx, d_cx, [found] = backward(
         s, _wide(grad_y), _wide(grad_h)[None], _wide(grad_c)[None] if c0 is not None else None, x, h0[None],
-        None if c0 is None else c0[None], [params], states[None], kept[None] if kept.numel() else None, needs[0],
+        None if c0 is None else c0[None], [params], [states], kept[None] if kept.numel() else None, needs[0],
     )  # fmt: skip
     for to, value, needed in zip(out, (d_x, d_hx[0], None if d_cx is None else d_cx[0], *found), needs, strict=False):
-        if needed:
+        if needed and value is not None:
             to.copy_(value)
 
 
 def _stacked(input: Tensor, hx: Tensor, batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool) -> Stack:
     directions = 2 if bidirectional else 1
-    return Stack(mode, input.shape[0], *hx.shape[1:], layers, directions, (False, True)[:directions], batch_sizes)
+    return Stack(mode, input.shape[0], hx.shape[1], hx.shape[2], layers, directions, (False, True)[:directions], batch_sizes)
 
 
 def _parted(s: Stack, reserve: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -349,7 +349,7 @@ def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tens
     d_x, d_hx, d_cx, found = backward(s, _wide(grad_y), _wide(grad_h), d_c, x, h0, c0, params, [*lower, top], kept, needs[0])
     d_weights = torch.cat([p.reshape(-1) for job in found for p in job[: 4 if bias else 2]]) if needs[3] else None
     for to, value, needed in zip(out, (d_x, d_hx, d_cx, d_weights), needs, strict=True):
-        if needed:
+        if needed and value is not None:
             to.copy_(value)
 
 
@@ -387,7 +387,7 @@ def supports(op: str, *args: Any) -> str | None:
     if op.startswith("recurrent_stack"):
         input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
         mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
-        return refusal(mode, input.dtype, input.device, layers, 2 if bidirectional else 1, *hx.shape[1:], False)
+        return refusal(mode, input.dtype, input.device, layers, 2 if bidirectional else 1, hx.shape[1], hx.shape[2], False)
     input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
     mode = args[14] if op == "recurrent_backward" else args[9]
     return refusal(mode, input.dtype, input.device, 1, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], w_hr is not None)

@@ -161,7 +161,10 @@ def recurrent_stack(
         outs = []
         for k in range(layer * directions, (layer + 1) * directions):
             c0 = None if cx is None else cx[k]
-            y, h, c, reserve = recurrent(rows, hx[k], c0, *jobs[k], None, batch_sizes, mode, k % directions == 1, keep)
+            w_ih, w_hh, b_ih, b_hh = jobs[k]
+            y, h, c, reserve = recurrent(
+                rows, hx[k], c0, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, mode, k % directions == 1, keep
+            )  # fmt: skip
             outs.append(y)
             states.append(h)
             cells.append(c)
@@ -182,7 +185,10 @@ def recurrent_stack_backward(
     made: dict[int, tuple[Tensor, ...]] = {}
     for k, job in enumerate(jobs):
         c0 = None if cx is None else cx[k]
-        made[k] = recurrent(below[k // directions], hx[k], c0, *job, None, batch_sizes, mode, k % directions == 1, True)
+        w_ih, w_hh, b_ih, b_hh = job
+        made[k] = recurrent(
+            below[k // directions], hx[k], c0, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, mode, k % directions == 1, True
+        )  # fmt: skip
         if k % directions == directions - 1:
             below.append(torch.cat([made[i][0] for i in range(k - directions + 1, k + 1)], 1))
     d_h, d_c, d_weights = [hx] * len(jobs), [hx] * len(jobs), [[weights]] * len(jobs)
@@ -191,9 +197,10 @@ def recurrent_stack_backward(
         d_below: Any = 0
         for k in range(layer * directions, (layer + 1) * directions):
             c0, d0 = (None, grad_c) if cx is None else (cx[k], grad_c[k])
+            w_ih, w_hh, b_ih, b_hh = jobs[k]
             d_x, d_h[k], d_c[k], *d_params = recurrent_backward(
-                grad.split(units, 1)[k % directions], grad_h[k], d0, below[layer], hx[k], c0, *jobs[k], None, made[k][0],
-                made[k][3], batch_sizes, mode, k % directions == 1, [True, True, cx is not None, True, True, bias, bias, False],
+                grad.split(units, 1)[k % directions], grad_h[k], d0, below[layer], hx[k], c0, w_ih, w_hh, b_ih, b_hh, None,
+                made[k][0], made[k][3], batch_sizes, mode, k % directions == 1, [True, True, cx is not None, True, True, bias, bias, False],
             )  # fmt: skip
             d_below = d_below + d_x
             d_weights[k] = [p.reshape(-1) for p in d_params[: 4 if bias else 2]]
