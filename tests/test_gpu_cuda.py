@@ -21,7 +21,7 @@ POOL = ["forward<float, 4, true, 3, 2, 1, ARGMAX>", "forward<bfloat_t, 8, false,
         "forward<half_t, 1, false, 0, 0, 0, MAX>", "backward<bfloat_t, 8, true, 3, 1, 1, false>",
         "reduce<double, AVERAGE>", "unpool<unsigned, true>"]  # fmt: skip
 RNN = ["forward<LSTM, 4>", "backward<GRU, 4>", "backward<RNN, 2>", "scan<half_t>"]
-FEW = {"80": (POOL[:1], RNN[:1]), "90": (POOL, [*RNN, "forward<GRU, 8>"]), "100": (POOL[3:4], RNN[1:2])}
+FEW = {"80": (POOL[:1], RNN[:1]), "90": (POOL, RNN), "100": (POOL[3:4], RNN[1:2])}
 
 
 def budget(name: str) -> int:
@@ -66,7 +66,7 @@ def test_headers_are_part_of_the_source() -> None:
         assert "#include" not in source.text
         assert "struct bfloat_t" in source.text
         assert len(set(source.instances())) == len(source.instances())
-        assert set(kernels_of(source)) < set(source.instances())
+        assert set(kernels_of(source)) <= set(source.instances())
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ __global__ void two_places(const Probe p) { if (threadIdx.x < p.value) __syncthr
 __global__ void some_shuffle(const Probe p) { if (threadIdx.x % 2) ((float*)p.out)[0] = __shfl_sync(~0u, 1.0f, 0); }
 __global__ void past_the_end(const Probe p) { ((float*)shim::memory())[p.value + threadIdx.x] = 1; __syncthreads(); }
 __global__ void stuck(const Probe p) { while (*(volatile int*)p.out != 5) __nanosleep(1); }
-__global__ void grid(const Probe p) {
+__global__ void all_blocks(const Probe p) {
     atomicAdd((int*)p.out, 1);
     while (*(volatile int*)p.out < gridDim.x * blockDim.x) __nanosleep(1);
 }
@@ -131,7 +131,7 @@ __global__ void grid(const Probe p) {
 
 @functools.cache
 def probe() -> cuda.Source:
-    source = cuda.Source("probe", lambda: ["sum", "some_wait", "two_places", "some_shuffle", "past_the_end", "stuck", "grid"])
+    source = cuda.Source("probe", lambda: ["sum", "some_wait", "two_places", "some_shuffle", "past_the_end", "stuck", "all_blocks"])
     source.__dict__["text"] = PROBE
     return source
 
@@ -157,8 +157,8 @@ def test_the_shim_runs_and_finds() -> None:
         launch("past_the_end", 0, 256)
         launch("some_wait", 64)
         out.zero_()
-        launch("grid", 0, grid=3, cooperative=True)
+        launch("all_blocks", 0, grid=3, cooperative=True)
         assert out.view(torch.int32)[0] == 3 * 64
         out.zero_()
         with pytest.raises(RuntimeError, match="nobody gets on"):  # block after block: each waits for the others
-            launch("grid", 0, grid=3)
+            launch("all_blocks", 0, grid=3)

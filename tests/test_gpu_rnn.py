@@ -185,15 +185,14 @@ def test_staged_in_pieces() -> None:
     """A batch of which shared memory takes eight rows at a time"""
     if HERE:
         pytest.skip("the device has more shared memory than a test would fill")
-    for mode, units in (("lstm", 12), ("gru", 12), ("rnn_tanh", 24)):
-        with shim(shared=11 << 10):
+    for mode, units in (("lstm", 12), ("rnn_tanh", 24)):
+        with shim(shared=8 << 10):
             device = torch.device("cpu")
             for back in (False, True):
-                how = gpu.cut(gpu.KINDS[mode], back, device, 1, 19, units, 0)
+                how = gpu.cut(gpu.KINDS[mode], back, device, 1, 11, units, 0)
                 assert isinstance(how, gpu.Cut)
-                assert how.staged < 19
-            both(mode, units, batch=19, steps=2)
-            both(mode, units, sizes=torch.tensor([19, 17, 2]))
+                assert how.staged == 8
+            both(mode, units, sizes=torch.tensor([11, 9, 2]))
 
 
 def test_what_does_not_fit() -> None:

@@ -343,7 +343,7 @@ recurrent_stack_backward: Operator = Operator(
     "recurrent_stack_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor input, Tensor hx, Tensor? cx, Tensor weights,"
     f" Tensor y, Tensor reserve, {_STACK}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     "rnn",
-    check=lambda *args: _check_stack(*args[3:7], *args[9:14], True),
+    check=lambda *args: _check_stack(*(*args[3:7], *args[9:14], True)),
     allocate=lambda plan, *args: tuple(
         args[3].new_empty(t.shape if t is not None and needed else (0,)) for t, needed in zip(args[3:7], args[14], strict=True)
     ),

@@ -200,7 +200,8 @@ def recurrent_stack_backward(
             w_ih, w_hh, b_ih, b_hh = jobs[k]
             d_x, d_h[k], d_c[k], *d_params = recurrent_backward(
                 grad.split(units, 1)[k % directions], grad_h[k], d0, below[layer], hx[k], c0, w_ih, w_hh, b_ih, b_hh, None,
-                made[k][0], made[k][3], batch_sizes, mode, k % directions == 1, [True, True, cx is not None, True, True, bias, bias, False],
+                made[k][0], made[k][3], batch_sizes, mode, k % directions == 1,
+                [True, True, cx is not None, True, True, bias, bias, False],
             )  # fmt: skip
             d_below = d_below + d_x
             d_weights[k] = [p.reshape(-1) for p in d_params[: 4 if bias else 2]]

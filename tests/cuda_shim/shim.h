@@ -45,7 +45,7 @@ static std::vector<char*> stacks;  // kept for the next launch
 static std::vector<char> shared;
 static size_t shared_room;
 static Fiber* current;
-static bool fibrous, whole, moved;
+static bool fibrous, whole;
 static void (*body)(const void*);
 static const void* body_args;
 static char* message;
@@ -97,6 +97,23 @@ static bool together(Fiber* first, unsigned count, State state, const char* mixe
     return true;
 }
 
+// Every thread of a block to its next barrier or pause; true if a barrier opened.
+static bool advance(Fiber* first, unsigned block) {
+    bool opened = false;
+    for (unsigned i = 0; i < block; i++) {
+        if (first[i].state == READY) enter(first[i]);
+        if (message[0]) return false;
+    }
+    for (unsigned w = 0; w < block; w += 32) {
+        const unsigned lanes = w + 32 < block ? 32 : block - w;
+        if (together(first + w, lanes, WARP, "lanes of a warp at different shuffles", "lanes left before a shuffle"))
+            for (unsigned i = w; i < w + lanes; i++) { first[i].state = READY; opened = true; }
+    }
+    if (together(first, block, BLOCK, "threads at different barriers", "threads left before a barrier"))
+        for (unsigned i = 0; i < block; i++) { first[i].state = READY; opened = true; }
+    return opened && !message[0];
+}
+
 static void run_blocks(unsigned from, unsigned to, unsigned block) {
     const unsigned count = (to - from) * block;
     fibers.resize(count);
@@ -112,24 +129,18 @@ static void run_blocks(unsigned from, unsigned to, unsigned block) {
         f.state = READY;
         makecontext(&f.context, start, 0);
     }
+    // Unfair on purpose: a block runs until it can get no further without another one, forwards and backwards through the grid, so
+    // that who forgets to wait for the others reads what they have not written yet.
     unsigned idle = 0;
-    for (unsigned alive = count; alive;) {
-        moved = false;
+    bool back = false;
+    for (unsigned alive = count; alive; back = !back) {
+        bool moved = false;
         alive = 0;
-        for (unsigned b = 0; b < count; b += block) {
-            for (unsigned i = b; i < b + block; i++) {
-                if (fibers[i].state == READY) enter(fibers[i]);
-                if (message[0]) return;
-                alive += fibers[i].state != DONE;
-            }
-            for (unsigned w = b; w < b + block; w += 32) {
-                const unsigned lanes = w + 32 < b + block ? 32 : b + block - w;
-                if (together(&fibers[w], lanes, WARP, "lanes of a warp at different shuffles", "lanes left before a shuffle"))
-                    for (unsigned i = w; i < w + lanes; i++) { fibers[i].state = READY; moved = true; }
-            }
-            if (together(&fibers[b], block, BLOCK, "threads at different barriers", "threads left before a barrier"))
-                for (unsigned i = b; i < b + block; i++) { fibers[i].state = READY; moved = true; }
+        for (unsigned n = 0; n < count; n += block) {
+            const unsigned b = back ? count - block - n : n;
+            while (advance(&fibers[b], block)) moved = true;
             if (message[0]) return;
+            for (unsigned i = b; i < b + block; i++) alive += fibers[i].state != DONE;
         }
         // Without a barrier that opened, only a thread that waits for memory can get on.
         idle = moved ? 0 : idle + 1;

@@ -59,11 +59,8 @@ class CuPy:
 
     @cache  # noqa: B019
     def limits(self, device: torch.device) -> Limits:
-        from cupy.cuda import runtime
-
-        index = device.index or 0
-        return Limits(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index),
-                      runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index))  # fmt: skip
+        has = torch.cuda.get_device_properties(device)
+        return Limits(has.multi_processor_count, getattr(has, "shared_memory_per_block_optin", STATIC))
 
     def function(self, source: Source, expression: str, device: torch.device) -> Any:
         """CuPy's kernel object of an expression such as ``forward<float, 4>``, on a device."""
