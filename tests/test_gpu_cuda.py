@@ -131,7 +131,8 @@ __global__ void all_blocks(const Probe p) {
 
 @functools.cache
 def probe() -> cuda.Source:
-    source = cuda.Source("probe", lambda: ["sum", "some_wait", "two_places", "some_shuffle", "past_the_end", "stuck", "all_blocks"])
+    names = ["sum", "some_wait", "two_places", "some_shuffle", "past_the_end", "stuck", "all_blocks"]
+    source = cuda.Source("probe", lambda: names)
     source.__dict__["text"] = PROBE
     return source
 
