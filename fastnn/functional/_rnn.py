@@ -94,6 +94,25 @@ def _only_torch(op: str, input: Tensor, backend: str | None) -> str | None:
     return "backend 'torch' was named" if named == "torch" else None
 
 
+def _side_by_side(input: Tensor) -> bool:
+    """Whether layers are run all at once, as they are on a GPU, and not one after the other."""
+    return input.is_cuda and not is_dynamo_compiling()
+
+
+def _no_stack(
+    mode: str, input: Tensor, hx: Tensor, num_layers: int, directions: int, projected: bool, dropping: bool, backend: str | None
+) -> str | None:
+    """Why torch serves layers on a GPU"""
+    named = backends.chosen(backend)
+    if named not in ("auto", "gpu") or input.dtype not in FLOATING:
+        return _only_torch(mode, input, backend)
+    if projected:
+        return "the recurrent kernels for the GPU have no projection"
+    if dropping:
+        return "dropout between layers keeps the GPU's kernels from running them side by side"
+    return _rnn.gpu_refusal(input, hx, mode, num_layers, directions)
+
+
 def _states_rule(mode: str, input: Tensor) -> bool:
     """Whether autocast leaves the states' dtype as it is and lowers products only, as in torch's GRU and cells. Here all is
     computed in the states' dtype then; in an RNN, and an LSTM's layers, all is lowered."""
@@ -156,7 +175,14 @@ def _layers(
     found = layers_again(mode, input, states, params, bidirectional, batch_first, backend) if short else None
     if found is not None:
         return found if cx is not None else (*found, hx)
-    reason = _only_torch(mode, input, backend)
+    directions = 2 if bidirectional else 1
+    count = len(params) // (num_layers * directions)
+    together = _side_by_side(input)
+    if together:
+        projected, dropping = count > (4 if has_biases else 2), train and dropout > 0 and num_layers > 1
+        reason = _no_stack(mode, input, hx, num_layers, directions, projected, dropping, backend)
+    else:
+        reason = _only_torch(mode, input, backend)
     if reason is not None:
         backends.torch_serves(mode, (input, hx), backend, reason)
         given = hx if cx is None else (hx, cx)
@@ -179,8 +205,6 @@ def _layers(
         if steps == 0:
             raise RuntimeError(f"{mode}(): Expected sequence length to be larger than 0 in RNN, got {tuple(input.shape)}")
         rows = input.reshape(steps * batch, size)
-    directions = 2 if bidirectional else 1
-    count = len(params) // (num_layers * directions)
     least = 4 if has_biases else 2
     most = least + 1 if mode == "lstm" else least
     if len(params) != count * num_layers * directions or not least <= count <= most:
@@ -194,6 +218,15 @@ def _layers(
                 f"{mode}(): {name} must have 3 dimensions, the first {num_layers * directions}, got {tuple(state.shape)}"
             )
     keep = not recompute and torch.is_grad_enabled() and any_requires_grad(input, hx, cx, *params)
+    if together:
+        flat = _rnn.flat_weights(rows, params, mode, hx.shape[2], num_layers, directions)
+        rows, h_n, c_n = _rnn.recurrent_stack.call(
+            rows, hx, cx, flat, batch_sizes, mode, num_layers, bidirectional, has_biases, keep, backend
+        )
+        if batch_sizes is None:
+            rows = rows.view(steps, batch, rows.shape[1])
+            rows = rows.transpose(0, 1) if batch_first else rows
+        return rows, h_n, c_n
     initial, cells = hx.unbind(0), cx.unbind(0) if cx is not None else ()
     last: list[Tensor] = []
     last_cells: list[Tensor] = []

@@ -256,6 +256,118 @@ recurrent_backward: Operator = Operator(
 )
 
 
+# All layers and directions at once, where a kernel runs them side by side: on a GPU.
+
+
+def _stack_sizes(input: Tensor, hx: Tensor, mode: str, layers: int, bidirectional: bool, bias: bool) -> tuple[int, int]:
+    """(numbers in the weights, in what is kept)"""
+    directions, units = 2 if bidirectional else 1, hx.shape[2]
+    columns = [input.shape[1], *[directions * units] * (layers - 1)]
+    each = sum(c + units + (2 if bias else 0) for c in columns) * directions
+    kept = (layers - 1) * directions * units + layers * directions * reference.KEPT[mode] * units
+    return reference.GATES[mode] * units * each, input.shape[0] * kept
+
+
+def _check_stack(
+    input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor, batch_sizes: Tensor | None, mode: str, layers: int,
+    bidirectional: bool, bias: bool, keep: bool,
+) -> str | None:  # fmt: skip
+    jobs = layers * (2 if bidirectional else 1)
+    if input.dim() != 2 or hx.dim() != 3 or hx.shape[0] != jobs:
+        raise RuntimeError(
+            f"recurrent_stack(): input must be a matrix and hx ({jobs}, B, H), got {tuple(input.shape)} and {tuple(hx.shape)}"
+        )
+    _need("hx", hx, tuple(hx.shape), input)
+    if mode == "lstm":
+        _need("cx", cx, tuple(hx.shape), input)
+    _need("weights", weights, (_stack_sizes(input, hx, mode, layers, bidirectional, bias)[0],), input)
+    if batch_sizes is None and (hx.shape[1] == 0 or input.shape[0] % hx.shape[1]):
+        raise RuntimeError(f"recurrent_stack(): input's rows must be a multiple of hx's {hx.shape[1]}, got {input.shape[0]}")
+    return only_torch(input.dtype)
+
+
+def _inspect_stack(input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor, batch_sizes: Tensor | None, *rest: Any) -> None:
+    _inspect(input, hx[0], *[None] * 6, batch_sizes)
+
+
+def _allocate_stack(plan: None, input: Tensor, hx: Tensor, cx: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    mode, layers, bidirectional, bias, keep = rest[2:]
+    kept = _stack_sizes(input, hx, mode, layers, bidirectional, bias)[1] if keep else 0
+    return (
+        input.new_empty(input.shape[0], (2 if bidirectional else 1) * hx.shape[2]),
+        input.new_empty(hx.shape),
+        input.new_empty((0,) if cx is None else cx.shape),
+        input.new_empty((kept,), dtype=torch.promote_types(input.dtype, torch.float32)),
+    )
+
+
+def _stack_extra(*args: Any) -> Tensor:
+    reserve = reference.recurrent_stack(*args)[3]
+    return reserve.to(torch.promote_types(reserve.dtype, torch.float32))
+
+
+def _save_stack(ctx: Any, args: Any, out: tuple[Tensor, ...]) -> None:
+    ctx.rest = args[5:9]
+    ctx.save_for_backward(*args[:4], out[0], out[3], args[4])
+
+
+def _stack_gradients(ctx: Any, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
+    *given, y, reserve, batch_sizes = ctx.saved_tensors
+    needs = [t is not None and n for t, n in zip(given, ctx.needs_input_grad, strict=False)]
+    found = recurrent_stack_backward.call(
+        grad_y, grad_h, grad_c, *given, y, reserve, batch_sizes, *ctx.rest, needs, ctx.backend
+    )
+    return *(g if n else None for g, n in zip(found, needs, strict=True)), *[None] * 6
+
+
+_STACK = "Tensor? batch_sizes, str mode, int layers, bool bidirectional, bool bias"
+
+recurrent_stack: Operator = Operator(
+    f"recurrent_stack(Tensor input, Tensor hx, Tensor? cx, Tensor weights, {_STACK}, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "rnn",
+    check=_check_stack,
+    inspect=_inspect_stack,
+    allocate=_allocate_stack,
+    torch=lambda *args: reference.recurrent_stack(*args)[:3],
+    extra=_stack_extra,
+    visible=3,
+    save=_save_stack,
+    backward=_stack_gradients,
+    autocast="lower",
+)
+"""Layers in one or two directions: input (N, I), hx and cx (L·D, B, H), weights: all of them in one vector, for each layer and
+direction w_ih, w_hh and with ``bias`` b_ih, b_hh → (N, D·H), (L·D, B, H), (L·D, B, H). The rest as in ``recurrent``."""
+
+recurrent_stack_backward: Operator = Operator(
+    "recurrent_stack_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor input, Tensor hx, Tensor? cx, Tensor weights,"
+    f" Tensor y, Tensor reserve, {_STACK}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rnn",
+    check=lambda *args: _check_stack(*(*args[3:7], *args[9:14], True)),
+    allocate=lambda plan, *args: tuple(
+        args[3].new_empty(t.shape if t is not None and needed else (0,)) for t, needed in zip(args[3:7], args[14], strict=True)
+    ),
+    torch=reference.recurrent_stack_backward,
+)
+
+
+def flat_weights(input: Tensor, params: Sequence[Tensor], mode: str, units: int, layers: int, directions: int) -> Tensor:
+    """What recurrent_stack takes for torch's parameters. Raises RuntimeError where one has not the shape, dtype or device."""
+    count, wide = len(params) // (layers * directions), reference.GATES[mode] * units
+    for k in range(layers * directions):
+        columns = input.shape[1] if k < directions else directions * units
+        shapes = ((wide, columns), (wide, units), (wide,), (wide,))
+        for name, p, shape in zip(("w_ih", "w_hh", "b_ih", "b_hh"), params[k * count : (k + 1) * count], shapes, strict=False):
+            _need(f"{name} of layer {k // directions}", p, shape, input)
+    return torch.cat([p.reshape(-1) for p in params])
+
+
+def gpu_refusal(input: Tensor, hx: Tensor, mode: str, layers: int, directions: int) -> str | None:
+    """Why the GPU's kernels do not take such layers; None if they do."""
+    _, supports, _ = backends.tables["gpu"].get("recurrent_stack") or backends.load("gpu", recurrent_stack)
+    return supports("recurrent_stack", input, hx, None, None, None, mode, layers, directions == 2) if supports else None
+
+
 # The pooling of a QRNN
 
 

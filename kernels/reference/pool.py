@@ -88,7 +88,7 @@ def max_pool_with_indices(
         return values.new_empty(values.shape[:-1]), values.new_empty(values.shape[:-1], dtype=torch.int64)
     seen = torch.where(inside, values.detach(), -inf)
     last_nan = seen.shape[-1] - 1 - seen.isnan().flip(-1).to(torch.uint8).argmax(-1)
-    top = torch.where(inside, seen, seen.amin()).amax(-1, keepdim=True)
+    top = seen.amax(-1, keepdim=True)
     first = ((seen == top) & inside).to(torch.uint8).argmax(-1)
     best = torch.where(seen.isnan().any(-1), last_nan, first).unsqueeze(-1)
     return values.gather(-1, best).squeeze(-1), place.expand(values.shape).gather(-1, best).squeeze(-1)

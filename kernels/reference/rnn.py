@@ -133,6 +133,83 @@ def recurrent_backward(
     return tuple(value if needed else input.new_empty(0) for value, needed in zip(found, needs, strict=True))
 
 
+def unpack(weights: Tensor, mode: str, inputs: int, units: int, layers: int, directions: int, bias: bool) -> list[list[Any]]:
+    """w_ih, w_hh, b_ih, b_hh of each layer and direction out of one vector that has them all in this order."""
+    wide, found, at = GATES[mode] * units, [], 0
+    for k in range(layers * directions):
+        columns = inputs if k < directions else directions * units
+        job: list[Any] = []
+        for shape in ((wide, columns), (wide, units), *([(wide,)] * 2 if bias else [])):
+            count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+            job.append(weights[at : at + count].view(shape))
+            at += count
+        found.append(job if bias else [*job, None, None])
+    return found
+
+
+def recurrent_stack(
+    input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor, batch_sizes: Tensor | None, mode: str, layers: int,
+    bidirectional: bool, bias: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Layers on layers: each sees all directions of the one below. What is kept: the lower layers' outputs, then their gates."""
+    directions = 2 if bidirectional else 1
+    jobs = unpack(weights, mode, input.shape[1], hx.shape[2], layers, directions, bias)
+    rows, lower, kept, states, cells = input, [], [], [], []
+    for layer in range(layers):
+        if layer:
+            lower.append(rows.detach().reshape(-1))
+        outs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            c0 = None if cx is None else cx[k]
+            w_ih, w_hh, b_ih, b_hh = jobs[k]
+            y, h, c, reserve = recurrent(
+                rows, hx[k], c0, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, mode, k % directions == 1, keep
+            )  # fmt: skip
+            outs.append(y)
+            states.append(h)
+            cells.append(c)
+            kept.append(reserve.reshape(-1))
+        rows = torch.cat(outs, 1)
+    last = cells[0] if cx is None else torch.stack(cells)
+    return rows, torch.stack(states), last, torch.cat([*lower, *kept]) if keep else hx.new_empty(0)
+
+
+def recurrent_stack_backward(
+    grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor, y: Tensor,
+    reserve: Tensor, batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool, bias: bool, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of input, hx, cx and weights, layer by layer from the top; everything else is made again."""
+    directions, units = 2 if bidirectional else 1, hx.shape[2]
+    jobs = unpack(weights, mode, input.shape[1], units, layers, directions, bias)
+    below = [input]
+    made: dict[int, tuple[Tensor, ...]] = {}
+    for k, job in enumerate(jobs):
+        c0 = None if cx is None else cx[k]
+        w_ih, w_hh, b_ih, b_hh = job
+        made[k] = recurrent(
+            below[k // directions], hx[k], c0, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, mode, k % directions == 1, True
+        )  # fmt: skip
+        if k % directions == directions - 1:
+            below.append(torch.cat([made[i][0] for i in range(k - directions + 1, k + 1)], 1))
+    d_h, d_c, d_weights = [hx] * len(jobs), [hx] * len(jobs), [[weights]] * len(jobs)
+    grad = grad_y
+    for layer in reversed(range(layers)):
+        d_below: Any = 0
+        for k in range(layer * directions, (layer + 1) * directions):
+            c0, d0 = (None, grad_c) if cx is None else (cx[k], grad_c[k])
+            w_ih, w_hh, b_ih, b_hh = jobs[k]
+            d_x, d_h[k], d_c[k], *d_params = recurrent_backward(
+                grad.split(units, 1)[k % directions], grad_h[k], d0, below[layer], hx[k], c0, w_ih, w_hh, b_ih, b_hh, None,
+                made[k][0], made[k][3], batch_sizes, mode, k % directions == 1,
+                [True, True, cx is not None, True, True, bias, bias, False],
+            )  # fmt: skip
+            d_below = d_below + d_x
+            d_weights[k] = [p.reshape(-1) for p in d_params[: 4 if bias else 2]]
+        grad = d_below
+    found = (grad, torch.stack(d_h), torch.stack(d_c) if cx is not None else hx, torch.cat([p for job in d_weights for p in job]))
+    return tuple(value if needed else input.new_empty(0) for value, needed in zip(found, needs, strict=True))
+
+
 def scan(f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> Tensor:
     """c_t = f_t · c_{t-1} + u_t, the pooling of a QRNN (Bradbury et al. 2016, section 2.1)."""
     states, c = [], c0

@@ -1,0 +1,399 @@
+"""Recurrent layers on NVIDIA GPUs: how they are cut among blocks, and what is left to matrix products. What happens in the
+kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
+
+The first layer's input product is one matrix product beforehand, the weights' gradients are products afterwards, by torch.
+Kernels compute in float32; 16-bit arguments are widened, and the results rounded once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnn.kernels.reference.rnn import GATES, KEPT, unpack
+
+from .engine import cuda
+
+KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
+WARPS = {1: 16, 2: 16, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
+ROWS, TILE, JOBS = 4, 8, 12  # as in rnn.cu
+
+
+def _instances() -> list[str]:
+    """All kernels that a call may ask for."""
+    found = [f"{name}<{kind}, {kv}>" for name in ("forward", "backward") for kind in ("LSTM", "GRU", "RNN") for kv in WARPS]
+    return found + [f"scan<{name}>" for name in TYPES.values()]
+
+
+SOURCE = cuda.Source("rnn", _instances)
+
+
+class Cut(NamedTuple):
+    """How the jobs of a launch lie on the device."""
+
+    kv: int  # 128 · kv columns are in a warp's registers
+    warps: int  # of a block
+    blocks: int  # of a job
+    parts: int  # warps that share the columns of a backward
+    staged: int  # rows of the batch in shared memory at once
+    shared: int  # bytes
+
+
+@lru_cache(1024)
+def cut(kind: str, back: bool, device: torch.device, jobs: int, batch: int, units: int, below: int) -> Cut | str:
+    """The cut, or why there is none; below: columns of the layer below that is in the same launch, 0 without one."""
+    has = cuda.limits(device)
+    available = has.multiprocessors // jobs
+    if available == 0 or jobs > JOBS:
+        return f"{jobs} layers and directions are more than run side by side here ({min(JOBS, has.multiprocessors)})"
+    for kv, most in WARPS.items():
+        if back:
+            parts = -(-units * (1 if kind == "RNN" else 4) // (128 * kv))
+            rows = -(-(below + units) // ROWS)  # quadruples of columns
+        else:
+            parts, rows = 1, -(-units // ROWS) if kind == "RNN" else units
+            if below + units > 128 * kv:
+                continue
+        each = max(-(-rows // available), -(-4 // parts))  # at least four warps: one for each scheduler
+        if each * parts > most:
+            continue
+        own = (parts + 2) * each * ROWS if back else each  # numbers a row of the batch that stay in shared memory
+        room = has.shared // 4 - own * batch
+        staged = min(-(-batch // TILE), room // (parts * kv * 128 * TILE)) * TILE
+        if staged > 0:
+            return Cut(kv, each * parts, -(-rows // each), parts, staged, 4 * (staged * parts * kv * 128 + own * batch))
+    what = f"{jobs} × {units} units" + (f" on {below}" if below else "") + f" with a batch of {batch}"
+    return f"the weights of {what} do not fit in the registers of {has.multiprocessors} multiprocessors"
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class Job(NamedTuple):
+    """One direction of one layer, in the order of Job in rnn.cu."""
+
+    below: int = 0
+    w_ih: int = 0
+    w_hh: int = 0
+    b_ih: int = 0
+    b_hh: int = 0
+    gates_in: int = 0
+    h0: int = 0
+    c0: int = 0
+    y: int = 0
+    h_n: int = 0
+    c_n: int = 0
+    kept: int = 0
+    done: int = 0
+    wait0: int = 0
+    wait1: int = 0
+    reverse: int = 0
+    below_columns: int = 0
+    y_stride: int = 0
+    y_at: int = 0
+    grad_y0: int = 0
+    grad_y1: int = 0
+    grad_h: int = 0
+    grad_c: int = 0
+    gates_x: int = 0
+    gates_h: int = 0
+    d_below: int = 0
+    d_h0: int = 0
+    d_c0: int = 0
+    grad_stride: int = 0
+    grad_at: int = 0
+    above0: int = 0
+    above1: int = 0
+
+
+class Stack(NamedTuple):
+    """What a call is about: layers in directions, over rows that are steps one after the other."""
+
+    mode: str
+    rows: int
+    batch: int
+    units: int
+    layers: int
+    directions: int
+    reversed: tuple[bool, ...]  # of each direction
+    batch_sizes: Tensor | None
+
+
+Parameters = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh of one job
+
+
+def _launch(name: str, s: Stack, device: torch.device, below: int, jobs: Sequence[Job]) -> None:
+    if s.batch_sizes is None:
+        steps, starts = s.rows // s.batch, None
+    else:
+        steps = len(s.batch_sizes)
+        starts = torch.cat([s.batch_sizes.new_zeros(1), s.batch_sizes.cumsum(0)]).to(device)
+    kind = KINDS[s.mode]
+    how = cut(kind, name == "backward", device, len(jobs), s.batch, s.units, below)
+    if isinstance(how, str):
+        raise RuntimeError(f"recurrent(): {how}")
+    words = array("q", [_address(starts), steps, s.batch, s.units, s.mode == "rnn_relu", how.blocks, how.staged, how.parts,
+                        s.units % 4 == 0])  # fmt: skip
+    for job in jobs:
+        words.extend(job)
+    words.extend([0] * (len(Job._fields) * (JOBS - len(jobs))))
+    expression, grid, block = f"{name}<{kind}, {how.kv}>", len(jobs) * how.blocks, 32 * how.warps
+    if grid > SOURCE.resident(expression, device, block, how.shared):
+        raise RuntimeError(f"recurrent(): {grid} blocks of {expression} do not fit on {device} at once; use backend='torch'")
+    SOURCE.launch(expression, device, grid, block, words, how.shared, cooperative=True)
+
+
+def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
+    """The input's part of all gates of all steps, with the biases, but that of the GRU's state's part of n."""
+    w_ih, _, b_ih, b_hh = p
+    assert w_ih is not None
+    if b_ih is None or b_hh is None:
+        return input @ w_ih.t()
+    bias = b_ih + b_hh
+    if s.mode == "gru":
+        bias[2 * s.units :] = b_ih[2 * s.units :]
+    return torch.addmm(bias, input, w_ih.t())
+
+
+def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
+            h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
+    """All layers. hx, cx, h_n, c_n (L·D, B, H); ys (L, rows, D·H); kept (L·D, rows, 5·H or 4·H); all float32 and dense."""
+    d, wide = s.directions, s.directions * s.units
+    done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
+    first = [_input_product(s, input, p) for p in params[:d]]
+    jobs = []
+    for k, p in enumerate(params):
+        layer = k // d
+        job = Job(w_ih=_address(p[0]), w_hh=_address(p[1]), b_ih=_address(p[2]), b_hh=_address(p[3]), h0=hx[k].data_ptr(),
+                  c0=0 if cx is None else cx[k].data_ptr(), y=ys[layer].data_ptr(), h_n=h_n[k].data_ptr(),
+                  c_n=0 if c_n is None else c_n[k].data_ptr(), kept=0 if kept is None else kept[k].data_ptr(),
+                  done=done[k].data_ptr(), reverse=s.reversed[k % d], y_stride=wide, y_at=k % d * s.units)  # fmt: skip
+        if layer:
+            waits = [done[(layer - 1) * d + i].data_ptr() for i in range(d)]
+            job = job._replace(below=ys[layer - 1].data_ptr(), below_columns=wide, wait0=waits[0])
+            if d > 1:
+                job = job._replace(wait1=waits[1])
+        else:
+            job = job._replace(gates_in=first[k].data_ptr())
+        jobs.append(job)
+    _launch("forward", s, input.device, wide if s.layers > 1 else 0, jobs)
+
+
+def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
+    """The state that each row's step started from."""
+    if s.batch_sizes is None:
+        return torch.cat([y[s.batch :], h0] if reverse else [h0, y[: -s.batch]])
+    sizes = s.batch_sizes
+    step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    starts = torch.cumsum(sizes, 0) - sizes
+    row = torch.arange(s.rows) - starts[step]
+    near = step + (1 if reverse else -1)
+    inside = (near >= 0) & (near < len(sizes))
+    near = near.clamp(0, len(sizes) - 1)
+    inside &= row < sizes[near]
+    return torch.cat([y, h0]).index_select(0, torch.where(inside, starts[near] + row, s.rows + row).to(y.device))
+
+
+def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
+             params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, needs_input: bool,
+             ) -> tuple[Tensor | None, Tensor, Tensor | None, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:  # fmt: skip
+    """The gradients of input, hx, cx and each job's parameters (biases too), all float32."""
+    d, wide, gates = s.directions, s.directions * s.units, GATES[s.mode] * s.units
+    done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
+    gates_x = input.new_empty(len(params), s.rows, gates)
+    gates_h = torch.empty_like(gates_x) if s.mode == "gru" else gates_x
+    between = input.new_empty(len(params), s.rows, wide) if s.layers > 1 else None  # what jobs make for the layer below
+    d_hx, d_cx = torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
+    jobs = []
+    for k, p in enumerate(params):
+        layer, at = k // d, k % d * s.units
+        job = Job(w_ih=_address(p[0]), w_hh=_address(p[1]), h0=hx[k].data_ptr(), c0=0 if cx is None else cx[k].data_ptr(),
+                  y=ys[layer].data_ptr(), kept=0 if kept is None else kept[k].data_ptr(), done=done[k].data_ptr(),
+                  reverse=s.reversed[k % d], y_stride=wide, y_at=at, grad_stride=wide, grad_at=at,
+                  grad_h=grad_h[k].data_ptr(), grad_c=0 if grad_c is None else grad_c[k].data_ptr(),
+                  gates_x=gates_x[k].data_ptr(), gates_h=gates_h[k].data_ptr(), d_h0=d_hx[k].data_ptr(),
+                  d_c0=0 if d_cx is None else d_cx[k].data_ptr(), grad_y0=grad_y.data_ptr())  # fmt: skip
+        if layer and between is not None:
+            job = job._replace(below_columns=wide, d_below=between[k].data_ptr())
+        if layer < s.layers - 1 and between is not None:
+            above = range((layer + 1) * d, (layer + 2) * d)
+            made, counters = [between[a].data_ptr() for a in above], [done[a].data_ptr() for a in above]
+            job = job._replace(grad_y0=made[0], above0=counters[0])
+            if d > 1:
+                job = job._replace(grad_y1=made[1], above1=counters[1])
+        jobs.append(job)
+    _launch("backward", s, input.device, wide if s.layers > 1 else 0, jobs)
+    d_input, found = None, []
+    for k, p in enumerate(params):
+        layer, at = k // d, k % d * s.units
+        below = ys[layer - 1] if layer else input
+        state = _before(s, hx[k], ys[layer][:, at : at + s.units], s.reversed[k % d])
+        d_bias = gates_x[k].sum(0)
+        found.append((gates_x[k].t() @ below, gates_h[k].t() @ state, d_bias, d_bias if s.mode != "gru" else gates_h[k].sum(0)))
+        if needs_input and layer == 0:
+            assert p[0] is not None
+            part = gates_x[k] @ p[0]
+            d_input = part if d_input is None else d_input + part
+    return d_input, d_hx, d_cx, found
+
+
+def _wide(t: Any) -> Any:
+    """Dense, in what the kernels compute with."""
+    return None if t is None else t.float().contiguous()
+
+
+def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Stack:
+    return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes)
+
+
+def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+              b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, batch_sizes: Tensor | None, mode: str,
+              reverse: bool, keep: bool) -> None:
+    """out = (the states of all rows, the last state, the last cell, what the backward needs); see ops/rnn.py for the shapes."""
+    if input.shape[0] == 0 or hx.shape[0] == 0:
+        return
+    s = _one(mode, input, hx, batch_sizes, reverse)
+    x, h0, c0, *params = (_wide(t) for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh))
+    y, h_n, c_n, kept = out
+    results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
+    cells = (None, None) if c0 is None else (c0[None], results[2][None])
+    forward(s, x, h0[None], cells[0], [params], results[:1], results[1][None], cells[1],
+            kept[None] if kept.numel() else None)  # fmt: skip
+    for to, value in zip(out, results, strict=False):
+        if to is not value:
+            to.copy_(value)
+
+
+def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
+                       cx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+                       w_hr: Tensor | None, y: Tensor, reserve: Tensor, batch_sizes: Tensor | None, mode: str, reverse: bool,
+                       needs: Sequence[bool]) -> None:
+    """out = the gradients of input, hx, cx, w_ih, w_hh, b_ih, b_hh, w_hr; those that ``needs`` leaves out are empty."""
+    if input.shape[0] == 0:
+        for t in out:
+            t.zero_()
+        return
+    s = _one(mode, input, hx, batch_sizes, reverse)
+    x, h0, c0, *params = (_wide(t) for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh))
+    states, kept = _wide(y), reserve
+    if not reserve.numel() and KEPT[mode]:  # the gates were not kept: they are made again
+        kept, states = x.new_empty(s.rows, KEPT[mode] * s.units), torch.empty_like(states)
+        forward(s, x, h0[None], None if c0 is None else c0[None], [params], [states], torch.empty_like(h0)[None],
+                None if c0 is None else torch.empty_like(c0)[None], kept[None])  # fmt: skip
+    d_x, d_hx, d_cx, [found] = backward(
+        s, _wide(grad_y), _wide(grad_h)[None], _wide(grad_c)[None] if c0 is not None else None, x, h0[None],
+        None if c0 is None else c0[None], [params], [states], kept[None] if kept.numel() else None, needs[0],
+    )  # fmt: skip
+    for to, value, needed in zip(out, (d_x, d_hx[0], None if d_cx is None else d_cx[0], *found), needs, strict=False):
+        if needed and value is not None:
+            to.copy_(value)
+
+
+def _stacked(input: Tensor, hx: Tensor, batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool) -> Stack:
+    directions = 2 if bidirectional else 1
+    return Stack(mode, input.shape[0], hx.shape[1], hx.shape[2], layers, directions, (False, True)[:directions], batch_sizes)
+
+
+def _parted(s: Stack, reserve: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs of the lower layers, and the gates, which the GRU and the LSTM keep."""
+    wide = s.directions * s.units
+    lower, kept = reserve[: (s.layers - 1) * s.rows * wide], reserve[(s.layers - 1) * s.rows * wide :]
+    gates = kept.view(s.layers * s.directions, s.rows, KEPT[s.mode] * s.units) if KEPT[s.mode] else None
+    return list(lower.view(s.layers - 1, s.rows, wide)), gates
+
+
+def recurrent_stack(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, weights: Tensor,
+                    batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool) -> None:
+    """out = (the last layer's states, all last states, all last cells, what the backward needs); shapes: ops/rnn.py."""
+    if input.shape[0] == 0:
+        return
+    s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
+    x, h0, c0, w = (_wide(t) for t in (input, hx, cx, weights))
+    params = unpack(w, mode, x.shape[1], s.units, layers, s.directions, bias)
+    y, h_n, c_n, reserve = out
+    lower, kept = _parted(s, reserve) if keep else (list(x.new_empty(layers - 1, s.rows, y.shape[1])), None)
+    results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
+    forward(s, x, h0, c0, params, [*lower, results[0]], results[1], None if c0 is None else results[2], kept)
+    for to, value in zip(out, results, strict=False):
+        if to is not value:
+            to.copy_(value)
+
+
+def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
+                             cx: Tensor | None, weights: Tensor, y: Tensor, reserve: Tensor, batch_sizes: Tensor | None,
+                             mode: str, layers: int, bidirectional: bool, bias: bool, needs: Sequence[bool]) -> None:
+    """out = the gradients of input, hx, cx and weights; those that ``needs`` leaves out are empty."""
+    if input.shape[0] == 0:
+        for t in out:
+            t.zero_()
+        return
+    s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
+    x, h0, c0, w, top = (_wide(t) for t in (input, hx, cx, weights, y))
+    params = unpack(w, mode, x.shape[1], s.units, layers, s.directions, bias)
+    if not reserve.numel() and (layers > 1 or KEPT[mode]):  # nothing was kept: it is made again
+        jobs = layers * s.directions
+        reserve = x.new_empty(s.rows * ((layers - 1) * top.shape[1] + jobs * KEPT[mode] * s.units))
+        lower, kept = _parted(s, reserve)
+        top = torch.empty_like(top)
+        c_n = None if c0 is None else torch.empty_like(c0)
+        forward(s, x, h0, c0, params, [*lower, top], torch.empty_like(h0), c_n, kept)
+    lower, kept = _parted(s, reserve)
+    d_c = None if c0 is None else _wide(grad_c)
+    d_x, d_hx, d_cx, found = backward(s, _wide(grad_y), _wide(grad_h), d_c, x, h0, c0, params, [*lower, top], kept, needs[0])
+    d_weights = torch.cat([p.reshape(-1) for job in found for p in job[: 4 if bias else 2]]) if needs[3] else None
+    for to, value, needed in zip(out, (d_x, d_hx, d_cx, d_weights), needs, strict=True):
+        if needed and value is not None:
+            to.copy_(value)
+
+
+def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
+    """out_t = f_t · out_{t-1} + u_t, the first from c0"""
+    if not out.numel():
+        return
+    f, u, c0 = f.contiguous(), u.contiguous(), c0.contiguous()
+    words = array("q", [f.data_ptr(), u.data_ptr(), c0.data_ptr(), out.data_ptr(), out.shape[0], c0.numel(), reverse])
+    SOURCE.threads(f"scan<{TYPES[out.dtype]}>", out.device, c0.numel(), words, 64)
+
+
+def refusal(mode: str, dtype: torch.dtype, device: torch.device, layers: int, directions: int, batch: int, units: int,
+            projected: bool) -> str | None:
+    """Why there is no kernel for such layers; None if there is one."""
+    reason = cuda.refusal()
+    if reason is not None:
+        return reason
+    if dtype == torch.float64:
+        return "the recurrent kernels compute in float32"
+    if projected:
+        return "the recurrent kernels have no projection"
+    below = directions * units if layers > 1 else 0
+    for back in (False, True):
+        how = cut(KINDS[mode], back, device, layers * directions, max(batch, 1), units, below)
+        if isinstance(how, str):
+            return how
+    return None
+
+
+def supports(op: str, *args: Any) -> str | None:
+    """None if a kernel serves the call, else the reason why not."""
+    if op == "scan":
+        return cuda.refusal()
+    if op.startswith("recurrent_stack"):
+        input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
+        mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
+        return refusal(mode, input.dtype, input.device, layers, 2 if bidirectional else 1, hx.shape[1], hx.shape[2], False)
+    input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
+    mode = args[14] if op == "recurrent_backward" else args[9]
+    return refusal(mode, input.dtype, input.device, 1, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], w_hr is not None)
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "recurrent": recurrent, "recurrent_backward": recurrent_backward,
+    "recurrent_stack": recurrent_stack, "recurrent_stack_backward": recurrent_stack_backward, "scan": scan,
+}  # fmt: skip

@@ -1,0 +1,232 @@
+"""Recurrent layers on the GPU against the reference. Without a GPU the same kernels and host code run on the shim, where each
+thread of the whole grid is a fiber: three blocks that wait for each other through memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastnn
+from cuda_shim import needs_compiler, shim
+from fastnn.functional import _rnn as layers
+from fastnn.kernels.gpu import rnn as gpu
+from fastnn.kernels.reference import rnn as reference
+from fastnn.ops import rnn as ops
+from gpu import DEVICE, HERE, run
+
+pytestmark = [] if HERE else [needs_compiler]
+MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+PACKED = torch.tensor([5, 5, 3, 1])
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[Any]:
+    """The shim, where there is no GPU"""
+    if HERE:
+        yield None
+    else:
+        with shim() as device:
+            yield device
+
+
+def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+
+def there(args: Any) -> list[Any]:
+    """On the GPU, but for batch sizes"""
+    return [a.to(DEVICE) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def double(args: Any) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def same(ours: Any, exact: Any, dtype: torch.dtype = torch.float32, times: float = 32.0) -> None:
+    for number, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        assert a.shape == b.shape
+        if b.numel():
+            error = float((a.cpu().double() - b).abs().max())
+            allowed = times * torch.finfo(dtype).eps * max(1.0, float(b.abs().max()))
+            assert error <= allowed, f"result {number}: {error:.3g} of {allowed:.3g}"
+
+
+def both(
+    mode: str,
+    units: int,
+    batch: int = 3,
+    steps: int = 3,
+    sizes: Tensor | None = None,
+    reverse: bool = False,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    keep: bool = True,
+) -> None:
+    """One direction of one layer, and its backward, are the reference's in float64."""
+    wide, inputs = reference.GATES[mode] * units, 5
+    rows, batch = (steps * batch, batch) if sizes is None else (int(sizes.sum()), int(sizes[0]))
+    scale = units**-0.5
+    cells = randn(batch, units, dtype=dtype) if mode == "lstm" else None
+    biases = [randn(wide, dtype=dtype) if bias else None for _ in range(2)]
+    given = [randn(rows, inputs, dtype=dtype), randn(batch, units, dtype=dtype), cells,
+             *(randn(wide, n, scale=scale, dtype=dtype) for n in (inputs, units)), *biases, None]  # fmt: skip
+    rest = [sizes, mode, reverse]
+    found = run(ops.recurrent, *there(given), *rest, keep)
+    exact = reference.recurrent(*double(given), *rest, keep)
+    same(found[:3], exact[:3], dtype)
+    if keep and dtype == torch.float32:
+        same(found[3:], exact[3:])
+    grads = [randn(*t.shape, dtype=dtype) for t in exact[:3]]
+    needs = [t is not None for t in given]
+    back = run(ops.recurrent_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
+    same(back, reference.recurrent_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), dtype, 64)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_layer(mode: str, reverse: bool) -> None:
+    both(mode, 12, reverse=reverse)
+    both(mode, 13, batch=1, reverse=reverse)  # no 16-byte reads; the last units of a block missing
+    both(mode, 8, sizes=PACKED, reverse=reverse, bias=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wide_and_many(mode: str) -> None:
+    """More than 128 columns; more rows than a tile; more than shared memory takes at once; gates made again"""
+    both(mode, 40, batch=11, steps=2, keep=False)
+    if not HERE:
+        units = {"lstm": 16, "gru": 16}.get(mode, 136)
+        with shim(multiprocessors=4, shared=48 << 10):
+            how = gpu.cut(gpu.KINDS[mode], True, torch.device("cpu"), 1, 19, units, 0)
+            assert isinstance(how, gpu.Cut)
+            both(mode, units, batch=19, steps=2)
+
+
+@pytest.mark.parametrize(("layers", "bidirectional", "bias", "keep", "sizes"), [
+    (3, False, True, True, None), (2, True, False, True, PACKED), (1, True, True, True, None), (2, False, True, False, PACKED),
+], ids=["three", "two-packed-ways", "ways", "packed-again"])  # fmt: skip
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_layers_side_by_side(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, sizes: Tensor | None) -> None:
+    """All jobs of a launch wait for each other; the gradients of one vector of weights"""
+    units, batch, inputs, directions = 8, 5, 6, 2 if bidirectional else 1
+    rows = 3 * batch if sizes is None else int(sizes.sum())
+    wide = reference.GATES[mode] * units
+    count = sum((inputs if layer == 0 else directions * units) + units + 2 * bias for layer in range(layers)) * wide * directions
+    states = (layers * directions, batch, units)
+    given = [randn(rows, inputs), randn(*states), randn(*states) if mode == "lstm" else None, randn(count, scale=0.3)]
+    rest = [sizes, mode, layers, bidirectional, bias]
+    with shim(multiprocessors=2 * layers * directions) if not HERE else nullcontext():
+        found = run(ops.recurrent_stack, *there(given), *rest, keep)
+        exact = reference.recurrent_stack(*double(given), *rest, keep)
+        same(found, exact)
+        grads = [randn(*t.shape) for t in exact[:3]]
+        needs = [t is not None for t in given]
+        back = run(ops.recurrent_stack_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
+        same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), times=64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_of_the_functions(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions make of recurrent_stack is what torch makes of its layers; here the op's plain maths serve it."""
+    if not HERE:
+        monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
+        monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}.get(mode, nn.RNN)
+    options: dict[str, Any] = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
+    for more in ({"num_layers": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"batch_first": True}):
+        module = kind(4, 6, **options, **more).to(DEVICE)
+        ours = copy.deepcopy(module)
+        fastnn.replace(ours)
+        x = torch.randn(3, 5, 4, device=DEVICE)
+        packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4, device=DEVICE), torch.tensor([5, 3, 3]))
+        for input in (x, x[0], packed):
+            results = []
+            for m in (ours, module):
+                y, last = m(input)
+                leaves = [y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y, *(last if mode == "lstm" else (last,))]
+                m.zero_grad()
+                weighted = [(t * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in leaves]
+                torch.stack(weighted).sum().backward()
+                results.append([*(t.detach() for t in leaves), *(p.grad for p in m.parameters())])
+            torch.testing.assert_close(*results)
+
+
+def test_a_parameter_of_the_wrong_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
+    monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    params = [randn(24, 4), randn(24, 5), randn(24), randn(24)]
+    with pytest.raises(RuntimeError, match=r"w_hh of layer 0 must have shape \(24, 6\), got \(24, 5\)"):
+        fastnn.functional.lstm(randn(3, 2, 4), (randn(1, 2, 6), randn(1, 2, 6)), params, True, 1, 0.0, False, False)
+
+
+def test_gradients_of_gradients() -> None:
+    shapes = ((4, 3), (2, 2, 3), (2 * (9 + 9 + 6),))
+    given = [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+    def stack(x: Tensor, h: Tensor, w: Tensor) -> Any:
+        return ops.recurrent_stack(x, h, None, w, None, "rnn_tanh", 2, False, True, True)[0]
+
+    assert torch.autograd.gradcheck(stack, given)
+    assert torch.autograd.gradgradcheck(stack, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(dtype: torch.dtype) -> None:
+    both("lstm", 12, dtype=dtype)
+    both("gru", 12, dtype=dtype)
+
+
+def test_staged_in_pieces() -> None:
+    """A batch of which shared memory takes eight rows at a time"""
+    if HERE:
+        pytest.skip("the device has more shared memory than a test would fill")
+    for mode, units in (("lstm", 12), ("rnn_tanh", 24)):
+        with shim(shared=8 << 10):
+            device = torch.device("cpu")
+            for back in (False, True):
+                how = gpu.cut(gpu.KINDS[mode], back, device, 1, 11, units, 0)
+                assert isinstance(how, gpu.Cut)
+                assert how.staged == 8
+            both(mode, units, sizes=torch.tensor([11, 9, 2]))
+
+
+def test_what_does_not_fit() -> None:
+    cpu, big = torch.device("cpu"), randn(4, 2000)
+    with shim(multiprocessors=132, shared=227 << 10):
+        def asked(mode: str, units: int, layers: int = 1, directions: int = 1, batch: int = 10, projected: bool = False,
+                  dtype: torch.dtype = torch.float32) -> str | None:  # fmt: skip
+            return gpu.refusal(mode, dtype, cpu, layers, directions, batch, units, projected)
+
+        for mode in ("lstm", "gru"):
+            assert asked(mode, 256, 6) is None  # the case that the docs count
+            assert asked(mode, 1024) is None
+            assert "do not fit in the registers of 132" in str(asked(mode, 2048))
+            assert "do not fit" in str(asked(mode, 1024, 6))
+        assert "13 layers" in str(asked("lstm", 16, 13))
+        assert "projection" in str(asked("lstm", 16, projected=True))
+        assert "float32" in str(asked("lstm", 16, dtype=torch.float64))
+        w = randn(8000, 2000)
+        assert "do not fit" in str(gpu.supports("recurrent", big, big, big, w, w, None, None, None, None, "lstm", False, True))
+
+
+def test_budget_of_the_documented_case() -> None:
+    """docs/gpu-rnn.md: six layers of 256 units on 132 multiprocessors, a batch of 10"""
+    with shim(multiprocessors=132, shared=227 << 10):
+        forward = gpu.cut("LSTM", False, torch.device("cpu"), 6, 10, 256, 256)
+        backward = gpu.cut("LSTM", True, torch.device("cpu"), 6, 10, 256, 256)
+    assert forward == gpu.Cut(kv=4, warps=12, blocks=22, parts=1, staged=16, shared=4 * (16 * 512 + 12 * 10))
+    assert backward == gpu.Cut(kv=4, warps=12, blocks=22, parts=2, staged=16, shared=4 * (16 * 1024 + 4 * 24 * 10))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_scan(dtype: torch.dtype, reverse: bool) -> None:
+    for steps in (1, 8, 13):
+        f, u, c = torch.rand(steps, 3, 7).to(dtype), randn(steps, 3, 7, dtype=dtype), randn(3, 7, dtype=dtype)
+        found = run(ops.scan, *there([f, u, c]), reverse)
+        same([found], [reference.scan(*double([f, u, c]), reverse)], dtype, 4)
