@@ -208,7 +208,7 @@ class use(TorchFunctionMode):
             use._table = _served()
         ours = use._table.get(func)
         if ours is None or _inside_use.get():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
         token = _inside_use.set(True)  # torch switches off this mode here, but not another use() around it
         try:
             return ours(*args, **(kwargs or {}))

@@ -58,14 +58,17 @@ def scaled_dot_product_attention(
             "scaled_dot_product_attention(): Explicit attn_mask should not be set when is_causal=True, got a mask of "
             f"shape {tuple(attn_mask.shape)}"
         )
-    left, right = (-1 if side is None else side for side in (window or (None, None)))
+    left, right = (-1, -1) if window is None else (-1 if side is None else side for side in window)
     if is_causal:
         right = 0 if right < 0 else min(right, 0)
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
-        if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
-            query, key, value = _broadcast(query, key, value, enable_gqa)
+        shape, keys, values = query.shape, key.shape, value.shape
+        if shape[:-2] != keys[:-2] or keys[:-2] != values[:-2]:
+            grouped = enable_gqa and keys[:-2] == values[:-2] and shape[:-3] == keys[:-3] and len(keys) > 2
+            if not (grouped and keys[-3] and shape[-3] % keys[-3] == 0):
+                query, key, value = _broadcast(query, key, value, enable_gqa)
         if scale is None:
-            scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
+            scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
     if dropout_p and seed is None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             reason = "a traced call cannot draw a new seed each time"
@@ -76,7 +79,7 @@ def scaled_dot_product_attention(
                     or cu_seqlens_q is not None or return_lse
                 ),
             )
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = torch.randint(2**63 - 1, ()).item()
     op = _attention.attention_lse if return_lse else _attention.attention
     return op.call(
         query, key, value, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_p, seed or 0, scale,

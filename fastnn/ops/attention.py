@@ -5,16 +5,18 @@ of the queries in a row. Each row's log-sum-exp is kept for the backward, in two
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _get_deterministic_algorithms
 
 from fastnn.kernels.reference import attention as reference
 from fastnn.kernels.reference.attention import Options
 
-from ._operator import Operator
+from ._operator import FLOATING, PLAIN, Operator, empty_matrix
 from .activation import only_torch
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? slopes, Tensor? offsets_q, Tensor? offsets_k"
@@ -33,6 +35,19 @@ def _check(
     offsets_k: Tensor | None,
     *options: Any,
 ) -> str | None:
+    a, b, dtype = query.shape, key.shape, query.dtype
+    if (  # the usual call, where there is nothing more to say
+        mask is slopes is offsets_q is offsets_k is None
+        and dtype is key.dtype is value.dtype
+        and dtype in FLOATING
+        and len(a) == 4
+        and a[:2] == b[:2]
+        and b[:3] == value.shape[:3]
+        and a[3] == b[3] != 0
+        and options == (0.0, options[1], options[2], -1, options[4], False, 0, 0.0)
+        and options[4] in (-1, 0)
+    ):
+        return None
     name, o = "scaled_dot_product_attention", Options(*options)
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if min(map(len, shapes)) < 2:
@@ -127,15 +142,32 @@ def _inspect(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, 
                 )
 
 
+@lru_cache(1024)
+def _places(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a new tensor: positions before heads in memory where these have them so, as a model will want them so again."""
+    order = list(range(len(shape)))
+    if len(strides) > 3 and strides[-3] < strides[-2] and shape[-3] > 1:
+        order[-3:-1] = order[-2], order[-3]
+    found, step = [0] * len(shape), 1
+    for d in reversed(order):
+        found[d], step = step, step * max(1, shape[d])
+    return tuple(found)
+
+
 def like(query: Tensor, *shape: int) -> Tensor:
-    """A new tensor; positions before heads in memory where the query has them so, and a model will want them so again."""
+    """A new tensor, laid out as the query is, but for what lies between its elements."""
+    if type(query) in PLAIN and query.is_cpu and len(shape) == query.dim() and not _get_deterministic_algorithms():
+        return empty_matrix(shape, _places(shape, query.stride()), query.dtype)
     if len(shape) > 3 and query.dim() == len(shape) and query.stride(-3) < query.stride(-2) and query.shape[-3] > 1:
         return query.new_empty(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
     return query.new_empty(shape)
 
 
 def _numbers(query: Tensor, *shape: int) -> Tensor:
-    return query.new_empty(*shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if type(query) in PLAIN and query.is_cpu and not _get_deterministic_algorithms():
+        return empty_matrix(shape, _places(shape, ()), dtype)
+    return query.new_empty(shape, dtype=dtype)
 
 
 def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -> Callable[..., tuple[Tensor, ...]]:
