@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunction, _is_torch_function_mode_enabled
+from torch._C import DisableTorchFunction, _is_torch_function_mode_enabled, is_grad_enabled
 
 from .ops._operator import PLAIN
 
@@ -63,8 +63,8 @@ class KVCache:
 
         Raises RuntimeError if the cache is too full for them, or shapes, dtypes or devices differ from the cache's.
         """
-        if _is_torch_function_mode_enabled() and type(key) in PLAIN and type(value) in PLAIN:
-            with DisableTorchFunction():  # a mode, use() for one, would be asked about each property
+        if is_grad_enabled() or (_is_torch_function_mode_enabled() and type(key) in PLAIN and type(value) in PLAIN):
+            with torch.no_grad(), DisableTorchFunction():  # a mode, use() for one, would be asked about each property
                 return self.append(key, value)
         start, shape, keys, values = self.length, key.shape, self._keys, self._values
         count = shape[2] if len(shape) == 4 else 0
@@ -78,9 +78,8 @@ class KVCache:
                 f"KVCache.append(): the cache is full: {start} of {self.capacity} positions are taken, "
                 f"{count} more do not fit"
             )
-        with torch.no_grad():
-            keys.narrow(2, start, count).copy_(key)
-            values.narrow(2, start, count).copy_(value)
+        keys.narrow(2, start, count).copy_(key)
+        values.narrow(2, start, count).copy_(value)
         self.length = end
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as torch_functional
@@ -199,14 +199,17 @@ class use(TorchFunctionMode):
     """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
     by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws."""
 
-    _table: dict[Callable[..., Any], Callable[..., Any]] | None = None
+    _table: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
+
+    def __enter__(self) -> Self:
+        if not use._table:
+            use._table.update(_served())
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if use._table is None:
-            use._table = _served()
-        ours = use._table.get(func)
+        ours = _find(func)
         if ours is None or _inside_use.get():
             return func(*args, **kwargs) if kwargs else func(*args)
         token = _inside_use.set(True)  # torch switches off this mode here, but not another use() around it
@@ -214,3 +217,6 @@ class use(TorchFunctionMode):
             return ours(*args, **(kwargs or {}))
         finally:
             _inside_use.reset(token)
+
+
+_find = use._table.get

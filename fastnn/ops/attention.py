@@ -143,31 +143,39 @@ def _inspect(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, 
 
 
 @lru_cache(1024)
-def _places(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a new tensor: positions before heads in memory where these have them so, as a model will want them so again."""
-    order = list(range(len(shape)))
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a new tensor: positions before heads in memory where these have them so, as a model will want them so again."""
     if len(strides) > 3 and strides[-3] < strides[-2] and shape[-3] > 1:
-        order[-3:-1] = order[-2], order[-3]
-    found, step = [0] * len(shape), 1
-    for d in reversed(order):
-        found[d], step = step, step * max(1, shape[d])
-    return tuple(found)
+        *batch, heads, length, size = shape
+        return torch.empty(*batch, length, heads, size, device="meta").transpose(-3, -2).stride()
+    return torch.empty(shape, device="meta").stride()
+
+
+def _is_usual(t: Tensor) -> bool:
+    """Whether memory is ours to ask for, without the dispatcher."""
+    return type(t) in PLAIN and t.is_cpu and not _get_deterministic_algorithms()
 
 
 def like(query: Tensor, *shape: int) -> Tensor:
-    """A new tensor, laid out as the query is, but for what lies between its elements."""
-    if type(query) in PLAIN and query.is_cpu and len(shape) == query.dim() and not _get_deterministic_algorithms():
-        return empty_matrix(shape, _places(shape, query.stride()), query.dtype)
+    """A new tensor, with dimensions in memory in the query's order."""
+    if _is_usual(query) and len(shape) == query.dim():
+        return empty_matrix(shape, _strides(shape, query.stride()), query.dtype)
     if len(shape) > 3 and query.dim() == len(shape) and query.stride(-3) < query.stride(-2) and query.shape[-3] > 1:
         return query.new_empty(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
     return query.new_empty(shape)
 
 
-def _numbers(query: Tensor, *shape: int) -> Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if type(query) in PLAIN and query.is_cpu and not _get_deterministic_algorithms():
-        return empty_matrix(shape, _places(shape, ()), dtype)
-    return query.new_empty(shape, dtype=dtype)
+def _outputs(plan: None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The values, and each row's log-sum-exp in two parts, in float32 at least"""
+    shape, size = query.shape, value.shape[-1]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if _is_usual(query):
+        out, rows = (*shape[:-1], size), (2, *shape[:-1])
+        return (
+            empty_matrix(out, _strides(out, query.stride()), query.dtype),
+            empty_matrix(rows, _strides(rows, ()), wide),
+        )
+    return like(query, *shape[:-1], size), query.new_empty((2, *shape[:-1]), dtype=wide)
 
 
 def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -> Callable[..., tuple[Tensor, ...]]:
@@ -220,10 +228,7 @@ attention: Operator = Operator(
     "attention",
     check=_check,
     inspect=_inspect,
-    allocate=lambda plan, query, key, value, *_: (
-        like(query, *query.shape[:-1], value.shape[-1]),
-        _numbers(query, 2, *query.shape[:-1]),
-    ),
+    allocate=_outputs,
     torch=_attention_by_torch,
     extra=lambda *args: _reference(*args)[1],
     save=_save,
@@ -236,11 +241,7 @@ attention_lse: Operator = Operator(
     "attention",
     check=_check,
     inspect=_inspect,
-    allocate=lambda plan, query, key, value, *_: (
-        like(query, *query.shape[:-1], value.shape[-1]),
-        _numbers(query, *query.shape[:-1]),
-        _numbers(query, 2, *query.shape[:-1]),
-    ),
+    allocate=lambda *args: ((found := _outputs(*args))[0], torch.empty_like(found[1][0]), found[1]),
     torch=lambda *args: _reference_lse(*args)[:2],
     extra=lambda *args: _reference_lse(*args)[2],
     save=_save,

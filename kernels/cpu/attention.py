@@ -28,9 +28,10 @@ _BLOCK_Q, _BLOCK_K = 48, 512  # rows and keys of a block of scores
 _READ_K = 128  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
-_SERIAL = 1 << 16  # products below which a second thread costs more than it brings
+_SERIAL = 1 << 18  # products below which a second thread costs more than it brings
 _WAVE = 8 << 20  # bytes of packed keys and values at a time: what L3 may hold
-_KEY0, _KEY1 = FIELDS.index("key0"), FIELDS.index("key1")
+_MANY = 64  # in plans, numbers of keys that go one by one as they are decoded are rounded up to multiples of this
+_KEY0, _KEY1, _LK = FIELDS.index("key0"), FIELDS.index("key1"), TABLE.index("lk")
 
 
 @cache
@@ -44,18 +45,19 @@ def _kernel(kind: str, signature: str, dtype: torch.dtype) -> Callable[..., None
 
 # A plan: all that follows from where the tensors lie and what the options are, made once for calls that are alike. ------------
 
-Lie = tuple[torch.Size, tuple[int, ...], int]  # shape, strides in elements, bytes of an element
+Lie = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides in elements
 
 
 def _lie(t: Tensor) -> Lie:
-    return t.shape, t.stride(), t.itemsize
+    return t.shape, t.stride(), t.dtype
 
 
 class Layout:
     """A tensor of at least ``dims`` dimensions, its strides in bytes and 0 where there is one element only."""
 
     def __init__(self, lie: Lie, dims: int = 3) -> None:
-        shape, strides, self.size = lie
+        shape, strides, self.dtype = lie
+        self.size = self.dtype.itemsize
         more = max(0, dims - len(shape))
         self.shape = (1,) * more + tuple(shape)
         self.steps = (0,) * more + tuple(0 if n == 1 else s * self.size for n, s in zip(shape, strides))
@@ -86,12 +88,13 @@ class Plan:
     starts: where each sequence begins among the queries and among the keys, and their ends; None: a sequence a batch item.
     """
 
-    def __init__(self, threads: int, lies: tuple[Lie, Lie, Lie], mask: Lie | None, mask_kind: int, slopes: Lie | None,
+    def __init__(self, threads: int, query: Lie, key: Lie, value: Lie, mask: Lie | None, slopes: Lie | None,
                  starts: tuple[tuple[int, ...], tuple[int, ...]] | None, dropout: float, left: int, right: int, bottom: bool,
                  prefix: int, plain: bool, shared: bool) -> None:
-        q, k, v = (Layout(lie) for lie in lies)
+        q, k, v = Layout(query), Layout(key), Layout(value)
         if shared and k.shape[-3] > 1 and k.steps[-3] == 0 == v.steps[-3]:  # one head that was expanded to many
             k.shape, v.shape = ((*t.shape[:-3], 1, *t.shape[-2:]) for t in (k, v))
+        self.apart = starts is not None
         self.batch, (heads, lq, d), (kv_heads, lk, dv) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
         self.size = size = max(4, q.size)  # of the compute type
         items = prod(self.batch)
@@ -99,8 +102,7 @@ class Plan:
         self.f = f = dict.fromkeys(FIELDS, 0)
         f |= {"heads": heads, "group": heads // kv_heads, "pairs": sequences * kv_heads, "d": d, "dv": dv, "row_h": lq,
               "rows": items * heads * lq, "left": left, "right": right, "bottom": int(bottom), "prefix": prefix,
-              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk, "mask_kind": mask_kind,
-              "plain": int(plain and mask is None and slopes is None)}
+              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk, "plain": int(plain and mask is None and slopes is None)}
         for name, t in (("q", q), ("k", k), ("v", v)):
             f[name + "h"], f[name + "l"], f[name + "d"] = t.steps[-3:]
             if t.shape[-1] == 1:
@@ -108,6 +110,7 @@ class Plan:
         self.table = table = dict.fromkeys(TABLE, [0] * sequences)
         if mask is not None:
             m = Layout(mask)
+            f["mask_kind"] = BOOLEAN if m.dtype == torch.bool else SAME if m.dtype == q.dtype else COMPUTE
             f["mh"], f["mq"], f["mk"] = m.steps[-3:]
             table["mask"] = m.starts(self.batch)
         if slopes is not None:
@@ -140,37 +143,45 @@ class Plan:
         self.fields = array("q", self.f.values())
         self.rows = array("q", chain.from_iterable(zip(*self.table.values())))
 
-    def memory(self, seed: int) -> tuple[array[int], int, int]:
-        """(what has to live until the kernel has run; the addresses of fields and table)"""
-        fields = self.fields
+    def memory(self, seed: int, keys: int) -> tuple[array[int], array[int]]:
+        """The same for a seed and, if all are alike and so many, this number of keys"""
+        fields, rows = self.fields, self.rows
         if self.f["drop"]:
             fields = array("q", fields)
             fields[_KEY0], fields[_KEY1] = seed & 0xFFFFFFFF, _mix(((seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
-        return fields, fields.buffer_info()[0], self.rows.buffer_info()[0]
-
-
-def _plan(make: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None,
-          offsets_q: Tensor | None, offsets_k: Tensor | None, options: tuple[Any, ...], *more: Any) -> Any:
-    """The plan that ``make`` has for calls with such tensors and options, and for ``more``"""
-    dropout, _, scale, left, right, bottom, prefix, softcap = options
-    kind = NO_MASK
-    if mask is not None:
-        kind = BOOLEAN if mask.dtype == torch.bool else SAME if mask.dtype == query.dtype else COMPUTE
-    starts = None if offsets_q is None or offsets_k is None else (tuple(offsets_q.tolist()), tuple(offsets_k.tolist()))
-    return make(threads.count(), (_lie(query), _lie(key), _lie(value)), None if mask is None else _lie(mask), kind,
-                None if slopes is None else _lie(slopes), starts, dropout, left, right, bottom, prefix,
-                softcap == 0 and scale > 0, *more)
+        if keys and keys != self.longest_k:
+            rows = array("q", rows)
+            for at in range(_LK, len(rows), len(TABLE)):
+                rows[at] = keys
+        return fields, rows
 
 
 def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
+def _alike(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, offsets_q: Tensor | None,
+           offsets_k: Tensor | None, options: tuple[Any, ...], keys: int = 0) -> tuple[Any, ...]:
+    """What calls share that share a plan, in Plan's order; if ``keys``, a plan for so many keys."""
+    dropout, _, scale, left, right, bottom, prefix, softcap = options
+    dtype, starts, k, v = query.dtype, None, key.shape, value.shape
+    if keys:
+        k, v = (*k[:-2], keys, k[-1]), (*v[:-2], keys, v[-1])  # type: ignore[assignment]
+    if offsets_q is not None and offsets_k is not None:
+        starts = tuple(offsets_q.tolist()), tuple(offsets_k.tolist())
+    return (
+        threads.count(), (query.shape, query.stride(), dtype), (k, key.stride(), dtype), (v, value.stride(), dtype),
+        None if mask is None else _lie(mask), None if slopes is None else _lie(slopes), starts, dropout, left, right, bottom,
+        prefix, softcap == 0 and scale > 0,
+    )  # fmt: skip
+
+
 @lru_cache(1024)
 def _forward(*args: Any) -> Plan:
-    """args: Plan's, but for ``shared``, then where the output lies"""
+    """args: Plan's, but for ``shared``, then the output's strides"""
     c = Plan(*args[:-1], True)
-    f, size, nt, to = c.f, c.size, c.threads, Layout(args[-1])
+    (shape, _, dtype), value = args[1], args[3][0]
+    f, size, nt, to = c.f, c.size, c.threads, Layout(((*shape[:-1], value[-1]), args[-1], dtype))
     f["oh"], f["ol"], _ = to.steps[-3:]
     c.place("o", to, c.first_q)
     lanes = simd().width // size
@@ -212,12 +223,13 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
             lse.fill_(-torch.inf)
         return
     mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(stats.dtype)
-    c = _plan(_forward, query, key, value, mask, slopes, offsets_q, offsets_k, options, _lie(out))
-    room, (_alive, fields, table) = workspace(c.room), c.memory(options[1])
+    keys = key.shape[-2] if mask is None is offsets_q and not options[0] else 0
+    c = _forward(*_alike(query, key, value, mask, slopes, offsets_q, offsets_k, options, _up(keys, _MANY)), out.stride())
+    room, (fields, table) = workspace(c.room), c.memory(options[1], keys)
     kernel = _kernel("attention", "i" * 14 + "fff", query.dtype)
-    kernel(c.threads, fields, table, query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(mask), _address(slopes),
-           out.data_ptr(), _address(lse), stats.data_ptr(), room, room + c.packed, room + c.scratch, options[2], options[7],
-           1.0 / (1.0 - options[0]))
+    kernel(c.threads, fields.buffer_info()[0], table.buffer_info()[0], query.data_ptr(), key.data_ptr(), value.data_ptr(),
+           _address(mask), _address(slopes), out.data_ptr(), _address(lse), stats.data_ptr(), room, room + c.packed,
+           room + c.scratch, options[2], options[7], 1.0 / (1.0 - options[0]))
 
 
 def _address(t: Tensor | None) -> int:
@@ -268,10 +280,10 @@ def _backward(*args: Any) -> Plan:
     c.copies = 1
     if bias is not None:
         f["plain"] = 0
-        one = Layout((bias, torch.empty(bias, device="meta").stride(), size))
+        one = Layout((bias, torch.empty(bias, device="meta").stride(), torch.float64 if size == 8 else torch.float32))
         f["bias_h"], f["bias_q"], f["bias_k"] = one.steps[-3:]
         c.table["bias"] = one.starts(c.batch)
-        if usual[5] is not None:
+        if c.apart:
             c.table["bias"] = [c.table["bias"][0] + a * f["bias_q"] + b * f["bias_k"] for a, b in zip(c.first_q, c.first_k)]
     c.chains, c.number, c.copies = _chains(c, bias is not None)
     f["bias_chain"] = prod(bias) * size if bias is not None and c.copies > 1 else 0
@@ -307,16 +319,16 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
         shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
     mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(compute)
     grad, output, dq, dk, dv = _unit(grad, True), _unit(output, True), *out[:3]
-    c = _plan(_backward, query, key, value, mask, slopes, offsets_q, offsets_k, options, _lie(grad), _lie(output), _lie(dq),
-              _lie(dk), _lie(dv), shape)
+    alike = _alike(query, key, value, mask, slopes, offsets_q, offsets_k, options)
+    c = _backward(*alike, _lie(grad), _lie(output), _lie(dq), _lie(dk), _lie(dv), shape)
     bias, direct = None, False
     if shape is not None:
         direct = c.copies == 1 and out[3].dtype == compute and out[3].is_contiguous()
         bias = out[3].zero_() if direct else torch.zeros(c.copies, *shape, dtype=compute)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    room, (_alive, fields, table) = workspace(c.room), c.memory(options[1])
+    room, (fields, table) = workspace(c.room), c.memory(options[1], 0)
     kernel = _kernel("attention_backward", "i" * 22 + "fff", query.dtype)
-    kernel(c.threads, fields, table, len(c.lq), c.chains.buffer_info()[0], c.number, query.data_ptr(), key.data_ptr(),
+    kernel(c.threads, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), c.chains.buffer_info()[0], c.number, query.data_ptr(), key.data_ptr(),
            value.data_ptr(), _address(mask), _address(slopes), output.data_ptr(), stats.data_ptr(), grad.data_ptr(),
            _address(grad_lse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(bias), room, room + c.packed,
            room + c.scratch, options[2], options[7], 1.0 / (1.0 - options[0]))
