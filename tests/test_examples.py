@@ -154,8 +154,8 @@ def test_translators_train_alike_and_search_by_beams() -> None:
     import transformer
 
     curves, found = {}, {}
-    for who, model, context in transformer.both(transformer.Translator):
-        with context, fastnn.trace() as calls:
+    for who, model in transformer.both(transformer.Translator):
+        with fastnn.trace() as calls:
             batches = itertools.islice(transformer.number_batches(), 12)
             curves[who] = transformer.train(model, batches, transformer.word_loss)[0]
             found[who] = transformer.beam_search(model.eval(), transformer.spelled([1042])[0])

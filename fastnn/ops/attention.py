@@ -194,7 +194,8 @@ def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -
 def _is_plain(args: tuple[Any, ...]) -> bool:
     """Whether torch's own function computes this."""
     o = Options(*args[7:])
-    return args[4:7] == (None, None, None) and o == Options(scale=o.scale)
+    causal = o.right == 0 and args[3] is None
+    return args[4:7] == (None, None, None) and o == Options(seed=o.seed, scale=o.scale, right=0 if causal else -1)
 
 
 _reference = _widened(reference.attention, 0, None)
@@ -206,7 +207,9 @@ def _attention_by_torch(*args: Any) -> Tensor:
         return _reference(*args)[0]
     query, key, value, mask = args[:4]
     grouped = query.dim() > 2 and key.dim() > 2 and key.shape[-3] != query.shape[-3]
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=args[9], enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=args[11] == 0, scale=args[9], enable_gqa=grouped
+    )
 
 
 def _save(ctx: Any, args: Any, out: tuple[Tensor, ...]) -> None:

@@ -21,6 +21,7 @@ from .attention_fields import BOOLEAN, COMPUTE, FIELDS, NO_MASK, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
 from .engine.host import caches, simd
+from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -339,3 +340,19 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
 KERNELS: dict[str, Callable[..., None]] = {
     "attention": attention, "attention_lse": attention_lse, "attention_backward": attention_backward,
 }
+
+# The automatic choice, not a limit: below so many multiplications torch's call is the shorter one, and autograd's way back too.
+_SHORTER = 1 << 18, 1 << 20
+
+
+def _few(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, offsets_q: Any, offsets_k: Any, dropout: float,
+         seed: int, scale: float, left: int, right: int, *rest: Any) -> str | None:
+    """Of calls that torch's own function serves, without masks, whose rows might see nothing, and dropout, which draws otherwise."""
+    if mask is slopes is offsets_q is offsets_k is None and not dropout and left == -1 and right in (-1, 0) and not any(rest):
+        size = query.numel() * key.shape[-2] * 2 if key.dim() > 1 else 0
+        return torch_is_shorter(query, *_SHORTER, size=size) if size else None
+    return None
+
+
+#: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
+TORCH_IS_FASTER = {"attention": _few}
