@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from . import backends, functional
 from .nn import REPLACEMENTS
 from .nn._epilogue import Epilogue
+from .nn._lookalike import rms_norm_class
 from .ops._operator import PLAIN
 
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
@@ -56,7 +57,7 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
 
     Parameters, buffers, hooks, references and state_dicts stay what they are; a shared module is switched once; a
     second call changes nothing more. `backend` names the backend of the replaced modules (ValueError if unknown).
-    Modules of other classes are left, and the report says why.
+    Root-mean-square norms of other libraries are switched too, if a trial shows that they compute ``rms_norm``. Modules of other classes are left, and the report says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
@@ -64,14 +65,19 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
         backends.validate(backend)
     report = Report()
     for name, module in model.named_modules():
-        class_name = type(module).__name__
-        if type(module) in _ORIGINALS:
+        kind, class_name = type(module), type(module).__name__
+        ours = REPLACEMENTS.get(kind)
+        if kind in _ORIGINALS:
             report.replaced.append(Entry(name, class_name, "already fastnn's"))
+        elif ours is None and (ours := rms_norm_class(module)) is not None:
+            module.__class__ = ours
+            _ORIGINALS[ours] = kind
+            report.replaced.append(Entry(name, class_name, "root-mean-square norm, by trial"))
         elif (reason := why_left(module)) is not None:
             report.left.append(Entry(name, class_name, reason))
             continue
-        elif type(module) in REPLACEMENTS:
-            module.__class__ = REPLACEMENTS[type(module)]
+        elif ours is not None:
+            module.__class__ = ours
             report.replaced.append(Entry(name, class_name, ""))
         else:
             continue
