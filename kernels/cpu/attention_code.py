@@ -282,9 +282,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
     @outline
     def drop_some(f, s, n, index):
         key0, key1, least = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
-        for j in range(0, n, L):
-            x = load(p, s + j * size)
-            store(p, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
+        for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
+            x = load(several, s + j * size)
+            store(several, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
 
     @outline
     def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, edge, scale, softcap):
@@ -635,6 +635,24 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             j += L
 
     @outline
+    def slopes_dropped(f, s, g, here, n, factor, offset, inverse, delta, keep, index):
+        """The same where weights are dropped"""
+        key0, key1, least, j = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign, 0
+        while j + W <= here:
+            x = exp2_below(load(several, s + j * size) * factor - offset) * inverse
+            gone = bits(x, index + j, 1, key0, key1) < least
+            store(several, s + j * size, select(gone, 0.0, x))
+            store(several, g + j * size, (select(gone, 0.0, load(several, g + j * size) * keep) - delta) * x)
+            j += W
+        while j < n:
+            seen = first_lanes(p, here - j)
+            x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
+            gone = bits(x, index + j, 1, key0, key1) < least
+            store(p, s + j * size, select(gone, 0.0, x))
+            store(p, g + j * size, select(seen, (select(gone, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
+            j += L
+
+    @outline
     def slopes_biased(s, g, here, n, mask, factor, offset, inverse, delta, bias):
         """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added"""
         j = 0
@@ -789,14 +807,18 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                                 offset = total
                             lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
                             s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
-                            whole = lo <= j0 and (at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)) and at(f, DROP) == 0
+                            whole = lo <= j0 and (at(f, PREFIX) <= j0 or hi >= at(f, PREFIX))
                             here, factor, to = max(0, min(n, hi - j0)), p_of(scale * LOG2_E), 0
                             if bias != 0:
                                 to = (bias + chain * at(f, BIAS_CHAIN) + at(entry, T_BIAS) + h * at(f, BIAS_H)
                                       + (i0 + r) * at(f, BIAS_Q))
-                            if at(f, PLAIN) and whole:
+                            drops = at(f, DROP) != 0
+                            if at(f, PLAIN) and whole and drops:
+                                slopes_dropped(f, s_r, dp_r, here, n, factor, offset, inverse, delta_r, keep,
+                                               load_scalar(INT64, row + INDEX) + j0)
+                            elif at(f, PLAIN) and whole:
                                 slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
-                            elif whole and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
+                            elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
                                 slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, factor, offset,
                                               inverse, delta_r, to + j0 * size if to else 0)
                             else:
