@@ -26,8 +26,8 @@ Batches = Callable[[], Iterator[tuple[Any, Tensor]]]
 class Attention(nn.Module):
     """Multi-head attention to itself or to a memory, with a cache where it goes step by step."""
 
-    # What replace() cannot switch, as it is no layer: `both` does. (Around a model that cannot be edited, fastnn.use() would do the
-    # same, but goes through Python at every call of torch's, which models as small as these feel.)
+    # What replace() cannot switch, as it is no layer: `both` does. (Around a model that cannot be edited, fastnn.use() would do
+    # the same, but goes through Python at every call of torch's, which models as small as these feel.)
     attend = staticmethod(nn.functional.scaled_dot_product_attention)
 
     def __init__(self, width: int, heads: int) -> None:
@@ -99,7 +99,7 @@ def both(make: Callable[[], nn.Module]) -> Iterator[tuple[str, Any]]:
     fastnn.replace(model)
     for layer in model.modules():
         if isinstance(layer, Attention):
-            layer.attend = fastnn.functional.scaled_dot_product_attention  # type: ignore[method-assign]
+            layer.attend = fastnn.functional.scaled_dot_product_attention
     yield "fastnn", model
 
 

@@ -57,7 +57,8 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
 
     Parameters, buffers, hooks, references and state_dicts stay what they are; a shared module is switched once; a
     second call changes nothing more. `backend` names the backend of the replaced modules (ValueError if unknown).
-    Root-mean-square norms of other libraries are switched too, if a trial shows that they compute ``rms_norm``. Modules of other classes are left, and the report says why.
+    Root-mean-square norms of other libraries are switched too, if a trial shows that they compute ``rms_norm``. Modules of
+    other classes are left, and the report says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")

@@ -410,7 +410,7 @@ def _changed(change: str) -> type[nn.Module]:
 def test_norms_are_known_by_what_they_do(change: str) -> None:
     kind = _Norm if change == "another attribute" else _changed(change)
     model = nn.Sequential(kind(change))
-    nn.init.uniform_(model[0].weight, 0.5, 2)
+    nn.init.uniform_(next(model.parameters()), 0.5, 2)
     before = torch.get_rng_state()
     report = fastnn.replace(model)
     assert torch.equal(torch.get_rng_state(), before)

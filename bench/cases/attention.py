@@ -89,7 +89,7 @@ def dropped(model: str, p: float = 0.1, **extra: Any) -> Case:
     shape = SHAPES[model]
     b, h, _, lq, lk, d = shape
 
-    def step(F: Any, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, rate: float = p) -> Tensor:
+    def step(F: Any, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, *, rate: float = p) -> Tensor:
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (q, k, v)]
             out = F.scaled_dot_product_attention(*leaves, dropout_p=rate)

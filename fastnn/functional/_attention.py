@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
     align: where the query at position i stands among the keys, for is_causal, window and alibi_slopes: "top-left": at i, as
     torch has it; "bottom-right": at i + Lk - Lq, as decoding wants it. window: (left, right), how many keys before and
     behind that place are seen (None or -1: all). global_prefix: the first so many keys are seen by all, whatever is_causal
-    and window say. softcap c: scores become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
+    and window say (tokens that are to see all keys as well, as Longformer's do, are a call of their own). softcap c: scores
+    become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
     scores lose slope · distance (Press et al. 2022). cu_seqlens_q, cu_seqlens_k: query (heads, total, D) holds sequences
     one after the other that do not see each other; number n is at [cu_seqlens[n], cu_seqlens[n + 1]).
     return_lse: also log Σ exp(scores) of each row, (…, Lq), in float32 at least. seed: of dropout; a weight is kept as a
@@ -79,7 +80,7 @@ def scaled_dot_product_attention(
                     or cu_seqlens_q is not None or return_lse
                 ),
             )
-        seed = torch.randint(2**63 - 1, ()).item()
+        seed = int(torch.randint(2**63 - 1, ()))
     op = _attention.attention_lse if return_lse else _attention.attention
     return op.call(
         query, key, value, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_p, seed or 0, scale,

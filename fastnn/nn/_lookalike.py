@@ -27,10 +27,10 @@ def _eps_of(module: nn.Module) -> str | None:
 
 
 def _is_rms_norm(module: nn.Module, eps: str) -> bool:
-    """Whether a copy of the module, with random weights, has rms_norm's results: for large rows, for some where eps decides, for a
-    row of zeros, and for another eps; in training and evaluation; differentiably."""
+    """Whether a copy of the module, with random weights, has rms_norm's results: for large rows, for some where eps decides, for
+    a row of zeros, and for another eps; in training and evaluation; differentiably."""
     generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(module).float().cpu()
+    trial: Any = copy.deepcopy(module).float().cpu()
     n = trial.weight.numel()
     for training, value in ((True, getattr(module, eps)), (False, 0.03)):
         trial.train(training).__dict__[eps] = value
@@ -66,7 +66,7 @@ def _ours(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
 def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that serves a module of another library's root-mean-square norm; None if the module is none."""
     kind, eps = type(module), _eps_of(module)
-    if eps is None or module.weight.is_meta:  # type: ignore[union-attr]
+    if eps is None or module._parameters["weight"].is_meta:  # type: ignore[union-attr]
         return None
     if kind not in _classes:
         with torch.random.fork_rng(devices=()), torch.enable_grad():

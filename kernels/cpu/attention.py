@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .activation import _mix
-from .attention_fields import BOOLEAN, COMPUTE, FIELDS, NO_MASK, SAME, TABLE
+from .attention_fields import BOOLEAN, COMPUTE, FIELDS, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
 from .engine.host import caches, simd
@@ -89,21 +89,29 @@ class Plan:
     starts: where each sequence begins among the queries and among the keys, and their ends; None: a sequence a batch item.
     """
 
+    packed: int  # where packed operands end in the call's memory, and scratch memory begins; all that it needs
+    scratch: int
+    room: int
+    chains: array[int]  # of the backward: see `_chains`
+    number: int
+    copies: int
+
     def __init__(self, threads: int, query: Lie, key: Lie, value: Lie, mask: Lie | None, slopes: Lie | None,
                  starts: tuple[tuple[int, ...], tuple[int, ...]] | None, dropout: float, left: int, right: int, bottom: bool,
-                 prefix: int, plain: bool, shared: bool) -> None:
+                 prefix: int, plain: bool, *, shared: bool) -> None:
         q, k, v = Layout(query), Layout(key), Layout(value)
         if shared and k.shape[-3] > 1 and k.steps[-3] == 0 == v.steps[-3]:  # one head that was expanded to many
             k.shape, v.shape = ((*t.shape[:-3], 1, *t.shape[-2:]) for t in (k, v))
         self.apart = starts is not None
         self.batch, (heads, lq, d), (kv_heads, lk, dv) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
-        self.size = size = max(4, q.size)  # of the compute type
+        self.size = max(4, q.size)  # of the compute type
         items = prod(self.batch)
         sequences = items if starts is None else len(starts[0]) - 1
         self.f = f = dict.fromkeys(FIELDS, 0)
         f |= {"heads": heads, "group": heads // kv_heads, "pairs": sequences * kv_heads, "d": d, "dv": dv, "row_h": lq,
               "rows": items * heads * lq, "left": left, "right": right, "bottom": int(bottom), "prefix": prefix,
-              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk, "plain": int(plain and mask is None and slopes is None)}
+              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk,
+              "plain": int(plain and mask is None and slopes is None)}
         for name, t in (("q", q), ("k", k), ("v", v)):
             f[name + "h"], f[name + "l"], f[name + "d"] = t.steps[-3:]
             if t.shape[-1] == 1:
@@ -180,7 +188,7 @@ def _alike(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slope
 @lru_cache(1024)
 def _forward(*args: Any) -> Plan:
     """args: Plan's, but for ``shared``, then the output's strides"""
-    c = Plan(*args[:-1], True)
+    c = Plan(*args[:-1], shared=True)
     (shape, _, dtype), value = args[1], args[3][0]
     f, size, nt, to = c.f, c.size, c.threads, Layout(((*shape[:-1], value[-1]), args[-1], dtype))
     f["oh"], f["ol"], _ = to.steps[-3:]
@@ -271,7 +279,7 @@ def _backward(*args: Any) -> Plan:
     """args: Plan's, but for ``shared``; then where grad, output and the gradients of query, key and value lie; the shape of the
     mask's gradient, or None"""
     *usual, grad, output, dq, dk, dv, bias = args
-    c = Plan(*usual, False)
+    c = Plan(*usual, shared=False)
     f, size, nt = c.f, c.size, c.threads
     for name, column, lie, first in (("g", "g", grad, c.first_q), ("o", "o", output, c.first_q), ("x", "dq", dq, c.first_q),
                                      ("y", "dk", dk, c.first_k), ("z", "dv", dv, c.first_k)):
@@ -329,8 +337,9 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     room, (fields, table) = workspace(c.room), c.memory(options[1], 0)
     kernel = _kernel("attention_backward", "i" * 22 + "fff", query.dtype)
-    kernel(c.threads, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), c.chains.buffer_info()[0], c.number, query.data_ptr(), key.data_ptr(),
-           value.data_ptr(), _address(mask), _address(slopes), output.data_ptr(), stats.data_ptr(), grad.data_ptr(),
+    kernel(c.threads, fields.buffer_info()[0], table.buffer_info()[0], len(c.lq), c.chains.buffer_info()[0], c.number,
+           query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(mask), _address(slopes), output.data_ptr(),
+           stats.data_ptr(), grad.data_ptr(),
            _address(grad_lse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(bias), room, room + c.packed,
            room + c.scratch, options[2], options[7], 1.0 / (1.0 - options[0]))
     if bias is not None and not direct:
@@ -347,7 +356,7 @@ _SHORTER = 1 << 18, 1 << 20
 
 def _few(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, offsets_q: Any, offsets_k: Any, dropout: float,
          seed: int, scale: float, left: int, right: int, *rest: Any) -> str | None:
-    """Of calls that torch's own function serves, without masks, whose rows might see nothing, and dropout, which draws otherwise."""
+    """Of calls that torch's own function serves; not with masks, as rows might see nothing, nor dropout, which draws others."""
     if mask is slopes is offsets_q is offsets_k is None and not dropout and left == -1 and right in (-1, 0) and not any(rest):
         size = query.numel() * key.shape[-2] * 2 if key.dim() > 1 else 0
         return torch_is_shorter(query, *_SHORTER, size=size) if size else None

@@ -55,7 +55,7 @@ from .engine.vecmath import log as natural_log
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
-WIDTH = 2  # vectors of a row that are computed as one
+WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
  RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS,
@@ -592,8 +592,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     """
     e = ELEMS[elem_name]
     p = compute_elem(e)
-    several, biases = wide(p, WIDTH), wide(e, WIDTH)
-    L, W, size = p.lanes, p.lanes * WIDTH, p.size
+    several, biases = wide(p, BACK_WIDTH), wide(e, BACK_WIDTH)
+    L, W, size = p.lanes, p.lanes * BACK_WIDTH, p.size
     panel = 2 * L
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
     (known, logits), biased = logit(e), only_biased(e)
@@ -667,7 +667,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             j += W
         while j < n:
             left = max(0, min(L, here - j))
-            x = select(first_lanes(p, left), fma(load_n(e, mask + j * e.size, left), LOG2_E, load(p, s + j * size) * factor), -inf)
+            x = fma(load_n(e, mask + j * e.size, left), LOG2_E, load(p, s + j * size) * factor)
+            x = select(first_lanes(p, left), x, -inf)
             weight = select(x == -inf, 0.0, exp2_below(x - offset) * inverse)
             store(p, s + j * size, weight)
             ds = select(x == -inf, 0.0, (load(p, g + j * size) - delta) * weight)
