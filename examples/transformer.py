@@ -8,7 +8,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from digits import Digits, digits
 from rnn import train
 
 REPORT = Path("report")
-# Replaced layers are fastnn's anywhere; use() serves the functions between them, attention above all.
-CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {"torch": nullcontext, "fastnn": fastnn.use}
 Batches = Callable[[], Iterator[tuple[Any, Tensor]]]
 
 
 class Attention(nn.Module):
     """Multi-head attention to itself or to a memory, with a cache where it goes step by step."""
+
+    # What replace() cannot switch, as it is no layer: `both` does. (Around a model that cannot be edited, fastnn.use() would do
+    # the same, but goes through Python at every call of torch's, which models as small as these feel.)
+    attend = staticmethod(nn.functional.scaled_dot_product_attention)
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             causal = causal and len(cache) == x.shape[1]  # a single new position sees all that are there
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = self.attend(q, k, v, is_causal=causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -90,26 +91,26 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def both(make: Callable[[], nn.Module]) -> Iterator[tuple[str, Any, AbstractContextManager[Any]]]:
-    """The same model twice, as torch's and as fastnn's, each with what has to be around its calls."""
+def both(make: Callable[[], nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The same model twice, as torch's and as fastnn's."""
     torch.manual_seed(0)
     model = make()
-    for who, context in CONTEXTS.items():
-        mine = copy.deepcopy(model)
-        if who == "fastnn":
-            fastnn.replace(mine)
-        yield who, mine, context()
+    yield "torch", copy.deepcopy(model)
+    fastnn.replace(model)
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.attend = fastnn.functional.scaled_dot_product_attention
+    yield "fastnn", model
 
 
 def fit(title: str, make: Callable[[], nn.Module], batches: Batches, loss: Callable[..., Tensor]) -> dict[str, Any]:
     """Train both; their models by name."""
     print(f"\n{title}: first and last loss, seconds")
     models = {}
-    for who, model, context in both(make):
-        with context:
-            x, y = next(batches())
-            loss(model(x), y).backward()  # kernels are compiled, or loaded
-            losses, seconds = train(model, batches(), loss)
+    for who, model in both(make):
+        x, y = next(batches())
+        loss(model(x), y).backward()  # kernels are compiled, or loaded
+        losses, seconds = train(model, batches(), loss)
         print(f"  {who:<7} {losses[0]:.4f} → {losses[-1]:.4f}   {seconds:.2f} s")
         models[who] = model.eval()
     return models
@@ -206,10 +207,9 @@ def words() -> None:
     models = fit("Numbers to words, an encoder and a decoder", Translator, number_batches, word_loss)
     asked = list(range(0, 10_000, 17 * 12))
     for who, model in models.items():
-        with CONTEXTS[who]():
-            start = time.perf_counter()
-            found = [beam_search(model, spelled([n])[0]) for n in asked]
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        found = [beam_search(model, spelled([n])[0]) for n in asked]
+        seconds = time.perf_counter() - start
         right = sum(one == spell(n) for n, one in zip(asked, found))
         print(f"  {who:<7} {right} of {len(asked)} unseen numbers right, {seconds / len(asked) * 1e3:.1f} ms each")
     print(f"  {asked[-1]}: {' '.join(found[-1])}")
@@ -255,11 +255,10 @@ def gpt() -> None:
     )  # fmt: skip
     written = {}
     for who, model in models.items():
-        with CONTEXTS[who]():
-            generate(model, data[None, :64], 8)
-            start = time.perf_counter()
-            written[who] = generate(model, data[None, :64], 400)
-            seconds = time.perf_counter() - start
+        generate(model, data[None, :64], 8)
+        start = time.perf_counter()
+        written[who] = generate(model, data[None, :64], 400)
+        seconds = time.perf_counter() - start
         print(f"  {who:<7} writes {400 / seconds:.0f} characters a second")
     told = "".join(alphabet[n] for n in written["fastnn"][0, 64:144].tolist())
     print(f"  it writes: {told!r}")
@@ -335,7 +334,7 @@ def see() -> None:
         make = partial(Vision, convolutions)
         models = fit(f"{title} on digits", make, partial(digit_batches, data), nn.functional.cross_entropy)
         for who, model in models.items():
-            with torch.no_grad(), CONTEXTS[who]():
+            with torch.no_grad():
                 right = (model(data.test_x).argmax(1) == data.test_y).float().mean().item()
             print(f"  {who:<7} {right:.1%} of the test images")
         if not convolutions:

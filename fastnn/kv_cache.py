@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction, _is_torch_function_mode_enabled, is_grad_enabled
+
+from .ops._operator import PLAIN
 
 
 class KVCache:
@@ -58,31 +63,40 @@ class KVCache:
 
         Raises RuntimeError if the cache is too full for them, or shapes, dtypes or devices differ from the cache's.
         """
-        for name, new, own in (("key", key, self._keys), ("value", value, self._values)):
-            if new.dim() != 4 or new.shape[:2] != own.shape[:2] or new.shape[3] != own.shape[3]:
-                raise RuntimeError(
-                    f"KVCache.append(): {name} must have shape ({own.shape[0]}, {own.shape[1]}, positions, "
-                    f"{own.shape[3]}), got {tuple(new.shape)}"
-                )
-            if new.dtype != own.dtype or new.device != own.device:
-                raise RuntimeError(
-                    f"KVCache.append(): {name} must have the cache's dtype and device, {own.dtype} on {own.device}, "
-                    f"got {new.dtype} on {new.device}"
-                )
-        count = key.shape[2]
-        if value.shape[2] != count:
-            raise RuntimeError(f"KVCache.append(): key has {count} positions, value {value.shape[2]}")
-        if self.length + count > self.capacity:
+        if is_grad_enabled() or (_is_torch_function_mode_enabled() and type(key) in PLAIN and type(value) in PLAIN):
+            with torch.no_grad(), DisableTorchFunction():  # a mode, use() for one, would be asked about each property
+                return self.append(key, value)
+        start, shape, keys, values = self.length, key.shape, self._keys, self._values
+        count = shape[2] if len(shape) == 4 else 0
+        for name, new, own in (("key", key, keys), ("value", value, values)):
+            batch, heads, _, size = own.shape
+            if new.shape != (batch, heads, count, size) or new.dtype is not own.dtype or new.device != own.device:
+                self._refuse(name, new, own, count)
+        end = start + count
+        if end > keys.shape[2]:
             raise RuntimeError(
-                f"KVCache.append(): the cache is full: {self.length} of {self.capacity} positions are taken, "
+                f"KVCache.append(): the cache is full: {start} of {self.capacity} positions are taken, "
                 f"{count} more do not fit"
             )
-        end = self.length + count
-        with torch.no_grad():
-            self._keys[:, :, self.length : end] = key
-            self._values[:, :, self.length : end] = value
+        keys.narrow(2, start, count).copy_(key)
+        values.narrow(2, start, count).copy_(value)
         self.length = end
-        return self.keys, self.values
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    @staticmethod
+    def _refuse(name: str, new: Tensor, own: Tensor, count: int) -> NoReturn:
+        """Say what is wrong with new keys or values."""
+        if new.dtype != own.dtype or new.device != own.device:
+            raise RuntimeError(
+                f"KVCache.append(): {name} must have the cache's dtype and device, {own.dtype} on {own.device}, "
+                f"got {new.dtype} on {new.device}"
+            )
+        if new.dim() != 4 or new.shape[:2] != own.shape[:2] or new.shape[3] != own.shape[3]:
+            raise RuntimeError(
+                f"KVCache.append(): {name} must have shape ({own.shape[0]}, {own.shape[1]}, positions, "
+                f"{own.shape[3]}), got {tuple(new.shape)}"
+            )
+        raise RuntimeError(f"KVCache.append(): key has {count} positions, value {new.shape[2]}")
 
     def crop(self, length: int) -> None:
         """Forget the positions from ``length`` on. ValueError if there are not so many."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as torch_functional
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from . import backends, functional
 from .nn import REPLACEMENTS
 from .nn._epilogue import Epilogue
+from .nn._lookalike import rms_norm_class
 from .ops._operator import PLAIN
 
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
@@ -56,7 +57,8 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
 
     Parameters, buffers, hooks, references and state_dicts stay what they are; a shared module is switched once; a
     second call changes nothing more. `backend` names the backend of the replaced modules (ValueError if unknown).
-    Modules of other classes are left, and the report says why.
+    Root-mean-square norms of other libraries are switched too, if a trial shows that they compute ``rms_norm``. Modules of
+    other classes are left, and the report says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
@@ -64,14 +66,19 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
         backends.validate(backend)
     report = Report()
     for name, module in model.named_modules():
-        class_name = type(module).__name__
-        if type(module) in _ORIGINALS:
+        kind, class_name = type(module), type(module).__name__
+        ours = REPLACEMENTS.get(kind)
+        if kind in _ORIGINALS:
             report.replaced.append(Entry(name, class_name, "already fastnn's"))
+        elif ours is None and (ours := rms_norm_class(module)) is not None:
+            module.__class__ = ours
+            _ORIGINALS[ours] = kind
+            report.replaced.append(Entry(name, class_name, "root-mean-square norm, by trial"))
         elif (reason := why_left(module)) is not None:
             report.left.append(Entry(name, class_name, reason))
             continue
-        elif type(module) in REPLACEMENTS:
-            module.__class__ = REPLACEMENTS[type(module)]
+        elif ours is not None:
+            module.__class__ = ours
             report.replaced.append(Entry(name, class_name, ""))
         else:
             continue
@@ -199,18 +206,24 @@ class use(TorchFunctionMode):
     """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
     by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws."""
 
-    _table: dict[Callable[..., Any], Callable[..., Any]] | None = None
+    _table: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
+
+    def __enter__(self) -> Self:
+        if not use._table:
+            use._table.update(_served())
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if use._table is None:
-            use._table = _served()
-        ours = use._table.get(func)
+        ours = _find(func)
         if ours is None or _inside_use.get():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
         token = _inside_use.set(True)  # torch switches off this mode here, but not another use() around it
         try:
             return ours(*args, **(kwargs or {}))
         finally:
             _inside_use.reset(token)
+
+
+_find = use._table.get

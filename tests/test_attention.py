@@ -424,6 +424,16 @@ def test_cache_errors() -> None:
     assert torch.equal(cache.keys, before)
 
 
+def test_few_multiplications_are_torchs_by_rule(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", True)
+    few, more = (tensors(1, 2, 1, 9, n, 16, 16, grad=False) for n in (9, 999))
+    calls_: list[tuple[Any, dict[str, Any]]] = [(few, {}), (few, {"is_causal": True}), (more, {}), (few, {"window": (3, 0)})]
+    for inputs, options in calls_:
+        out = attention(*inputs, enable_gqa=True, **options)
+        torch.testing.assert_close(out, attention(*inputs, enable_gqa=True, backend="cpu", **options))
+    assert [c.backend for c in calls][::2] == ["torch", "torch", "cpu", "cpu"]
+
+
 def test_the_plain_maths_is_torchs() -> None:
     q, k, v = (t.detach().double() for t in tensors(2, 4, 2, 9, 11, 8, 6))
     mask = randn(2, 1, 9, 11, dtype=torch.float64)

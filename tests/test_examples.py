@@ -153,8 +153,8 @@ def test_translators_train_alike_and_search_by_beams() -> None:
     import transformer
 
     curves, found = {}, {}
-    for who, model, context in transformer.both(transformer.Translator):
-        with context, fastnn.trace() as calls:
+    for who, model in transformer.both(transformer.Translator):
+        with fastnn.trace() as calls:
             batches = itertools.islice(transformer.number_batches(), 12)
             curves[who] = transformer.train(model, batches, transformer.word_loss)[0]
             found[who] = transformer.beam_search(model.eval(), transformer.spelled([1042])[0])
@@ -214,11 +214,10 @@ def test_digits_are_seen_alike(convolutions: bool, tmp_path: Path) -> None:
 
     data = digits.digits()
     curves = {}
-    for who, model, context in transformer.both(lambda: transformer.Vision(convolutions)):
-        with context:
-            batches = itertools.islice(transformer.digit_batches(data), 15)
-            curves[who] = transformer.train(model, batches, torch.nn.functional.cross_entropy)[0]
-            seen = model.eval().looks_at(data.test_x[:3])
+    for who, model in transformer.both(lambda: transformer.Vision(convolutions)):
+        batches = itertools.islice(transformer.digit_batches(data), 15)
+        curves[who] = transformer.train(model, batches, torch.nn.functional.cross_entropy)[0]
+        seen = model.eval().looks_at(data.test_x[:3])
         torch.testing.assert_close(seen.sum((1, 2)) <= 1, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(curves["fastnn"], curves["torch"], rtol=0, atol=1e-3)
     assert curves["fastnn"] != curves["torch"], "the same bits throughout: nothing was replaced"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -322,22 +323,109 @@ def test_use_dropout_follows_its_mode() -> None:
     assert [call.op for call in calls] == ["dropout"]
 
 
-@pytest.mark.slow
-def test_hugging_face_models() -> None:
-    """An unmodified transformers model, by replace and by use."""
-    import transformers
+# Models of transformers, small and with random weights
 
+
+HUGGING_FACE: dict[str, dict[str, Any]] = {
+    "Bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50},
+    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 64},
+    "Llama": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "intermediate_size": 64, "vocab_size": 50},
+    "ViT": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
+            "patch_size": 8},
+    "T5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 64, "vocab_size": 50, "dropout_rate": 0.0},
+    "Whisper": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 60,
+                "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
+                "max_source_positions": 16, "pad_token_id": 0, "decoder_start_token_id": 1},
+}  # fmt: skip
+NORMS = {"Llama": 3, "T5": 7}  # root-mean-square norms of their own: what use() cannot see, replace() finds
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_models(name: str) -> None:
+    """Unmodified, by use and by replace: the same outputs, from our attention, norms and products."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50
-    )
-    model = transformers.BertModel(config).eval()
-    tokens = torch.randint(0, 50, (2, 9))
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**HUGGING_FACE[name])).eval()
+    tokens = torch.randint(2, 50, (2, 9))
+    inputs: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    inputs["attention_mask"][1, 6:] = 0
+    if name == "ViT":
+        inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    elif name == "Whisper":
+        inputs = {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": tokens}
+    elif name == "T5":
+        inputs["decoder_input_ids"] = tokens
+
+    def same() -> set[str]:
+        with torch.no_grad(), fastnn.use(), fastnn.trace() as calls:
+            found = model(**inputs).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+        return {call.op for call in calls if call.backend == "cpu"}
+
     with torch.no_grad():
-        expected = model(tokens).last_hidden_state
-        with fastnn.use(), fastnn.trace() as calls:
-            torch.testing.assert_close(model(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
-        assert {"linear", "activation"} <= {call.op for call in calls}
-        report = fastnn.replace(model)
-        torch.testing.assert_close(model(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
-    assert sum(e.class_name == "Linear" for e in report.replaced) >= 13
+        expected = model(**inputs).last_hidden_state
+    norm = "rms_norm" if name in NORMS else "layer_norm"
+    products = {"addmm"} if name == "GPT2" else {"linear"}
+    served = same()
+    assert served >= {"attention", *products, *({norm} - {"rms_norm"})}, served
+    report = fastnn.replace(model)
+    assert sum(e.reason.startswith("root-mean-square") for e in report.replaced) == NORMS.get(name, 0)
+    assert same() >= {"attention", norm, *products}
+    classes = {type(m) for m in fastnn.restore(model).modules()}
+    assert not any(kind.__module__.startswith("fastnn") for kind in classes)
+
+
+class _Norm(nn.Module):
+    """A root-mean-square norm, or nearly"""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(8)), 1e-5
+        if change == "another attribute":
+            self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)).to(x.dtype)
+
+
+def _changed(change: str) -> type[nn.Module]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if change == "centred":
+            x = x - x.mean(-1, keepdim=True)
+        divisor = torch.rsqrt(x.square().mean(-1, keepdim=True) + (1e-5 if change == "an eps of its own" else self.epsilon))
+        if change == "eps outside":
+            divisor = 1 / (x.square().mean(-1, keepdim=True).sqrt() + self.epsilon)
+        if change == "no gradient":
+            divisor = divisor.detach()
+        return (self.weight + (change == "one more")) * x * divisor * (1.5 if change == "in training" and self.training else 1.0)
+
+    return type("RMSNorm", (_Norm,), {"forward": forward})
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "centred", "an eps of its own", "eps outside", "no gradient", "one more", "in training", "another attribute"],
+)
+def test_norms_are_known_by_what_they_do(change: str) -> None:
+    kind = _Norm if change == "another attribute" else _changed(change)
+    model = nn.Sequential(kind(change))
+    nn.init.uniform_(next(model.parameters()), 0.5, 2)
+    before = torch.get_rng_state()
+    report = fastnn.replace(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(report.replaced) == (change == "nothing")
+    if change == "nothing":
+        x = torch.randn(3, 8)
+        for dtype in (torch.float32, torch.bfloat16):  # beside float32 weights: the class's own forward
+            fastnn.replace(model)
+            found = model(x.to(dtype))
+            again = fastnn.restore(model)(x.to(dtype))
+            assert type(model[0]) is kind
+            assert found.dtype == again.dtype
+            torch.testing.assert_close(found, again)
+        fastnn.replace(model)
+        assert copy.deepcopy(model)[0].state_dict().keys() == {"weight"}
+        with fastnn.trace() as calls:
+            model(x)
+        assert [call.op for call in calls] == ["rms_norm"]

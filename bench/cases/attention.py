@@ -84,6 +84,36 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
     )
 
 
+def dropped(model: str, p: float = 0.1, **extra: Any) -> Case:
+    """A training step with dropout, whose output and gradients are random: they must point where those without dropout do."""
+    shape = SHAPES[model]
+    b, h, _, lq, lk, d = shape
+
+    def step(F: Any, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, *, rate: float = p) -> Tensor:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(*leaves, dropout_p=rate)
+            return torch.stack([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+
+    def judge(found: Tensor, *inputs: Tensor) -> Tensor:
+        whole = step(torch.nn.functional, *(t.double() for t in inputs), rate=0.0)
+        alike = torch.nn.functional.cosine_similarity(found.double().flatten(1), whole.flatten(1))
+        dropped = (found[0].double() - whole[0]).norm() / whole[0].norm()  # √(p / (1 - p)) of many weights: 0.33
+        fits = bool((alike > 0.85).all()) and 0.2 < float(dropped) < 0.5
+        return whole if fits else torch.full_like(whole, torch.nan)
+
+    return Case(
+        "attention",
+        f"attention_dropout_train/{model}/{'x'.join(map(str, shape))}",
+        together(*(random(b, h, n, d, seed=1 + i) for i, n in enumerate((lq, lk, lk, lq)))),
+        theirs=step,
+        judge=judge,
+        flops=7 * 2 * b * h * lq * lk * d,
+        passes=((7 * b * h * lq * d, 4 * b * h * lq * d),),
+        **extra,
+    )
+
+
 CASES = [
     attention("attention", "bert_base", goals={"limit": 0.8}),
     attention("attention", "bert_base_b8", goals={"best": 1.25}),
@@ -97,5 +127,7 @@ CASES = [
     attention("attention_train", "bert_base", "train", goals={"torch": 1.5}),
     attention("attention_train", "gpt2", "train", causal=True),
     attention("attention_bias_train", "t5_base", "train", bias=(1, 12, 512, 512), goals={"best": 2.0}),
+    attention("attention_bias_train", "bert_base", "train", bias=(512, 512), goals={"best": 2.0}),
+    dropped("bert_base", goals={"torch": 3.0}),
     *(attention("decode", model, goals={"limit": 0.85}) for model in DECODE),
 ]

@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
     align: where the query at position i stands among the keys, for is_causal, window and alibi_slopes: "top-left": at i, as
     torch has it; "bottom-right": at i + Lk - Lq, as decoding wants it. window: (left, right), how many keys before and
     behind that place are seen (None or -1: all). global_prefix: the first so many keys are seen by all, whatever is_causal
-    and window say. softcap c: scores become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
+    and window say (tokens that are to see all keys as well, as Longformer's do, are a call of their own). softcap c: scores
+    become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
     scores lose slope · distance (Press et al. 2022). cu_seqlens_q, cu_seqlens_k: query (heads, total, D) holds sequences
     one after the other that do not see each other; number n is at [cu_seqlens[n], cu_seqlens[n + 1]).
     return_lse: also log Σ exp(scores) of each row, (…, Lq), in float32 at least. seed: of dropout; a weight is kept as a
@@ -58,14 +59,17 @@ def scaled_dot_product_attention(
             "scaled_dot_product_attention(): Explicit attn_mask should not be set when is_causal=True, got a mask of "
             f"shape {tuple(attn_mask.shape)}"
         )
-    left, right = (-1 if side is None else side for side in (window or (None, None)))
+    left, right = (-1, -1) if window is None else (-1 if side is None else side for side in window)
     if is_causal:
         right = 0 if right < 0 else min(right, 0)
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
-        if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
-            query, key, value = _broadcast(query, key, value, enable_gqa)
+        shape, keys, values = query.shape, key.shape, value.shape
+        if shape[:-2] != keys[:-2] or keys[:-2] != values[:-2]:
+            grouped = enable_gqa and keys[:-2] == values[:-2] and shape[:-3] == keys[:-3] and len(keys) > 2
+            if not (grouped and keys[-3] and shape[-3] % keys[-3] == 0):
+                query, key, value = _broadcast(query, key, value, enable_gqa)
         if scale is None:
-            scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
+            scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
     if dropout_p and seed is None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             reason = "a traced call cannot draw a new seed each time"

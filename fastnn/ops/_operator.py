@@ -15,11 +15,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import (
+    DisableTorchFunction,  # noqa: F401  (in _CALL)
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
     _get_deterministic_algorithms,  # noqa: F401  (in _CALL)
     _get_tracing_state,
     _is_any_autocast_enabled,
+    _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
     is_grad_enabled,
 )
@@ -41,9 +43,12 @@ empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-d
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
 _CALL = """\
-def make(op, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
+def make(op, mode_is_on, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
     def {name}({args}, backend=None, out=None):
         if not is_dynamo_compiling() and {all_plain}:
+            if mode_is_on():  # use(), a default device: it would be asked about each property of a tensor
+                with DisableTorchFunction():
+                    return op.call({args}, backend, out)
             if (
                 (backend or context()) is None
                 and not traces
@@ -334,6 +339,7 @@ class Operator:
         exec(compile(source, filename, "exec"), globals(), namespace)
         return namespace["make"](
             op=self,
+            mode_is_on=_is_torch_function_mode_enabled,
             by_torch=self.torch,
             check=self.check,
             allocate=self.allocate,

@@ -5,16 +5,18 @@ of the queries in a row. Each row's log-sum-exp is kept for the backward, in two
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _get_deterministic_algorithms
 
 from fastnn.kernels.reference import attention as reference
 from fastnn.kernels.reference.attention import Options
 
-from ._operator import Operator
+from ._operator import FLOATING, PLAIN, Operator, empty_matrix
 from .activation import only_torch
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? slopes, Tensor? offsets_q, Tensor? offsets_k"
@@ -33,6 +35,19 @@ def _check(
     offsets_k: Tensor | None,
     *options: Any,
 ) -> str | None:
+    a, b, dtype = query.shape, key.shape, query.dtype
+    if (  # the usual call, where there is nothing more to say
+        mask is slopes is offsets_q is offsets_k is None
+        and dtype is key.dtype is value.dtype
+        and dtype in FLOATING
+        and len(a) == 4
+        and a[:2] == b[:2]
+        and b[:3] == value.shape[:3]
+        and a[3] == b[3] != 0
+        and options == (0.0, options[1], options[2], -1, options[4], False, 0, 0.0)
+        and options[4] in (-1, 0)
+    ):
+        return None
     name, o = "scaled_dot_product_attention", Options(*options)
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if min(map(len, shapes)) < 2:
@@ -127,15 +142,40 @@ def _inspect(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, 
                 )
 
 
+@lru_cache(1024)
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a new tensor: positions before heads in memory where these have them so, as a model will want them so again."""
+    if len(strides) > 3 and strides[-3] < strides[-2] and shape[-3] > 1:
+        *batch, heads, length, size = shape
+        return torch.empty(*batch, length, heads, size, device="meta").transpose(-3, -2).stride()
+    return torch.empty(shape, device="meta").stride()
+
+
+def _is_usual(t: Tensor) -> bool:
+    """Whether memory is ours to ask for, without the dispatcher."""
+    return type(t) in PLAIN and t.is_cpu and not _get_deterministic_algorithms()
+
+
 def like(query: Tensor, *shape: int) -> Tensor:
-    """A new tensor; positions before heads in memory where the query has them so, and a model will want them so again."""
+    """A new tensor, with dimensions in memory in the query's order."""
+    if _is_usual(query) and len(shape) == query.dim():
+        return empty_matrix(shape, _strides(shape, query.stride()), query.dtype)
     if len(shape) > 3 and query.dim() == len(shape) and query.stride(-3) < query.stride(-2) and query.shape[-3] > 1:
         return query.new_empty(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
     return query.new_empty(shape)
 
 
-def _numbers(query: Tensor, *shape: int) -> Tensor:
-    return query.new_empty(*shape, dtype=torch.promote_types(query.dtype, torch.float32))
+def _outputs(plan: None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The values, and each row's log-sum-exp in two parts, in float32 at least"""
+    shape, size = query.shape, value.shape[-1]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if _is_usual(query):
+        out, rows = (*shape[:-1], size), (2, *shape[:-1])
+        return (
+            empty_matrix(out, _strides(out, query.stride()), query.dtype),
+            empty_matrix(rows, _strides(rows, ()), wide),
+        )
+    return like(query, *shape[:-1], size), query.new_empty((2, *shape[:-1]), dtype=wide)
 
 
 def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -> Callable[..., tuple[Tensor, ...]]:
@@ -154,7 +194,8 @@ def _widened(function: Callable[..., tuple[Tensor, ...]], *places: int | None) -
 def _is_plain(args: tuple[Any, ...]) -> bool:
     """Whether torch's own function computes this."""
     o = Options(*args[7:])
-    return args[4:7] == (None, None, None) and o == Options(scale=o.scale)
+    causal = o.right == 0 and args[3] is None
+    return args[4:7] == (None, None, None) and o == Options(seed=o.seed, scale=o.scale, right=0 if causal else -1)
 
 
 _reference = _widened(reference.attention, 0, None)
@@ -166,7 +207,9 @@ def _attention_by_torch(*args: Any) -> Tensor:
         return _reference(*args)[0]
     query, key, value, mask = args[:4]
     grouped = query.dim() > 2 and key.dim() > 2 and key.shape[-3] != query.shape[-3]
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=args[9], enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=args[11] == 0, scale=args[9], enable_gqa=grouped
+    )
 
 
 def _save(ctx: Any, args: Any, out: tuple[Tensor, ...]) -> None:
@@ -188,10 +231,7 @@ attention: Operator = Operator(
     "attention",
     check=_check,
     inspect=_inspect,
-    allocate=lambda plan, query, key, value, *_: (
-        like(query, *query.shape[:-1], value.shape[-1]),
-        _numbers(query, 2, *query.shape[:-1]),
-    ),
+    allocate=_outputs,
     torch=_attention_by_torch,
     extra=lambda *args: _reference(*args)[1],
     save=_save,
@@ -204,11 +244,7 @@ attention_lse: Operator = Operator(
     "attention",
     check=_check,
     inspect=_inspect,
-    allocate=lambda plan, query, key, value, *_: (
-        like(query, *query.shape[:-1], value.shape[-1]),
-        _numbers(query, *query.shape[:-1]),
-        _numbers(query, 2, *query.shape[:-1]),
-    ),
+    allocate=lambda *args: ((found := _outputs(*args))[0], torch.empty_like(found[1][0]), found[1]),
     torch=lambda *args: _reference_lse(*args)[:2],
     extra=lambda *args: _reference_lse(*args)[2],
     save=_save,

@@ -41,7 +41,7 @@ embedding: Operator = Operator(
     "embedding",
     check=_check,
     allocate=lambda plan, weight, indices, *_: weight.new_empty((*indices.shape, weight.shape[1])),
-    torch=aten.embedding,
+    torch=torch.embedding,
     save=_save,
     backward=lambda ctx, grad: (
         embedding_backward.call(grad, *ctx.saved_tensors, ctx.rows, *ctx.rest, ctx.backend),

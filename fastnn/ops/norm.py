@@ -236,7 +236,7 @@ def _check_like(op: str, name: str, t: Tensor | None, input: Tensor) -> None:
 
 def _torch_rows(centred: bool, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float) -> Tensor:
     if centred:
-        return F.layer_norm(input, shape, weight, bias, eps)
+        return torch.layer_norm(input, shape, weight, bias, eps)
     y = F.rms_norm(input, shape, weight, eps)
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -55,7 +55,7 @@ from .engine.vecmath import log as natural_log
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
-WIDTH = 2  # vectors of a row that are computed as one
+WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
  RIGHT, BOTTOM, PREFIX, DROP, DROP_H, DROP_L, KEY0, KEY1, BQ, BK, BH, POS_BLOCKS, HEAD_BLOCKS, SPLITS, DIRECT, WAVE, CHUNKS,
@@ -195,15 +195,24 @@ def logit(e: Elem) -> Any:
     return known, logits
 
 
+def only_biased(e: Elem) -> Any:
+    """biased(f, row, softcap): whether logits are scaled products plus numbers of the queries' dtype that lie next to each other,
+    for all keys between the row's ends."""
+    @inline
+    def biased(f, row, softcap):
+        return at(f, MASK_KIND) == SAME and at(f, MK) == e.size and softcap == 0.0 and load_scalar(FLOAT64, row + SLOPE) == 0.0
+    return biased
+
+
 def attention(elem_name: str) -> Callable[..., Any]:
     """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)"""
     e = ELEMS[elem_name]
     p = compute_elem(e)
-    several = wide(p, WIDTH)
+    several, biases = wide(p, WIDTH), wide(e, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
-    known, logits = logit(e)
+    (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
     add_rows = row_adder(e, p)
@@ -235,6 +244,23 @@ def attention(elem_name: str) -> Callable[..., Any]:
         return reduce_max(best)
 
     @outline
+    def shape_biased(s, n, bias, factor):
+        """The same where there is a bias and nothing else"""
+        best, j = spread(several, -inf), 0
+        while j + W <= n:
+            x = fma(load(biases, bias + j * e.size), LOG2_E, load(several, s + j * size) * factor)
+            store(several, s + j * size, x)
+            best = maximum_fast(x, best)
+            j += W
+        top = reduce_max(best)
+        while j < n:
+            x = fma(load_n(e, bias + j * e.size, min(L, n - j)), LOG2_E, load(p, s + j * size) * factor)
+            store(p, s + j * size, x)
+            top = max(top, reduce_max(select(first_lanes(p, n - j), x, -inf)))
+            j += L
+        return top
+
+    @outline
     def exponentials(s, n, room, factor, offset):
         """exp2 in place; zeros up to ``room``; the sum"""
         total, j = spread(p, 0.0), 0
@@ -256,9 +282,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
     @outline
     def drop_some(f, s, n, index):
         key0, key1, least = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
-        for j in range(0, n, L):
-            x = load(p, s + j * size)
-            store(p, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
+        for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
+            x = load(several, s + j * size)
+            store(several, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
 
     @outline
     def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, edge, scale, softcap):
@@ -269,14 +295,17 @@ def attention(elem_name: str) -> Callable[..., Any]:
         for r in range(rows):
             row, sr = st + r * ROW, s + r * s_row
             lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
-            here = min(n, hi - j0)
-            if plain and lo <= j0 and (prefix <= j0 or hi >= prefix):
-                here = max(here, 0)
-                factor = p_of(scale * LOG2_E)
+            here = max(0, min(n, hi - j0))
+            factor = p_of(scale * LOG2_E)
+            whole = lo <= j0 and (prefix <= j0 or hi >= prefix)
+            if plain and whole:
                 top = largest(sr, here) * factor
             else:
-                here = n
-                top = shape(f, row, sr, n, j0, scale, softcap)
+                if whole and biased(f, row, softcap):
+                    top = shape_biased(sr, here, load_scalar(INT64, row + MASK) + j0 * e.size, factor)
+                else:
+                    here = n
+                    top = shape(f, row, sr, n, j0, scale, softcap)
                 factor = p_of(1.0)
             old = -inf if first else load_scalar(FLOAT64, row + OFFSET)
             new = max(float(top), old)
@@ -563,11 +592,11 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     """
     e = ELEMS[elem_name]
     p = compute_elem(e)
-    several = wide(p, WIDTH)
-    L, W, size = p.lanes, p.lanes * WIDTH, p.size
+    several, biases = wide(p, BACK_WIDTH), wide(e, BACK_WIDTH)
+    L, W, size = p.lanes, p.lanes * BACK_WIDTH, p.size
     panel = 2 * L
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
-    known, logits = logit(e)
+    (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
 
@@ -603,6 +632,49 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
             store(p, s + j * size, x)
             store(p, g + j * size, select(seen, (load(p, g + j * size) - delta) * x, 0.0))
+            j += L
+
+    @outline
+    def slopes_dropped(f, s, g, here, n, factor, offset, inverse, delta, keep, index):
+        """The same where weights are dropped"""
+        key0, key1, least, j = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign, 0
+        while j + W <= here:
+            x = exp2_below(load(several, s + j * size) * factor - offset) * inverse
+            gone = bits(x, index + j, 1, key0, key1) < least
+            store(several, s + j * size, select(gone, 0.0, x))
+            store(several, g + j * size, (select(gone, 0.0, load(several, g + j * size) * keep) - delta) * x)
+            j += W
+        while j < n:
+            seen = first_lanes(p, here - j)
+            x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
+            gone = bits(x, index + j, 1, key0, key1) < least
+            store(p, s + j * size, select(gone, 0.0, x))
+            store(p, g + j * size, select(seen, (select(gone, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
+            j += L
+
+    @outline
+    def slopes_biased(s, g, here, n, mask, factor, offset, inverse, delta, bias):
+        """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added"""
+        j = 0
+        while j + W <= here:
+            x = fma(load(biases, mask + j * e.size), LOG2_E, load(several, s + j * size) * factor)
+            weight = exp2_below(x - offset) * inverse
+            store(several, s + j * size, weight)
+            ds = select(x == -inf, 0.0, (load(several, g + j * size) - delta) * weight)
+            store(several, g + j * size, ds)
+            if bias != 0:
+                store(several, bias + j * size, load(several, bias + j * size) + ds)
+            j += W
+        while j < n:
+            left = max(0, min(L, here - j))
+            x = fma(load_n(e, mask + j * e.size, left), LOG2_E, load(p, s + j * size) * factor)
+            x = select(first_lanes(p, left), x, -inf)
+            weight = select(x == -inf, 0.0, exp2_below(x - offset) * inverse)
+            store(p, s + j * size, weight)
+            ds = select(x == -inf, 0.0, (load(p, g + j * size) - delta) * weight)
+            store(p, g + j * size, ds)
+            if bias != 0 and left > 0:
+                store_n(p, bias + j * size, load_n(p, bias + j * size, left) + ds, left)
             j += L
 
     @outline
@@ -736,15 +808,21 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                                 offset = total
                             lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
                             s_r, dp_r, delta_r = s + r * s_row, dp + r * s_row, load_scalar(p, delta + at_row)
-                            seen_prefix = at(f, PREFIX) <= j0 or hi >= at(f, PREFIX)
-                            if at(f, PLAIN) and at(f, DROP) == 0 and lo <= j0 and seen_prefix:
-                                slopes_plain(s_r, dp_r, max(0, min(n, hi - j0)), n, p_of(scale * LOG2_E), offset, inverse,
-                                             delta_r)
+                            whole = lo <= j0 and (at(f, PREFIX) <= j0 or hi >= at(f, PREFIX))
+                            here, factor, to = max(0, min(n, hi - j0)), p_of(scale * LOG2_E), 0
+                            if bias != 0:
+                                to = (bias + chain * at(f, BIAS_CHAIN) + at(entry, T_BIAS) + h * at(f, BIAS_H)
+                                      + (i0 + r) * at(f, BIAS_Q))
+                            drops = at(f, DROP) != 0
+                            if at(f, PLAIN) and whole and drops:
+                                slopes_dropped(f, s_r, dp_r, here, n, factor, offset, inverse, delta_r, keep,
+                                               load_scalar(INT64, row + INDEX) + j0)
+                            elif at(f, PLAIN) and whole:
+                                slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
+                            elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
+                                slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, factor, offset,
+                                              inverse, delta_r, to + j0 * size if to else 0)
                             else:
-                                to = 0
-                                if bias != 0:
-                                    to = (bias + chain * at(f, BIAS_CHAIN) + at(entry, T_BIAS) + h * at(f, BIAS_H)
-                                          + (i0 + r) * at(f, BIAS_Q))
                                 slopes_shaped(f, row, s_r, dp_r, j0, n, scale, softcap, keep, offset, inverse, delta_r, to)
                         transposed(n, g_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
                         transposed(n, q_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)

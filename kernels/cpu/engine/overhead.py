@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import threads
+
 RULES = True
 
 
@@ -22,8 +24,10 @@ def no_rules() -> Iterator[None]:
         RULES = before
 
 
-def torch_is_shorter(t: Tensor, forward: int, training: int) -> str | None:
-    """A reason to leave a call on t to torch if it has fewer elements than that; a gradient to come costs two calls."""
-    if RULES and t.numel() < (training if t.requires_grad and torch.is_grad_enabled() else forward):
+def torch_is_shorter(t: Tensor, forward: int, training: int, size: int | None = None) -> str | None:
+    """A reason to leave a call on t to torch if its ``size``, by default t's elements, is less; a gradient to come costs two
+    calls. (In a forked child torch might hang.)"""
+    least = training if t.requires_grad and torch.is_grad_enabled() else forward
+    if RULES and (t.numel() if size is None else size) < least and not threads.forked():
         return "for so few elements torch's own call takes less time than ours"
     return None
