@@ -79,10 +79,10 @@ def test_the_rule_allows_twice_torchs_error_and_a_floor() -> None:
     assert not of(math.nan).within(of(5.0), torch.float32)
 
 
-@pytest.mark.parametrize("name", _checks.POINTWISE)
+@pytest.mark.parametrize("name", _checks.activation.POINTWISE)
 def test_the_exact_formulas_are_the_functions(name: str) -> None:
     """Where float64 has no cancellation, mpmath and torch agree, in the values and in the slopes."""
-    f = _checks.POINTWISE[name]
+    f = _checks.activation.POINTWISE[name]
     x = torch.cat([torch.linspace(-2.9, -0.1, 9), torch.linspace(0.1, 9.7, 23)]).double().requires_grad_()
     y = f.theirs(_numerics.TORCH, x)
     (slope,) = torch.autograd.grad(y.sum(), x)
@@ -131,7 +131,7 @@ def test_every_family_has_special_and_adversarial_data() -> None:
     assert {"special values", "large means", "cancellation", "one-hot rows", "all equal", "subnormal"} <= names("matmul,")
     for op in ("softmax", "log_softmax", "cross_entropy"):
         assert {"special values", "large means", "one-hot rows", "all equal", "subnormal", "long rows"} <= names(f"{op},")
-    for start in (*_checks.POINTWISE, "prelu", "glu", "dropout", "linear", "addmm", "bmm", "nll_loss", "mse_loss"):
+    for start in (*_checks.activation.POINTWISE, "prelu", "glu", "dropout", "linear", "addmm", "bmm", "nll_loss", "mse_loss"):
         assert "special values" in {name.split(", none")[0] for name in names(start)}, start
 
 

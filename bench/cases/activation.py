@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn._checks import POINTWISE
+from fastnn._checks.activation import POINTWISE
 from fastnn._numerics import sum_of_magnitudes
 
 from . import Case, random, together

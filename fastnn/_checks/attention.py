@@ -1,0 +1,56 @@
+"""Checks of attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._numerics import TORCH, attention_scale
+from .data import Check, all_of, equal, normal, special_rows, subnormal
+
+
+def checks() -> Iterator[Check]:
+    def attention(name: str, *makers: Callable[[torch.dtype], Any], lse: bool = False, **options: Any) -> Check:
+        def theirs(F: Any, *inputs: Any) -> Tensor:
+            return F.scaled_dot_product_attention(*inputs, **options)
+
+        def ours(F: Any, *inputs: Any) -> Tensor:
+            own = {"return_lse": True} if lse and F is not TORCH else {}
+            out = F.scaled_dot_product_attention(*inputs, **options, **own)
+            return out[0] if own else out
+
+        names = ("query", "key", "value", "attn_mask")[: len(makers)]
+        return Check("attention", f"attention, {name}", all_of(*makers), theirs, ours, names, attention_scale(**options))
+
+    def three(*shape: int, scale: float = 1.0, long: int = 0, mean: float = 0.0) -> list[Callable[[torch.dtype], Tensor]]:
+        keys = (*shape[:-2], long or shape[-2], shape[-1])
+        return [normal(*shape, seed=1, scale=scale, mean=mean), normal(*keys, seed=2, scale=scale), normal(*keys, seed=3)]
+
+    def hidden(dtype: torch.dtype) -> Tensor:
+        """-Inf for a third of the keys, and for all keys of two rows"""
+        mask = torch.randn(37, 61, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        mask = mask.masked_fill(mask > 0.4, -math.inf)
+        mask[[3, 36]] = -math.inf
+        return mask.to(dtype).requires_grad_()
+
+    yield attention("2×3×37×61×24", *three(2, 3, 37, 24, long=61))
+    yield attention("causal", *three(1, 2, 131, 33), lse=True, is_causal=True)
+    yield attention("grouped heads", *three(1, 4, 37, 16)[:1], *three(1, 2, 61, 16)[1:], enable_gqa=True)
+    yield attention("one query", *three(1, 2, 1, 64, long=1031))
+    yield attention("long rows", *three(1, 1, 5, 16, long=9001))
+    yield attention("large logits", *three(1, 2, 37, 16, scale=12.0))
+    yield attention("large means", *three(1, 2, 37, 16, mean=50.0))
+    yield attention("boolean mask", *three(1, 2, 37, 16, long=61), lambda dtype: torch.isfinite(hidden(dtype)).detach())
+    yield attention("-Inf in the mask", *three(1, 2, 37, 16, long=61), hidden)
+    for name, shape in (("full", (2, 2, 37, 61)), ("of heads", (2, 37, 61)), ("of rows", (37, 1)), ("of keys", (2, 1, 1, 61))):
+        yield attention(f"gradient of a bias, {name}", *three(2, 2, 37, 16, long=61), normal(*shape, seed=9))
+    yield attention("all equal", *[equal(1, 2, 37, 16)] * 3)
+    yield attention("subnormal", *[subnormal(1, 2, 37, 16, seed=n) for n in range(3)])
+    special = special_rows(24)
+    yield attention(
+        "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
+    )

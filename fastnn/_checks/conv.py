@@ -1,0 +1,61 @@
+"""Checks of the convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._numerics import sum_of_magnitudes
+from .data import Check, all_of, equal, normal, specials, subnormal
+
+
+def checks() -> Iterator[Check]:
+    def check(
+        name: str, function: Callable[..., Tensor], *makers: Callable[[torch.dtype], Any], fused: Any = None
+    ) -> Check:
+        names = ("input", "weight", "bias")[: len(makers)]
+        return Check("conv", name, all_of(*makers), function, fused, names, sum_of_magnitudes(function))
+
+    def last(make: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Tensor]:
+        return lambda dtype: make(dtype).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def conv(op: str, **options: Any) -> Callable[..., Tensor]:
+        return lambda F, *tensors: getattr(F, op)(*tensors, **options)
+
+    image, filters, bias = normal(3, 24, 19, 23, seed=1), normal(31, 24, 3, 3, seed=2, scale=0.1), normal(31, seed=3)
+    small = normal(2, 24, 8, 9, seed=1)
+    for form, place in (("", lambda make: make), (", channels last", last)):
+        yield check(f"conv2d 3×3{form}", conv("conv2d", padding=1), place(image), place(filters), bias)
+        yield check(f"conv2d 3×3, stride 2{form}", conv("conv2d", stride=2), place(image), place(filters), bias)
+        yield check(f"conv2d 1×1{form}", conv("conv2d"), place(image), place(normal(31, 24, 1, 1, seed=4)), bias)
+        yield check(f"conv2d depthwise{form}", conv("conv2d", padding=2, groups=24), place(image),
+                    place(normal(24, 1, 5, 5, seed=5)), normal(24, seed=6))  # fmt: skip
+        yield check(f"conv_transpose2d{form}", conv("conv_transpose2d", stride=2, padding=1), place(small),
+                    place(normal(24, 31, 4, 4, seed=7, scale=0.1)), bias)  # fmt: skip
+    yield check("conv2d, dilation, groups", conv("conv2d", padding=2, dilation=2, groups=4), image,
+                normal(32, 6, 3, 3, seed=8), normal(32, seed=9))  # fmt: skip
+    yield check("conv1d", conv("conv1d", stride=3, padding=4), normal(2, 5, 211, seed=1), normal(17, 5, 10, seed=2),
+                normal(17, seed=3))  # fmt: skip
+    yield check("conv3d", conv("conv3d", padding=1), normal(1, 5, 5, 7, 6, seed=1), normal(9, 5, 3, 3, 3, seed=2))
+    yield check("conv_transpose1d", conv("conv_transpose1d", stride=3), normal(2, 7, 31, seed=1), normal(7, 5, 5, seed=2))
+    yield check("conv_transpose3d", conv("conv_transpose3d", stride=2), normal(1, 5, 3, 4, 2, seed=1),
+                normal(5, 3, 3, 3, 3, seed=2))  # fmt: skip
+    yield check("conv2d, long sums", conv("conv2d", padding=1), normal(1, 520, 5, 5, seed=1), normal(9, 520, 3, 3, seed=2))
+    yield check("conv2d, alike terms", conv("conv2d", padding=1), equal(1, 64, 9, 9), equal(8, 64, 3, 3, value=0.3))
+    yield check("conv2d, subnormal", conv("conv2d", padding=1), subnormal(1, 8, 9, 9, seed=1), normal(8, 8, 3, 3, seed=2))
+    yield Check("conv", "conv2d, special values", all_of(_special_image, normal(6, 1, 3, 3, seed=2)),
+                conv("conv2d", padding=1), names=("input", "weight"),
+                scale=sum_of_magnitudes(conv("conv2d", padding=1)))  # fmt: skip
+
+
+def _special_image(dtype: torch.dtype) -> Tensor:
+    """One special value in each image of a batch, the others normal; none so large that sums with it depend on their order."""
+    values = [v for v in specials(dtype) if not math.isfinite(v) or abs(v) < 100]
+    x = torch.randn(len(values), 1, 7, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for n, value in enumerate(values):
+        x[n, 0, n % 7, 7 * n % 9] = value
+    return x.to(dtype).requires_grad_()
