@@ -14,7 +14,11 @@ from fastnn.ops import matmul as ops
 from gpu import DEVICE, DTYPES, HERE, check, run
 from rule import LAYOUTS, randn
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
+]
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any, dict[str, Any]], Any]) -> list[Any]:

@@ -12,7 +12,11 @@ from fastnn.ops import norm as ops
 from gpu import DEVICE, check, filled, run
 from rule import LAYOUTS, randn
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
+]
 HALF = (torch.float32, torch.bfloat16)
 
 
