@@ -14,7 +14,11 @@ from gpu import DEVICE, DTYPES, check, run
 from rule import LAYOUTS, randn
 from test_activation import NUMBERS, SPECIAL
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
+]
 
 
 def exact(x: Tensor, name: str, params: Any) -> Tensor:
