@@ -52,22 +52,46 @@ def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 F32, F64, I64, BF16, F16 = torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float16
 BUILDS: list[Build] = []
 
-# Activations: one compiled kernel serves all chips' sizes; the other dtypes differ in two conversions.
+# Elementwise: one kernel for all; the operation with most registers, and two outputs, and integers.
 BUILDS += [
-    Build(activation.activation, (t(64, 4096), "gelu", [])),
     Build(activation.activation_backward, (t(64, 4096), t(64, 4096), "mish", [])),
-    Build(activation.prelu_backward, (t(8, 64, 56, 56), t(8, 64, 56, 56), t(64))),
     Build(activation.glu_backward, (t(64, 4096), t(64, 8192), 1)),
     Build(activation.dropout, (t(64, 4096, dtype=F32), 0.1, 1 << 40)),
 ]
 
-# Products: the large tile with its epilogue, a transposed operand, few tiles and a long sum, a batch, plain float32.
+# Products: the large tile with its epilogue, a transposed operand, few tiles and a long sum, plain float32.
 BUILDS += [
     Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True),
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
-    Build(matmul.matmul, (t(96, 128, 64), t(96, 64, 128)), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+]
+
+# Softmax and losses: whole rows, lines that are cut; the losses of a language model.
+BUILDS += [
+    Build(softmax.softmax, (t(4096, 4096), -1)),
+    Build(softmax.softmax, (t(16, 128000), -1)),
+    Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(
+        softmax.cross_entropy_backward,
+        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
+    ),
+    Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
+]
+
+# Norms: rows that fit and rows that do not; a residual; both layouts of an image; few lines, cut into parts. Embedding.
+IMAGE = t(8, 64, 56, 56)
+ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
+BUILDS += [
+    Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
+    Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
+    Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
+    Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
+    Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
+    Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),
+    Build(embedding.embedding_backward, (t(8, 512, 768), t(8, 512, dtype=I64), 32000, 0, True)),
 ]
 
 # Attention: each kernel with numbers of 16 bits, in a model's usual sizes; few queries; a bias with a gradient; plain float32.
@@ -121,36 +145,4 @@ BUILDS += [
         conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
         chips=("sm_90",),
     ),
-]
-
-# Softmax and losses: whole rows, columns, lines that are cut; the losses of a language model.
-BUILDS += [
-    Build(softmax.softmax, (t(4096, 4096), -1)),
-    Build(softmax.log_softmax_backward, (t(8, 64, 56, 56), t(8, 64, 56, 56), 1)),
-    Build(softmax.softmax, (t(16, 128000), -1)),
-    Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
-    Build(
-        softmax.cross_entropy_backward,
-        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
-    ),
-    Build(softmax.cross_entropy, (t(64, 1000), t(64, 1000), None, -100, "mean", 0.1)),
-    Build(softmax.nll_loss_backward, (t(64, dtype=F32), t(64, 1000), t(64, dtype=I64), None, -100, "none")),
-    Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
-]
-
-# Norms: rows that fit and rows that do not; a residual; both layouts of an image; few lines, cut into parts. Embedding.
-IMAGE = t(8, 64, 56, 56)
-ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
-BUILDS += [
-    Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
-    Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
-    Build(norm.rms_norm, (t(64, 16384), t(16384), None, [16384], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
-    Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
-    Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
-    Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
-    Build(norm.group_norm_backward, (IMAGE, IMAGE, t(64), t(2, 8, 32, dtype=F64), 32, 1e-5)),
-    Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),
-    Build(embedding.embedding_backward, (t(8, 512, 768), t(8, 512, dtype=I64), 32000, 0, True)),
 ]

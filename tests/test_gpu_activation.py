@@ -14,7 +14,11 @@ from gpu import DEVICE, DTYPES, check, run
 from rule import LAYOUTS, randn
 from test_activation import NUMBERS, SPECIAL
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
+]
 
 
 def exact(x: Tensor, name: str, params: Any) -> Tensor:
@@ -51,7 +55,7 @@ def test_special_values(name: str) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (5, 67), (2, 3, 4, 5), (129, 1), (2, 2049)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (5, 67), (2, 3, 4, 5), (129, 1)], ids=str)
 def test_layouts(shape: tuple[int, ...]) -> None:
     """The values do not depend on where they lie; an input is walked in place or copied."""
     x, g = randn(*shape), randn(*shape, seed=1)
@@ -64,7 +68,7 @@ def test_layouts(shape: tuple[int, ...]) -> None:
     assert torch.equal(run(ops.activation, row, "silu", []), run(ops.activation, row.contiguous(), "silu", []))
 
 
-@pytest.mark.parametrize("shape", [(33,), (5, 7), (2, 3, 5, 7), (3, 2051)], ids=str)
+@pytest.mark.parametrize("shape", [(33,), (5, 7), (2, 3, 5, 7), (2, 2051)], ids=str)
 def test_prelu(shape: tuple[int, ...]) -> None:
     def scale(g: Tensor, x: Tensor, w: Tensor) -> list[Any]:
         dims = [d for d in range(x.dim()) if d != 1 or len(w) == 1]
@@ -78,7 +82,7 @@ def test_prelu(shape: tuple[int, ...]) -> None:
                 check(ops.prelu_backward, randn(*shape, dtype=dtype, seed=3), x, w, scale=scale)
 
 
-@pytest.mark.parametrize("shape", [(34,), (6, 8), (2, 4, 6, 8), (4, 4098)], ids=str)
+@pytest.mark.parametrize("shape", [(34,), (6, 8), (2, 4, 6, 8), (2, 4098)], ids=str)
 def test_glu(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.float16):
         for dim in {0, len(shape) - 1}:
@@ -91,11 +95,12 @@ def test_glu(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(65,), (40, 101), (2, 3, 5, 6)], ids=str)
 def test_dropout_drops_what_the_cpu_drops(shape: tuple[int, ...]) -> None:
-    for seed in (0, 12345678901234567, -5):
-        for p in (0.0, 0.3, 0.999, 1.0):
-            for layout in LAYOUTS if len(shape) > 1 else ("contiguous",):
-                x = lies(layout, randn(*shape))
-                assert torch.equal(check(ops.dropout, x, p, seed), ops.dropout(x, p, seed, backend="cpu"))
+    x = randn(*shape)
+    for seed, p in ((0, 0.3), (12345678901234567, 0.0), (12345678901234567, 0.999), (-5, 0.3), (-5, 1.0)):
+        assert torch.equal(check(ops.dropout, x, p, seed), ops.dropout(x, p, seed, backend="cpu"))
+    for layout in LAYOUTS:
+        y = lies(layout, x)
+        assert torch.equal(run(ops.dropout, y.to(DEVICE), 0.3, 7).cpu(), ops.dropout(y, 0.3, 7, backend="cpu"))
 
 
 def test_random_bits_go_on_past_two_to_the_32() -> None:

@@ -2,7 +2,9 @@
 
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnn.functional as F
 from fastnn import backends, ops
+from fastnn.kernels.gpu.engine import launch
 from fastnn.ops._operator import Operator
 from gpu import HERE
 
@@ -68,6 +71,35 @@ def test_torchs_own_words_for_a_driver(words: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", refuse)
     assert backends.without_gpu() == words.splitlines()[0]
+
+
+class Recorder:
+    """A kernel that notes which device was current when it was launched."""
+
+    def __init__(self, current: list[int]) -> None:
+        self.current, self.seen = current, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *args, **options: self.seen.append((grid, self.current[-1], args, options))
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = Recorder(current)
+    for index in (0, 1):
+        launch.run(kernel, 7, torch.device("cuda", index), 3, num_warps=4)
+    launch.run(kernel, 0, torch.device("cuda", 0))  # nothing to do is no launch
+    assert kernel.seen == [((7,), index, (3,), {"num_warps": 4}) for index in (0, 1)]
+    assert current == [0]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

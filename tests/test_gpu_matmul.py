@@ -1,5 +1,6 @@
 """Matrix products on the GPU, or in Triton's interpreter, against float64, beside torch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,24 @@ from fastnn.ops import matmul as ops
 from gpu import DEVICE, DTYPES, HERE, check, run
 from rule import LAYOUTS, randn
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
+]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any, dict[str, Any]], Any]) -> list[Any]:
+    """what(kernel, options) of each launch to come"""
+    seen: list[Any] = []
+    right = launch.run
+
+    def run(kernel: Any, *args: Any, **options: Any) -> None:
+        seen.append(what(kernel, options))
+        right(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "run", run)
+    return seen
 
 
 def terms(a: Tensor, b: Tensor) -> list[Tensor]:
@@ -30,6 +48,11 @@ def linear_terms(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | N
 def test_sizes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
     check(ops.matmul, randn(m, k, dtype=dtype), randn(k, n, dtype=dtype, seed=1), scale=terms)
+
+
+def test_many_tiles_are_gone_through_in_groups() -> None:
+    """More rows of tiles than a group has, and more tiles than the stand-in chip runs programs."""
+    check(ops.matmul, randn(300, 20), randn(20, 70, seed=1), scale=terms)
 
 
 def test_a_sum_of_nothing_is_zero() -> None:
@@ -83,9 +106,7 @@ def test_addmm(shape: tuple[int, ...]) -> None:
 
 
 def test_a_long_sum_is_cut_and_added_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    right = launch.run
-    monkeypatch.setattr(launch, "run", lambda kernel, *a, **o: (launched.append(kernel.__name__), right(kernel, *a, **o)))
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
     x, w, bias, residual = randn(5, 1500), randn(9, 1500, seed=1), randn(9, seed=2), randn(5, 9, seed=3)
     first = check(ops.linear, x, w, bias, residual, "silu", scale=linear_terms)
     assert launched == ["product", "add_parts"]
@@ -99,9 +120,7 @@ def test_descriptors(a_rows: bool, b_rows: bool, monkeypatch: pytest.MonkeyPatch
     """As on a chip with a copy engine, on rows and on columns; tiles that stick out are filled with zeros."""
     monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
     monkeypatch.setattr(kernels, "_tiles", lambda kind, chip: [kernels.Tile(32, 32, 32, 4, 2)])
-    seen: list[bool] = []
-    right = launch.run
-    monkeypatch.setattr(launch, "run", lambda *a, **o: (seen.append(o["DESCRIPTORS"]), right(*a, **o)))
+    seen = watched(monkeypatch, lambda kernel, options: options["DESCRIPTORS"])
     for dtype in (torch.bfloat16, torch.float16):
         a, b = randn(40, 72, dtype=dtype), randn(72, 56, dtype=dtype, seed=1)
         a, b = a if a_rows else a.mT.contiguous().mT, b if b_rows else b.mT.contiguous().mT
@@ -110,9 +129,7 @@ def test_descriptors(a_rows: bool, b_rows: bool, monkeypatch: pytest.MonkeyPatch
 
 
 def test_float32_is_tf32_only_where_torch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    right = launch.run
-    monkeypatch.setattr(launch, "run", lambda *a, **o: (seen.append(o["PRECISION"]), right(*a, **o)))
+    seen = watched(monkeypatch, lambda kernel, options: options["PRECISION"])
     before = torch.get_float32_matmul_precision()
     x = torch.ones(4, 4, device=DEVICE)
     try:

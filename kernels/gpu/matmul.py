@@ -179,7 +179,7 @@ def tf32() -> bool:
     settings = torch.backends.cuda.matmul
     if hasattr(settings, "fp32_precision"):
         own = settings.fp32_precision
-        return (torch.backends.fp32_precision if own == "none" else own) == "tf32"
+        return (getattr(torch.backends, "fp32_precision", own) if own == "none" else own) == "tf32"
     return bool(settings.allow_tf32)
 
 

@@ -14,10 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
-
-#: Whether kernels run in Triton's interpreter, on the CPU: decided once, when Triton was imported.
-INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
