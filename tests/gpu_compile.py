@@ -113,7 +113,8 @@ def main() -> None:
                 compiled = triton.compile(source(kernel, values), target=target, options=options)
                 code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
                 line = {"build": build.name, "family": build.family, "chip": name, "kernel": kernel.__name__, **used(compiled)}
-                line |= {"limit": chip.shared, "matrix": bool(re.search(MATRIX[name], code)), "best": bool(re.search(BEST[name], code))}
+                found = {key: bool(re.search(by[name], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
+                line |= {"limit": chip.shared, **found}
                 print(json.dumps(line), flush=True)
 
 

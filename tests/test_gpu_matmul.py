@@ -109,23 +109,24 @@ def test_a_long_sum_is_cut_and_added_in_its_order(monkeypatch: pytest.MonkeyPatc
     launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
     x, w, bias, residual = randn(5, 1500), randn(9, 1500, seed=1), randn(9, seed=2), randn(5, 9, seed=3)
     first = check(ops.linear, x, w, bias, residual, "silu", scale=linear_terms)
-    assert launched == ["product", "add_parts"]
+    assert launched[:1] == ["product"]
+    assert HERE or launched == ["product", "add_parts"]  # how few tiles are few depends on the GPU
     there = [t.to(DEVICE) for t in (x, w, bias, residual)]
     assert torch.equal(run(ops.linear, *there, "silu").cpu(), first)
 
 
-@pytest.mark.skipif(HERE, reason="a GPU chooses its configurations itself")
 @pytest.mark.parametrize(("a_rows", "b_rows"), [(True, True), (True, False), (False, True), (False, False)])
 def test_descriptors(a_rows: bool, b_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a chip with a copy engine, on rows and on columns; tiles that stick out are filled with zeros."""
-    monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
-    monkeypatch.setattr(kernels, "_tiles", lambda kind, chip: [kernels.Tile(32, 32, 32, 4, 2)])
+    if not HERE:
+        monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
+        monkeypatch.setattr(kernels, "_tiles", lambda kind, chip: [kernels.Tile(32, 32, 32, 4, 2)])
     seen = watched(monkeypatch, lambda kernel, options: options["DESCRIPTORS"])
     for dtype in (torch.bfloat16, torch.float16):
         a, b = randn(40, 72, dtype=dtype), randn(72, 56, dtype=dtype, seed=1)
         a, b = a if a_rows else a.mT.contiguous().mT, b if b_rows else b.mT.contiguous().mT
         check(ops.matmul, a, b, scale=terms)
-    assert seen == [True, True]
+    assert seen == [launch.chip(torch.device(DEVICE)).descriptors] * 2
 
 
 def test_float32_is_tf32_only_where_torch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
