@@ -67,6 +67,33 @@ BUILDS += [
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
 ]
 
+# Softmax and losses: whole rows, lines that are cut; the losses of a language model.
+BUILDS += [
+    Build(softmax.softmax, (t(4096, 4096), -1)),
+    Build(softmax.softmax, (t(16, 128000), -1)),
+    Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(
+        softmax.cross_entropy_backward,
+        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
+    ),
+    Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
+]
+
+# Norms: rows that fit and rows that do not; a residual; both layouts of an image; few lines, cut into parts. Embedding.
+IMAGE = t(8, 64, 56, 56)
+ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
+BUILDS += [
+    Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
+    Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
+    Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
+    Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
+    Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
+    Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),
+    Build(embedding.embedding_backward, (t(8, 512, 768), t(8, 512, dtype=I64), 32000, 0, True)),
+]
+
 # Attention: each kernel with numbers of 16 bits, in a model's usual sizes; few queries; a bias with a gradient; plain float32.
 
 
@@ -96,7 +123,7 @@ BUILDS += [
         attention.attention_backward,
         (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
-        ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_90",), note=" everything",
+        ("backward_queries", "backward_keys", "backward_mask"), spills=192, chips=("sm_90",), note=" everything",
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
@@ -118,31 +145,4 @@ BUILDS += [
         conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
         chips=("sm_90",),
     ),
-]
-
-# Softmax and losses: whole rows, lines that are cut; the losses of a language model.
-BUILDS += [
-    Build(softmax.softmax, (t(4096, 4096), -1)),
-    Build(softmax.softmax, (t(16, 128000), -1)),
-    Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
-    Build(
-        softmax.cross_entropy_backward,
-        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
-    ),
-    Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
-]
-
-# Norms: rows that fit and rows that do not; a residual; both layouts of an image; few lines, cut into parts. Embedding.
-IMAGE = t(8, 64, 56, 56)
-ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
-BUILDS += [
-    Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
-    Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
-    Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
-    Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
-    Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
-    Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),
-    Build(embedding.embedding_backward, (t(8, 512, 768), t(8, 512, dtype=I64), 32000, 0, True)),
 ]

@@ -98,7 +98,7 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
     kernel, supports, _ = backends.load("gpu", op)
     assert kernel is not None, supports and supports(op.name, *args)
     assert supports is None or supports(op.name, *args) is None, supports(op.name, *args)
-    kernel(op.allocate(op.check(*args), *args), *args)  # without `inspect`: there are no values
+    kernel(op.allocate(op.check(*args), *args), *args)  # no `inspect`: there are no values
     return found
 
 

@@ -44,18 +44,6 @@ _KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where produ
 _KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
 
 
-def _blocks(table: Mapping[int, tuple[Blocks, ...]], t: Tensor, size: int) -> Blocks:
-    which, chip = 0 if size <= 64 else 1 if size <= 128 else 2, launch.chip(t.device)
-    if chip is launch.STAND_IN:  # few programs cost the interpreter least
-        return Blocks(32, 64, 4, 1)
-    if table is _KEYS and t.itemsize == 2:
-        if not which and chip.nvidia >= 90:
-            return _KEYS_HOPPER
-        if chip.name.startswith("gfx"):
-            return _KEYS_AMD[which]
-    return table[t.itemsize][which]
-
-
 def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
     """With one batch dimension before the last ``dims``; copied only where the batch's own do not merge."""
     t = t if t.dim() >= dims else t.reshape(*[1] * (dims - t.dim()), *t.shape)
@@ -109,6 +97,20 @@ class Call:
         self.more_steps = (*(self.mask.stride() if self.mask is not None else (0, 0, 0, 0)),
                            *(slopes.stride() if slopes is not None else (0, 0)))
 
+    def blocks(self, table: Mapping[int, tuple[Blocks, ...]]) -> Blocks:
+        size, chip, itemsize = max(self.bd, self.bv), launch.chip(self.query.device), self.query.itemsize
+        which = 0 if size <= 64 else 1 if size <= 128 else 2
+        if chip is launch.STAND_IN:  # few programs cost the interpreter least
+            return Blocks(32, 64, 4, 1)
+        # Registers for what a logit needs beside the products
+        heavy = not self.kind & code.LINEAR.value or self.kind & code.DROPOUT.value
+        if table is _KEYS and itemsize == 2:
+            if chip.nvidia >= 90 and not which and not heavy:
+                return _KEYS_HOPPER
+            if chip.name.startswith("gfx"):
+                return _KEYS_AMD[which]
+        return table[itemsize][which]._replace(warps=8) if heavy else table[itemsize][which]
+
     def constants(self, block: Blocks) -> dict[str, Any]:
         return {"PRECISION": self.precision, "BD": self.bd, "BV": self.bv, "num_warps": block.warps, "num_stages": block.stages}
 
@@ -153,7 +155,7 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:
             lse.fill_(-torch.inf)
         return
     to = _four(out, c.batch)
-    kind, table = c.kind | (code.LSE.value if lse is not None else 0), _blocks(_FORWARD, c.query, max(c.bd, c.bv))
+    kind, table = c.kind | (code.LSE.value if lse is not None else 0), c.blocks(_FORWARD)
     length, heads, splits = c.lq, c.heads, 1
     packed = c.group * c.lq
     if c.offsets[0] is None and packed <= _FEW:
@@ -203,7 +205,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
     delta = torch.empty_like(stats[0])
-    block = _blocks(_QUERIES, c.query, max(c.bd, c.bv))
+    block = c.blocks(_QUERIES)
     tasks, blocks = c.tasks(0, block.rows, c.lq)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     kind = c.kind | (code.LSE.value if grad_lse is not None else 0)
@@ -211,7 +213,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
                grad_lse, stats, delta, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(), *dq.stride()[:3],
                *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=kind, BM=block.rows, BN=block.keys,
                **c.constants(block))
-    block = _blocks(_KEYS, c.query, max(c.bd, c.bv))
+    block = c.blocks(_KEYS)
     tasks, blocks = c.tasks(1, block.keys, c.lk)
     launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
                grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
@@ -235,7 +237,7 @@ def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tens
     shape = (1,) * (len(c.batch) + 3 - mask.dim()) + tuple(mask.shape)
     items, (heads, lq, lk) = shape[:-3], shape[-3:]
     all_q, all_k = lq == 1 < c.lq, lk == 1 < c.lk
-    block = _blocks(_QUERIES, c.query, max(c.bd, c.bv))
+    block = c.blocks(_QUERIES)
     sequences = 1 if c.offsets[0] is None else len(c.offsets[0]) - 1
     one_batch = torch.Size(items) in (c.batch, torch.Size([1] * len(items)))
     own = all_q or all_k or not one_batch
