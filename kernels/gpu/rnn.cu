@@ -76,18 +76,24 @@ __device__ __forceinline__ void publish(int* counter) {
     }
 }
 
-// 32 sums of each of 32 lanes → lane l has the total of sum l. 31 shuffles; half the sums go at each.
-__device__ __forceinline__ float transpose_sum(float (&sum)[ROWS * TILE]) {
-    const int lane = threadIdx.x % LANES;
+// Half of the sums go to the lane HALF away, the other half comes from there. HALF is a template's: an index that is not known at
+// compile time would move the sums, and with them the multiplications' results, to local memory.
+template <int HALF> __device__ __forceinline__ void fold(float (&sum)[ROWS * TILE]) {
+    const bool upper = threadIdx.x & HALF;
 #pragma unroll
-    for (int half = 16; half; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float gives = upper ? sum[i] : sum[i + half], keeps = upper ? sum[i + half] : sum[i];
-            sum[i] = keeps + __shfl_xor_sync(0xffffffffu, gives, half);
-        }
+    for (int i = 0; i < HALF; i++) {
+        const float gives = upper ? sum[i] : sum[i + HALF], keeps = upper ? sum[i + HALF] : sum[i];
+        sum[i] = keeps + __shfl_xor_sync(0xffffffffu, gives, HALF);
     }
+}
+
+// 32 sums of each of 32 lanes → lane l has the total of sum l, by 31 shuffles.
+__device__ __forceinline__ float transpose_sum(float (&sum)[ROWS * TILE]) {
+    fold<16>(sum);
+    fold<8>(sum);
+    fold<4>(sum);
+    fold<2>(sum);
+    fold<1>(sum);
     return sum[0];
 }
 

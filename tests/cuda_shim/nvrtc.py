@@ -19,6 +19,7 @@ class Usage(NamedTuple):
     """What a compiled kernel needs."""
 
     registers: int
+    local: int  # bytes of local memory a thread: arrays that are not in registers
     spilled: int  # bytes stored and loaded
     shared: int  # bytes of static shared memory
 
@@ -48,11 +49,14 @@ def compile(text: str, arch: str, names: Sequence[str]) -> tuple[str, dict[str, 
     lib.nvrtcGetProgramLog(program, buffer)
     log = buffer.value.decode()
     assert not failed, log
-    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    pattern = (
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
     needs = {}
-    for mangled, stored, loaded, registers, rest in re.findall(pattern, log, re.S):
+    for mangled, stack, stored, loaded, registers, rest in re.findall(pattern, log, re.S):
         static = re.search(r"(\d+) bytes smem", rest)
-        needs[mangled] = Usage(int(registers), int(stored) + int(loaded), int(static[1]) if static else 0)
+        needs[mangled] = Usage(int(registers), int(stack), int(stored) + int(loaded), int(static[1]) if static else 0)
     found = {}
     for name in names:
         mangled = ctypes.c_char_p()
