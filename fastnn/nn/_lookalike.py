@@ -17,6 +17,8 @@ _PLAIN = frozenset(nn.Module().__dict__)
 
 def _eps_of(module: nn.Module) -> str | None:
     """The name of its epsilon, if a vector ``weight`` and one small positive float are all that the module has."""
+    if type(module._parameters) is not dict:  # as a module compiled by torch.jit
+        return None
     own = {name for name, value in module.__dict__.items() if name not in _PLAIN and not (name[0] == "_" and type(value) is bool)}
     weight = module._parameters.get("weight")
     if len(own) != 1 or set(module._parameters) != {"weight"} or module._buffers or module._modules:
