@@ -3,6 +3,12 @@
 Everything is three-dimensional here: a missing dimension has size 1. A convolution of any stride is one problem; a transposed
 one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+
+Two ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, and filters
+of one tap as a plain product. Which one is taken depends on shapes and strides alone, so a call has the same bits each time;
+only an image with an Inf or NaN is computed anew in the general way.
+
+Environment: ``FASTNN_WINOGRAD``, 0 to do without (default 1).
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from .engine.activation_codes import CODES
 from .engine.build import Kernel
 from .engine.host import caches
 from .engine.workspace import workspace
-from .matmul import _format
+from .matmul import _format, multiply
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
@@ -313,6 +319,40 @@ def _keep(weight: Tensor, size: int, pack: Callable[[int], int], how: Hashable) 
     return packed.get(weight, size, pack, how)
 
 
+# A product without packing by taps --------------------------------------------------------------------------------------
+
+_LONG_ROWS = 128  # positions of an image from which on its planes are worth a product of their own (Zen 3)
+
+
+def _run_product(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+                 stride: Sequence[int], padding: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
+    """A kernel of one tap in dense float32: the planes are rows of the right operand, the pixels rows of the left one, and the
+    product's own kernel reads them as they are. False where this is not so.
+    """
+    if (x.dtype != torch.float32 or groups != 1 or math.prod(weight.shape[2:]) != 1 or max(stride) > 1 or max(padding) > 0
+            or x.numel() == 0):
+        return False
+    w_o, w_c = (4 * weight.stride(d) for d in ((1, 0) if transposed else (0, 1)))
+    n, channels, outputs = x.shape[0], x.shape[1], out.shape[1]
+    positions = x.numel() // (n * channels)
+    at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    r = 0 if residual is None else residual.data_ptr()
+    if last:
+        if not (x.movedim(1, -1).is_contiguous() and out.movedim(1, -1).is_contiguous()):
+            return False
+        multiply(x.dtype, None if transposed else weight, 1, 0, n * positions, outputs, channels, at[0], 0, 4 * channels, 4,
+                 at[1], 0, w_c, w_o, at[2], 0 if bias is None else bias.data_ptr(), r, 0, 4 * outputs, 4, act, 1.0, 1.0)
+        return True
+    if positions < _LONG_ROWS or not (x.is_contiguous() and out.is_contiguous()):
+        return False
+    f = _format(x.dtype)
+    wide = None if bias is None else bias[:, None].repeat(1, f.vecs * f.lanes)
+    multiply(x.dtype, None, n, 0, outputs, positions, channels, at[1], 0, w_o, w_c, at[0], 4 * channels * positions,
+             4 * positions, 4, at[2], 0 if wide is None else wide.data_ptr(), r, 4 * outputs * positions, 4 * positions, 4, act,
+             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4)
+    return True
+
+
 # Winograd's way ------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +476,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if last and groups > 1 and input.shape[1] == groups != out.shape[1]:
         last = False  # several filters a channel: neighbours in the output are none in the input
     act = CODES[activation] if activation is not None else 0
+    if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
+        return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
             and _run_winograd(last, out, input, weight, bias, residual, padding, transposed, act)):
         return
