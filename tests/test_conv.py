@@ -225,6 +225,93 @@ def test_extra_memory_is_a_tile_a_thread() -> None:
         assert phase.arranged <= 64 * 64 * 9 * 4
 
 
+@pytest.fixture
+def winograd(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that Winograd's way took came to a finite end."""
+    taken: list[bool] = []
+    run = host._run_winograd
+
+    def counting(*args: Any) -> bool:
+        taken.append(run(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(host, "_run_winograd", counting)
+    return taken
+
+
+# input, outputs, padding: one tile and many, tiles that hang over, blocks that end within a row, one or several groups
+WINOGRAD: dict[str, tuple[tuple[int, ...], int, Any]] = {
+    "even": ((2, 64, 8, 12), 64, 1), "uneven": ((3, 67, 9, 7), 35, (1, 0)), "one tile": ((2, 64, 3, 4), 37, 1),
+    "long rows": ((1, 33, 3, 301), 9, (0, 1)), "many outputs": ((1, 64, 7, 7), 203, 1), "many": ((5, 130, 14, 13), 50, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", WINOGRAD)
+def test_winograd(shape: str, form: str, winograd: list[bool]) -> None:
+    """The error rule for output and gradients, in images of one sign too; epilogues; the same bits by any number of threads."""
+    x, outputs, padding = WINOGRAD[shape]
+    place = FORMATS[form]
+    for positive in (False, True):
+        image, w = randn(*x), randn(outputs, x[1], 3, 3, seed=1)
+        if positive:
+            image, w = image.relu(), w.abs()
+        agree("conv2d", place(image), place(w), randn(outputs, seed=2), padding=padding)
+        agree("conv_transpose2d", place(image), place(w).transpose(0, 1).contiguous(), padding=1)
+    assert len(winograd) >= 6
+    assert all(winograd)
+    plain = F.conv2d(image, w, padding=padding)
+    residual, bias = place(randn(*plain.shape, seed=3)), randn(outputs, seed=2)
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with fastnn.backend("cpu"):
+            every.append(ours.conv2d(place(image), place(w), bias, padding=padding, residual=residual, activation="relu"))
+            every.append(ours.conv2d(place(image), place(w), padding=padding))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(every[2:], every))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_winograd_gives_way(form: str, winograd: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a value is not finite or overflows on the way, for other dtypes and geometries, and where it is turned off."""
+    x, w = randn(1, 64, 9, 9), randn(8, 64, 3, 3, seed=1)
+    for value in (float("nan"), float("inf"), -float("inf"), 1e38):
+        bad = x.clone()
+        bad[0, 3, 8, 5], bad[0, 63, 0, 0] = value, -value
+        image = FORMATS[form](bad)
+        torch.testing.assert_close(ours.conv2d(image, w, padding=1, backend="cpu"), F.conv2d(image, w, padding=1), equal_nan=True,
+                                   rtol=1e-4, atol=1e-3)  # fmt: skip
+    assert winograd == [False] * 4
+    x = FORMATS[form](x)
+    others: list[dict[str, Any]] = [{"stride": 2}, {"dilation": 2}, {"padding": 2}, {"groups": 2}]
+    for options in others:
+        part = w[:, :32] if "groups" in options else w
+        torch.testing.assert_close(ours.conv2d(x, part, **options, backend="cpu"), F.conv2d(x, part, **options),
+                                   rtol=1e-4, atol=1e-3)  # fmt: skip
+    ours.conv2d(x.double(), w.double(), backend="cpu")
+    ours.conv2d(x[:, :31], w[:, :31], backend="cpu")
+    monkeypatch.setattr(host, "WINOGRAD_ALLOWED", False)
+    ours.conv2d(x, w, backend="cpu")
+    assert len(winograd) == 4
+
+
+def test_winograd_keeps_its_weights_by_version(winograd: list[bool]) -> None:
+    packed.clear()
+    x, w, grad = randn(1, 64, 9, 9), randn(16, 64, 3, 3, seed=1), randn(1, 64, 9, 9, seed=2)
+    for change in (lambda w: None, lambda w: w.mul_(2), lambda w: w[3].zero_()):
+        change(w)
+        for _ in range(3):
+            torch.testing.assert_close(ours.conv2d(x, w, backend="cpu"), F.conv2d(x, w), rtol=1e-4, atol=1e-3)
+        turned = w.repeat(4, 1, 1, 1)  # as a transposed convolution's, the same tensor means another filter
+        for op in ("conv2d", "conv_transpose2d") * 2:
+            torch.testing.assert_close(getattr(ours, op)(grad, turned, padding=1, backend="cpu"),
+                                       getattr(F, op)(grad, turned, padding=1), rtol=1e-4, atol=1e-3)  # fmt: skip
+        assert packed.held() >= 4 * w.nbytes
+    assert len(winograd) == 21
+    packed.clear()
+
+
 ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("kernel", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 7, 7)), r"\(7, 7\).*\(5, 5\)"),
     ("channels", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 2, 3, 3)), r"must have 2 channels.*got 3"),
@@ -289,11 +376,12 @@ def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatc
     ours.conv2d(small, randn(4, 3, 3, 3))
     ours.conv2d(big, deep, groups=64)
     ours.conv_transpose2d(big, deep, groups=64, stride=2)
+    ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 5, 5)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](randn(1, 5, 9, 9)), FORMATS["last"](randn(160, 5, 3, 3)))
     ours.conv2d(small.double(), w.double())
-    served = ["torch", "cpu", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "torch", "cpu"]
+    served = ["torch", "cpu", "cpu", "cpu", "cpu", "torch", "torch", "cpu", "cpu", "torch", "cpu"]
     assert [c.backend for c in calls] == served
     assert "this small" in calls[0].reason
     with pytest.raises(RuntimeError, match="must have 2 channels"):

@@ -3,13 +3,21 @@
 Everything is three-dimensional here: a missing dimension has size 1. A convolution of any stride is one problem; a transposed
 one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+
+Two ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, and filters
+of one tap as a plain product. Which one is taken depends on shapes and strides alone, so a call has the same bits each time;
+only an image with an Inf or NaN is computed anew in the general way.
+
+Environment: ``FASTNN_WINOGRAD``, 0 to do without (default 1).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from itertools import product
@@ -18,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import FIELDS
+from .conv_fields import FIELDS, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel
 from .engine.host import caches
 from .engine.workspace import workspace
-from .matmul import _format
+from .matmul import _format, multiply
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
@@ -41,6 +49,8 @@ def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kerne
 
 _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
+_WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
+_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
@@ -296,14 +306,157 @@ def _arrange(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, g
 
 def _kept(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, groups: int) -> packed.Packing | None:
     """The kept arrangement of a weight that has been seen before, unchanged."""
-    if weight.is_inference() or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
-        return None
-
     def pack(address: int) -> int:
         _arrange(weight, kind, phases, transposed, groups, address)
         return 0
     how = (kind, transposed, groups, *((p.panels, p.offsets.tobytes()) for p in phases))
-    return packed.get(weight, sum(p.arranged for p in phases), pack, how)
+    return _keep(weight, sum(p.arranged for p in phases), pack, how)
+
+
+def _keep(weight: Tensor, size: int, pack: Callable[[int], int], how: Hashable) -> packed.Packing | None:
+    if weight.is_inference() or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
+        return None
+    return packed.get(weight, size, pack, how)
+
+
+# A product without packing by taps --------------------------------------------------------------------------------------
+
+_LONG_ROWS = 128  # positions of an image from which on its planes are worth a product of their own (Zen 3)
+
+
+def _run_product(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+                 stride: Sequence[int], padding: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
+    """A kernel of one tap in dense float32: the planes are rows of the right operand, the pixels rows of the left one, and the
+    product's own kernel reads them as they are. False where this is not so.
+    """
+    if (x.dtype != torch.float32 or groups != 1 or math.prod(weight.shape[2:]) != 1 or max(stride) > 1 or max(padding) > 0
+            or x.numel() == 0):
+        return False
+    w_o, w_c = (4 * weight.stride(d) for d in ((1, 0) if transposed else (0, 1)))
+    n, channels, outputs = x.shape[0], x.shape[1], out.shape[1]
+    positions = x.numel() // (n * channels)
+    at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    r = 0 if residual is None else residual.data_ptr()
+    if last:
+        if not (x.movedim(1, -1).is_contiguous() and out.movedim(1, -1).is_contiguous()):
+            return False
+        multiply(x.dtype, None if transposed else weight, 1, 0, n * positions, outputs, channels, at[0], 0, 4 * channels, 4,
+                 at[1], 0, w_c, w_o, at[2], 0 if bias is None else bias.data_ptr(), r, 0, 4 * outputs, 4, act, 1.0, 1.0)
+        return True
+    if positions < _LONG_ROWS or not (x.is_contiguous() and out.is_contiguous()):
+        return False
+    f = _format(x.dtype)
+    wide = None if bias is None else bias[:, None].repeat(1, f.vecs * f.lanes)
+    multiply(x.dtype, None, n, 0, outputs, positions, channels, at[1], 0, w_o, w_c, at[0], 4 * channels * positions,
+             4 * positions, 4, at[2], 0 if wide is None else wide.data_ptr(), r, 4 * outputs * positions, 4 * positions, 4, act,
+             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4)
+    return True
+
+
+# Winograd's way ------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """A problem for Winograd's kernel."""
+
+    fields: array[int]
+    taps: array[int]
+    panels: int
+    groups: int
+    arranged: int
+    scratch: int
+    threads: int
+
+
+def _spread(size: int) -> int:
+    """At least that many bytes: a distance at which neither 30 streams nor pages meet in one cache set."""
+    return _up(size, 4096) + 64 * 5
+
+
+@lru_cache(1024)
+def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...],
+           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], transposed: bool) -> Tiles:
+    """The description of a problem that ``_by_winograd`` accepts."""
+    f = _format(torch.float32)
+    n, channels, h, w = x_shape
+    _, outputs, oh, ow = y_shape
+    th, tw = -(-oh // 3), -(-ow // 4)
+    total, vectors = n * th * tw, -(-outputs // f.lanes)
+    cuts = 1 if total >= 16 * nt else nt  # few tiles: each thread transforms them all and computes some of the outputs
+    blocks = -(-total // 32)
+    if cuts == 1:
+        blocks = _up(blocks, nt)
+    block = _up(-(-total // blocks), f.rows)
+    panels = -(-vectors // f.vecs)
+    groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
+    cuts = min(cuts, groups)
+    row = -(-panels // groups) * f.vecs * f.lanes * f.unit
+    segments = block // tw + 2 if tw < block else 2
+    width = _up(4 * block + segments * (2 + f.lanes) + 2 * f.lanes, f.lanes)
+    place = _spread(_up(block, f.lanes) * channels * f.unit)
+    m_place = _spread(block * row)
+    at_segments = _up(8 * (block + f.lanes), 64)
+    at_short = _up(at_segments + 120 * (block + 1), 64)
+    at_zeros = _up(at_short + 64 + 6 * f.lanes * f.unit, 64)
+    at_lines = at_zeros + _up(max(width, channels + f.lanes, w + 8 + f.lanes) * f.unit, 64)
+    at_v = _up(max(at_lines + 6 * width * f.unit, f.lanes * 12 * block * f.unit, 12 * row), 4096)
+    at_m = _up(at_v + 30 * place, 64)
+    steps = [s * f.size for s in (*x_stride, *y_stride)]
+    pads = [2 - p for p in padding] if transposed else padding
+    values = {
+        "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
+        "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5], "yh": steps[6],
+        "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
+        "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
+        "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
+        "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
+    taps = [(i * w_stride[2] + j * w_stride[3]) * f.size for i in range(3) for j in range(3)]
+    return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
+                 30 * (vectors * f.lanes * channels * f.unit + groups * 320), _up(at_m + 30 * m_place, 4096), nt)
+
+
+#: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
+WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
+# Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
+# what is allowed at 32 channels, 0.7 at 64. Outputs a channel from which on it is faster, on a Zen 3.
+_LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
+
+
+def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+                 transposed: bool, groups: int) -> bool:
+    """Whether Winograd's way can and is to be taken: 3 × 3 filters, stride 1, enough channels, a margin of one pixel at most
+    (beyond, a corner meets one tap alone, and its error is that of a whole tile).
+    """
+    shape = x.shape
+    if (x.dtype != torch.float32 or len(shape) != 4 or groups != 1 or shape[1] < _LEAST_CHANNELS or weight.shape[2:] != (3, 3)
+            or max(*stride, *dilation) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
+        return False
+    top, left = (2 - p for p in padding) if transposed else padding
+    outputs = shape[0] * (shape[2] + 2 * top - 2) * (shape[3] + 2 * left - 2)
+    return 0 <= top <= 1 and 0 <= left <= 1 and (outputs >= _LEAST_OUTPUTS or not overhead.RULES)
+
+
+def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+                  padding: Sequence[int], transposed: bool, act: int) -> bool:
+    """False where the result is not finite: then another way has to find out what it is."""
+    p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding), transposed)
+
+    def transform(address: int) -> int:
+        s_o, s_c = weight.stride(0) * 4, weight.stride(1) * 4
+        if transposed:
+            s_o, s_c = s_c, s_o
+        _WINOGRAD_WEIGHT.run(p.threads, out.shape[1], x.shape[1], p.panels, p.groups, weight.data_ptr(), s_o, s_c,
+                             p.taps.buffer_info()[0], address)
+        return 0
+    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, p.groups, p.panels))
+    scratch = 64 + p.threads * p.scratch
+    ws = workspace(scratch + (0 if keep else p.arranged))
+    if keep is None:
+        transform(ws + scratch)
+    _WINOGRAD.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
+                  0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws + 64, p.scratch,
+                  ws, 0.0, 0.0)
+    return ctypes.c_int64.from_address(ws).value == 0
 
 
 # The operators -------------------------------------------------------------------------------------------------------
@@ -322,8 +475,13 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     last = out.stride(1) == 1 and (input.stride(1) == 1 or input.shape[1] == 1) and out.dim() > 3 and not out.is_contiguous()
     if last and groups > 1 and input.shape[1] == groups != out.shape[1]:
         last = False  # several filters a channel: neighbours in the output are none in the input
-    _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups,
-         CODES[activation] if activation is not None else 0)
+    act = CODES[activation] if activation is not None else 0
+    if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
+        return
+    if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
+            and _run_winograd(last, out, input, weight, bias, residual, padding, transposed, act)):
+        return
+    _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
 
 def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
@@ -359,7 +517,8 @@ KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_wei
 _SMALL, _SMALL_PRODUCT = 1 << 22, 1 << 20  # multiplications
 
 
-def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], transposed: bool, groups: int) -> str | None:
+def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
+            dilation: Sequence[int], transposed: bool, groups: int) -> str | None:
     """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
     if not overhead.RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
         return None
@@ -374,7 +533,8 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
     if groups > 1 and last:
         return "groups with channels last: oneDNN's kernel is faster"
-    if last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128:
+    if (last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128
+            and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups)):
         return "channels last and few outputs: oneDNN's tile wastes less of its width"
     return None
 
@@ -384,7 +544,7 @@ def _slower_conv(input: Tensor, weight: Tensor, bias: Tensor | None, residual: T
                  activation: str | None) -> str | None:
     if residual is not None or activation is not None:  # torch needs several calls
         return None
-    return _slower(input.dtype, input, weight, stride, transposed, groups)
+    return _slower(input.dtype, input, weight, stride, padding, dilation, transposed, groups)
 
 
 def _slower_weight(grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],

@@ -12,3 +12,13 @@ FIELDS = [
     "width", "depth", "panels", "direct",  # a block's size; panels of a packed weight; whether pixels are read in place
     "at_runs", "at_outs", "at_meet", "meet", "at_sums", "sums", "at_pack",  # a thread's tables in its memory, their strides
 ]
+
+#: The same for Winograd's kernel.
+WINOGRAD = [
+    "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw",  # sizes; the padding in front
+    "xn", "xc", "xh", "xw", "yn", "yo", "yh", "yw",  # byte strides
+    "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
+    "chain",  # the most products that one accumulator sums up
+    "x_last", "y_last",  # whether channels are dense
+    "width", "place", "m_place", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
+]

@@ -60,7 +60,7 @@ def _kernel(kind: str, dtype: torch.dtype, signature: str, *flags: str) -> Kerne
     return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
 
 
-_PRODUCT = {d: _kernel("product", d, "i" * 35 + "f" * 4, "pairs") for d in _NAMES}
+_PRODUCT = {d: _kernel("product", d, "i" * 36 + "f" * 4, "pairs") for d in _NAMES}
 _ROWS_DOT = {d: _kernel("rows_dot", d, "i" * 21 + "f" * 4) for d in _NAMES}
 _ROWS_SUM = {d: _kernel("rows_sum", d, "i" * 15 + "f" * 4) for d in _NAMES}
 _PACK = {d: _kernel("pack_weight", d, "i" * 8, "pairs") for d in _NAMES}
@@ -161,21 +161,24 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
         if r_n not in (0, size):
             res = res.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a column of any stride as it is
             return _multiply(out, a, b, e._replace(residual=res), weight)
-    _run(dtype, weight, count, table, m, n, k, a.data_ptr(), a_b, a.stride(-2) * size, a.stride(-1) * size,
+    multiply(dtype, weight, count, table, m, n, k, a.data_ptr(), a_b, a.stride(-2) * size, a.stride(-1) * size,
          b.data_ptr(), b_b, b.stride(-2) * size, b.stride(-1) * size, out.data_ptr(),
          0 if e.bias is None else e.bias.data_ptr(), r, r_b, r_m, r_n, e.act, e.alpha, e.beta, e.p0, e.p1)
 
 
-def _run(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: int, n: int, k: int,
+def multiply(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: int, n: int, k: int,
          a: int, a_b: int, a_m: int, a_k: int, b: int, b_b: int, b_k: int, b_n: int, c: int,
          bias: int = 0, r: int = 0, r_b: int = 0, r_m: int = 0, r_n: int = 0, act: int = 0,
-         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0) -> None:
-    """``count`` products of addresses and byte strides by the kernel that suits their shape; the outputs are contiguous."""
+         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0, bias_m: int = 0) -> None:
+    """``count`` products of addresses and byte strides by the kernel that suits their shape; the outputs are contiguous.
+
+    With ``bias_m`` the bias is one of rows, so many bytes apart, each of them as long as a panel is wide (float32, float64).
+    """
     size = dtype.itemsize
     nt = 1 if count * m * n * k < _SERIAL else threads.count()
 
     # A matrix and a vector, or few enough vectors that reading the matrix is most of the work.
-    if table == 0 and k > 0:
+    if table == 0 and k > 0 and not bias_m:
         if m <= 4 and (b_k == size or k == 1) and (a_k == size or k == 1):
             return _ROWS_DOT[dtype].run(nt, count, m, n, k, b, b_b, b_n, a, a_b, a_m, c, m * n * size, n * size, bias,
                                         r, r_b, r_m, r_n, act, workspace(nt * _SCRATCH), alpha, beta, p0, p1)
@@ -197,7 +200,7 @@ def _run(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: i
     _PRODUCT[dtype].run(
         nt, count * tm * tn, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n,
         0 if keep is None else keep.address, room + need * nt if share else 0, cut if keep is None else keep.cut, direct,
-        c, m * n * size, n * size, bias, r, r_b, r_m, r_n, act, int(act > 0 or r != 0 or alpha != 1.0), mc, kc, pack_a,
+        c, m * n * size, n * size, bias, bias_m, r, r_b, r_m, r_n, act, int(act > 0 or r != 0 or alpha != 1.0), mc, kc, pack_a,
         room, need, alpha, beta, p0, p1)
 
 
@@ -249,9 +252,9 @@ def _split_k(dtype: torch.dtype, parts: int, m: int, n: int, k: int, a: int, a_m
     stretch = k // parts
     whole = parts * stretch
     sums = torch.empty(parts + (whole < k), m, n, dtype=dtype)
-    _run(dtype, None, parts, 0, m, n, stretch, a, stretch * a_k, a_m, a_k, b, stretch * b_k, b_k, b_n, sums.data_ptr())
+    multiply(dtype, None, parts, 0, m, n, stretch, a, stretch * a_k, a_m, a_k, b, stretch * b_k, b_k, b_n, sums.data_ptr())
     if whole < k:
-        _run(dtype, None, 1, 0, m, n, k - whole, a + whole * a_k, 0, a_m, a_k, b + whole * b_k, 0, b_k, b_n,
+        multiply(dtype, None, 1, 0, m, n, k - whole, a + whole * a_k, 0, a_m, a_k, b + whole * b_k, 0, b_k, b_n,
              sums[parts].data_ptr())
     _rows_sum(dtype, 1, m * n, len(sums), sums.data_ptr(), m * n * dtype.itemsize, 0, 0, c)
 
@@ -282,7 +285,7 @@ def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
             (m, k), n = input.shape, other.shape[1]
             a_m, a_k = input.stride()
             b_k, b_n = other.stride()
-            _run(dtype, None, 1, 0, m, n, k, input.data_ptr(), 0, a_m * size, a_k * size,
+            multiply(dtype, None, 1, 0, m, n, k, input.data_ptr(), 0, a_m * size, a_k * size,
                  other.data_ptr(), 0, b_k * size, b_n * size, out.data_ptr())
         return
     if input.dim() == 1:
@@ -307,7 +310,7 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
             dtype = input.dtype
             size = dtype.itemsize
             b_n, b_k = weight.stride()
-            _run(dtype, weight, 1, 0, total // n, n, k, input.data_ptr(), 0, k * size, size,
+            multiply(dtype, weight, 1, 0, total // n, n, k, input.data_ptr(), 0, k * size, size,
                  weight.data_ptr(), 0, b_k * size, b_n * size, out.data_ptr(), 0 if bias is None else bias.data_ptr(),
                  act=CODES[activation] if activation is not None else 0)
             return

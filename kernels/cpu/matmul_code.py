@@ -119,7 +119,7 @@ def product(elem_name: str, pairs: bool) -> Any:
 
     @outline
     def block(m0, m1, q0, q1, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
-              c, c_m, bias, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
+              c, c_m, bias, bias_m, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
         """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1 of
         the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows.
         """
@@ -174,6 +174,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                             ar, ak = a_m, a_k * b_step
                         if k0 > 0:
                             init, init_row = cp, c_m
+                        elif bias_m != 0:
+                            init, init_row = bias + (mb + i) * bias_m, bias_m
                         else:
                             init, init_row = (bias + col * p.size if bias != 0 else 0), 0
                         ahead = bp + kn * bk + i // ROWS * kn * ahead_k
@@ -218,7 +220,8 @@ def product(elem_name: str, pairs: bool) -> Any:
 
     @inline
     def body(t, task, tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
-             c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws, ws_size):
+             c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+             pack_a, ws, ws_size):
         units = (m + ROWS - 1) // ROWS
         batch = task // (tm * tn)
         rest = task - batch * (tm * tn)
@@ -232,11 +235,12 @@ def product(elem_name: str, pairs: bool) -> Any:
         m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
         ri = res + ro if res != 0 else 0
         block(m0, m1, cut * ni // tn, cut * (ni + 1) // tn, cut, n, k, k0, k1,
-              a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, alpha, beta,
+              a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, bias_m, alpha, beta,
               ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
 
     def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, shared, cut, direct,
-               c, c_b, c_m, bias, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size, alpha, beta, p0, p1):
+               c, c_b, c_m, bias, bias_m, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size,
+               alpha, beta, p0, p1):
         depth = (k + 1) // 2 if pairs else k
         k0 = 0
         while True:  # once, or, where all threads share B's panels, once for each kc of the sum
@@ -249,7 +253,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                     parallel_tasks(nt, cut, pack_columns, (n, k, k0, deep, b, b_k, b_n, cut, shared))
             parallel_tasks(nt, tasks, body, (
                 tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
-                c, c_b, c_m, bias, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws, ws_size))
+                c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+                pack_a, ws, ws_size))
             k0 = k1
             if k0 >= depth:
                 break

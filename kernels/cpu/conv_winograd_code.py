@@ -1,0 +1,525 @@
+"""Winograd's convolution of 3 × 3 filters, as compiled: 30 multiplications for 3 × 4 outputs where the plain sum takes 108.
+
+Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A for each 5 × 6 tile d of the image (Lavin & Gray 2016, "Fast algorithms for convolutional neural
+networks", section 4). Over the channels, each of the 30 *places* of a transformed tile is a product of matrices: rows are tiles,
+columns are output channels, and the register tile computes it. A block of tiles at a time is transformed into a thread's own
+memory, multiplied, and transformed back.
+
+What is lost to rounding, and how it is kept as low as the plain sum's (Barabasz et al. 2020, "Error analysis and improving the
+accuracy of Winograd convolution for deep neural networks"): the points of evaluation are those where Σ Aᵢ² |Bᵢ|² |Gᵢ|², by which
+variances grow, is least: 7.1 for four outputs, 3.2 for three, 1.7 for two; with the textbook's 0, ±1, ±2 it is 31 for four. The
+filter is transformed in float64. A chain of sums is short, for the sums' own rounding is most of the error.
+
+An Inf or NaN, or an overflow on the way, would reach all outputs of its tile. The kernel says so and the caller starts anew in
+the plain way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .conv_code import finisher, get
+from .conv_fields import WINOGRAD
+from .engine.region import parallel, parallel_tasks
+from .engine.simd import (
+    FLOAT32,
+    INT64,
+    any_lane,
+    i32,
+    i64,
+    inline,
+    load_scalar,
+    load_vector,
+    multiply_add,
+    outline,
+    spread,
+    store,
+    store_scalar,
+    store_vector,
+)
+from .engine.tile import Tile, multiply_blocks, tile_size
+
+ROWS, VECS = tile_size()
+(_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS, _GROUPS,
+ _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (
+    8 * i for i in range(len(WINOGRAD)))
+PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
+SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
+
+
+class Side:
+    """F(n, 3) along one dimension, by Cook and Toom: interpolation through the points and infinity. Every point but 0 is followed
+    by its negative.
+
+    Attributes:
+        n, taps: outputs and inputs of a tile.
+        a_t, g, b_t: the matrices Aᵀ, G and Bᵀ.
+    """
+
+    def __init__(self, *points: Fraction) -> None:
+        self.points, self.n, self.taps = points, len(points) - 1, len(points) + 1
+        self.g, self.b_t = [], []
+        for i, p in enumerate(points):
+            others = points[:i] + points[i + 1 :]
+            scale = math.prod(p - q for q in others)
+            self.b_t.append(self._polynomial(others))
+            self.g.append([p**k / scale for k in range(3)])
+        self.b_t.append(self._polynomial(points))
+        self.g.append([Fraction(0), Fraction(0), Fraction(1)])
+        self.a_t = [[p**k for p in points] + [Fraction(k == self.n - 1)] for k in range(self.n)]
+        self.pairs = [i for i, p in enumerate(points) if p > 0]
+
+    def _polynomial(self, roots: Sequence[Fraction]) -> list[Fraction]:
+        c = [Fraction(1)]
+        for root in roots:
+            c = [a - root * b for a, b in zip([Fraction(0), *c], [*c, Fraction(0)], strict=True)]
+        return c + [Fraction(0)] * (self.taps - len(c))
+
+    def into(self, builder: ir.IRBuilder, d: list[Any]) -> list[Any]:
+        """Bᵀ d. The rows of points p and -p share what is even and what is odd in p."""
+        out = {}
+        for i, row in enumerate(self.b_t):
+            if i in self.pairs:
+                degree = self.taps - 2
+                even = _sum(builder, [(row[j], d[j]) for j in range(degree, -1, -2)])
+                odd = _sum(builder, [(row[j] / row[degree - 1], d[j]) for j in range(degree - 1, -1, -2)])
+                for k, sign in enumerate((1, -1)):
+                    factor = ir.Constant(odd.type, [float(sign * row[degree - 1])] * odd.type.count)
+                    out[i + k] = multiply_add(builder, odd, factor, even)
+            elif i not in out:
+                out[i] = _sum(builder, list(zip(row, d, strict=True)))
+        return [out[i] for i in range(self.taps)]
+
+    def back(self, builder: ir.IRBuilder, m: list[Any]) -> list[Any]:
+        """Aᵀ m, by sums and differences of what belongs to p and -p"""
+        sums = {i: (builder.fadd(m[i], m[i + 1]), builder.fsub(m[i], m[i + 1])) for i in self.pairs}
+        single = [i for i in range(self.taps) if i not in sums and i - 1 not in sums]
+        return [_sum(builder, [(row[i], m[i]) for i in single] + [(row[i], sums[i][k % 2]) for i in self.pairs])
+                for k, row in enumerate(self.a_t)]
+
+
+A, B = Fraction(11, 16), Fraction(23, 16)
+DOWN, ALONG = Side(Fraction(13, 32), -Fraction(13, 32), Fraction(5, 4), -Fraction(5, 4)), Side(Fraction(0), A, -A, B, -B)
+PLACES = DOWN.taps * ALONG.taps
+DOWN_N, DOWN_TAPS, ALONG_N, ALONG_TAPS = DOWN.n, DOWN.taps, ALONG.n, ALONG.taps
+
+
+# Transforms ----------------------------------------------------------------------------------------------------------
+
+
+def _sum(builder: ir.IRBuilder, terms: list[tuple[Fraction, Any]]) -> Any:
+    """Σ c·v, the terms with a factor of 1 first"""
+    terms = sorted((t for t in terms if t[0] != 0), key=lambda t: t[0] != 1)
+    total = None
+    for c, v in terms:
+        factor = ir.Constant(v.type, [float(c)] * v.type.count)
+        if total is None:
+            total = v if c == 1 else builder.fmul(v, factor)
+        elif c == 1:
+            total = builder.fadd(total, v)
+        else:
+            total = multiply_add(builder, v, factor, total)
+    return total
+
+
+def _loaded(builder: ir.IRBuilder, address: Any, k: int = 0) -> Any:
+    return load_vector(builder, FLOAT32, builder.add(address, i64(k)))
+
+
+def _quads(builder: ir.IRBuilder, tiles: list[Any], offset: int) -> list[Any]:
+    """Lane t of vector j is float j behind tiles[t] + offset, for j < 4: four floats a load, transposed four by four."""
+    rows = []
+    for t in range(4):
+        quads = []
+        for tile in tiles[t::4]:
+            place = builder.add(tile, i64(offset))
+            quads.append(builder.load(builder.inttoptr(place, ir.VectorType(ir.FloatType(), 4).as_pointer())))
+            quads[-1].align = 4
+        while len(quads) > 1:
+            count = 2 * quads[0].type.count
+            index = ir.Constant(ir.VectorType(i32, count), list(range(count)))
+            quads = [builder.shuffle_vector(a, b, index) for a, b in zip(quads[::2], quads[1::2], strict=True)]
+        rows.append(quads[0])
+    return _transpose_quads(builder, rows)
+
+
+def _transpose_quads(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
+    """4 × 4 squares of four vectors, each square transposed"""
+    lanes = rows[0].type.count
+
+    def shuffle(a: Any, b: Any, pick: list[int]) -> Any:  # of each square's (a0 a1 a2 a3 b0 b1 b2 b3)
+        index = [q + p if p < 4 else lanes + q + p - 4 for q in range(0, lanes, 4) for p in pick]
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, lanes), index))
+    low, high = [0, 4, 1, 5], [2, 6, 3, 7]
+    a, b, c, d = rows
+    t = [shuffle(a, b, low), shuffle(c, d, low), shuffle(a, b, high), shuffle(c, d, high)]
+    return [shuffle(t[k], t[k + 1], pick) for k in (0, 2) for pick in ([0, 1, 4, 5], [2, 3, 6, 7])]
+
+
+def _store_parts(builder: ir.IRBuilder, address: Any, value: Any, width: int, step: Any) -> None:
+    """The vector's stretches of ``width`` lanes, ``step`` bytes apart"""
+    if value.type.count <= width:
+        store_vector(builder, FLOAT32, address, value)
+        return
+    for k in range(value.type.count // width):
+        index = ir.Constant(ir.VectorType(i32, width), list(range(k * width, (k + 1) * width)))
+        part = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), index)
+        place = builder.inttoptr(builder.add(address, builder.mul(step, i64(k))), part.type.as_pointer())
+        builder.store(part, place).align = 4
+
+
+@intrinsic
+def transform_rows(typingctx, rows, offset, dst, dst_row):
+    """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, whose addresses are at ``rows``; one vector of each"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        rows, offset, dst, dst_row = args
+        first = builder.inttoptr(rows, i64.as_pointer())
+        d = [_loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i)])), offset)) for i in range(DOWN.taps)]
+        for i, v in enumerate(DOWN.into(builder, d)):
+            store_vector(builder, FLOAT32, builder.add(dst, builder.mul(dst_row, i64(i))), v)
+        return context.get_dummy_value()
+    return types.none(*(types.int64,) * 4), codegen
+
+
+@intrinsic
+def transform_columns(typingctx, line, tiles, dst, dst_place, dst_group):
+    """transform_columns(line, tiles, dst, dst_place, dst_group): Bᵀ along a row, for as many tiles as lanes, whose offsets are at
+    ``tiles``; place j goes to dst + j · dst_place, in groups of the register tile's rows, dst_group apart"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        line, tiles, dst, dst_place, dst_group = args
+        first = builder.inttoptr(tiles, i64.as_pointer())
+        each = [builder.add(line, builder.load(builder.gep(first, [i64(t)]))) for t in range(FLOAT32.lanes)]
+        for j, v in enumerate(ALONG.into(builder, _quads(builder, each, 0) + _quads(builder, each, 16)[:2])):
+            _store_parts(builder, builder.add(dst, builder.mul(dst_place, i64(j))), v, ROWS, dst_group)
+        return context.get_dummy_value()
+    return types.none(*(types.int64,) * 5), codegen
+
+
+@intrinsic
+def transform_pixels(typingctx, pixels, offset, dst, dst_place):
+    """transform_pixels(pixels, offset, dst, dst_place): Bᵀ d B of a vector of channels of a tile's
+    pixels, their addresses at ``pixels``"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        pixels, offset, dst, dst_place = args
+        first = builder.inttoptr(pixels, i64.as_pointer())
+        columns = [DOWN.into(builder, [
+            _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * ALONG.taps + j)])), offset))
+            for i in range(DOWN.taps)]) for j in range(ALONG.taps)]
+        for i in range(DOWN.taps):
+            for j, v in enumerate(ALONG.into(builder, [column[i] for column in columns])):
+                place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                store_vector(builder, FLOAT32, builder.add(dst, place), v)
+        return context.get_dummy_value()
+    return types.none(*(types.int64,) * 4), codegen
+
+
+def _transform_back(last: bool) -> Any:
+    def fn(typingctx, seen, src, src_place, dst, dst_row, dst_channel):
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            seen, src, src_place, dst, dst_row, dst_channel = args
+            columns = [DOWN.back(builder, [
+                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * ALONG.taps + j)))) for i in range(DOWN.taps)])
+                for j in range(ALONG.taps)]
+            zero = ir.Constant(seen.type, [0.0] * FLOAT32.lanes)
+            for r in range(DOWN.n):
+                row = ALONG.back(builder, [column[r] for column in columns])
+                for v in row:
+                    seen = multiply_add(builder, v, zero, seen)
+                if not last:
+                    row = _transpose_quads(builder, row)
+                at = builder.add(dst, builder.mul(dst_row, i64(r)))
+                for j, v in enumerate(row):
+                    place = builder.add(at, builder.mul(dst_channel, i64(j)))
+                    if last:
+                        store_vector(builder, FLOAT32, place, v)
+                    else:
+                        _store_parts(builder, place, v, 4, builder.mul(dst_channel, i64(4)))
+            return seen
+        return FLOAT32.vector(FLOAT32.vector, *(types.int64,) * 5), codegen
+    fn.__doc__ = """transform_back(seen, src, src_place, dst, dst_row, dst_channel) -> seen, NaN where an output was not finite.
+
+    Aᵀ m A of a vector of channels of one tile. Row r goes to dst + r · dst_row: as four floats of each channel, dst_channel
+    apart, or, for channels last, as channels of each of four pixels."""
+    return intrinsic(fn)
+
+
+transform_back, transform_back_last = _transform_back(False), _transform_back(True)
+
+
+@intrinsic
+def transform_filter(typingctx, src, o, last, s_o, taps, dst, dst_place):
+    """transform_filter(src, o, last, s_o, taps, dst, dst_place): G g Gᵀ for a vector of outputs from o on (after ``last``, that
+    one again), in float64"""
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        src, o, last, s_o, taps, dst, dst_place = args
+        lanes = FLOAT32.lanes
+        wide = ir.VectorType(ir.DoubleType(), lanes)
+        offsets = builder.inttoptr(taps, i64.as_pointer())
+        starts = []
+        for k in range(lanes):
+            n = builder.add(o, i64(k))
+            n = builder.select(builder.icmp_signed("<", n, last), n, last)
+            starts.append(builder.add(src, builder.mul(n, s_o)))
+        g = []
+        for tap in range(9):
+            offset = builder.load(builder.gep(offsets, [i64(tap)]))
+            v = ir.Constant(FLOAT32.vector.llvm, ir.Undefined)
+            for k, start in enumerate(starts):
+                place = builder.inttoptr(builder.add(start, offset), FLOAT32.memory.as_pointer())
+                v = builder.insert_element(v, builder.load(place), i32(k))
+            g.append(builder.fpext(v, wide))
+        columns = [[_sum(builder, list(zip(row, g[j::3], strict=True))) for row in DOWN.g] for j in range(3)]
+        for i in range(DOWN.taps):
+            for j, row in enumerate(ALONG.g):
+                v = _sum(builder, [(c, column[i]) for c, column in zip(row, columns, strict=True)])
+                place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                store_vector(builder, FLOAT32, builder.add(dst, place), builder.fptrunc(v, FLOAT32.vector.llvm))
+        return context.get_dummy_value()
+    return types.none(*(types.int64,) * 7), codegen
+
+
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+@inline
+def first_panel(group, panels, groups):
+    return panels * group // groups
+
+
+@inline
+def first_vector(panel, vectors, panels):
+    return vectors * panel // panels
+
+
+def winograd(elem_name: str) -> Any:
+    """A convolution of stride 1; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What ``flag`` points to becomes 1 where
+    an output is not finite."""
+    e = FLOAT32
+    lanes, size, unit = e.lanes, e.size, ROWS * e.size
+    finish = finisher(e)
+    t1, t2, t3 = (Tile(e, ROWS, v) for v in (1, 2, 3))
+
+    @inline
+    def clear(dst, count):
+        for j in range(0, count, lanes):
+            store(e, dst + j * size, spread(e, 0.0))
+
+    @outline
+    def into_planes(geo, x, t0, n, v, ws):
+        """Tiles t0 … t0 + n of an image whose rows are dense, as V[place][ROWS tiles][channel][tile].
+
+        A *segment* is a stretch of tiles next to each other: their rows are transformed into lines, with the padding, and
+        the tiles found there.
+        """
+        tw, th, channels, w = get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W)
+        width, group, place = get(geo, _WIDTH), channels * unit, get(geo, _PLACE)
+        tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
+        zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
+        clear(zeros, width)
+        clear(lines, DOWN_TAPS * width)
+        count, done, column = 0, 0, 0
+        while done < n:
+            line = (t0 + done) // tw
+            j = t0 + done - line * tw
+            i = line // th
+            y, left = (line - i * th) * DOWN_N - get(geo, _PH), j * ALONG_N - get(geo, _PW)
+            many = min(n - done, tw - j)
+            at = segments + count * SEGMENT
+            store_scalar(INT64, at, max(0, -left))
+            store_scalar(INT64, at + 8, max(max(0, -left), min(ALONG_N * many + 2, w - left)))
+            store_scalar(INT64, at + 16, lines + column * size)
+            for r in range(DOWN_TAPS):
+                inside = y + r >= 0 and y + r < get(geo, _H)
+                store_scalar(INT64, at + 24 + 8 * r,
+                             x + i * get(geo, _XN) + (y + r) * get(geo, _XH) + left * size if inside else zeros)
+                store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
+            for t in range(many):
+                store_scalar(INT64, tiles + (done + t) * 8, (column + t * ALONG_N) * size)
+            column += ALONG_N * many + 2 + lanes
+            done += many
+            count += 1
+        for t in range(n, n + lanes):
+            store_scalar(INT64, tiles + t * 8, 0)
+        for k in range(channels):
+            for segment in range(count):
+                at = segments + segment * SEGMENT
+                s, end, line, rows = load_scalar(INT64, at), load_scalar(INT64, at + 8), load_scalar(INT64, at + 16), at + 24
+                if end - s >= lanes:
+                    while s < end:
+                        s = min(s, end - lanes)
+                        transform_rows(rows, s * size, line + s * size, width * size)
+                        s += lanes
+                elif end > s:
+                    for r in range(DOWN_TAPS):
+                        store(e, short + 64 + r * lanes * size, spread(e, 0.0))
+                        for q in range(end - s):
+                            store_scalar(e, short + 64 + (r * lanes + q) * size,
+                                         load_scalar(e, load_scalar(INT64, rows + 8 * r) + (s + q) * size))
+                        store_scalar(INT64, short + 8 * r, short + 64 + r * lanes * size)
+                    transform_rows(short, 0, line + s * size, width * size)
+                for r in range(0, 8 * DOWN_TAPS, 8):
+                    store_scalar(INT64, rows + r, load_scalar(INT64, rows + r) + load_scalar(INT64, rows + 48 + r))
+            for t in range(0, n, lanes):
+                to = v + t // ROWS * group + k * unit + t % ROWS * size
+                for r in range(DOWN_TAPS):
+                    transform_columns(lines + r * width * size, tiles + t * 8, to + r * ALONG_TAPS * place, place, group)
+
+    @outline
+    def into_pixels(geo, x, t0, n, v, ws):
+        """Tiles t0 … t0 + n of an image whose channels are dense, as V[place][tile][channel]"""
+        tw, th, channels, place = get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE)
+        zeros = ws + get(geo, _AT_ZEROS)
+        clear(zeros, channels)
+        for t in range(n):
+            line = (t0 + t) // tw
+            i = line // th
+            y, left = (line - i * th) * DOWN_N - get(geo, _PH), (t0 + t - line * tw) * ALONG_N - get(geo, _PW)
+            for r in range(DOWN_TAPS):
+                for s in range(ALONG_TAPS):
+                    inside = y + r >= 0 and y + r < get(geo, _H) and left + s >= 0 and left + s < get(geo, _W)
+                    store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8, x + i * get(geo, _XN) + (y + r) * get(geo, _XH)
+                                 + (left + s) * get(geo, _XW) if inside else zeros)
+            k = 0
+            while k < channels:
+                k = min(k, channels - lanes)
+                transform_pixels(ws, k * size, v + (t * channels + k) * size, place)
+                k += lanes
+
+    @outline
+    def products(geo, q0, q1, blocks, v, w, m, row):
+        """M = V U for each place: the tiles by the outputs of panels q0 … q1"""
+        channels, panels, place = get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
+        vectors = (get(geo, _O) + lanes - 1) // lanes
+        a_row, a_k, a_step = size, unit, channels * unit
+        if get(geo, _X_LAST):
+            a_row, a_k = channels * size, size
+        stretch = get(geo, _CHAIN)
+        for at in range(PLACES):
+            c, u = m + at * get(geo, _M_PLACE), w + at * (row * channels + PAD)
+            for q in range(q0, q1):
+                vecs = vectors * (q + 1) // panels - vectors * q // panels
+                b_k = vecs * lanes * size
+                ahead = u + channels * b_k
+                rest = (blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row, lanes,
+                        ahead, b_k // blocks)
+                if vecs == 3:
+                    multiply_blocks(t3, *rest)
+                elif vecs == 2:
+                    multiply_blocks(t2, *rest)
+                else:
+                    multiply_blocks(t1, *rest)
+                u = ahead
+                c += b_k
+
+    @outline
+    def out_of_planes(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
+        """From M to an output whose rows are dense; whether all that came was finite"""
+        tw, th, h, w = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW)
+        place = get(geo, _M_PLACE)
+        seen = spread(e, 0.0)
+        done = 0
+        while done < n:
+            line = (t0 + done) // tw
+            j = t0 + done - line * tw
+            i = line // th
+            many, first = min(n - done, tw - j), (line - i * th) * DOWN_N
+            length = ALONG_N * many * size
+            at = i * get(geo, _YN) + first * get(geo, _YH) + j * ALONG_N * size
+            for o in range(o0, o1, lanes):
+                for t in range(many):
+                    seen = transform_back(seen, m + (done + t) * row + (o - o0) * size, place, strip + t * ALONG_N * size,
+                                          length, DOWN_N * length)
+                for k in range(min(lanes, o1 - o)):
+                    for r in range(min(DOWN_N, h - first)):
+                        to = at + (o + k) * get(geo, _YO) + r * get(geo, _YH)
+                        finish(min(ALONG_N * many, w - j * ALONG_N), strip + (k * DOWN_N + r) * length, y + to, size,
+                               bias + (o + k) * size if bias != 0 else 0, 0, res + to if res != 0 else 0, act, p0, p1)
+            done += many
+        return any_lane(seen != seen)
+
+    @outline
+    def out_of_pixels(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
+        """From M to an output whose channels are dense"""
+        tw, th, h, w = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW)
+        place = get(geo, _M_PLACE)
+        seen = spread(e, 0.0)
+        for t in range(n):
+            line = (t0 + t) // tw
+            i = line // th
+            first, left = (line - i * th) * DOWN_N, (t0 + t - line * tw) * ALONG_N
+            for o in range(0, o1 - o0, lanes):
+                seen = transform_back_last(seen, m + t * row + o * size, place, strip + o * size,
+                                           ALONG_N * row, row)
+            for r in range(min(DOWN_N, h - first)):
+                for s in range(min(ALONG_N, w - left)):
+                    to = i * get(geo, _YN) + (first + r) * get(geo, _YH) + (left + s) * get(geo, _YW) + o0 * size
+                    finish(o1 - o0, strip + (r * ALONG_N + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
+                           res + to if res != 0 else 0, act, p0, p1)
+        return any_lane(seen != seen)
+
+    @inline
+    def body(t, task, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag):
+        cuts, groups, panels, block = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS), get(geo, _BLOCK)
+        channels, outputs = get(geo, _C), get(geo, _O)
+        total, vectors = get(geo, _N) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
+        mine = ws + t * ws_size
+        v, m = mine + get(geo, _AT_V), mine + get(geo, _AT_M)
+        number = task // cuts
+        cut = task - number * cuts
+        t0 = number * block
+        n = min(block, total - t0)
+        if get(geo, _X_LAST):
+            into_pixels(geo, x, t0, n, v, mine)
+        else:
+            into_planes(geo, x, t0, n, v, mine)
+        for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
+            q0, q1 = panels * g // groups, panels * (g + 1) // groups
+            v0, v1 = vectors * q0 // panels, vectors * q1 // panels
+            row = (v1 - v0) * lanes * size
+            products(geo, q0, q1, (n + ROWS - 1) // ROWS, v, w + PLACES * (v0 * lanes * channels * size + g * PAD),
+                     m, row)
+            if get(geo, _Y_LAST):
+                lost = out_of_pixels(geo, t0, n, v0 * lanes, min(outputs, v1 * lanes), m, row, y, bias, res, act, p0, p1, mine)
+            else:
+                lost = out_of_planes(geo, t0, n, v0 * lanes, min(outputs, v1 * lanes), m, row, y, bias, res, act, p0, p1, mine)
+            if lost:
+                store_scalar(INT64, flag, 1)
+
+    def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, flag, p0, p1):
+        store_scalar(INT64, flag, 0)
+        tiles, block = get(geo, _N) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK)
+        parallel_tasks(nt, (tiles + block - 1) // block * get(geo, _CUTS), body,
+                       (geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag))
+    return kernel
+
+
+def winograd_weight(elem_name: str) -> Any:
+    """A weight, transformed: [group of panels][place][panel][channel][output]. Element (output o, channel c, tap t) lies at
+    ``src + o·s_o + c·s_c + taps[t]``."""
+    lanes, size = FLOAT32.lanes, FLOAT32.size
+
+    @inline
+    def body(t, nt, outputs, channels, panels, groups, src, s_o, s_c, taps, dst):
+        vectors = (outputs + lanes - 1) // lanes
+        for q in range(panels * t // nt, panels * (t + 1) // nt):
+            g = ((q + 1) * groups - 1) // panels
+            v0, v1 = vectors * (panels * g // groups) // panels, vectors * (panels * (g + 1) // groups) // panels
+            first = vectors * q // panels
+            vecs = vectors * (q + 1) // panels - first
+            to = dst + (v0 * PLACES + first - v0) * lanes * channels * size + g * PLACES * PAD
+            place = (v1 - v0) * lanes * channels * size + PAD
+            for c in range(channels):
+                for v in range(vecs):
+                    transform_filter(src + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps,
+                                     to + (c * vecs + v) * lanes * size, place)
+
+    def kernel(nt, outputs, channels, panels, groups, src, s_o, s_c, taps, dst):
+        parallel(nt, body, (outputs, channels, panels, groups, src, s_o, s_c, taps, dst))
+    return kernel
