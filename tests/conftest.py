@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 
 import hypothesis
@@ -33,22 +34,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-#: Files that `make test-quick` leaves out: they start processes, measure, trace, or go through whole models.
-SLOW = {
-    f"test_{name}.py"
-    for name in (
-        *("bench", "bench_gpu", "cache", "cli", "compile", "examples", "guard", "models", "outsider", "packaging", "peers"),
-        *("style", "threads", "verify"),
-    )
-}
+#: What `make test-quick` leaves out: files whose tests start processes, measure, trace or go through whole models; tests of other
+#: dtypes than float32, which run the same code and have kernels of their own to compile.
+SLOW_FILES = re.compile(
+    r"test_(bench|bench_gpu|cache|cli|compile|examples|gpu_\w+|guard|models|outsider|packaging|peers|style|threads|verify)\.py"
+)
+OTHER_DTYPES = re.compile("float64|float16|gradcheck|autocast|half|sixteen")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick subset is float32: other dtypes run the same code, and each has kernels of its own to compile."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        other = any(str(p).removeprefix("torch.") in ("float64", "bfloat16", "float16") for p in parameters)
-        if other or item.path.name in SLOW:
+        others = any(OTHER_DTYPES.search(text) for text in (item.name, *map(str, parameters)))
+        if others or SLOW_FILES.fullmatch(item.path.name):
             item.add_marker(pytest.mark.slow)
 
 

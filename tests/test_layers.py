@@ -61,7 +61,6 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
         assert error <= 2 * allowed + floor
 
 
-@pytest.mark.slow  # in float64, as is the next
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradcheck(case: Case, backend: str) -> None:
@@ -69,7 +68,6 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:
