@@ -57,11 +57,16 @@ def plan(families: Sequence[str], folder: Path, device: str, only: str | None = 
     return steps
 
 
+def _interruptible() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, seconds: float) -> str:
     """"ok", "failed (status)" or "out of time": what was finished until then is in its files."""
     step.log.parent.mkdir(parents=True, exist_ok=True)
     with step.log.open("w") as log:
-        process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_interruptible)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -140,6 +140,7 @@ def test_attention_has_a_peer_a_backend(cuda: None, monkeypatch: pytest.MonkeyPa
         make=together(*(random(1, 2, 16, 8, seed=n) for n in range(3))),
         passes=((768, 256),),
         flops=4 * 2 * 16 * 16 * 8,
+        quick=True,
     )
     other = Case("matmul", "gpu/relu", together(random(64, 64, seed=1)), theirs=lambda F, x: F.relu(x), passes=((4096, 4096),),
                  quick=True)  # fmt: skip

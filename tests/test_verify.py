@@ -136,14 +136,14 @@ def test_every_family_has_special_and_adversarial_data() -> None:
 
 
 def test_a_check_covers_every_operator() -> None:
-    """Each operator of each family has a line: a new one cannot be forgotten."""
+    """Each operator of each family that the CPU has a kernel for has a line: a new one cannot be forgotten."""
     from fastnn.ops import _operator
 
     operators = {
         op.name
         for family in _checks.CHECKS
         for op in vars(importlib.import_module(f"fastnn.ops.{family}")).values()
-        if isinstance(op, _operator.Operator)
+        if isinstance(op, _operator.Operator) and backends.load("cpu", op)[0] is not None
     }
     with backends.backend("reference"), backends.trace() as calls:
         for check in verify.checks():

@@ -109,7 +109,7 @@ def dropped(model: str, p: float = 0.1, **extra: Any) -> Case:
         theirs=step,
         judge=judge,
         flops=7 * 2 * b * h * lq * lk * d,
-        passes=((7 * b * h * lq * d, 4 * b * h * lq * d),),
+        passes=((2 * b * h * (lq + lk) * d, 2 * b * h * (lq + lk) * d),),  # each input and each result once
         **extra,
     )
 
