@@ -113,6 +113,19 @@ def _voices() -> Model:
     return Model.of(voices.encoder().requires_grad_(False), (voices.utterances().flatten(0, 1),))
 
 
+def _gpt() -> Model:
+    """As the example makes it: its attention, which is no layer, switched too."""
+    transformer = example("transformer")
+    data, alphabet = transformer.manual()
+    made = transformer.both(lambda: transformer.Decoder(len(alphabet), 512, 192, 6, 4).eval().requires_grad_(False))
+    return Model(*(model for _, model in made), (data[: 16 * 128].view(16, 128),))
+
+
+def _vit() -> Model:
+    torch.manual_seed(0)
+    return Model.of(example("transformer").Vision().eval().requires_grad_(False), (example("digits").digits().train_x[:256],))
+
+
 _MAKERS: dict[str, Callable[[], Model]] = {
     "digits_mlp/inference/1437": _digits,
     "digits_mlp/training_step/64": _digits_training,
@@ -121,6 +134,8 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "crepe_full/32": lambda: _crepe("full", 32),
     "resnet/fused/8": _resnet,
     "resemblyzer/voices/48": _voices,
+    "gpt/characters/16x128": _gpt,
+    "vit/digits/256": _vit,
 }
 
 

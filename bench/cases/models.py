@@ -86,4 +86,6 @@ CASES = [
     inference("crepe_full/32", goals={"torch": 1.4, "compile": 1.15, "onnxruntime": 1.0}),
     inference("resnet/fused/8"),
     inference("resemblyzer/voices/48"),
+    inference("gpt/characters/16x128"),
+    inference("vit/digits/256"),
 ]
