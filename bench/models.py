@@ -118,7 +118,8 @@ def _gpt() -> Model:
     transformer = example("transformer")
     data, alphabet = transformer.manual()
     made = transformer.both(lambda: transformer.Decoder(len(alphabet), 512, 192, 6, 4).eval().requires_grad_(False))
-    return Model(*(model for _, model in made), (data[: 16 * 128].view(16, 128),))
+    before, after = (model for _, model in made)
+    return Model(before, after, (data[: 16 * 128].view(16, 128),))
 
 
 def _vit() -> Model:
