@@ -118,7 +118,7 @@ def test_every_operator_is_right(family: str, dtype: str) -> None:
     assert ours >= 0.9 * len(lines), [f"{line.name}, {line.what}: {line.served_by}" for line in lines]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", "bfloat16"), ("reference", "float32"), ("reference", "float64")])
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", "bfloat16"), ("reference", "float32")])
 def test_torch_and_the_plain_maths_pass_too(backend: str, dtype: str) -> None:
     """A rule that torch itself breaks would be no rule; and the plain maths is what every kernel must equal."""
     assert [line for line in verify.run(verify.checks(), verify.dtypes(dtype), backend) if not line.good] == []

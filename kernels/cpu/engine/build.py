@@ -13,6 +13,7 @@ Environment: ``FASTNN_CACHE_DIR`` (default ``~/.cache/fastnn``); an empty value 
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -20,7 +21,8 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +120,46 @@ def target_machine() -> llvm.TargetMachine:
     return target.create_target_machine(cpu=s.cpu, features=s.features, opt=3, reloc="pic", codemodel="default")
 
 
+#: What a builtin called with arguments of some types is: Numba asks each of its templates, for a dozen of them NumPy's, at every call.
+_signatures: dict[tuple[Any, tuple[Any, ...]], Any] = {}
+
+
+@contextmanager
+def _resolved_once(context: Any) -> Iterator[None]:
+    """Within, Numba's typing context looks an operator or intrinsic up once for each combination of argument types."""
+    from numba.core.types import Function
+
+    look_up = context.resolve_function_type
+
+    def resolve(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if keywords or not isinstance(function, Function):
+            return look_up(function, args, keywords)
+        found = _signatures.get((function, args))
+        if found is None:
+            found = look_up(function, args, keywords)
+            if found is not None:
+                _signatures[function, args] = found
+        return found
+
+    context.resolve_function_type = resolve
+    try:
+        yield
+    finally:
+        del context.resolve_function_type
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within, Python does not look for garbage: a compilation makes millions of objects, which live until its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: str) -> tuple[bytes, Callable[[], str]]:
     """The object file of a kernel and a function that gives its assembly."""
     from llvmlite import ir
@@ -147,9 +189,21 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         def set_env(self, env_name: str, env: Any) -> None:
             pass
 
-    with global_compiler_lock:
+    class WholeLibrary(AOTCodeLibrary):
+        """The kernel with all its helpers. Its loops are vectors already, and it counts no references."""
+
+        def _optimize_final_module(self) -> None:
+            tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+            tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_interleaving = False
+            builder = llvm.create_pass_builder(self._codegen._tm, tuning)
+            builder.getModulePassManager().run(self._final_module, builder)
+
+    class WholeCodegen(AOTCPUCodegen):
+        _library_class = WholeLibrary
+
+    with global_compiler_lock, _resolved_once(cpu_target.typing_context), _no_collection():
         machine = target_machine()
-        codegen, parts = AOTCPUCodegen(name), PartCodegen(name + "_parts")
+        codegen, parts = WholeCodegen(name), PartCodegen(name + "_parts")
         codegen._tm = parts._tm = machine
         numba_context = cpu_target.target_context
         context = numba_context.subtarget(aot_mode=True)
