@@ -120,7 +120,7 @@ def target_machine() -> llvm.TargetMachine:
     return target.create_target_machine(cpu=s.cpu, features=s.features, opt=3, reloc="pic", codemodel="default")
 
 
-#: What a builtin called with arguments of some types is: Numba asks each of its templates, for a dozen of them NumPy's, at every call.
+#: What a builtin is with arguments of some types. Numba asks each of its templates, a dozen of them for NumPy, at every call.
 _signatures: dict[tuple[Any, tuple[Any, ...]], Any] = {}
 
 
