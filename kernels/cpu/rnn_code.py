@@ -45,7 +45,7 @@ from .engine.simd import (
     store_scalar,
     to_bits,
 )
-from .engine.tile import Tile, multiply, multiply_groups, tile_size
+from .engine.tile import Tile, multiply_blocks, multiply_groups, tile_size
 from .engine.vecmath import EXP, EXP_TAIL, LN2_HIGH, LN2_LOW, LOG2_E, MANTISSA, Constant, of, polynomial
 
 ROWS, VECS = tile_size()
@@ -101,26 +101,33 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
         t1, t2, t3 = (tiles[r, v] for v in (1, 2, 3))
 
         @inline
-        def run(vecs, k, a, a_row, b, init, init_row, c, c_row):
+        def run(blocks, vecs, k, a, a_row, b, init, init_row, c, c_row):
+            """The stretch that follows in B is fetched into L2 meanwhile"""
+            b_k, init_step = vecs * vb, r * init_row if init != 0 else 0
+            ahead, ahead_k = b + k * b_k, b_k // blocks
             if vecs == 3:
-                multiply(t3, k, a, a_row, size, b, 3 * vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t3, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
             elif vecs == 2:
-                multiply(t2, k, a, a_row, size, b, 2 * vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t2, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
             else:
-                multiply(t1, k, a, a_row, size, b, vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t1, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
         return run
 
     def of_gates(g: int) -> Any:
         t1, t2, t3 = (grouped[g, v] for v in (1, 2, 3))
 
         @inline
-        def run(vecs, k, a, b, b_group, init, c):
+        def run(vecs, k, a, b, init, c):
+            b_k = vecs * vb
             if vecs == 3:
-                multiply_groups(t3, k, a, 0, size, b, 3 * vb, b_group, init, 0, c, 0)
+                multiply_groups(t3, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
             elif vecs == 2:
-                multiply_groups(t2, k, a, 0, size, b, 2 * vb, b_group, init, 0, c, 0)
+                multiply_groups(t2, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
             else:
-                multiply_groups(t1, k, a, 0, size, b, vb, b_group, init, 0, c, 0)
+                multiply_groups(t1, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
         return run
 
     run1, run2, run4, gates3, gates4 = of_rows(1), of_rows(2), of_rows(4), of_gates(3), of_gates(4)
@@ -146,41 +153,38 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
     def product(rows, vecs, gates, k, a, a_row, b, init, init_row, c, c_row):
         """c[rows, gates · vecs vectors] = init + a[rows, k] · a panel; init may be c, or 0 for nothing"""
         gate = vecs * vb
-        parts = (k + CHAIN - 1) // CHAIN if k > CHAIN else 1
         alone = rows % 2 if gates > 1 else 0  # a last row: all gates at once, or there would be too few accumulators
+        several = rows - alone
         for g in range(gates):
-            i = 0
-            while i < rows - alone:
-                left = rows - alone - i
-                r = 8 if ROWS == 8 and left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-                to = c + i * c_row + g * gate
-                start, start_row = (init + i * init_row + g * gate if init != 0 else 0), init_row
-                for part in range(parts):
-                    k0 = k * part // parts
-                    kn = k * (part + 1) // parts - k0
-                    ap, bp = a + i * a_row + k0 * size, b + (g * k + k0) * gate
-                    if r == 8:
-                        run8(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    elif r == 4:
-                        run4(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    elif r == 2:
-                        run2(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    else:
-                        run1(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+            for k0 in range(0, max(1, k), CHAIN):  # a stretch of a panel stays in L1 for all rows
+                kn, ap, bp, to = min(CHAIN, k - k0), a + k0 * size, b + (g * k + k0) * gate, c + g * gate
+                start, start_row = (init + g * gate if init != 0 else 0), init_row
+                if k0 > 0:
                     start, start_row = to, c_row
-                i += r
+                i = 0
+                while i < several:
+                    left, blocks = several - i, 1
+                    if ROWS == 8 and left >= 8:
+                        r, blocks = 8, left // 8
+                        run8(blocks, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    elif left >= 4:
+                        r, blocks = 4, left // 4
+                        run4(blocks, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    elif left >= 2:
+                        r = 2
+                        run2(1, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    else:
+                        r = 1
+                        run1(1, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    done = r * blocks
+                    i, ap, to = i + done, ap + done * a_row, to + done * c_row
+                    start = start + done * start_row if start != 0 else 0
         if alone:
-            i = rows - 1
-            to = c + i * c_row
-            start = init + i * init_row if init != 0 else 0
-            for part in range(parts):
-                k0 = k * part // parts
-                kn = k * (part + 1) // parts - k0
-                if gates == 4:
-                    gates4(vecs, kn, a + i * a_row + k0 * size, b + k0 * gate, k * gate, start, to)
-                else:
-                    gates3(vecs, kn, a + i * a_row + k0 * size, b + k0 * gate, k * gate, start, to)
-                start = to
+            ap, to, start = a + several * a_row, c + several * c_row, init + several * init_row if init != 0 else 0
+            if gates == 4:
+                gates4(vecs, k, ap, b, start, to)
+            else:
+                gates3(vecs, k, ap, b, start, to)
     return pack, product, place
 
 
