@@ -36,6 +36,7 @@ from .engine.simd import (
     maximum,
     maximum_fast,
     outline,
+    prefetch,
     record,
     round_to,
     select,
@@ -475,6 +476,14 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
                 put(dh + at, v, n)
 
     @outline
+    def fetch(rows, vecs, parts, part, src, src_row):
+        """What the cells will read or write, into the cache while the product is made: their rows lie far apart"""
+        for b in range(rows):
+            for p in range(parts):
+                for j in range(vecs):
+                    prefetch(src + b * src_row + p * part + j * vb)
+
+    @outline
     def lstm_cells(rows, vecs, cols, src, src_row, keep, keep_row, before, before_row, known, initial, dc, c_row,
                    dg, dg_row, hidden):
         for b in range(rows):
@@ -551,6 +560,15 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
             for q in range(p0, p1):
                 first, vecs, cols = place(q, cut_h, out)
                 sp, row, col = sums + first * vb * batch, vecs * vb, first * vb
+                if cut_p == 0:
+                    fetch(rows, vecs, 1, 0, grad + start * h_row + col, h_row)
+                    if mode < TANH:
+                        fetch(rows, vecs, 4, c_row, keep + start * keep_row + col, keep_row)
+                    if mode == LSTM:
+                        fetch(known, vecs, 1, 0, keep + before * keep_row + 4 * c_row + col, keep_row)
+                    else:
+                        fetch(known, vecs, 1, 0, y + before * h_row + col, h_row)
+                    fetch(rows, vecs, gates, c_row, dg + start * dg_row + col, dg_row)
                 product(done_rows, vecs, 1, gates * units, dg + done * dg_row, dg_row, ph + first * gates * units * vb, 0, 0,
                         sp, row)
                 gather(rows, done_rows, vecs, cols, sp, row, grad + start * h_row + col, dh + col, h_row,
