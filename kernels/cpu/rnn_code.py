@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .engine.pack import packer, sample
-from .engine.region import barrier, parallel
+from .engine.region import arrive, barrier, parallel, wait_for
 from .engine.simd import (
     BFLOAT16,
     ELEMS,
@@ -50,6 +50,7 @@ from .engine.tile import Tile, multiply_blocks, multiply_groups, tile_size
 from .engine.vecmath import EXP, EXP_TAIL, LN2_HIGH, LN2_LOW, LOG2_E, MANTISSA, Constant, of, polynomial
 
 ROWS, VECS = tile_size()
+LAG = 16  # of layers side by side: one is a part in so many of the steps behind the one below it
 CHAIN = 256  # terms that one accumulator sums, as in the products
 LSTM, GRU, TANH, RELU = range(4)
 JOB = record(36)  # rnn.Job: one direction of one layer
@@ -219,8 +220,15 @@ def _step_rows(table, batch, t, steps):
     return first, load_scalar(INT64, table + t * 8 + 8) - first
 
 
+@inline
+def _counter(room, first, k):
+    """A job's counter of barriers; behind it, that of its steps that are done"""
+    return room + load_scalar(INT64, first + k * JOB_BYTES + CHECKS - 8)
+
+
 def recurrent(elem_name: str) -> Callable[..., Any]:
-    """The forward kernel of all modes, for float32 or float64: ``jobs`` records, of directions that do not depend on each other.
+    """The forward kernel of all modes, for float32 or float64: ``jobs`` records, of directions that do not depend on each other,
+    or of layers that do: what is between two of them, ``layer`` bytes, lies at ``between`` then (0: directions).
 
     It returns 1, and has done nothing, if a weight that was packed beforehand has changed since.
 
@@ -341,7 +349,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 store(e, dst + i * row + j * vb, load(e, bias + j * vb) if bias != 0 else spread(e, 0.0))
 
     @inline
-    def one(t, nt, job, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def one(t, nt, job, steps, table, x, hx, cx, y, h_n, c_n, keep, room, below, done):
+        """``below``: where the steps are counted that the layer that makes x has done; ``done``: that this one has done"""
         (mode, rounding, batch, reverse, inputs, units, out, cut, cut_p, fresh, chunk, x_row, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k,
          w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp, y_row, h_at, c_at, y_at, state, hidden, sums, xs, bias, counter) = JOB(job)
         hx, h_n, cx, c_n, y = hx + h_at, h_n + h_at, cx + c_at, c_n + c_at, y + y_at
@@ -373,6 +382,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         met = 1
         barrier(counter, nt, met)
         ahead = max(1, chunk // max(1, batch))
+        if below != 0 or done != 0:  # a layer starts when the one below it has done so many
+            ahead = min(ahead, max(1, steps // LAG))
         row0 = 0
         for s in range(steps):
             at = steps - 1 - s if reverse else s
@@ -382,6 +393,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 other, others = _step_rows(table, batch, end, steps)
                 row0 = other if reverse else start
                 count = start + rows - other if reverse else other + others - start
+                if below != 0:
+                    wait_for(below, end + 1)
                 for q in range(q0, q1):
                     first, vecs, _ = place(q, cut, units)
                     xp, row, bp = xs + first * slots * vb * max(batch, chunk), slots * vecs * vb, bias + first * slots * vb
@@ -427,23 +440,31 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                               h_n + col, h_row)
                 met += 1
                 barrier(counter, nt, met)
+            if done != 0 and t == 0:
+                arrive(done)
 
     @inline
-    def body(t, nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def body(t, nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer):
         """Jobs side by side, each by its share of the threads"""
         apart = min(nt, jobs)
         for k in range(t % apart, jobs, apart):
-            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, x, hx, cx, y, h_n, c_n,
-                keep, room)
+            source, to, below, done = x, y, 0, 0
+            if between != 0 and k > 0:  # layers, each a few steps behind the one below it, whose turn is earlier
+                source, below = between + (k - 1) * layer, _counter(room, first, k - 1) + 8
+            if between != 0 and k < jobs - 1:
+                to, done = between + k * layer, _counter(room, first, k) + 8
+            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, source, hx, cx, to,
+                h_n, c_n, keep, room, below, done)
 
-    def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer):
         for k in range(jobs):
             for w in range(3):
                 address, step, count, value = CHECK(first + k * JOB_BYTES + CHECKS + w * 32)
                 if sample(address, step, count) != value:
                     return 1
-            store_scalar(INT64, room + load_scalar(INT64, first + k * JOB_BYTES + CHECKS - 8), 0)  # its counter
-        parallel(nt, body, (jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room))
+            store_scalar(INT64, _counter(room, first, k), 0)
+            store_scalar(INT64, _counter(room, first, k) + 8, 0)
+        parallel(nt, body, (jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer))
         return 0
     return kernel
 
