@@ -829,6 +829,14 @@ def test_qrnn(window: int, pooling: str) -> None:
     assert deep(torch.randn(3, 6, 5))[0].shape == (3, 6, 7)
 
 
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+def test_gradcheck_of_qrnn(pooling: str) -> None:
+    shapes = ((4, 2, 3), (2, 5), (5 + 5 * len(pooling), 6), (5 + 5 * len(pooling),))
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    for reverse in (False, True):
+        assert torch.autograd.gradcheck(lambda *t, r=reverse: f.qrnn(*t, pooling=pooling, reverse=r, backend="cpu"), given)
+
+
 def test_zoneout_keeps_cells() -> None:
     module = fastnn.nn.QRNN(4, 300, pooling="f", zoneout=0.3)
     x = torch.randn(2, 50, 4)
