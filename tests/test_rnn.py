@@ -373,7 +373,7 @@ def test_layers_side_by_side_have_the_same_bits(mode: str, threads: int) -> None
     with torch.no_grad():
         for _ in range(3):
             wanted = module(x, hx)
-        run = ops._ready[id(module.weight_ih_l0)][4]
+        run: Any = ops._ready[id(module.weight_ih_l0)][4]
         assert run.many[0][:3] == (threads, threads, True)
         run.many, many = run.few, run.many
         wanted = module(x, hx)

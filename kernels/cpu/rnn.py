@@ -278,7 +278,7 @@ class Stack:
         side = min(self.threads, directions)
         whole = layers // together * together if together > 1 else 0
         self.many = [(self.threads, together, True, first + n * record) for n in range(0, whole, together)]
-        self.many += [(max(nt, side), *rest) for nt, *rest in self.few[whole:]]
+        self.many += [(max(nt, side), jobs, False, at) for nt, jobs, _, at in self.few[whole:]]
         self.shape, self.batch, self.width = tuple(states[0].shape), batch, directions * units
         self.strides = states[0].stride()
         self.ready = True
