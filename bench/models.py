@@ -108,9 +108,9 @@ def _resnet() -> Model:
     return Model(before, after, (x,))
 
 
-def _voices() -> Model:
+def _voices(parts: int) -> Model:
     voices = example("voices")
-    return Model.of(voices.encoder().requires_grad_(False), (voices.utterances().flatten(0, 1),))
+    return Model.of(voices.encoder().requires_grad_(False), (voices.utterances().flatten(0, 1)[:parts],))
 
 
 def _gpt() -> Model:
@@ -134,7 +134,8 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "crepe_tiny/94": lambda: _crepe("tiny", 94),
     "crepe_full/32": lambda: _crepe("full", 32),
     "resnet/fused/8": _resnet,
-    "resemblyzer/voices/48": _voices,
+    "resemblyzer/voices/48": lambda: _voices(48),
+    "resemblyzer/one_voice/1": lambda: _voices(1),
     "gpt/characters/16x128": _gpt,
     "vit/digits/256": _vit,
 }

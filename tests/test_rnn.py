@@ -362,6 +362,29 @@ def test_the_short_way_has_the_same_bits_and_sees_every_change(mode: str, kind: 
     assert not torch.equal(old, weight)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_side_by_side_have_the_same_bits(mode: str, threads: int) -> None:
+    """Small layers on the short way, each some steps behind the one below it, against one after the other."""
+    torch.set_num_threads(threads)
+    module = layer(mode, 5, 24, num_layers=4)  # with 3 threads one is left over
+    fastnn.replace(module, backend="cpu")
+    x, hx = torch.randn(70, 3, 5), states(module, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = module(x, hx)
+        run: Any = ops._ready[id(module.weight_ih_l0)][4]
+        assert run.many[0][:3] == (threads, threads, True)
+        run.many, many = run.few, run.many
+        wanted = module(x, hx)
+        run.many = many
+        for _ in range(20):  # a layer that does not wait would be seen now and then
+            y, last = module(x, hx)
+            assert torch.equal(y, wanted[0])
+            assert all(torch.equal(a, b) for a, b in zip(leaves(last), leaves(wanted[1]), strict=True))
+        torch.testing.assert_close(wanted[0], fastnn.restore(copy.deepcopy(module))(x, hx)[0])
+
+
 @pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])
 def test_the_short_way_is_not_gone_for_gradients(kind: str) -> None:
     module: Any = getattr(fastnn.nn, kind)(6, 40).requires_grad_(False)
@@ -804,6 +827,14 @@ def test_qrnn(window: int, pooling: str) -> None:
         torch.testing.assert_close(mine, theirs)
     deep = fastnn.nn.QRNN(5, 7, 3, batch_first=True, window=window, pooling=pooling)
     assert deep(torch.randn(3, 6, 5))[0].shape == (3, 6, 7)
+
+
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+def test_gradcheck_of_qrnn(pooling: str) -> None:
+    shapes = ((4, 2, 3), (2, 5), (5 + 5 * len(pooling), 6), (5 + 5 * len(pooling),))
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    for reverse in (False, True):
+        assert torch.autograd.gradcheck(lambda *t, r=reverse: f.qrnn(*t, pooling=pooling, reverse=r, backend="cpu"), given)
 
 
 def test_zoneout_keeps_cells() -> None:

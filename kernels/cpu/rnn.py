@@ -31,6 +31,9 @@ _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _VECS = 3  # of a panel, as rnn_code's
 _CHUNK = 64  # rows whose input product is made ahead of the steps
 _FEW = 32 << 10  # bytes of a scan below which a second thread costs more than it brings
+_NEAR = 256 << 10  # bytes of a layer's weights that stay near a core; layers of more are not run side by side …
+_CHAINED = 1 << 20  # … nor of more multiplications a step: two threads share those without loss
+_MOST = 4 << 20  # bytes between such layers
 _SERIAL = 1 << 16  # multiplications of a step below which a second thread costs more than it brings
 
 
@@ -43,7 +46,7 @@ def _kernel(kind: str, name: str, signature: str) -> Kernel:
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_FORWARD = {d: _kernel("recurrent", name, "i" * 13 + ">i") for d, name in _NAMES.items()}
+_FORWARD = {d: _kernel("recurrent", name, "i" * 15 + ">i") for d, name in _NAMES.items()}
 _BACKWARD = {d: _kernel("recurrent_backward", name, "i" * 31) for d, name in _NAMES.items()}
 
 
@@ -154,7 +157,7 @@ def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: 
         names = (("w_ih", "wi_n", "wi_k", "pi"), ("w_hh", "wh_n", "wh_k", "ph"), ("w_hr", "wp_n", "wp_k", "pp"))[which]
         job = _words(Job(mode, inputs=inputs, units=u, out=out, cut=cut, cut_p=cut if which == 2 else 0, fresh=1 << which)
                      ._replace(**dict(zip(names, (*address_and_strides, address), strict=True))))
-        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, _COUNTER.data_ptr())
+        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, _COUNTER.data_ptr(), 0, 0)
         return cut
     entry = packed.get(weight, plan.sizes[which], pack, _KINDS[mode][which])
     return entry if entry is not None and entry.cut == cut else None
@@ -223,7 +226,7 @@ def _run(rounding: int, keys: Sequence[Any], results: Sequence[Any], reserve: Te
     _FORWARD[dtype].run(
         plan.threads, 1, job.buffer_info()[0], steps, 0 if table is None else table.data_ptr(), x.data_ptr(), hx.data_ptr(),
         0 if cx is None else cx.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
-        reserve.data_ptr() if reserve.numel() else 0, room)
+        reserve.data_ptr() if reserve.numel() else 0, room, 0, 0)
 
 
 _address, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
@@ -242,29 +245,40 @@ class Stack:
         found = [packed.find(w, _KINDS[mode][k % 2]) for k, w in enumerate(weights)]
         self.kept = [weakref.ref(k) for k in found if k is not None]  # the store may drop them
         self.versions, self.addresses = list(map(_version, params)), list(map(_address, params))
-        self.jobs: list[array[int]] = []  # the records of each layer
-        self.calls: list[tuple[int, int, int, int]] = []  # threads; how many from how many steps on; where its records are
         self.directions, self.room, self.run = directions, 0, _FORWARD[x.dtype].load()
-        x_row = x.stride(-2 if cell or batch > 1 else 0)
-        for layer in range(0, len(found) // 2, directions):
-            words = array("q")
+        x_row, layers = x.stride(-2 if cell or batch > 1 else 0), len(found) // 2 // directions
+        work = batch * _GATES[mode] * units * (units + min(inputs, directions * units))  # of the least step
+        # Directions run side by side, a thread for each; where one thread would do for a step, if there are enough steps. So do
+        # small layers, each some steps behind the one below it.
+        small = work < _CHAINED and _GATES[mode] * units * (units + max(inputs, units)) * size <= _NEAR
+        together = self.threads if directions == 1 < self.threads <= layers and small else 1
+        self.enough, self.between = max(-(-_SERIAL // work), 16 * (together > 1)), together - 1
+        self.jobs, each_threads = array("q"), []  # the records, layer by layer
+        for layer in range(layers):
+            if layer % together == 0:
+                end = 0  # in scratch memory
             for d in range(directions):
+                k = layer * directions + d
                 plan = _plan(mode, size, batch, inputs, units, units, False, self.threads)
-                kept, at = found[2 * (layer + d) : 2 * (layer + d) + 2], (layer + d) * batch * units * size
-                biases = self.addresses[(layer + d) * each + 2 : (layer + d + 1) * each] or (0, 0)
-                if not all(k is not None and k.cut == plan.cuts[0] for k in kept):
+                kept, at = found[2 * k : 2 * k + 2], k * batch * units * size
+                biases = self.addresses[k * each + 2 : (k + 1) * each] or (0, 0)
+                if not all(p is not None and p.cut == plan.cuts[0] for p in kept):
                     return
-                words += _words(Job._make((
+                self.jobs += _words(Job._make((
                     mode, 0, batch, d, inputs, units, units, plan.cuts[0], 0, 0, _CHUNK, x_row * size, *(0,) * 9, *biases,
-                    *(k.address for k in kept if k is not None), 0, directions * units * size, at, at, d * units * size,
-                    *(d * plan.places[-1] + place for place in plan.places[3:-1]))), kept)
-                self.room = max(self.room, (d + 1) * plan.places[-1])
-            self.jobs.append(words)
-            # Two directions run side by side, a thread for each; where one thread would do for a step, if there are enough steps.
-            work = batch * _GATES[mode] * units * (inputs + units)
-            side = min(self.threads, directions), -(-_SERIAL // work)
-            self.calls.append((plan.threads, *(side if plan.threads < side[0] else (plan.threads, 0)), words.buffer_info()[0]))
+                    *(p.address for p in kept if p is not None), 0, directions * units * size, at, at, d * units * size,
+                    *(end + place for place in plan.places[3:-1]))), kept)
+                end += plan.places[-1]
+            self.room = max(self.room, end)
+            each_threads.append(plan.threads)
             inputs = x_row = directions * units
+        first, record = self.jobs.buffer_info()[0], len(self.jobs) * 8 // layers
+        # Threads, jobs, whether these are layers, and where their records are; for few steps and for many
+        self.few = [(nt, directions, False, first + n * record) for n, nt in enumerate(each_threads)]
+        side = min(self.threads, directions)
+        whole = layers // together * together if together > 1 else 0
+        self.many = [(self.threads, together, True, first + n * record) for n in range(0, whole, together)]
+        self.many += [(max(nt, side), jobs, False, at) for nt, jobs, _, at in self.few[whole:]]
         self.shape, self.batch, self.width = tuple(states[0].shape), batch, directions * units
         self.strides = states[0].stride()
         self.ready = True
@@ -284,14 +298,19 @@ class Stack:
             second = new(shape, strides, dtype)
             c, c_n, last = states[1].data_ptr(), second.data_ptr(), (first, second)
         if self.cell:
-            nt, _, _, words = self.calls[0]
-            return None if self.run(nt, 1, words, 1, 0, x.data_ptr(), h, c, h_n, h_n, c_n, 0, room) else last
+            nt, _, _, words = self.few[0]
+            return None if self.run(nt, 1, words, 1, 0, x.data_ptr(), h, c, h_n, h_n, c_n, 0, room, 0, 0) else last
         steps, width = x.shape[0], self.width
         if not steps:
             return None
-        for few, many, enough, words in self.calls:
-            y, nt = new((steps, self.batch, width), (self.batch * width, width, 1), dtype), many if steps >= enough else few
-            if self.run(nt, self.directions, words, steps, 0, x.data_ptr(), h, c, y.data_ptr(), h_n, c_n, 0, room):
+        layer = steps * self.batch * width * x.itemsize
+        many = steps >= self.enough and self.between * layer <= _MOST
+        if many and self.between:
+            room = workspace(self.room + self.between * layer)
+        for nt, jobs, chained, words in self.many if many else self.few:
+            y = new((steps, self.batch, width), (self.batch * width, width, 1), dtype)
+            between = room + self.room if chained else 0
+            if self.run(nt, jobs, words, steps, 0, x.data_ptr(), h, c, y.data_ptr(), h_n, c_n, 0, room, between, layer):
                 return None
             x = y
         return (x, *last) if c else (x, last)

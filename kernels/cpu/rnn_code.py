@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .engine.pack import packer, sample
-from .engine.region import barrier, parallel
+from .engine.region import arrive, barrier, parallel, wait_for
 from .engine.simd import (
     BFLOAT16,
     ELEMS,
@@ -36,6 +36,7 @@ from .engine.simd import (
     maximum,
     maximum_fast,
     outline,
+    prefetch,
     record,
     round_to,
     select,
@@ -45,10 +46,11 @@ from .engine.simd import (
     store_scalar,
     to_bits,
 )
-from .engine.tile import Tile, multiply, multiply_groups, tile_size
+from .engine.tile import Tile, multiply_blocks, multiply_groups, tile_size
 from .engine.vecmath import EXP, EXP_TAIL, LN2_HIGH, LN2_LOW, LOG2_E, MANTISSA, Constant, of, polynomial
 
 ROWS, VECS = tile_size()
+LAG = 16  # of layers side by side: one is a part in so many of the steps behind the one below it
 CHAIN = 256  # terms that one accumulator sums, as in the products
 LSTM, GRU, TANH, RELU = range(4)
 JOB = record(36)  # rnn.Job: one direction of one layer
@@ -101,26 +103,33 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
         t1, t2, t3 = (tiles[r, v] for v in (1, 2, 3))
 
         @inline
-        def run(vecs, k, a, a_row, b, init, init_row, c, c_row):
+        def run(blocks, vecs, k, a, a_row, b, init, init_row, c, c_row):
+            """The stretch that follows in B is fetched into L2 meanwhile"""
+            b_k, init_step = vecs * vb, r * init_row if init != 0 else 0
+            ahead, ahead_k = b + k * b_k, b_k // blocks
             if vecs == 3:
-                multiply(t3, k, a, a_row, size, b, 3 * vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t3, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
             elif vecs == 2:
-                multiply(t2, k, a, a_row, size, b, 2 * vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t2, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
             else:
-                multiply(t1, k, a, a_row, size, b, vb, init, init_row, c, c_row, 0)
+                multiply_blocks(t1, blocks, k, k, a, a_row, size, r * a_row, b, b_k, init, init_row, init_step,
+                                c, c_row, r * c_row, 0, ahead, ahead_k)
         return run
 
     def of_gates(g: int) -> Any:
         t1, t2, t3 = (grouped[g, v] for v in (1, 2, 3))
 
         @inline
-        def run(vecs, k, a, b, b_group, init, c):
+        def run(vecs, k, a, b, init, c):
+            b_k = vecs * vb
             if vecs == 3:
-                multiply_groups(t3, k, a, 0, size, b, 3 * vb, b_group, init, 0, c, 0)
+                multiply_groups(t3, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
             elif vecs == 2:
-                multiply_groups(t2, k, a, 0, size, b, 2 * vb, b_group, init, 0, c, 0)
+                multiply_groups(t2, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
             else:
-                multiply_groups(t1, k, a, 0, size, b, vb, b_group, init, 0, c, 0)
+                multiply_groups(t1, k, CHAIN, a, 0, size, b, b_k, k * b_k, init, 0, c, 0)
         return run
 
     run1, run2, run4, gates3, gates4 = of_rows(1), of_rows(2), of_rows(4), of_gates(3), of_gates(4)
@@ -146,41 +155,38 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
     def product(rows, vecs, gates, k, a, a_row, b, init, init_row, c, c_row):
         """c[rows, gates · vecs vectors] = init + a[rows, k] · a panel; init may be c, or 0 for nothing"""
         gate = vecs * vb
-        parts = (k + CHAIN - 1) // CHAIN if k > CHAIN else 1
         alone = rows % 2 if gates > 1 else 0  # a last row: all gates at once, or there would be too few accumulators
+        several = rows - alone
         for g in range(gates):
-            i = 0
-            while i < rows - alone:
-                left = rows - alone - i
-                r = 8 if ROWS == 8 and left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-                to = c + i * c_row + g * gate
-                start, start_row = (init + i * init_row + g * gate if init != 0 else 0), init_row
-                for part in range(parts):
-                    k0 = k * part // parts
-                    kn = k * (part + 1) // parts - k0
-                    ap, bp = a + i * a_row + k0 * size, b + (g * k + k0) * gate
-                    if r == 8:
-                        run8(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    elif r == 4:
-                        run4(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    elif r == 2:
-                        run2(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
-                    else:
-                        run1(vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+            for k0 in range(0, max(1, k), CHAIN):  # a stretch of a panel stays in L1 for all rows
+                kn, ap, bp, to = min(CHAIN, k - k0), a + k0 * size, b + (g * k + k0) * gate, c + g * gate
+                start, start_row = (init + g * gate if init != 0 else 0), init_row
+                if k0 > 0:
                     start, start_row = to, c_row
-                i += r
+                i = 0
+                while i < several:
+                    left, blocks = several - i, 1
+                    if ROWS == 8 and left >= 8:
+                        r, blocks = 8, left // 8
+                        run8(blocks, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    elif left >= 4:
+                        r, blocks = 4, left // 4
+                        run4(blocks, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    elif left >= 2:
+                        r = 2
+                        run2(1, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    else:
+                        r = 1
+                        run1(1, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
+                    done = r * blocks
+                    i, ap, to = i + done, ap + done * a_row, to + done * c_row
+                    start = start + done * start_row if start != 0 else 0
         if alone:
-            i = rows - 1
-            to = c + i * c_row
-            start = init + i * init_row if init != 0 else 0
-            for part in range(parts):
-                k0 = k * part // parts
-                kn = k * (part + 1) // parts - k0
-                if gates == 4:
-                    gates4(vecs, kn, a + i * a_row + k0 * size, b + k0 * gate, k * gate, start, to)
-                else:
-                    gates3(vecs, kn, a + i * a_row + k0 * size, b + k0 * gate, k * gate, start, to)
-                start = to
+            ap, to, start = a + several * a_row, c + several * c_row, init + several * init_row if init != 0 else 0
+            if gates == 4:
+                gates4(vecs, k, ap, b, start, to)
+            else:
+                gates3(vecs, k, ap, b, start, to)
     return pack, product, place
 
 
@@ -214,8 +220,15 @@ def _step_rows(table, batch, t, steps):
     return first, load_scalar(INT64, table + t * 8 + 8) - first
 
 
+@inline
+def _counter(room, first, k):
+    """A job's counter of barriers; behind it, that of its steps that are done"""
+    return room + load_scalar(INT64, first + k * JOB_BYTES + CHECKS - 8)
+
+
 def recurrent(elem_name: str) -> Callable[..., Any]:
-    """The forward kernel of all modes, for float32 or float64: ``jobs`` records, of directions that do not depend on each other.
+    """The forward kernel of all modes, for float32 or float64: ``jobs`` records, of directions that do not depend on each other,
+    or of layers that do: what is between two of them, ``layer`` bytes, lies at ``between`` then (0: directions).
 
     It returns 1, and has done nothing, if a weight that was packed beforehand has changed since.
 
@@ -336,7 +349,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 store(e, dst + i * row + j * vb, load(e, bias + j * vb) if bias != 0 else spread(e, 0.0))
 
     @inline
-    def one(t, nt, job, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def one(t, nt, job, steps, table, x, hx, cx, y, h_n, c_n, keep, room, below, done):
+        """``below``: where the steps are counted that the layer that makes x has done; ``done``: that this one has done"""
         (mode, rounding, batch, reverse, inputs, units, out, cut, cut_p, fresh, chunk, x_row, w_ih, wi_n, wi_k, w_hh, wh_n, wh_k,
          w_hr, wp_n, wp_k, b_ih, b_hh, pi, ph, pp, y_row, h_at, c_at, y_at, state, hidden, sums, xs, bias, counter) = JOB(job)
         hx, h_n, cx, c_n, y = hx + h_at, h_n + h_at, cx + c_at, c_n + c_at, y + y_at
@@ -368,6 +382,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         met = 1
         barrier(counter, nt, met)
         ahead = max(1, chunk // max(1, batch))
+        if below != 0 or done != 0:  # a layer starts when the one below it has done so many
+            ahead = min(ahead, max(1, steps // LAG))
         row0 = 0
         for s in range(steps):
             at = steps - 1 - s if reverse else s
@@ -377,6 +393,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 other, others = _step_rows(table, batch, end, steps)
                 row0 = other if reverse else start
                 count = start + rows - other if reverse else other + others - start
+                if below != 0:
+                    wait_for(below, end + 1)
                 for q in range(q0, q1):
                     first, vecs, _ = place(q, cut, units)
                     xp, row, bp = xs + first * slots * vb * max(batch, chunk), slots * vecs * vb, bias + first * slots * vb
@@ -422,23 +440,31 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                               h_n + col, h_row)
                 met += 1
                 barrier(counter, nt, met)
+            if done != 0 and t == 0:
+                arrive(done)
 
     @inline
-    def body(t, nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def body(t, nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer):
         """Jobs side by side, each by its share of the threads"""
         apart = min(nt, jobs)
         for k in range(t % apart, jobs, apart):
-            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, x, hx, cx, y, h_n, c_n,
-                keep, room)
+            source, to, below, done = x, y, 0, 0
+            if between != 0 and k > 0:  # layers, each a few steps behind the one below it, whose turn is earlier
+                source, below = between + (k - 1) * layer, _counter(room, first, k - 1) + 8
+            if between != 0 and k < jobs - 1:
+                to, done = between + k * layer, _counter(room, first, k) + 8
+            one(t // apart, (nt - t % apart + apart - 1) // apart, first + k * JOB_BYTES, steps, table, source, hx, cx, to,
+                h_n, c_n, keep, room, below, done)
 
-    def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room):
+    def kernel(nt, jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer):
         for k in range(jobs):
             for w in range(3):
                 address, step, count, value = CHECK(first + k * JOB_BYTES + CHECKS + w * 32)
                 if sample(address, step, count) != value:
                     return 1
-            store_scalar(INT64, room + load_scalar(INT64, first + k * JOB_BYTES + CHECKS - 8), 0)  # its counter
-        parallel(nt, body, (jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room))
+            store_scalar(INT64, _counter(room, first, k), 0)
+            store_scalar(INT64, _counter(room, first, k) + 8, 0)
+        parallel(nt, body, (jobs, first, steps, table, x, hx, cx, y, h_n, c_n, keep, room, between, layer))
         return 0
     return kernel
 
@@ -469,6 +495,14 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
                         put(kept + at, v, n)
                     v = spread(e, 0.0)
                 put(dh + at, v, n)
+
+    @outline
+    def fetch(rows, vecs, parts, part, src, src_row):
+        """What the cells will read or write, into the cache while the product is made: their rows lie far apart"""
+        for b in range(rows):
+            for p in range(parts):
+                for j in range(vecs):
+                    prefetch(src + b * src_row + p * part + j * vb)
 
     @outline
     def lstm_cells(rows, vecs, cols, src, src_row, keep, keep_row, before, before_row, known, initial, dc, c_row,
@@ -547,6 +581,15 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
             for q in range(p0, p1):
                 first, vecs, cols = place(q, cut_h, out)
                 sp, row, col = sums + first * vb * batch, vecs * vb, first * vb
+                if cut_p == 0:
+                    fetch(rows, vecs, 1, 0, grad + start * h_row + col, h_row)
+                    if mode < TANH:
+                        fetch(rows, vecs, 4, c_row, keep + start * keep_row + col, keep_row)
+                    if mode == LSTM:
+                        fetch(known, vecs, 1, 0, keep + before * keep_row + 4 * c_row + col, keep_row)
+                    else:
+                        fetch(known, vecs, 1, 0, y + before * h_row + col, h_row)
+                    fetch(rows, vecs, gates, c_row, dg + start * dg_row + col, dg_row)
                 product(done_rows, vecs, 1, gates * units, dg + done * dg_row, dg_row, ph + first * gates * units * vb, 0, 0,
                         sp, row)
                 gather(rows, done_rows, vecs, cols, sp, row, grad + start * h_row + col, dh + col, h_row,

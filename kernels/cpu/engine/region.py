@@ -156,15 +156,26 @@ def give_way(typingctx):
 def barrier(counter, threads, number):
     """barrier(address, threads, number): wait until all of a region's ``threads`` have come to their barrier of this number,
     counted from 1. The int64 at ``address`` is 0 before the region; ``threads`` is the region's true number, or it never ends.
-
-    A thread whose partner has lost its core gives its own away, for else it would spin for the rest of its time slice.
     """
     if threads > 1:
-        atomic_add(counter, 1)
-        spins = 0
-        while atomic_load(counter) < threads * number:
-            spins += 1
-            if spins < SPINS:
-                relax()
-            else:
-                give_way()
+        arrive(counter)
+        wait_for(counter, threads * number)
+
+
+@inline
+def arrive(counter):
+    """Count one more: what this thread has stored is there for whoever has waited for it"""
+    atomic_add(counter, 1)
+
+
+@inline
+def wait_for(counter, value):
+    """Wait until the int64 at ``counter`` is as large. A thread that waits for one that has lost its core gives its own away, for
+    else it would spin for the rest of its time slice."""
+    spins = 0
+    while atomic_load(counter) < value:
+        spins += 1
+        if spins < SPINS:
+            relax()
+        else:
+            give_way()

@@ -233,15 +233,15 @@ def multiply(typingctx, tile, k, a, a_row, a_k, b, b_k, init, init_row, c, c_row
 
 
 @intrinsic
-def multiply_groups(typingctx, tile, k, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row):
-    """multiply for a tile of groups, whose vectors are all whole"""
+def multiply_groups(typingctx, tile, k, stretch, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row):
+    """multiply for a tile of groups, whose vectors are all whole; sums in stretches of k, as in multiply_blocks"""
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        _, k, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row = args
+        _, k, stretch, a, a_row, a_k, b, b_k, b_group, init, init_row, c, c_row = args
         no = i64(0)
         builder.call(_define(builder.module, tile.value),
-                     [i64(1), k, k, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, no, b, no, b_group])
+                     [i64(1), k, stretch, a, a_row, a_k, no, b, b_k, init, init_row, no, c, c_row, no, no, b, no, b_group])
         return context.get_dummy_value()
-    return types.none(tile, *(types.int64,) * 11), codegen
+    return types.none(tile, *(types.int64,) * 12), codegen
 
 
 @intrinsic
