@@ -11,6 +11,8 @@ from torch import Tensor
 from fastnn.kernels.gpu import attention as kernels
 from fastnn.kernels.gpu import attention_code as code
 from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu.engine.launch import signed
+from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import attention as plain
 from fastnn.kernels.reference.activation import random_bits
 from fastnn.ops import attention as ops
@@ -228,8 +230,8 @@ def test_dropout_beyond_32_bits() -> None:
     """A row's weights may lie on both sides of a multiple of 2³²."""
     length, seed, first = (1 << 31) - 16, 2**62 + 11, 2 * ((1 << 31) - 16)
     out = torch.empty(1, 64, dtype=torch.int8, device=DEVICE)
-    key1 = kernels._mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
-    launch.run(kept, 1, out.device, out, 2, length, *(kernels._signed(n) for n in (seed & 0xFFFFFFFF, key1, 1 << 31)), N=64)
+    key1 = mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
+    launch.run(kept, 1, out.device, out, 2, length, *(signed(n) for n in (seed & 0xFFFFFFFF, key1, 1 << 31)), N=64)
     bits = _bits_at(first, 64, seed)
     assert (first + 64) >> 32 != first >> 32
     assert out.flatten().tolist() == [int(b >= 1 << 31) for b in bits]
@@ -237,9 +239,6 @@ def test_dropout_beyond_32_bits() -> None:
 
 def _bits_at(first: int, n: int, seed: int) -> list[int]:
     """What random_bits has there, without all that comes before."""
-    def mix(h: int) -> int:
-        return kernels._mix(h)
-
     def one(i: int) -> int:
         a, b = mix((seed & 0xFFFFFFFF) ^ mix(i >> 32)), mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
         return mix(mix((i & 0xFFFFFFFF) + a & 0xFFFFFFFF) ^ b)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import outer_and_inner
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
 from .engine.build import Kernel
@@ -64,24 +65,15 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
             slots += [t.data_ptr(), 0, n * t.itemsize, t.itemsize]
         return Lines(1, tensors[0].numel() // n, n, True, slots)
     strides = [t.stride() for t in tensors]
-    batch: list[tuple[int, list[int]]] = []
-    for d, size in enumerate(shape):
-        if d == dim or size == 1:
-            continue
-        steps = [s[d] for s in strides]
-        if batch and batch[-1][1] == [size * step for step in steps]:
-            batch[-1] = (batch[-1][0] * size, steps)
-        else:
-            batch.append((size, steps))
-    if len(batch) > 2:
+    beside = outer_and_inner(shape, strides, dim)
+    if beside is None:
         return None
+    (outer, outer_steps), (inner, inner_steps) = beside
     n = shape[dim] if shape else 1
     along = [s[dim] if shape and n > 1 else 1 for s in strides]
-    nothing = (1, [0] * len(tensors))
     in_rows = set(along) == {1}
-    if not in_rows and not (batch and set(batch[-1][1]) == {1}):
+    if not in_rows and (inner == 1 or set(inner_steps) != {1}):
         return None
-    (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
     slots = []
     for k, t in enumerate(tensors):
         slots += [t.data_ptr(), outer_steps[k] * t.itemsize, inner_steps[k] * t.itemsize, along[k] * t.itemsize]

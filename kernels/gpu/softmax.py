@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import outer_and_inner
 from .activation import run_elementwise
 from .engine import functions, launch
 from .engine.launch import power_of_two
@@ -284,19 +285,10 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> tuple[Lines, Sequence[Tensor]
     shape = tensors[0].shape
     dim = dim % max(1, len(shape))
     strides = [t.stride() for t in tensors]
-    batch: list[tuple[int, list[int]]] = []
-    for d, size in enumerate(shape):
-        if d == dim or size == 1:
-            continue
-        steps = [s[d] for s in strides]
-        if batch and batch[-1][1] == [size * step for step in steps]:
-            batch[-1] = (batch[-1][0] * size, steps)
-        else:
-            batch.append((size, steps))
-    if len(batch) > 2:
+    beside = outer_and_inner(shape, strides, dim)
+    if beside is None:
         return _lines(dim, [t.contiguous() for t in tensors])
-    nothing = (1, [0] * len(tensors))
-    (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
+    (outer, outer_steps), (inner, inner_steps) = beside
     along = [s[dim] if shape else 1 for s in strides]
     return Lines(outer * inner, inner, shape[dim] if shape else 1, list(zip(outer_steps, inner_steps, along))), tensors
 
