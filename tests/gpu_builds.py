@@ -76,6 +76,10 @@ BUILDS += [
         softmax.cross_entropy_backward,
         (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
     ),
+    Build(
+        softmax.linear_cross_entropy,
+        (t(1500, 4096), t(131072, 4096), None, t(1500, dtype=I64), None, -100, "mean", 0.0, True), ("product",), best=True,
+    ),
     Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
 ]
 

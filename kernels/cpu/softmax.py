@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import linear_loss
 from ..layout import outer_and_inner
+from . import matmul
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
 from .engine.build import Kernel
@@ -25,6 +27,7 @@ from .engine.workspace import workspace
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
 _BLOCK = 4096  # softmax_code.BLOCK
+_SLAB = 4 << 20  # bytes of a product that is added to another
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -227,6 +230,36 @@ def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, 
     _entropy_backward("nll_loss_backward", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
 
 
+# A linear layer and its cross-entropy
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, rows that the cache holds at a time."""
+    if first and total.dtype == a.dtype:
+        matmul.matmul(total, a, b)
+        return
+    size = max(64, _SLAB // (b.shape[1] * b.itemsize))
+    room = a.new_empty(min(size, len(a)), b.shape[1])
+    for at in range(0, len(a), size):
+        part, to = room[: len(a) - at], total[at : at + size]
+        matmul.matmul(part, a[at : at + size], b)
+        to.copy_(part) if first else to.add_(part)
+
+
+_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 32 << 20,
+                           in_place=False)  # a row's last vector overlaps the one before
+
+
+def linear_cross_entropy(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = (the loss, what it was divided by, the gradients of the losses' sum by input, weight and bias, if wanted)"""
+    linear_loss.forward(_STEPS, out, *args)
+
+
+def linear_cross_entropy_backward(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = the gradients by input, weight and bias"""
+    linear_loss.backward(_STEPS, out, *args)
+
+
 def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     """(input - target)², reduced"""
     n = input.numel()
@@ -260,6 +293,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
     "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+    "linear_cross_entropy": linear_cross_entropy, "linear_cross_entropy_backward": linear_cross_entropy_backward,
 }
 
 #: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.

@@ -213,7 +213,7 @@ def _describable(t: Tensor, rows: bool) -> bool:
     return one == 1 and step > 0 and step * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
+def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     """out[…, m, n] = epilogue(a[…, m, k] @ b[…, k, n]); batch dimensions broadcast; out is contiguous."""
     if out.numel() == 0:
         return
@@ -268,13 +268,13 @@ def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
         input, out = input.unsqueeze(0), out.unsqueeze(-2 if other.dim() > 1 else 0)
     if other.dim() == 1:
         other, out = other.unsqueeze(-1), out.unsqueeze(-1)
-    _multiply(out, input, other)
+    multiply(out, input, other)
 
 
 def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> None:
     """out = beta · input + alpha · mat1 @ mat2; with beta 0 the input is ignored, NaN and all."""
     residual = input.expand(out.shape) if beta != 0 else None
-    _multiply(out, mat1, mat2, Epilogue(residual=residual, alpha=float(alpha), beta=float(beta)))
+    multiply(out, mat1, mat2, Epilogue(residual=residual, alpha=float(alpha), beta=float(beta)))
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -284,7 +284,7 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
         input, out = input.unsqueeze(0), out.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None else None
     bias = None if bias is None else bias.contiguous()
-    _multiply(out, input, weight.t(), Epilogue(bias, residual, act=activation))
+    multiply(out, input, weight.t(), Epilogue(bias, residual, act=activation))
 
 
 def supports(op: str, *args: Any) -> str | None:

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import linear_loss
 from ..layout import outer_and_inner
+from . import matmul
 from .activation import run_elementwise
 from .engine import functions, launch
 from .engine.launch import power_of_two
@@ -434,6 +436,28 @@ def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, 
     _loss_backward("nll", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
 
 
+# A linear layer and its cross-entropy
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, added where it is made: each program reads what it then writes"""
+    matmul.multiply(total, a, b, matmul.Epilogue(residual=None if first else total))
+
+
+_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 256 << 20,
+                           in_place=True)
+
+
+def linear_cross_entropy(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = (the loss, what it was divided by, the gradients of the losses' sum by input, weight and bias, if wanted)"""
+    linear_loss.forward(_STEPS, out, *args)
+
+
+def linear_cross_entropy_backward(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = the gradients by input, weight and bias"""
+    linear_loss.backward(_STEPS, out, *args)
+
+
 def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     """(input - target)², reduced"""
     n = input.numel()
@@ -466,4 +490,5 @@ KERNELS: dict[str, Callable[..., None]] = {
     "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
     "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+    "linear_cross_entropy": linear_cross_entropy, "linear_cross_entropy_backward": linear_cross_entropy_backward,
 }
