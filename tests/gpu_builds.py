@@ -27,6 +27,7 @@ class Build:
     spills: int = 0
     chips: tuple[str, ...] = ALL
     note: str = ""
+    float32: str | None = None  # what set_float32_precision is told
 
     @property
     def family(self) -> str:
@@ -65,6 +66,9 @@ BUILDS += [
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
+          chips=("sm_80", "sm_90", "sm_100")),
+    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3"),
 ]
 
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.
@@ -89,7 +93,8 @@ ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
 BUILDS += [
     Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
     Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
+    Build(norm.add_layer_norm, (t(16, 131072), t(16, 131072), t(131072), t(131072), [131072], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
     Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
     Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),

@@ -93,7 +93,7 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
             values.setdefault(parameter.name, parameter.default if parameter.has_default else None)
         found.append((kernel, values, options))
 
-    launch.run, launch.chip = record, lambda device: chip
+    launch.run, launch.chip, backends.float32_precision = record, lambda device: chip, build.float32
     op, args = build.call()
     kernel, supports, _ = backends.load("gpu", op)
     assert kernel is not None, supports and supports(op.name, *args)

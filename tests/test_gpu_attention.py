@@ -149,6 +149,20 @@ def test_variable_lengths(case: dict[str, Any]) -> None:
     check(*(t[0] for t in tensors(1, 2, 1, 40, 75, 16, 8)), offsets=offsets, **case)
 
 
+def test_offsets_that_nobody_looked_at() -> None:
+    """They leave no tensor, and no row without a value: they count as the rising ones that are next to them."""
+    q, k, v = (t[0] for t in tensors(1, 2, 1, 20, 20, 16, 8))
+    o = plain.Options(scale=0.3, right=0)
+    results = []
+    for values in ([7, -3, 12, 5, 99], [0, 0, 12, 12, 20]):
+        offsets = torch.tensor(values, device=DEVICE)
+        out, stats = torch.full_like(v[:1].expand(2, 20, 8), NAN), q.new_empty(2, 2, 20)
+        kernels.attention((out, stats), q, k, v, None, None, offsets, offsets, *o)
+        results.append(out)
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"right": 0, "bottom_right": True}, {"left": 300, "right": 0, "prefix": 3, "bottom_right": True}, {"left": 20,
                                                                                                            "bottom_right": True},

@@ -172,7 +172,7 @@ def test_losses_of_many_classes_are_taken_in_steps(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two chunks, whose gradients are added where the second product is made; and each row's loss with a gradient of its own."""
+    """In two chunks, the second's gradients added where they are made; and each row's loss with a gradient of its own."""
     monkeypatch.setattr(linear_loss, "_LEAST", 16)
     monkeypatch.setattr(kernels, "_STEPS", kernels._STEPS._replace(chunk=1))
     x, w, b = randn(21, 24, dtype=dtype), randn(43, 24, dtype=dtype, scale=0.3, seed=1), randn(43, dtype=dtype, seed=2)
@@ -183,7 +183,8 @@ def test_linear_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
         def scale(*args: Any, sums: float = 21.0) -> list[Any]:
             number = 1 if args[6] == "none" else sums
-            gradients = [filled((21, 24), size), filled((43, 24), size * 21), filled((43,) if args[2] is not None else (0,), size * 21)]
+            shapes = (21, 24), (43, 24), (0,) if args[2] is None else (43,)
+            gradients = [filled(shape, size * times) for shape, times in zip(shapes, (1, 21, 21), strict=True)]
             return [filled((21,) if args[6] == "none" else (), size * number), None, *gradients]
 
         for reduction in ("mean", "sum"):

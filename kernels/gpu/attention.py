@@ -18,7 +18,7 @@ from ..reference.attention import Options
 from . import attention_code as code
 from .engine import launch
 from .engine.launch import power_of_two, signed
-from .matmul import tf32
+from .matmul import precision
 
 _LOG2_E = 1.4426950408889634
 _FEW = 64  # rows of queries that share keys, up to which one program takes them all, and the keys are shared out
@@ -51,6 +51,15 @@ def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
     return t.expand(*batch, *t.shape[-dims:]).reshape(batch.numel(), *t.shape[-dims:])
 
 
+def _rising(offsets: Tensor | None, length: int) -> Tensor | None:
+    """Offsets as they have to be, from 0 to the length, whatever they are: nobody looked at them."""
+    if offsets is None or len(offsets) < 2:
+        return offsets
+    found = offsets.clamp(0, length)
+    found[0], found[-1] = 0, length
+    return found.cummax(0).values
+
+
 class Call:
     """What forward and backward have in common: tensors with one batch dimension, and the kernels' arguments."""
 
@@ -75,7 +84,7 @@ class Call:
             kind |= code.SLOPES.value
             slopes = slopes.float()
             slopes = slopes.expand(*batch, self.heads).reshape(self.items, self.heads)
-        self.slopes, self.offsets = slopes, (offsets_q, offsets_k)
+        self.slopes, self.offsets = slopes, (_rising(offsets_q, self.lq), _rising(offsets_k, self.lk))
         if offsets_q is not None:
             kind |= code.VARLEN.value
         if o.dropout:
@@ -87,7 +96,7 @@ class Call:
         self.bd, self.bv = power_of_two(self.d, 16), power_of_two(self.dv, 16)
         kind |= code.EVEN_D.value * (self.bd == self.d) | code.EVEN_V.value * (self.bv == self.dv)
         self.kind = kind
-        self.precision = "tf32" if q.dtype == torch.float32 and tf32() else "ieee"
+        self.precision = precision(q)
         inner = o.scale / o.softcap if o.softcap else 1.0
         outer = (o.softcap or o.scale) * _LOG2_E
         least = min(round(o.dropout * 2**32), 2**32 - 1)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnn import backends
+
 from .engine import functions, launch
 from .engine.launch import Chip, power_of_two
 
@@ -183,6 +185,13 @@ def tf32() -> bool:
     return bool(settings.allow_tf32)
 
 
+def precision(t: Tensor, torchs: bool = True) -> str:
+    """How tl.dot multiplies such numbers: float32 as set_float32_precision was told, else as torch's settings say."""
+    if t.dtype != torch.float32:
+        return "ieee"
+    return backends.float32_precision or ("tf32" if torchs and tf32() else "ieee")
+
+
 # The host -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +238,8 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     inner = a.shape[1]
     count = a.shape[0] * inner
     chip = launch.chip(out.device)
-    kind = "half" if a.itemsize == 2 else "tf32" if tf32() else "ieee"
+    how = precision(a)
+    kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
     tile, parts = _choose(kind, chip, count, m, n, k)
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
     described = chip.descriptors and count == 1 and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
@@ -243,7 +253,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
         product, min(tiles, _programs(chip, tile)), out.device,
         target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
         m * n, *a.stride(), *b.stride(), *r_strides, e.alpha, e.beta,
-        ACT=e.act, PARTS=parts, PRECISION="tf32" if kind == "tf32" else "ieee", A_ROWS=a_rows, B_ROWS=b_rows,
+        ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
         DESCRIPTORS=described, M=tile.m, N=tile.n, K=tile.k, GROUP=_GROUP, **options,
     )  # fmt: skip
     if parts > 1:

@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastnn import backends
+
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -61,6 +63,9 @@ def refuses(*tensors: Tensor | None) -> str | None:
         return f"the Triton kernels are for float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
     if any(t is not None and t.device != first.device for t in tensors):
         return "the tensors are on different devices: move them to one with .to()"
+    terms = backends.float32_precision == "tf32x3" and first.dtype is torch.float32
+    if terms and first.is_cuda and not chip(first.device).nvidia:
+        return "products in terms of tf32 are NVIDIA's alone: set_float32_precision() knows bf16x3"
     if first.is_cuda and 0 < chip(first.device).nvidia < 80:
         return f"the Triton kernels need compute capability 8.0, and this GPU is {chip(first.device).name}"
     return None
