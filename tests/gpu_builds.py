@@ -67,8 +67,9 @@ BUILDS += [
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
-          chips=("sm_80", "sm_90", "sm_100")),
-    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3"),
+          chips=("sm_90",)),
+    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3",
+          chips=("gfx942",)),
 ]
 
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.
@@ -82,7 +83,8 @@ BUILDS += [
     ),
     Build(
         softmax.linear_cross_entropy,
-        (t(1500, 4096), t(131072, 4096), None, t(1500, dtype=I64), None, -100, "mean", 0.0, True), ("product",), best=True,
+        (t(2048, 4096), t(131072, 4096), None, t(2048, dtype=I64), None, -100, "mean", 0.0, True), ("product",), best=True,
+        chips=("sm_90", "gfx942"),
     ),
     Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
 ]

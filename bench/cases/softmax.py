@@ -97,7 +97,7 @@ CASES = [
     cross_entropy("bert_vocabulary", 512, 30522, "train", goals={"best": 2.0}),
     *(cross_entropy("resnet50", 256, 1000, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
     *(cross_entropy("mnist", 64, 10, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
-    *(linear_cross_entropy("gpt2", 512, 768, 50257, mode, goals={"limit": 0.8, "best": 1.0}) for mode in ("forward", "train")),
+    *(linear_cross_entropy("gpt2", 1024, 768, 50257, mode, goals={"limit": 0.8, "best": 1.0}) for mode in ("forward", "train")),
     *(
         linear_cross_entropy(
             "llama3", 8192, 4096, 131072, mode, dtypes=(torch.bfloat16,), goals={"limit": 0.8, "best": 1.0}, devices=("cuda",)

@@ -3,6 +3,7 @@
 cross_entropy keeps each row's log-sum-exp for its backward, so that the probabilities are never stored.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,21 +78,23 @@ def check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}(): {reduction} is not a valid value for reduction, allowed are {', '.join(REDUCTIONS)}")
 
 
-def _rows(input: Tensor) -> list[int]:
+def _rows(shape: Sequence[int]) -> list[int]:
     """The shape of the rows that a loss classifies: (N, d1, …), or () for a single one."""
-    return [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+    return [*shape[:1], *shape[2:]] if len(shape) > 1 else []
 
 
-def _classes(input: Tensor) -> int:
-    return input.shape[1 if input.dim() > 1 else 0]
+def _classes(shape: Sequence[int]) -> int:
+    return shape[1 if len(shape) > 1 else 0]
 
 
-def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> str | None:
-    """What cross_entropy and nll_loss ask of their arguments alike."""
+def _check_loss(
+    op: str, shape: Sequence[int], dtype: torch.dtype, target: Tensor, weight: Tensor | None, reduction: str
+) -> str | None:
+    """What the losses of classes ask of their arguments alike; shape, dtype: those of the logits."""
     check_reduction(op, reduction)
-    if input.dim() == 0:
+    if not shape:
         raise ValueError(f"{op}(): input must have 1 or more dimensions, (C), (N, C) or (N, C, d1, …), got a scalar")
-    classes, rows = _classes(input), _rows(input)
+    classes, rows = _classes(shape), _rows(shape)
     if weight is not None and tuple(weight.shape) != (classes,):
         raise RuntimeError(
             f"{op}(): weight tensor should be defined for all {classes} classes of input or none, got shape "
@@ -103,16 +106,16 @@ def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, r
                 f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}"
             )
         if list(target.shape) != rows:
-            batch = input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]
+            batch = len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]
             raise (ValueError if batch else RuntimeError)(
-                f"{op}(): target of class indices must have shape {tuple(rows)} for input {tuple(input.shape)}, "
+                f"{op}(): target of class indices must have shape {tuple(rows)} for input {tuple(shape)}, "
                 f"got {tuple(target.shape)}"
             )
         if target.dtype == torch.uint8:
             return "target of dtype uint8 has no fastnn kernel"
-    if weight is not None and weight.dtype != input.dtype:
-        raise RuntimeError(f"{op}(): weight must have input's dtype {input.dtype}, got {weight.dtype}")
-    return only_torch(input.dtype)
+    if weight is not None and weight.dtype != dtype:
+        raise RuntimeError(f"{op}(): weight must have input's dtype {dtype}, got {weight.dtype}")
+    return only_torch(dtype)
 
 
 def _inspect_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -148,7 +151,7 @@ def _check_cross_entropy(
             f"cross_entropy(): target of class probabilities must have input's shape {tuple(input.shape)}, or dtype "
             f"torch.int64 for class indices, got {tuple(target.shape)} and {target.dtype}"
         )
-    reason = _check_loss("cross_entropy", input, target, weight, reduction)
+    reason = _check_loss("cross_entropy", input.shape, input.dtype, target, weight, reduction)
     if reason is None and target.is_floating_point():
         if target.dtype != input.dtype:
             return "class probabilities of another dtype than input are promoted by torch"
@@ -166,7 +169,7 @@ def _allocate_cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(input)
+    rows = _rows(input.shape)
     loss = input.new_empty(rows if reduction == "none" else [])
     return loss, input.new_empty((2, *rows), dtype=torch.float64)
 
@@ -195,7 +198,7 @@ cross_entropy: Operator = Operator(
     "softmax",
     check=_check_cross_entropy,
     explain=lambda input, target, weight, ignore_index, *_: _inspect_indices(
-        "cross_entropy", target, _classes(input), ignore_index
+        "cross_entropy", target, _classes(input.shape), ignore_index
     ),
     allocate=_allocate_cross_entropy,
     torch=lambda input, target, weight, ignore_index, reduction, label_smoothing: F.cross_entropy(
@@ -220,7 +223,7 @@ def _check_cross_entropy_backward(
     label_smoothing: float,
 ) -> str | None:
     reason = _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    if list(lse.shape) != [2, *_rows(input)]:
+    if list(lse.shape) != [2, *_rows(input.shape)]:
         raise RuntimeError(f"cross_entropy_backward(): lse must have shape (2, …), got {tuple(lse.shape)}")
     return reason
 
@@ -240,7 +243,7 @@ def _check_nll_loss(
 ) -> str | None:
     if target.is_floating_point():
         raise RuntimeError(f"nll_loss(): target must hold class indices, of dtype torch.int64, got {target.dtype}")
-    return _check_loss("nll_loss", input, target, weight, reduction)
+    return _check_loss("nll_loss", input.shape, input.dtype, target, weight, reduction)
 
 
 def _save_nll_loss(ctx: Any, args: Any, out: Tensor) -> None:
@@ -253,10 +256,10 @@ nll_loss: Operator = Operator(
     "softmax",
     check=_check_nll_loss,
     explain=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
-        "nll_loss", target, _classes(input), ignore_index
+        "nll_loss", target, _classes(input.shape), ignore_index
     ),
     allocate=lambda plan, input, target, weight, ignore_index, reduction: input.new_empty(
-        _rows(input) if reduction == "none" else []
+        _rows(input.shape) if reduction == "none" else []
     ),
     torch=lambda input, target, weight, ignore_index, reduction: F.nll_loss(
         input, target, weight, ignore_index=ignore_index, reduction=reduction
@@ -315,9 +318,7 @@ def _check_linear_loss(
         return "class probabilities are as large as the logits"
     if not weight.numel():
         return "nothing to multiply"
-    logits = torch.empty((), device="meta", dtype=input.dtype).expand(*input.shape[:-1], len(weight))
-    reason = _check_loss(name, logits, target, class_weight, reduction)
-    return reason or only_torch(input.dtype)
+    return _check_loss(name, (*input.shape[:-1], len(weight)), input.dtype, target, class_weight, reduction)
 
 
 def _allocate_linear_loss(

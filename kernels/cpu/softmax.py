@@ -246,7 +246,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         to.copy_(part) if first else to.add_(part)
 
 
-_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 32 << 20,
+_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 128 << 20,
                            in_place=False)  # a row's last vector overlaps the one before
 
 
