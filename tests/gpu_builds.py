@@ -125,7 +125,7 @@ BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, chips=("sm_90", "gfx942"), note=" causal",
+        best=True, note=" causal",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
