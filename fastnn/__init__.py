@@ -7,9 +7,21 @@ serves torch's own calls. ``fastnn.trace()`` shows what served each call and why
 
 from . import functional, nn
 from ._version import __version__
-from .backends import backend, trace
+from .backends import backend, set_float32_precision, trace
 from .fuse import fuse
 from .kv_cache import KVCache
 from .replace import replace, restore, use
 
-__all__ = ["KVCache", "__version__", "backend", "functional", "fuse", "nn", "replace", "restore", "trace", "use"]
+__all__ = [
+    "KVCache",
+    "__version__",
+    "backend",
+    "functional",
+    "fuse",
+    "nn",
+    "replace",
+    "restore",
+    "set_float32_precision",
+    "trace",
+    "use",
+]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("auto", "cpu", "gpu", "torch", "reference")
+FLOAT32_PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
 _DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that its kernels work on
 
 _INSTALL = {  # module that a kernel needs: what to do where it is missing
@@ -59,6 +60,7 @@ class Call:
 _choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=os.environ.get("FASTNN_BACKEND") or None)
 traces: list[list[Call]] = []
 tables: dict[str, dict[str, Entry]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
+float32_precision: str | None = None  # what set_float32_precision was told
 context = _choice.get  # the backend that `with backend(…)` or the environment names
 
 
@@ -80,6 +82,19 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.reset(token)
+
+
+def set_float32_precision(name: str | None) -> None:
+    """How GPU kernels multiply float32 numbers, in all threads and backwards, as torch.set_float32_matmul_precision does.
+
+    "ieee": as they are; "tf32": rounded to 11 bits; "tf32x3": in two such terms (22 bits, NVIDIA only) and "bf16x3", "bf16x6":
+    in two or three of bfloat16 (16 and 24 bits), of whose products the largest 3 or 6 are summed. None, the default: "ieee",
+    or "tf32" where torch's own setting asks. Raises ValueError for another name.
+    """
+    global float32_precision
+    if name is not None and name not in FLOAT32_PRECISIONS:
+        raise ValueError(f"set_float32_precision(): got {name!r}, allowed are None, {', '.join(map(repr, FLOAT32_PRECISIONS))}")
+    float32_precision = name
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Build:
     spills: int = 0
     chips: tuple[str, ...] = ALL
     note: str = ""
+    float32: str | None = None  # what set_float32_precision is told
 
     @property
     def family(self) -> str:
@@ -65,6 +66,10 @@ BUILDS += [
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
+          chips=("sm_90",)),
+    Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3",
+          chips=("gfx942",)),
 ]
 
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.
@@ -76,6 +81,11 @@ BUILDS += [
         softmax.cross_entropy_backward,
         (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
     ),
+    Build(
+        softmax.linear_cross_entropy,
+        (t(2048, 4096), t(131072, 4096), None, t(2048, dtype=I64), None, -100, "mean", 0.0, True), ("product",), best=True,
+        chips=("sm_90", "gfx942"),
+    ),
     Build(softmax.mse_loss, (t(1 << 20), t(1 << 20), "mean")),
 ]
 
@@ -85,7 +95,8 @@ ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
 BUILDS += [
     Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
     Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), None, [16384], 1e-5)),
+    Build(norm.add_layer_norm, (t(16, 131072), t(16, 131072), t(131072), t(131072), [131072], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
     Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
     Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
@@ -114,7 +125,7 @@ BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, chips=("sm_90", "gfx942"), note=" causal",
+        best=True, note=" causal",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)

@@ -93,7 +93,7 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
             values.setdefault(parameter.name, parameter.default if parameter.has_default else None)
         found.append((kernel, values, options))
 
-    launch.run, launch.chip = record, lambda device: chip
+    launch.run, launch.chip, backends.float32_precision = record, lambda device: chip, build.float32
     op, args = build.call()
     kernel, supports, _ = backends.load("gpu", op)
     assert kernel is not None, supports and supports(op.name, *args)
@@ -102,20 +102,28 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
     return found
 
 
+def facts(compiled: Any, chip: str) -> dict[str, Any]:
+    """What a kernel uses, and whether matrix instructions are in its code."""
+    code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    found = {key: bool(re.search(by[chip], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
+    return {**used(compiled), **found}
+
+
 def main() -> None:
     families = sys.argv[1:]  # by hand: only these
+    known: dict[tuple[str, str, str], dict[str, Any]] = {}  # what several builds launch is compiled once
     for build in BUILDS:
         if families and build.family not in families:
             continue
         for name in build.chips:
             target, chip = CHIPS[name]
             for kernel, values, options in launches(build, chip):
-                compiled = triton.compile(source(kernel, values), target=target, options=options)
-                code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-                line = {"build": build.name, "family": build.family, "chip": name, "kernel": kernel.__name__, **used(compiled)}
-                found = {key: bool(re.search(by[name], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
-                line |= {"limit": chip.shared, **found}
-                print(json.dumps(line), flush=True)
+                made = source(kernel, values)
+                key = name, made.hash(), str(sorted(options.items()))
+                if key not in known:
+                    known[key] = facts(triton.compile(made, target=target, options=options), name)
+                line = {"build": build.name, "family": build.family, "chip": name, "kernel": kernel.__name__}
+                print(json.dumps(line | {"limit": chip.shared} | known[key]), flush=True)
 
 
 if __name__ == "__main__":

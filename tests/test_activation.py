@@ -12,6 +12,7 @@ import fastnn.functional as ours
 from fastnn import ops
 from fastnn.kernels.cpu import activation as kernels
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
+from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import activation as reference
 from rule import DTYPES, LAYOUTS, check, randn
 
@@ -195,10 +196,10 @@ def test_dropout_counts_past_two_to_the_32(step: int, dtype: torch.dtype) -> Non
     n, start, seed = 777, 2**33 - 1000, 99
     x, out = torch.ones(2, n, dtype=dtype), torch.full((2, n), float("nan"), dtype=dtype)
     kernel = kernels._kernel("dropout", dtype)
-    high = kernels._mix((0 + 0x9E3779B9) & 0xFFFFFFFF)
+    high = mix((0 + 0x9E3779B9) & 0xFFFFFFFF)
     kernels._run(kernel, [(2, [n, n]), (n, [1, 1])], (x,), (out,), (0, start, step), (seed, high, 2**31), (2.0, 0.0))
     for row in range(2):
         for k in range(n):
             i = row * start + k * step
-            bits = kernels._mix(kernels._mix(((i & 0xFFFFFFFF) + kernels._mix(seed ^ kernels._mix(i >> 32))) & 0xFFFFFFFF) ^ high)
+            bits = mix(mix(((i & 0xFFFFFFFF) + mix(seed ^ mix(i >> 32))) & 0xFFFFFFFF) ^ high)
             assert float(out[row, k]) == (2.0 if bits >= 2**31 else 0.0), (row, k)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
 from fastnn.kernels.gpu import activation as kernels
+from fastnn.kernels.gpu.engine.launch import signed
+from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import activation as reference
 from fastnn.ops import activation as ops
 from gpu import DEVICE, DTYPES, check, run
@@ -107,14 +109,14 @@ def test_random_bits_go_on_past_two_to_the_32() -> None:
     """Rows of a tensor too large to make: the kernel is told that they start near a multiple of 2^32."""
     n, start, seed = 300, 2**33 - 100, 99
     x, out = torch.ones(n, device=DEVICE), torch.full((n,), float("nan"), device=DEVICE)
-    high = kernels._mix(0x9E3779B9)
-    keys = [kernels._signed(k) for k in (seed, high, 2**31)]
+    high = mix(0x9E3779B9)
+    keys = [signed(k) for k in (seed, high, 2**31)]
     rows = (1, [0, 0]), (1, [0, 0]), (n, [1, 1])
     kernels._run("dropout", None, list(rows), (out,), (x,), (0, 0, 3), (2.0, 0.0), keys)
     kernels._run("dropout", None, [(2, [0, 0]), (n, [1, 1])], (out,), (x,), (0, start, 3), (2.0, 0.0), keys)  # row 1 last
     for k in range(n):
         i = start + 3 * k
-        bits = kernels._mix(kernels._mix(((i & 0xFFFFFFFF) + kernels._mix(seed ^ kernels._mix(i >> 32))) & 0xFFFFFFFF) ^ high)
+        bits = mix(mix(((i & 0xFFFFFFFF) + mix(seed ^ mix(i >> 32))) & 0xFFFFFFFF) ^ high)
         assert float(out[k]) == (2.0 if bits >= 2**31 else 0.0), k
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastnn.kernels.gpu import attention as kernels
 from fastnn.kernels.gpu import attention_code as code
 from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu.engine.launch import signed
+from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import attention as plain
 from fastnn.kernels.reference.activation import random_bits
 from fastnn.ops import attention as ops
@@ -147,6 +149,20 @@ def test_variable_lengths(case: dict[str, Any]) -> None:
     check(*(t[0] for t in tensors(1, 2, 1, 40, 75, 16, 8)), offsets=offsets, **case)
 
 
+def test_offsets_that_nobody_looked_at() -> None:
+    """They leave no tensor, and no row without a value: they count as the rising ones that are next to them."""
+    q, k, v = (t[0] for t in tensors(1, 2, 1, 20, 20, 16, 8))
+    o = plain.Options(scale=0.3, right=0)
+    results = []
+    for values in ([7, -3, 12, 5, 99], [0, 0, 12, 12, 20]):
+        offsets = torch.tensor(values, device=DEVICE)
+        out, stats = torch.full_like(v[:1].expand(2, 20, 8), NAN), q.new_empty(2, 2, 20)
+        kernels.attention((out, stats), q, k, v, None, None, offsets, offsets, *o)
+        results.append(out)
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"right": 0, "bottom_right": True}, {"left": 300, "right": 0, "prefix": 3, "bottom_right": True}, {"left": 20,
                                                                                                            "bottom_right": True},
@@ -228,8 +244,8 @@ def test_dropout_beyond_32_bits() -> None:
     """A row's weights may lie on both sides of a multiple of 2³²."""
     length, seed, first = (1 << 31) - 16, 2**62 + 11, 2 * ((1 << 31) - 16)
     out = torch.empty(1, 64, dtype=torch.int8, device=DEVICE)
-    key1 = kernels._mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
-    launch.run(kept, 1, out.device, out, 2, length, *(kernels._signed(n) for n in (seed & 0xFFFFFFFF, key1, 1 << 31)), N=64)
+    key1 = mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
+    launch.run(kept, 1, out.device, out, 2, length, *(signed(n) for n in (seed & 0xFFFFFFFF, key1, 1 << 31)), N=64)
     bits = _bits_at(first, 64, seed)
     assert (first + 64) >> 32 != first >> 32
     assert out.flatten().tolist() == [int(b >= 1 << 31) for b in bits]
@@ -237,9 +253,6 @@ def test_dropout_beyond_32_bits() -> None:
 
 def _bits_at(first: int, n: int, seed: int) -> list[int]:
     """What random_bits has there, without all that comes before."""
-    def mix(h: int) -> int:
-        return kernels._mix(h)
-
     def one(i: int) -> int:
         a, b = mix((seed & 0xFFFFFFFF) ^ mix(i >> 32)), mix((seed >> 32) + 0x9E3779B9 & 0xFFFFFFFF)
         return mix(mix((i & 0xFFFFFFFF) + a & 0xFFFFFFFF) ^ b)

@@ -137,3 +137,12 @@ def test_importing_fastnn_imports_no_triton() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_offsets_on_a_gpu_are_not_waited_for() -> None:
+    """A fake tensor has no values: to ask for them raises, as it would break a CUDA graph's capture."""
+    with FakeTensorMode():
+        q, offsets = torch.empty(2, 8, 16, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
+        ops.attention._inspect(q, q, q, None, None, offsets, offsets)
+        with pytest.raises(RuntimeError):
+            offsets.tolist()

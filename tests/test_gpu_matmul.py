@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastnn
 from fastnn.kernels.gpu import matmul as kernels
 from fastnn.kernels.gpu.engine import launch
 from fastnn.kernels.gpu.engine.launch import Chip
@@ -140,6 +141,22 @@ def test_float32_is_tf32_only_where_torch_asks(monkeypatch: pytest.MonkeyPatch) 
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == ["ieee", "tf32", "ieee"]
+
+
+def test_float32_is_in_terms_where_the_user_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch's setting, and for float32 alone."""
+    seen = watched(monkeypatch, lambda kernel, options: options["PRECISION"])
+    x = torch.ones(4, 4, device=DEVICE)
+    try:
+        for name in ("tf32x3", "bf16x6", None):
+            fastnn.set_float32_precision(name)
+            for t in (x, x.half()):
+                run(ops.matmul, t, t)
+    finally:
+        fastnn.set_float32_precision(None)
+    assert seen == ["tf32x3", "ieee", "bf16x6", "ieee", "ieee", "ieee"]
+    with pytest.raises(ValueError, match=r"'tf32x4'.*'tf32x3'"):
+        fastnn.set_float32_precision("tf32x4")
 
 
 def test_nan_and_inf_go_through() -> None:

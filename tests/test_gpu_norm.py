@@ -79,6 +79,7 @@ def test_rows_in_any_layout(layout: str) -> None:
 @pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm], ids=lambda op: op.name)
 def test_long_rows_are_taken_in_steps(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_WHOLE", 256)
+    monkeypatch.setattr(kernels, "_BLOCK", 128)
     monkeypatch.setattr(kernels, "_COLUMNS", (64, 4))
     rows_of(op, torch.float32, (6, 300), 1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnn.kernels import linear_loss
 from fastnn.kernels.gpu import softmax as kernels
 from fastnn.ops import softmax as ops
 from gpu import DEVICE, DTYPES, check, filled, run
@@ -164,3 +165,29 @@ def test_losses_of_many_classes_are_taken_in_steps(monkeypatch: pytest.MonkeyPat
         _, lse = check(ops.cross_entropy, x, q, weight, *rest, scale=lambda x, *_: [filled((3,), 20.0), filled((2, 3), 20.0)])
         g = randn(3, seed=8)
         check(ops.cross_entropy_backward, g, x, q, weight, lse, *rest, scale=lambda *_: [filled((3, 100), 10.0)])
+
+
+# A linear layer and its cross-entropy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two chunks, the second's gradients added where they are made; and each row's loss with a gradient of its own."""
+    monkeypatch.setattr(linear_loss, "_LEAST", 16)
+    monkeypatch.setattr(kernels, "_STEPS", kernels._STEPS._replace(chunk=1))
+    x, w, b = randn(21, 24, dtype=dtype), randn(43, 24, dtype=dtype, scale=0.3, seed=1), randn(43, dtype=dtype, seed=2)
+    _, target, _, weight = losses_of(dtype, (21, 43))
+    size = float((x.double().abs() @ w.double().abs().mT + b.double().abs()).max()) + 5
+    for bias, class_weight, smoothing in ((b, None, 0.0), (None, weight, 0.1)):
+        rest = (x, w, bias, target, class_weight, -100)
+
+        def scale(*args: Any, sums: float = 21.0) -> list[Any]:
+            number = 1 if args[6] == "none" else sums
+            shapes = (21, 24), (43, 24), (0,) if args[2] is None else (43,)
+            gradients = [filled(shape, size * times) for shape, times in zip(shapes, (1, 21, 21), strict=True)]
+            return [filled((21,) if args[6] == "none" else (), size * number), None, *gradients]
+
+        for reduction in ("mean", "sum"):
+            check(ops.linear_cross_entropy, *rest, reduction, smoothing, True, scale=scale)
+        grad = randn(21, dtype=dtype, seed=8)
+        check(ops.linear_cross_entropy_backward, grad, *rest, "none", smoothing, scale=lambda g, *args: scale(*args)[2:])

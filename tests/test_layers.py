@@ -637,6 +637,7 @@ def test_loss_modules(make: Callable[[Any], nn.Module], target: Tensor) -> None:
 def test_every_module_has_been_tested() -> None:
     tested = {type(make(fastnn.nn)).__name__ for make, _ in [*MODULES, *LOSSES]}
     tested |= {f"MaxUnpool{d}d" for d in (1, 2, 3)}  # in test_pool
+    tested |= {"LinearCrossEntropyLoss"} & set(fastnn.nn.__all__)  # in test_linear_loss
     recurrent = {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "QRNN"}  # in test_rnn, and their functions
     steps = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
     attention = {"MultiheadAttention", "SwiGLU", "GeGLU", "Transformer"}  # in test_transformer
@@ -645,6 +646,7 @@ def test_every_module_has_been_tested() -> None:
     others |= {"sinusoidal_positions", "learned_positions", "rotary", "rotary_angles"}  # in test_positions
     others |= {"relative_shift", "t5_buckets", "t5_bias"}
     others |= {"embedding"}  # in test_embedding
+    others |= {"linear_cross_entropy"}  # in test_linear_loss
     assert tested | recurrent | attention | {"Embedding"} == set(fastnn.nn.__all__)
     assert set(f.__all__) == {case.name for case in CASES} | others | steps | {f"{name}_cell" for name in steps}
 

@@ -62,6 +62,28 @@ def cross_entropy(model: str, n: int, c: int, mode: str, **extra: Any) -> Case:
     )
 
 
+def linear_cross_entropy(model: str, n: int, d: int, c: int, mode: str, **extra: Any) -> Case:
+    """A language model's last layer and its loss, without the array of all logits: one product, or three and their operands."""
+
+    def theirs(F: Any, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), target)
+
+    def ours(F: Any, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, w, target)
+
+    grad = mode != "forward"
+    return Case(
+        "softmax",
+        f"linear_cross_entropy/{model}/{n}x{d}x{c}",
+        together(random(n, d, seed=1, grad=grad), random(c, d, seed=2, scale=d**-0.5, grad=grad), _classes(n, c)),
+        theirs=theirs,
+        ours=ours,
+        flops=(6 if grad else 2) * n * d * c,
+        mode=mode,
+        **extra,
+    )
+
+
 _GOALS = {"limit": 0.85, "torch": 2.5}
 _BOTH = {"limit": 0.85, "best": 1.0}
 
@@ -75,5 +97,12 @@ CASES = [
     cross_entropy("bert_vocabulary", 512, 30522, "train", goals={"best": 2.0}),
     *(cross_entropy("resnet50", 256, 1000, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
     *(cross_entropy("mnist", 64, 10, mode, goals={"best": 2.0}) for mode in ("forward", "train")),
+    *(linear_cross_entropy("gpt2", 1024, 768, 50257, mode, goals={"limit": 0.8, "best": 1.0}) for mode in ("forward", "train")),
+    *(
+        linear_cross_entropy(
+            "llama3", 8192, 4096, 131072, mode, dtypes=(torch.bfloat16,), goals={"limit": 0.8, "best": 1.0}, devices=("cuda",)
+        )
+        for mode in ("forward", "train")
+    ),
     *(cross_entropy("gpt2", 4096, 50257, mode, goals={"best": 2.0}) for mode in ("forward", "backward", "train")),
 ]

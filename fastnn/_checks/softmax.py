@@ -109,6 +109,7 @@ def checks() -> Iterator[Check]:
         names=("input", "target"),
         scale=sum_of_magnitudes(lambda F, x, t: -F.nll_loss(x, t)),
     )
+    yield from _linear_losses()
     for name, left, right in (
         ("", normal(17, 61, seed=1), normal(17, 61, seed=2)),
         (", none", normal(97, 211, seed=1), normal(97, 211, seed=2)),
@@ -126,6 +127,41 @@ def checks() -> Iterator[Check]:
             lambda F, x, t, reduction=reduction: F.mse_loss(x, t, reduction=reduction),
             names=("input", "target"),
         )
+
+
+def _linear_losses() -> Iterator[Check]:
+    """A linear layer with its cross-entropy: more rows than are taken at a time by a kernel with a small chunk."""
+    n, c, d = 133, 307, 41
+
+    def theirs(F: Any, x: Tensor, w: Tensor, b: Tensor, t: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(F.linear(x, w, b), t, reduction=reduction, label_smoothing=0.1)
+
+    def ours(F: Any, x: Tensor, w: Tensor, b: Tensor, t: Tensor, reduction: str) -> Tensor:
+        return F.linear_cross_entropy(x, w, t, linear_bias=b, reduction=reduction, label_smoothing=0.1)
+
+    def scale(inputs: Sequence[Any], grad: Tensor | None, reduction: str) -> tuple[Tensor, ...]:
+        """Logits, and so losses and slopes, are as exact as their terms are large."""
+        (x, w, b), target = (t.detach() for t in inputs[:3]), inputs[3]
+        size = 1 + (x.abs() @ w.abs().mT + b.abs()).amax(1)
+        kept = (target != -100).to(x.dtype)
+        share = kept / kept.sum() if reduction == "mean" else kept
+        if grad is None:
+            return (size * kept if reduction == "none" else (size * share).sum(),)
+        slopes = torch.softmax(x @ w.mT + b, 1) * size[:, None] + 0.1
+        slopes = (slopes + torch.nn.functional.one_hot(target.clamp(min=0), c)) * (share * grad.abs())[:, None]
+        return slopes @ w.abs(), slopes.mT @ x.abs(), slopes.sum(0)
+
+    for reduction in ("mean", "none"):
+        for kind, x in (("", normal(n, d, seed=1)), (", large means", normal(n, d, seed=1, mean=30))):
+            yield Check(
+                "softmax",
+                f"linear_cross_entropy{kind}, {reduction}",
+                all_of(x, normal(c, d, seed=2, scale=0.3), normal(c, seed=3), indices(n, c, ignored=-100)),
+                partial(theirs, reduction=reduction),
+                partial(ours, reduction=reduction),
+                names=("input", "weight", "bias", "target"),
+                scale=partial(scale, reduction=reduction),
+            )
 
 
 def _almost(x: Tensor) -> Tensor:

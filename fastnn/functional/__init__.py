@@ -60,7 +60,7 @@ from ._positions import (
     t5_buckets,
 )
 from ._rnn import gru, gru_cell, lstm, lstm_cell, qrnn, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
-from ._softmax import cross_entropy, log_softmax, mse_loss, nll_loss, softmax
+from ._softmax import cross_entropy, linear_cross_entropy, log_softmax, mse_loss, nll_loss, softmax
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -99,6 +99,7 @@ __all__ = [
     "leaky_relu",
     "learned_positions",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "lp_pool1d",
     "lp_pool2d",

@@ -43,7 +43,8 @@ def scaled_dot_product_attention(
     and window say (tokens that are to see all keys as well, as Longformer's do, are a call of their own). softcap c: scores
     become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
     scores lose slope · distance (Press et al. 2022). cu_seqlens_q, cu_seqlens_k: query (heads, total, D) holds sequences
-    one after the other that do not see each other; number n is at [cu_seqlens[n], cu_seqlens[n + 1]).
+    one after the other that do not see each other; number n is at [cu_seqlens[n], cu_seqlens[n + 1]). They rise from 0 to total:
+    RuntimeError if not, but on a GPU, where a call does not wait for their values, they are made to.
     return_lse: also log Σ exp(scores) of each row, (…, Lq), in float32 at least. seed: of dropout; a weight is kept as a
     function of (seed, its index in (…, Lq, Lk)), and without a seed one is drawn from torch's default generator.
 

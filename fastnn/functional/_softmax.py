@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch.nn import _reduction
 
 from .. import backends
 from ..ops import softmax as _softmax
+from ._arguments import any_requires_grad
 
 
 def _implicit_dim(name: str, input: Tensor, stacklevel: int) -> int:
@@ -76,6 +78,37 @@ def cross_entropy(
     """
     reduction = _reduction_name("cross_entropy", size_average, reduce, reduction)
     return _softmax.cross_entropy.call(input, target, weight, ignore_index, reduction, label_smoothing, backend)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target), without the array of all logits, in either direction.
+
+    input (N, in_features) or (in_features), linear_weight (C, in_features), linear_bias (C), target: class indices (int64) of
+    shape (N) or (); weight (C) → a scalar, or with reduction="none" one loss a row. Extra memory: the logits of a chunk of
+    rows, and, where gradients are wanted, that of linear_weight, made in the forward (Hsu et al. 2024, "Liger Kernel",
+    section 3.2). torch (from 2.13 on) has the same function, whose ``options`` mean nothing here. Class probabilities and
+    losses of several dimensions hold all logits.
+    Raises RuntimeError for shapes and dtypes that do not fit, IndexError for a class index outside [0, C) that is not
+    ignore_index (-100 unless given), ValueError for an unknown reduction.
+    """
+    gradients = torch.is_grad_enabled() and any_requires_grad(input, linear_weight, linear_bias)
+    loss = _softmax.linear_cross_entropy.call(
+        input, linear_weight, linear_bias, target, weight, -100 if ignore_index is None else ignore_index, reduction,
+        label_smoothing, gradients and reduction != "none", backend,
+    )  # fmt: skip
+    return loss.float() if torch.is_autocast_enabled(loss.device.type) and loss.itemsize == 2 else loss
 
 
 def nll_loss(

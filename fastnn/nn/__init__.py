@@ -145,6 +145,11 @@ __all__ = [
     "TransformerEncoderLayer",
 ]  # fmt: skip
 
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
+    from .softmax import LinearCrossEntropyLoss
+
+    __all__ += ["LinearCrossEntropyLoss"]
+
 # torch.nn's class: ours
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): globals()[name] for name in __all__ if hasattr(nn, name)

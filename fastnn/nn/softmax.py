@@ -34,6 +34,28 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
+
+    class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+        """torch's, never holding all logits; ``options`` mean nothing here."""
+
+        backend: str | None = None
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            classes, bias = (self.num_classes, *self.out_features), self.linear.bias
+            return F.linear_cross_entropy(
+                input,
+                self.linear.weight.reshape(*classes, self.linear.in_features),
+                target,
+                linear_bias=None if bias is None else bias.reshape(classes),
+                weight=self.weight,
+                reduction=self.reduction,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                backend=self.backend,
+            )
+
+
 class NLLLoss(nn.NLLLoss):
     backend: str | None = None
 

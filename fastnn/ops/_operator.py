@@ -106,7 +106,7 @@ class Operator:
               lists say.
     inspect   raises for bad values inside the tensors (a check that has to read them), before any kernel runs.
     explain   the same, for kernels that see bad values themselves: says what torch's own error, or plain maths', does not.
-    extra     outputs after the visible ones exist for the backward only: computes them where torch serves the others.
+    extra     outputs after the visible ones exist for the backward only: computes it, or a tuple, where torch serves the others.
     visible   how many outputs are differentiable, and all that the caller sees if there are extra ones.
     """
 
@@ -123,7 +123,7 @@ class Operator:
         autocast: str | None = None,
         inspect: Callable[..., None] | None = None,
         explain: Callable[..., None] | None = None,
-        extra: Callable[..., Tensor] | None = None,
+        extra: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
         visible: int = 1,
     ) -> None:
         self.name = schema[: schema.index("(")]
@@ -264,7 +264,8 @@ class Operator:
         if self.extra is None:
             return self._torch(args)
         seen = self._torch(args)
-        return (*(seen if self.visible > 1 else (seen,)), self.extra(*args))
+        more = self.extra(*args)
+        return (*(seen if self.visible > 1 else (seen,)), *(more if isinstance(more, tuple) else (more,)))
 
     def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
         if backends.chosen(backend) == "reference":

@@ -1,14 +1,16 @@
-"""Softmax, log-softmax and the losses, each with its backward.
+"""Softmax, log-softmax and the losses (one of them with the linear layer before it), each with its backward.
 
 cross_entropy keeps each row's log-sum-exp for its backward, so that the probabilities are never stored.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn.kernels.linear_loss import mean_factor
 from fastnn.kernels.reference import softmax as reference
 
 from ._operator import Operator
@@ -76,21 +78,23 @@ def check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}(): {reduction} is not a valid value for reduction, allowed are {', '.join(REDUCTIONS)}")
 
 
-def _rows(input: Tensor) -> list[int]:
+def _rows(shape: Sequence[int]) -> list[int]:
     """The shape of the rows that a loss classifies: (N, d1, …), or () for a single one."""
-    return [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+    return [*shape[:1], *shape[2:]] if len(shape) > 1 else []
 
 
-def _classes(input: Tensor) -> int:
-    return input.shape[1 if input.dim() > 1 else 0]
+def _classes(shape: Sequence[int]) -> int:
+    return shape[1 if len(shape) > 1 else 0]
 
 
-def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> str | None:
-    """What cross_entropy and nll_loss ask of their arguments alike."""
+def _check_loss(
+    op: str, shape: Sequence[int], dtype: torch.dtype, target: Tensor, weight: Tensor | None, reduction: str
+) -> str | None:
+    """What the losses of classes ask of their arguments alike; shape, dtype: those of the logits."""
     check_reduction(op, reduction)
-    if input.dim() == 0:
+    if not shape:
         raise ValueError(f"{op}(): input must have 1 or more dimensions, (C), (N, C) or (N, C, d1, …), got a scalar")
-    classes, rows = _classes(input), _rows(input)
+    classes, rows = _classes(shape), _rows(shape)
     if weight is not None and tuple(weight.shape) != (classes,):
         raise RuntimeError(
             f"{op}(): weight tensor should be defined for all {classes} classes of input or none, got shape "
@@ -102,16 +106,16 @@ def _check_loss(op: str, input: Tensor, target: Tensor, weight: Tensor | None, r
                 f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}"
             )
         if list(target.shape) != rows:
-            batch = input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]
+            batch = len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]
             raise (ValueError if batch else RuntimeError)(
-                f"{op}(): target of class indices must have shape {tuple(rows)} for input {tuple(input.shape)}, "
+                f"{op}(): target of class indices must have shape {tuple(rows)} for input {tuple(shape)}, "
                 f"got {tuple(target.shape)}"
             )
         if target.dtype == torch.uint8:
             return "target of dtype uint8 has no fastnn kernel"
-    if weight is not None and weight.dtype != input.dtype:
-        raise RuntimeError(f"{op}(): weight must have input's dtype {input.dtype}, got {weight.dtype}")
-    return only_torch(input.dtype)
+    if weight is not None and weight.dtype != dtype:
+        raise RuntimeError(f"{op}(): weight must have input's dtype {dtype}, got {weight.dtype}")
+    return only_torch(dtype)
 
 
 def _inspect_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -147,7 +151,7 @@ def _check_cross_entropy(
             f"cross_entropy(): target of class probabilities must have input's shape {tuple(input.shape)}, or dtype "
             f"torch.int64 for class indices, got {tuple(target.shape)} and {target.dtype}"
         )
-    reason = _check_loss("cross_entropy", input, target, weight, reduction)
+    reason = _check_loss("cross_entropy", input.shape, input.dtype, target, weight, reduction)
     if reason is None and target.is_floating_point():
         if target.dtype != input.dtype:
             return "class probabilities of another dtype than input are promoted by torch"
@@ -165,7 +169,7 @@ def _allocate_cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(input)
+    rows = _rows(input.shape)
     loss = input.new_empty(rows if reduction == "none" else [])
     return loss, input.new_empty((2, *rows), dtype=torch.float64)
 
@@ -194,7 +198,7 @@ cross_entropy: Operator = Operator(
     "softmax",
     check=_check_cross_entropy,
     explain=lambda input, target, weight, ignore_index, *_: _inspect_indices(
-        "cross_entropy", target, _classes(input), ignore_index
+        "cross_entropy", target, _classes(input.shape), ignore_index
     ),
     allocate=_allocate_cross_entropy,
     torch=lambda input, target, weight, ignore_index, reduction, label_smoothing: F.cross_entropy(
@@ -219,7 +223,7 @@ def _check_cross_entropy_backward(
     label_smoothing: float,
 ) -> str | None:
     reason = _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    if list(lse.shape) != [2, *_rows(input)]:
+    if list(lse.shape) != [2, *_rows(input.shape)]:
         raise RuntimeError(f"cross_entropy_backward(): lse must have shape (2, …), got {tuple(lse.shape)}")
     return reason
 
@@ -239,7 +243,7 @@ def _check_nll_loss(
 ) -> str | None:
     if target.is_floating_point():
         raise RuntimeError(f"nll_loss(): target must hold class indices, of dtype torch.int64, got {target.dtype}")
-    return _check_loss("nll_loss", input, target, weight, reduction)
+    return _check_loss("nll_loss", input.shape, input.dtype, target, weight, reduction)
 
 
 def _save_nll_loss(ctx: Any, args: Any, out: Tensor) -> None:
@@ -252,10 +256,10 @@ nll_loss: Operator = Operator(
     "softmax",
     check=_check_nll_loss,
     explain=lambda input, target, weight, ignore_index, reduction: _inspect_indices(
-        "nll_loss", target, _classes(input), ignore_index
+        "nll_loss", target, _classes(input.shape), ignore_index
     ),
     allocate=lambda plan, input, target, weight, ignore_index, reduction: input.new_empty(
-        _rows(input) if reduction == "none" else []
+        _rows(input.shape) if reduction == "none" else []
     ),
     torch=lambda input, target, weight, ignore_index, reduction: F.nll_loss(
         input, target, weight, ignore_index=ignore_index, reduction=reduction
@@ -275,6 +279,125 @@ nll_loss_backward: Operator = Operator(
     check=lambda grad, *args: _check_nll_loss(*args),
     allocate=lambda plan, grad, input, *_: input.new_empty(input.shape),
     torch=reference.nll_loss_backward,
+)
+
+
+# linear_cross_entropy: a linear layer and the cross-entropy of its outputs, without the array of all logits
+#
+# The forward makes the gradients of the losses' sum on its way where they will be wanted (`gradients`), as no logits
+# are kept to make them of; the backward multiplies them. Where each row's loss has a gradient of its own, and for a
+# double backward, the logits are computed again.
+
+_LINEAR_TENSORS = "Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+_LINEAR_OPTIONS = "int ignore_index, str reduction, float label_smoothing"
+
+
+def _check_linear_loss(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, ignore_index: int,
+    reduction: str, label_smoothing: float, gradients: bool = False,
+) -> str | None:  # fmt: skip
+    name = "linear_cross_entropy"
+    if input.dim() not in (1, 2) or weight.dim() < 2 or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{name}(): input must be (in_features) or (N, in_features) and linear_weight (classes, …, in_features), got "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    for word, t in (("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise RuntimeError(f"{name}(): {word} must have input's dtype {input.dtype}, got {t.dtype}")
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(
+            f"{name}(): linear_bias must have shape {tuple(weight.shape[:-1])} for linear_weight {tuple(weight.shape)}, got "
+            f"{tuple(bias.shape)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"{name}(): label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if weight.dim() > 2:
+        return "losses of several dimensions hold their logits"
+    if target.is_floating_point():
+        return "class probabilities are as large as the logits"
+    if not weight.numel():
+        return "nothing to multiply"
+    return _check_loss(name, (*input.shape[:-1], len(weight)), input.dtype, target, class_weight, reduction)
+
+
+def _allocate_linear_loss(
+    plan: None, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    ignore_index: int, reduction: str, label_smoothing: float, gradients: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty(target.shape if reduction == "none" else ())
+    grads = [input.new_empty(0), *(input.new_empty(0, dtype=wide) for _ in range(2))]
+    if gradients:  # those that are sums over rows in float32 at least
+        grads[0] = input.new_empty(input.shape)
+        grads[1] = input.new_empty(weight.shape, dtype=wide)
+        grads[2] = input.new_empty(0 if bias is None else bias.shape, dtype=wide)
+    return loss, input.new_empty((), dtype=wide), *grads
+
+
+def _linear_loss_by_torch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, ignore_index: int,
+    reduction: str, label_smoothing: float, gradients: bool,
+) -> Tensor:  # fmt: skip
+    logits = F.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
+    return F.cross_entropy(
+        logits.reshape(*input.shape[:-1], *weight.shape[:-1]), target, class_weight, ignore_index=ignore_index,
+        reduction=reduction, label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+def _linear_loss_extra(*args: Any) -> tuple[Tensor, ...]:
+    promised = _allocate_linear_loss(None, *args)[1:]
+    if isinstance(_check_linear_loss(*args), str):
+        return promised
+    with torch.no_grad():
+        return tuple(r.to(p.dtype) for p, r in zip(promised, reference.linear_cross_entropy(*args)[1:], strict=True))
+
+
+def _save_linear_loss(ctx: Any, args: Any, out: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.gradients = args
+    ctx.save_for_backward(*tensors, *out[1:])
+
+
+def _linear_loss_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, target, class_weight, total, *grads = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if ctx.gradients and ctx.reduction != "none" and not torch.is_grad_enabled():
+        factor = mean_factor(grad.to(total.dtype), total)
+        found = [(g * factor).to(input.dtype) if needed else None for g, needed in zip(grads, needs)]
+    else:
+        made = linear_cross_entropy_backward.call(
+            grad, input, weight, bias, target, class_weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.backend
+        )
+        found = [g if needed else None for g, needed in zip(made, needs)]
+    return (*found, *[None] * 6)
+
+
+linear_cross_entropy: Operator = Operator(
+    f"linear_cross_entropy({_LINEAR_TENSORS}, {_LINEAR_OPTIONS}, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "softmax",
+    check=_check_linear_loss,
+    explain=lambda input, weight, bias, target, class_weight, ignore_index, *_: _inspect_indices(
+        "linear_cross_entropy", target, len(weight), ignore_index
+    ),
+    allocate=_allocate_linear_loss,
+    torch=_linear_loss_by_torch,
+    extra=_linear_loss_extra,
+    save=_save_linear_loss,
+    backward=_linear_loss_gradients,
+    autocast="lower",
+)
+
+linear_cross_entropy_backward: Operator = Operator(
+    f"linear_cross_entropy_backward(Tensor grad, {_LINEAR_TENSORS}, {_LINEAR_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "softmax",
+    check=lambda grad, *args: _check_linear_loss(*args),
+    allocate=lambda plan, grad, input, weight, bias, *_: (
+        input.new_empty(input.shape),
+        input.new_empty(weight.shape),
+        input.new_empty(0 if bias is None else bias.shape),
+    ),
+    torch=reference.linear_cross_entropy_backward,
 )
 
 

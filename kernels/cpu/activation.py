@@ -13,6 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import (
+    Dims,
+    along_channels,
+    dropout_keys,
+    halves,
+    last_three,
+    like,
+    merged,
+    row_major,
+    sum_by_channel,
+)
 from .engine import threads
 from .engine.build import Kernel
 from .engine.overhead import torch_is_shorter
@@ -21,8 +32,6 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 SIGNATURE = "i" * 26 + "ff"  # of every kernel of activation_code
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
 _BLOCK = 4096  # elements, at least, that a thread takes at once
-
-Dims = list[tuple[int, list[int]]]  # size, and each tensor's stride
 
 
 @cache
@@ -36,32 +45,11 @@ def _kernel(kind: str, dtype: torch.dtype, option: str | bool | None = None) -> 
     return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", SIGNATURE, make).load()
 
 
-def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Dims:
-    """The dimensions, outermost of the first tensor first; those merged that all tensors can walk as one."""
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
-    dims: Dims = []
-    for d in order:
-        size, steps = shape[d], [s[d] for s in strides]
-        if dims and dims[-1][1] == [size * step for step in steps]:
-            dims[-1] = (dims[-1][0] * size, steps)
-        else:
-            dims.append((size, steps))
-    return dims or [(1, [1] * len(strides))]
-
-
-def _row_major(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return strides[::-1]
-
-
 def _run(kernel: Callable[..., None], dims: Dims, inputs: Sequence[Tensor], outputs: Sequence[Tensor],
          index: Sequence[int] = (0, 0, 0), ints: Sequence[int] = (0, 0, 0),
          floats: Sequence[float] = (0.0, 0.0)) -> None:
     """Launch over at most three dims; their strides are listed in the order outputs, inputs."""
-    outer, rows, (n, _) = (*[(1, [0] * len(dims[0][1]))] * (3 - len(dims)), *dims)
+    outer, rows, (n, _) = last_three(dims)
     total = outer[0] * rows[0] * n
     nt = 1 if total * outputs[0].itemsize < _SERIAL else threads.count()
     split = nt > 1 and outer[0] * rows[0] < 8 * nt
@@ -77,11 +65,6 @@ def _run(kernel: Callable[..., None], dims: Dims, inputs: Sequence[Tensor], outp
     kernel(outer[0], rows[0], n, block, nt, *slots, *index, *ints, *floats)
 
 
-def _like(out: Tensor, t: Tensor) -> Tensor:
-    """A copy of t in out's layout."""
-    return torch.empty_like(out, dtype=t.dtype).copy_(t)
-
-
 def run_elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[Tensor],
                     floats: Sequence[float] = (0.0, 0.0)) -> None:
     """Same-shaped tensors into an output that is dense, in whatever order its dimensions lie."""
@@ -94,9 +77,9 @@ def run_elementwise(kernel: Callable[..., None], out: Tensor, inputs: Sequence[T
         a, b, c, *_ = *[t.data_ptr() for t in inputs], 0, 0
         kernel(1, 1, n, block, nt, a, 0, 0, b, 0, 0, c, 0, 0, out.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, *floats)
     else:
-        dims: Dims = _merge(out.shape, [out.stride(), *(t.stride() for t in inputs)])
+        dims = merged(out.shape, [out.stride(), *(t.stride() for t in inputs)])
         if len(dims) > 3 or dims[-1][1] != [1] * (1 + len(inputs)):
-            inputs = [t if t.stride() == out.stride() else _like(out, t) for t in inputs]
+            inputs = [t if t.stride() == out.stride() else like(out, t) for t in inputs]
             dims = [(n, [1] * (1 + len(inputs)))]
         _run(kernel, dims, inputs, (out,), floats=floats)
 
@@ -115,24 +98,17 @@ def activation_backward(out: Tensor, grad: Tensor, input: Tensor, name: str, par
     run_elementwise(_kernel("activation_backward", input.dtype, name), out, (grad, input), _two(params))
 
 
-def _along_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """PReLU's weight as a tensor of like's shape."""
-    if weight.numel() == 1 or like.dim() < 2:
-        return weight.reshape(()).expand(like.shape)
-    return weight.reshape(-1, *[1] * (like.dim() - 2)).expand(like.shape)
-
-
 def _prelu(kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor], weight: Tensor) -> None:
     """The kernel with the weight along the elements of a row, or with one weight a row."""
-    shape, w = outputs[0].shape, _along_channels(weight, outputs[0])
-    dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+    shape, w = outputs[0].shape, along_channels(weight, outputs[0])
+    dims = merged(shape, [t.stride() for t in (*outputs, *tensors, w)])
     *steps, w_step = dims[-1][1]
     if len(dims) > 3 or set(steps) != {1} or w_step not in (0, 1):
-        tensors = [_like(outputs[0], t) for t in tensors]
-        dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+        tensors = [like(outputs[0], t) for t in tensors]
+        dims = merged(shape, [t.stride() for t in (*outputs, *tensors, w)])
         if len(dims) > 3 or dims[-1][1][-1] not in (0, 1):
-            w = _like(outputs[0], w)
-            dims = _merge(shape, [t.stride() for t in (*outputs, *tensors, w)])
+            w = like(outputs[0], w)
+            dims = merged(shape, [t.stride() for t in (*outputs, *tensors, w)])
     _run(_kernel(kind, weight.dtype, dims[-1][1][-1] == 0), dims, (*tensors, w), outputs)
 
 
@@ -150,40 +126,27 @@ def prelu_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weig
     wide = torch.promote_types(weight.dtype, torch.float32)
     share = torch.empty_like(out[0], dtype=wide)
     _prelu("prelu_backward", (grad, input), (out[0], share), weight)
-    one = weight.numel() == 1 or input.dim() < 2
-    total = share.sum() if one else share.sum([d for d in range(input.dim()) if d != 1])
-    out[1].copy_(total.reshape(weight.shape))
-
-
-def _halves(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    size = t.shape[dim] // 2
-    return t.narrow(dim, 0, size), t.narrow(dim, size, size)
+    out[1].copy_(sum_by_channel(share, weight))
 
 
 def _glu(kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    dims = _merge(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
+    dims = merged(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
     if len(dims) > 3 or set(dims[-1][1]) != {1}:
         inputs = [t.contiguous() for t in inputs]
-        dims = _merge(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
+        dims = merged(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
     _run(_kernel(kind, inputs[0].dtype), dims, inputs, outputs)
 
 
 def glu(out: Tensor, input: Tensor, dim: int) -> None:
     """out = first half · sigmoid(second half)"""
     if out.numel():
-        _glu("glu", _halves(input, dim), (out,))
+        _glu("glu", halves(input, dim), (out,))
 
 
 def glu_backward(out: Tensor, grad: Tensor, input: Tensor, dim: int) -> None:
     """The gradient of both halves, in place in the two halves of out."""
     if out.numel():
-        _glu("glu_backward", (grad, *_halves(input, dim)), _halves(out, dim))
-
-
-def _mix(h: int) -> int:
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return h ^ (h >> 16)
+        _glu("glu_backward", (grad, *halves(input, dim)), halves(out, dim))
 
 
 def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
@@ -199,10 +162,10 @@ def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
         return
     if not out.numel():
         return
-    k = (seed & 0xFFFFFFFF, _mix(((seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF), threshold)
+    k = (*dropout_keys(seed), threshold)
     kernel, floats = _kernel("dropout", input.dtype), (1.0 / (1.0 - p), 0.0)
-    order = _row_major(out.shape)
-    dims = _merge(out.shape, [out.stride(), input.stride(), order])
+    order = row_major(out.shape)
+    dims = merged(out.shape, [out.stride(), input.stride(), order])
     if len(dims) > 3 or dims[-1][1][:2] != [1, 1] or dims[-1][1][2] >= 1 << 26:
         contiguous = torch.empty_like(out, memory_format=torch.contiguous_format)
         dense = contiguous if contiguous.stride() != out.stride() else out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import _mix
+from ..layout import dropout_keys
 from .attention_fields import BOOLEAN, COMPUTE, FIELDS, SAME, TABLE
 from .engine import threads
 from .engine.build import Kernel
@@ -157,7 +157,7 @@ class Plan:
         fields, rows = self.fields, self.rows
         if self.f["drop"]:
             fields = array("q", fields)
-            fields[_KEY0], fields[_KEY1] = seed & 0xFFFFFFFF, _mix(((seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
+            fields[_KEY0], fields[_KEY1] = dropout_keys(seed)
         if keys and keys != self.longest_k:
             rows = array("q", rows)
             for at in range(_LK, len(rows), len(TABLE)):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import Sizes, image, windows
 from .engine import threads
 from .engine.build import Kernel
 from .engine.host import simd
@@ -24,8 +25,6 @@ from .pool_slots import OWN
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
 _FAR = 2**31 - 1  # argmax kernels count a window's elements in 32 bits
-
-Sizes = Sequence[int]
 
 
 @cache
@@ -44,14 +43,6 @@ def _across(out: Tensor, like: Tensor, dims: int) -> bool:
     return out.shape[c] > 1 and out.stride(c) == 1 and (not out.is_contiguous() or like.stride(c) == 1)
 
 
-def _as_3d(sizes: Sizes, steps: Sizes, item: int, dims: int) -> tuple[list[int], list[int]]:
-    """(sizes, strides in bytes) of N, C, depth, height, width"""
-    size, step = list(sizes), [s * item for s in steps]
-    if len(size) == dims + 1:
-        size, step = [1, *size], [0, *step]
-    return [*size[:2], *[1] * (3 - dims), *size[2:]], [*step[:2], *[0] * (3 - dims), *step[2:]]
-
-
 def _lying(t: Tensor, dims: int, across: bool) -> Tensor:
     """t, or a copy whose channels, or else the pixels of a row, lie next to each other"""
     d = -dims - 1 if across else -1
@@ -60,10 +51,6 @@ def _lying(t: Tensor, dims: int, across: bool) -> Tensor:
     if not across:
         return t.contiguous()
     return t.movedim(-dims - 1, -1).contiguous().movedim(-1, -dims - 1)
-
-
-def _three(values: Sizes, missing: int) -> list[int]:
-    return [*[missing] * (3 - len(values)), *values]
 
 
 class _Plan(NamedTuple):
@@ -79,13 +66,10 @@ class _Plan(NamedTuple):
 def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Sizes, x_step: Sizes, y_size: Sizes, y_step: Sizes,
           adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int, include_pad: bool) -> _Plan:
     """kind: forward, backward, indices (forward, with them), argmax (backward of it)"""
-    (n, c, *sizes), x_steps = _as_3d(x_size, x_step, item, dims)
-    (_, _, *outs), y_steps = _as_3d(y_size, y_step, item, dims)
-    k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
-                                            (dilation or [1] * dims, 1)))
-    if adaptive and all(a % o == 0 for a, o in zip(sizes, outs, strict=True)):  # windows of one size, next to each other
-        adaptive, k = False, [a // o for a, o in zip(sizes, outs, strict=True)]
-        s = k
+    n, c, *sizes = image(x_size, dims, 1)
+    outs = image(y_size, dims, 1)[2:]
+    x_steps, y_steps = ([item * step for step in image(steps, dims, 0)] for steps in (x_step, y_step))
+    adaptive, k, s, p, d = windows(adaptive, sizes, outs, size, stride, padding, dilation)
     one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
     dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
     whole = one and dense and not across and kind in ("forward", "backward") and x_steps[4] == item

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import linear_loss
+from ..layout import outer_and_inner
+from . import matmul
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
 from .engine.build import Kernel
@@ -24,6 +27,7 @@ from .engine.workspace import workspace
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
 _BLOCK = 4096  # softmax_code.BLOCK
+_SLAB = 4 << 20  # bytes of a product that is added to another
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -64,24 +68,15 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> Lines | None:
             slots += [t.data_ptr(), 0, n * t.itemsize, t.itemsize]
         return Lines(1, tensors[0].numel() // n, n, True, slots)
     strides = [t.stride() for t in tensors]
-    batch: list[tuple[int, list[int]]] = []
-    for d, size in enumerate(shape):
-        if d == dim or size == 1:
-            continue
-        steps = [s[d] for s in strides]
-        if batch and batch[-1][1] == [size * step for step in steps]:
-            batch[-1] = (batch[-1][0] * size, steps)
-        else:
-            batch.append((size, steps))
-    if len(batch) > 2:
+    beside = outer_and_inner(shape, strides, dim)
+    if beside is None:
         return None
+    (outer, outer_steps), (inner, inner_steps) = beside
     n = shape[dim] if shape else 1
     along = [s[dim] if shape and n > 1 else 1 for s in strides]
-    nothing = (1, [0] * len(tensors))
     in_rows = set(along) == {1}
-    if not in_rows and not (batch and set(batch[-1][1]) == {1}):
+    if not in_rows and (inner == 1 or set(inner_steps) != {1}):
         return None
-    (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
     slots = []
     for k, t in enumerate(tensors):
         slots += [t.data_ptr(), outer_steps[k] * t.itemsize, inner_steps[k] * t.itemsize, along[k] * t.itemsize]
@@ -235,6 +230,36 @@ def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, 
     _entropy_backward("nll_loss_backward", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
 
 
+# A linear layer and its cross-entropy
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, rows that the cache holds at a time."""
+    if first and total.dtype == a.dtype:
+        matmul.matmul(total, a, b)
+        return
+    size = max(64, _SLAB // (b.shape[1] * b.itemsize))
+    room = a.new_empty(min(size, len(a)), b.shape[1])
+    for at in range(0, len(a), size):
+        part, to = room[: len(a) - at], total[at : at + size]
+        matmul.matmul(part, a[at : at + size], b)
+        to.copy_(part) if first else to.add_(part)
+
+
+_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 128 << 20,
+                           in_place=False)  # a row's last vector overlaps the one before
+
+
+def linear_cross_entropy(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = (the loss, what it was divided by, the gradients of the losses' sum by input, weight and bias, if wanted)"""
+    linear_loss.forward(_STEPS, out, *args)
+
+
+def linear_cross_entropy_backward(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = the gradients by input, weight and bias"""
+    linear_loss.backward(_STEPS, out, *args)
+
+
 def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     """(input - target)², reduced"""
     n = input.numel()
@@ -268,6 +293,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
     "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+    "linear_cross_entropy": linear_cross_entropy, "linear_cross_entropy_backward": linear_cross_entropy_backward,
 }
 
 #: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.

@@ -14,8 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import (
+    Dims,
+    along_channels,
+    dropout_keys,
+    halves,
+    last_three,
+    like,
+    merged,
+    row_major,
+    sum_by_channel,
+)
 from .engine import functions, launch
-from .engine.launch import Dims, merged, power_of_two
+from .engine.launch import power_of_two, signed
 
 _BLOCK = 2048  # elements of a program: eight of each thread, which are 16 bytes of 16-bit numbers
 
@@ -75,7 +86,7 @@ def elementwise(
 def _run(op: str, name: str | None, dims: Dims, outputs: Sequence[Tensor], inputs: Sequence[Tensor],
          index: Sequence[int] = (0, 0, 0), floats: Sequence[float] = (0.0, 0.0), ints: Sequence[int] = (0, 0, 0)) -> None:
     """Launch over at most three dims; their strides are listed in the order outputs, inputs."""
-    outer, rows, inner = (*[(1, [0] * len(dims[0][1]))] * (3 - len(dims)), *dims)
+    outer, rows, inner = last_three(dims)
     n = inner[0]
     c = power_of_two(n, most=_BLOCK)
     r = min(_BLOCK // c, power_of_two(outer[0] * rows[0]))
@@ -91,11 +102,6 @@ def _run(op: str, name: str | None, dims: Dims, outputs: Sequence[Tensor], input
                OP=op, NAME=name, R=r, C=c, num_warps=4)  # fmt: skip
 
 
-def _like(out: Tensor, t: Tensor) -> Tensor:
-    """A copy of t in out's layout."""
-    return torch.empty_like(out, dtype=t.dtype).copy_(t)
-
-
 def run_elementwise(op: str, out: Tensor, inputs: Sequence[Tensor], name: str | None = None,
                     floats: Sequence[float] = (0.0, 0.0)) -> None:
     """Same-shaped tensors into an output that is dense, in whatever order its dimensions lie."""
@@ -106,7 +112,7 @@ def run_elementwise(op: str, out: Tensor, inputs: Sequence[Tensor], name: str | 
     if not (out.is_contiguous() and all(t.is_contiguous() for t in inputs)):
         dims = merged(out.shape, [out.stride(), *(t.stride() for t in inputs)])
         if len(dims) > 3:
-            inputs = [t if t.stride() == out.stride() else _like(out, t) for t in inputs]
+            inputs = [t if t.stride() == out.stride() else like(out, t) for t in inputs]
             dims = [(n, [1] * (1 + len(inputs)))]
     _run(op, name, dims, (out,), inputs, floats=floats)
 
@@ -125,18 +131,11 @@ def activation_backward(out: Tensor, grad: Tensor, input: Tensor, name: str, par
     run_elementwise("activation_backward", out, (grad, input), name, _two(params))
 
 
-def _along_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """PReLU's weight as a tensor of like's shape."""
-    if weight.numel() == 1 or like.dim() < 2:
-        return weight.reshape(()).expand(like.shape)
-    return weight.reshape(-1, *[1] * (like.dim() - 2)).expand(like.shape)
-
-
 def _prelu(op: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weight: Tensor) -> None:
-    inputs = (*inputs, _along_channels(weight, outputs[0]))
+    inputs = (*inputs, along_channels(weight, outputs[0]))
     dims = merged(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
     if len(dims) > 3:
-        inputs = [_like(outputs[0], t) for t in inputs]
+        inputs = [like(outputs[0], t) for t in inputs]
         dims = merged(outputs[0].shape, [t.stride() for t in (*outputs, *inputs)])
     _run(op, None, dims, outputs, inputs)
 
@@ -154,14 +153,7 @@ def prelu_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weig
         return
     share = torch.empty_like(out[0], dtype=torch.float32)
     _prelu("prelu_backward", (out[0], share), (grad, input), weight)
-    one = weight.numel() == 1 or input.dim() < 2
-    total = share.sum() if one else share.sum([d for d in range(input.dim()) if d != 1])
-    out[1].copy_(total.reshape(weight.shape))
-
-
-def _halves(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    size = t.shape[dim] // 2
-    return t.narrow(dim, 0, size), t.narrow(dim, size, size)
+    out[1].copy_(sum_by_channel(share, weight))
 
 
 def _glu(op: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -175,24 +167,13 @@ def _glu(op: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
 def glu(out: Tensor, input: Tensor, dim: int) -> None:
     """out = first half · sigmoid(second half)"""
     if out.numel():
-        _glu("glu", (out,), _halves(input, dim))
+        _glu("glu", (out,), halves(input, dim))
 
 
 def glu_backward(out: Tensor, grad: Tensor, input: Tensor, dim: int) -> None:
     """The gradient of both halves, in place in the two halves of out."""
     if out.numel():
-        _glu("glu_backward", _halves(out, dim), (grad, *_halves(input, dim)))
-
-
-def _mix(h: int) -> int:
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return h ^ (h >> 16)
-
-
-def _signed(bits: int) -> int:
-    """The low 32 bits as a number that Triton takes for an int32."""
-    return (bits + (1 << 31) & 0xFFFFFFFF) - (1 << 31)
+        _glu("glu_backward", halves(out, dim), (grad, *halves(input, dim)))
 
 
 def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
@@ -203,16 +184,14 @@ def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
         return
     if not out.numel():
         return
-    order = [1] * out.dim()
-    for d in reversed(range(out.dim() - 1)):
-        order[d] = order[d + 1] * out.shape[d + 1]
+    order = row_major(out.shape)
     dims = merged(out.shape, [out.stride(), input.stride(), order])
     if len(dims) > 3:
-        input = _like(out, input)
+        input = like(out, input)
         dims = merged(out.shape, [out.stride(), input.stride(), order])
     index = [0] * (3 - len(dims)) + [steps[2] for _, steps in dims]
-    key = _mix(((seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
-    _run("dropout", None, dims, (out,), (input,), index, (1.0 / (1.0 - p), 0.0), [_signed(k) for k in (seed, key, threshold)])
+    keys = [signed(k) for k in (*dropout_keys(seed), threshold)]
+    _run("dropout", None, dims, (out,), (input,), index, (1.0 / (1.0 - p), 0.0), keys)
 
 
 def supports(op: str, *args: Any) -> str | None:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import dropout_keys
 from ..reference.attention import Options
 from . import attention_code as code
 from .engine import launch
-from .engine.launch import power_of_two
-from .matmul import tf32
+from .engine.launch import power_of_two, signed
+from .matmul import precision
 
 _LOG2_E = 1.4426950408889634
 _FEW = 64  # rows of queries that share keys, up to which one program takes them all, and the keys are shared out
@@ -50,6 +51,15 @@ def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
     return t.expand(*batch, *t.shape[-dims:]).reshape(batch.numel(), *t.shape[-dims:])
 
 
+def _rising(offsets: Tensor | None, length: int) -> Tensor | None:
+    """Offsets as they have to be, from 0 to the length, whatever they are: nobody looked at them."""
+    if offsets is None or len(offsets) < 2:
+        return offsets
+    found = offsets.clamp(0, length)
+    found[0], found[-1] = 0, length
+    return found.cummax(0).values
+
+
 class Call:
     """What forward and backward have in common: tensors with one batch dimension, and the kernels' arguments."""
 
@@ -74,7 +84,7 @@ class Call:
             kind |= code.SLOPES.value
             slopes = slopes.float()
             slopes = slopes.expand(*batch, self.heads).reshape(self.items, self.heads)
-        self.slopes, self.offsets = slopes, (offsets_q, offsets_k)
+        self.slopes, self.offsets = slopes, (_rising(offsets_q, self.lq), _rising(offsets_k, self.lk))
         if offsets_q is not None:
             kind |= code.VARLEN.value
         if o.dropout:
@@ -86,13 +96,12 @@ class Call:
         self.bd, self.bv = power_of_two(self.d, 16), power_of_two(self.dv, 16)
         kind |= code.EVEN_D.value * (self.bd == self.d) | code.EVEN_V.value * (self.bv == self.dv)
         self.kind = kind
-        self.precision = "tf32" if q.dtype == torch.float32 and tf32() else "ieee"
+        self.precision = precision(q)
         inner = o.scale / o.softcap if o.softcap else 1.0
         outer = (o.softcap or o.scale) * _LOG2_E
-        low, high = o.seed & 0xFFFFFFFF, _mix(((o.seed >> 32 & 0xFFFFFFFF) + 0x9E3779B9) & 0xFFFFFFFF)
         least = min(round(o.dropout * 2**32), 2**32 - 1)
         self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), o.left, o.right,
-                        o.prefix, *(_signed(n) for n in (low, high, least)), 1.0 / (1.0 - o.dropout))
+                        o.prefix, *(signed(n) for n in (*dropout_keys(o.seed), least)), 1.0 / (1.0 - o.dropout))
         self.steps = (*q.stride(), *k.stride(), *v.stride())
         self.more_steps = (*(self.mask.stride() if self.mask is not None else (0, 0, 0, 0)),
                            *(slopes.stride() if slopes is not None else (0, 0)))
@@ -132,17 +141,6 @@ class Call:
         sequence = torch.searchsorted(ends, index, right=True).clamp_(max=sequences - 1)
         begins = torch.nn.functional.pad(ends, (1, 0))[sequence]
         return torch.stack([sequence, index - begins], 1).int(), number
-
-
-def _signed(n: int) -> int:
-    """32 bits as the integer that Triton passes in 32 bits"""
-    return n - (1 << 32) if n >> 31 else n
-
-
-def _mix(h: int) -> int:
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return h ^ (h >> 16)
 
 
 def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import three
 from .engine import functions, launch
 from .engine.launch import power_of_two
-from .matmul import tf32
+from .matmul import precision
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
 
@@ -247,17 +248,9 @@ def _tile(tiles: Mapping[int, Tile], t: Tensor) -> Tile:
     return Tile(32, 32, 32, 4, 1) if launch.chip(t.device) is launch.STAND_IN else tiles[t.itemsize]
 
 
-def _three(values: Sequence[int], missing: int) -> list[int]:
-    return [missing] * (3 - len(values)) + list(values)
-
-
 def _strides(t: Tensor) -> list[int]:
     """Of the batch, the channels and three dimensions"""
-    return [*t.stride()[:2], *_three(t.stride()[2:], 0)]
-
-
-def _precision(t: Tensor) -> str:
-    return "tf32" if t.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and tf32() else "ieee"
+    return [*t.stride()[:2], *three(t.stride()[2:], 0)]
 
 
 def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
@@ -266,7 +259,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     """activation(convolution(input, weight) + bias + residual)"""
     if not out.numel():
         return
-    s, p, d = _three(stride, 1), _three(padding, 0), _three(dilation, 1)
+    s, p, d = three(stride, 1), three(padding, 0), three(dilation, 1)
     c, o = input.shape[1] // groups, out.shape[1] // groups
     w = weight.stride()
     wg, wo, wc = (c * w[0], w[1], w[0]) if transposed else (o * w[0], w[0], w[1])
@@ -274,7 +267,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     tile = _tile(_TILES, input)
     flat = c < _FEW
     tile = tile._replace(m=min(tile.m, 64)) if flat else tile
-    size = _three(out.shape[2:], 1)
+    size = three(out.shape[2:], 1)
     phases = math.prod(s) if transposed else 1
     positions = out.shape[0] * math.prod(-(-n // step) if transposed else n for n, step in zip(size, s))
     if depthwise:
@@ -286,10 +279,11 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     inverse = [pow(b // g, -1, a // g) if a > g else 0 for a, b, g in zip(s, d, common)]
     launch.run(
         convolution, programs, out.device, out, input, weight, bias, residual, out.shape[0], groups, c, columns,
-        *_three(input.shape[2:], 1), *size, *_three(weight.shape[2:], 1), *s, *p, *d, *common, *inverse,
-        *_strides(input), wg, wo, wc, *_three(w[2:], 0), *_strides(out),
+        *three(input.shape[2:], 1), *size, *three(weight.shape[2:], 1), *s, *p, *d, *common, *inverse,
+        *_strides(input), wg, wo, wc, *three(w[2:], 0), *_strides(out),
         *(_strides(residual) if residual is not None else [0] * 5),
-        ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=flat, PRECISION=_precision(input), M=tile.m,
+        ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=flat,
+        PRECISION=precision(input, torch.backends.cudnn.allow_tf32), M=tile.m,
         N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -302,7 +296,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     if not grad.numel():
         out.zero_()
         return
-    kernel, size = _three(kernel_size, 1), _three(grad.shape[2:], 1)
+    kernel, size = three(kernel_size, 1), three(grad.shape[2:], 1)
     c, o, taps = input.shape[1] // groups, grad.shape[1] // groups, math.prod(kernel)
     positions = grad.shape[0] * math.prod(size)
     depthwise = c == 1 and o <= 4
@@ -317,9 +311,10 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     sums = torch.empty(parts, out.shape[0], c * taps, dtype=torch.float32, device=out.device)
     launch.run(
         weight_gradient, tiles * parts, out.device, sums, grad, input, grad.shape[0], 1 if depthwise else groups,
-        groups if depthwise else c, rows, chunk, *_three(input.shape[2:], 1), *size, *kernel, *_three(stride, 1),
-        *_three(padding, 0), *_three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise,
-        PRECISION=_precision(input), M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        groups if depthwise else c, rows, chunk, *three(input.shape[2:], 1), *size, *kernel, *three(stride, 1),
+        *three(padding, 0), *three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise,
+        PRECISION=precision(input, torch.backends.cudnn.allow_tf32), M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     out.copy_((sums[0] if parts == 1 else sums.sum(0)).view(out.shape))
 

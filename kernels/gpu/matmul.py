@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnn import backends
+
 from .engine import functions, launch
 from .engine.launch import Chip, power_of_two
 
@@ -183,6 +185,13 @@ def tf32() -> bool:
     return bool(settings.allow_tf32)
 
 
+def precision(t: Tensor, torchs: bool = True) -> str:
+    """How tl.dot multiplies such numbers: float32 as set_float32_precision was told, else as torch's settings say."""
+    if t.dtype != torch.float32:
+        return "ieee"
+    return backends.float32_precision or ("tf32" if torchs and tf32() else "ieee")
+
+
 # The host -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +222,7 @@ def _describable(t: Tensor, rows: bool) -> bool:
     return one == 1 and step > 0 and step * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
+def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     """out[…, m, n] = epilogue(a[…, m, k] @ b[…, k, n]); batch dimensions broadcast; out is contiguous."""
     if out.numel() == 0:
         return
@@ -229,7 +238,8 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     inner = a.shape[1]
     count = a.shape[0] * inner
     chip = launch.chip(out.device)
-    kind = "half" if a.itemsize == 2 else "tf32" if tf32() else "ieee"
+    how = precision(a)
+    kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
     tile, parts = _choose(kind, chip, count, m, n, k)
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
     described = chip.descriptors and count == 1 and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
@@ -243,7 +253,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
         product, min(tiles, _programs(chip, tile)), out.device,
         target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
         m * n, *a.stride(), *b.stride(), *r_strides, e.alpha, e.beta,
-        ACT=e.act, PARTS=parts, PRECISION="tf32" if kind == "tf32" else "ieee", A_ROWS=a_rows, B_ROWS=b_rows,
+        ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
         DESCRIPTORS=described, M=tile.m, N=tile.n, K=tile.k, GROUP=_GROUP, **options,
     )  # fmt: skip
     if parts > 1:
@@ -268,13 +278,13 @@ def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
         input, out = input.unsqueeze(0), out.unsqueeze(-2 if other.dim() > 1 else 0)
     if other.dim() == 1:
         other, out = other.unsqueeze(-1), out.unsqueeze(-1)
-    _multiply(out, input, other)
+    multiply(out, input, other)
 
 
 def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> None:
     """out = beta · input + alpha · mat1 @ mat2; with beta 0 the input is ignored, NaN and all."""
     residual = input.expand(out.shape) if beta != 0 else None
-    _multiply(out, mat1, mat2, Epilogue(residual=residual, alpha=float(alpha), beta=float(beta)))
+    multiply(out, mat1, mat2, Epilogue(residual=residual, alpha=float(alpha), beta=float(beta)))
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -284,7 +294,7 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
         input, out = input.unsqueeze(0), out.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None else None
     bias = None if bias is None else bias.contiguous()
-    _multiply(out, input, weight.t(), Epilogue(bias, residual, act=activation))
+    multiply(out, input, weight.t(), Epilogue(bias, residual, act=activation))
 
 
 def supports(op: str, *args: Any) -> str | None:

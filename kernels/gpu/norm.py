@@ -1,7 +1,8 @@
 """Normalisation on the GPU.
 
-Layer and root-mean-square norms take rows: a program keeps whole ones in its registers, or goes through a longer one in steps.
-Their parameters' gradients are summed by each program for the rows that it takes, and then over programs: no atomics.
+Layer and root-mean-square norms take rows: a program keeps whole ones in its registers; of longer ones it takes a block, whose
+moments or sums are joined with those of the others in their order. Their parameters' gradients are summed by each program for the
+rows that it takes, and then over programs: no atomics.
 
 Batch and group norms take lines: all of a channel's numbers in the batch, or a group's in an image. ``moments`` joins a line's
 blocks in float64; where lines are few they are cut into parts, which ``join_moments`` joins.
@@ -37,47 +38,49 @@ def _row_tile(x, residual, row, there, j, n, x_r, r_r):
 
 
 @triton.jit
+def _store_normalised(y, r, weight, bias, row, j, n, inside):
+    if weight is not None:
+        r *= tl.load(weight + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        r += tl.load(bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + row[:, None] * n + j[None, :], r.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_stats(stats, rows, row, there, CENTRED: tl.constexpr):
+    """(mean, 1 / deviation), as columns"""
+    if CENTRED:
+        mean = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        rstd = tl.load(stats + rows + row, mask=there, other=0.0).to(tl.float32)[:, None]
+    else:
+        rstd = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        mean = rstd * 0.0
+    return mean, rstd
+
+
+@triton.jit
 def norm_rows(
     y, total, stats, x, residual, weight, bias, rows, n, x_r, r_r, eps,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) / deviation · weight + bias; total = x + residual if there is one. STEPS: whether C is less than n."""
+    """y = (x - mean) / deviation · weight + bias; total = x + residual if there is one"""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
     j = tl.arange(0, C).to(tl.int64)
     v, inside = _row_tile(x, residual, row, there, j, n, x_r, r_r)
     mean = tl.zeros((R,), tl.float32)
     if CENTRED:
-        s = tl.sum(v, 1)
-        if STEPS:
-            for first in tl.range(C, n, C):
-                s += tl.sum(_row_tile(x, residual, row, there, first + j, n, x_r, r_r)[0], 1)
-        mean = s / n
+        mean = tl.sum(v, 1) / n
     d = tl.where(inside, v - mean[:, None], 0.0)
-    squares = tl.sum(d * d, 1)
-    if STEPS:
-        for first in tl.range(C, n, C):
-            u, within = _row_tile(x, residual, row, there, first + j, n, x_r, r_r)
-            u = tl.where(within, u - mean[:, None], 0.0)
-            squares += tl.sum(u * u, 1)
-    rstd = 1.0 / tl.sqrt_rn(squares / n + eps)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / n + eps)
     if CENTRED:
         tl.store(stats + row, mean.to(tl.float64), mask=there)
         tl.store(stats + rows + row, rstd.to(tl.float64), mask=there)
     else:
         tl.store(stats + row, rstd.to(tl.float64), mask=there)
-    for first in tl.range(0, n, C):
-        at = first + j
-        if STEPS:
-            v, inside = _row_tile(x, residual, row, there, at, n, x_r, r_r)
-        r = (v - mean[:, None]) * rstd[:, None]
-        if weight is not None:
-            r *= tl.load(weight + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
-        if bias is not None:
-            r += tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + row[:, None] * n + at[None, :], r.to(y.dtype.element_ty), mask=inside)
-        if total is not None:
-            tl.store(total + row[:, None] * n + at[None, :], v.to(total.dtype.element_ty), mask=inside)
+    _store_normalised(y, (v - mean[:, None]) * rstd[:, None], weight, bias, row, j, n, inside)
+    if total is not None:
+        tl.store(total + row[:, None] * n + j[None, :], v.to(total.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -94,11 +97,18 @@ def _gradient_tile(g, x, weight, row, there, j, n, g_r, x_r, mean, rstd):
 
 
 @triton.jit
+def _store_gradient(y, r, more, row, j, n, m_r, inside):
+    if more is not None:
+        r += tl.load(more + row[:, None] * m_r + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row[:, None] * n + j[None, :], r.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def norm_rows_backward(
     y, sums, g, x, weight, stats, more, rows, n, g_r, x_r, m_r, each,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, of `each` blocks of R rows; sums, (2, programs, n): those of weight and bias, unless STEPS."""
+    """The gradient of x, of `each` blocks of R rows; sums, (2, programs, n): those of weight and bias"""
     pid = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, C).to(tl.int64)
     by_weight = tl.zeros((R, C), tl.float32)
@@ -106,36 +116,76 @@ def norm_rows_backward(
     for block in tl.range(pid * each, (pid + 1) * each):
         row = block * R + tl.arange(0, R)
         there = row < rows
-        if CENTRED:
-            mean = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
-            rstd = tl.load(stats + rows + row, mask=there, other=0.0).to(tl.float32)[:, None]
-        else:
-            mean = tl.zeros((R, 1), tl.float32)
-            rstd = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
         vg, gw, unit, inside = _gradient_tile(g, x, weight, row, there, j, n, g_r, x_r, mean, rstd)
-        a = tl.sum(gw, 1)
-        b = tl.sum(gw * unit, 1)
-        if STEPS:
-            for first in tl.range(C, n, C):
-                _, hw, u, _ = _gradient_tile(g, x, weight, row, there, first + j, n, g_r, x_r, mean, rstd)
-                a += tl.sum(hw, 1)
-                b += tl.sum(hw * u, 1)
-        else:
-            by_weight += vg * unit
-            by_bias += vg
-        a = (a / n)[:, None] if CENTRED else tl.zeros((R, 1), tl.float32)
-        b = (b / n)[:, None]
-        for first in tl.range(0, n, C):
-            at = first + j
-            if STEPS:
-                vg, gw, unit, inside = _gradient_tile(g, x, weight, row, there, at, n, g_r, x_r, mean, rstd)
-            r = rstd * (gw - a - unit * b)
-            if more is not None:
-                r += tl.load(more + row[:, None] * m_r + at[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(y + row[:, None] * n + at[None, :], r.to(y.dtype.element_ty), mask=inside)
-    if not STEPS:
-        tl.store(sums + pid * n + j, tl.sum(by_weight, 0), mask=j < n)
-        tl.store(sums + (tl.num_programs(0) + pid) * n + j, tl.sum(by_bias, 0), mask=j < n)
+        by_weight += vg * unit
+        by_bias += vg
+        a = (tl.sum(gw, 1) / n)[:, None] if CENTRED else tl.zeros((R, 1), tl.float32)
+        b = (tl.sum(gw * unit, 1) / n)[:, None]
+        _store_gradient(y, rstd * (gw - a - unit * b), more, row, j, n, m_r, inside)
+    tl.store(sums + pid * n + j, tl.sum(by_weight, 0), mask=j < n)
+    tl.store(sums + (tl.num_programs(0) + pid) * n + j, tl.sum(by_bias, 0), mask=j < n)
+
+
+# Rows of which a program takes a block
+
+
+@triton.jit
+def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+    """means, squares, (rows, parts), float64: of C numbers of a row the mean, or 0, and Σ (x - mean)² over their number"""
+    pid = tl.program_id(0).to(tl.int64)
+    first = pid % parts * C
+    j = first + tl.arange(0, C)
+    v = tl.load(x + pid // parts * x_r + j, mask=j < n, other=0.0).to(tl.float32)
+    count = tl.minimum(C, n - first).to(tl.float32)
+    d = v
+    mean = tl.zeros((), tl.float64)
+    if CENTRED:
+        m = tl.sum(v, 0) / count
+        d = tl.where(j < n, v - m, 0.0)
+        mean += m.to(tl.float64) + (tl.sum(d, 0) / count).to(tl.float64)  # what the mean's rounding has left
+    tl.store(means + pid, mean)
+    tl.store(squares + pid, (tl.sum(d * d, 0) / count).to(tl.float64))
+
+
+@triton.jit
+def norm_blocks(y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+    """norm_rows, where the statistics are known"""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // parts + tl.arange(0, 1)
+    j = pid % parts * C + tl.arange(0, C)
+    mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
+    v, inside = _row_tile(x, None, row, row < rows, j, n, x_r, 0)
+    _store_normalised(y, (v - mean) * rstd, weight, bias, row, j, n, inside)
+
+
+@triton.jit
+def row_products(sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+    """sums, (2, rows, parts): Σ g · weight and Σ g · weight · the normalised x of C numbers of a row"""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // parts + tl.arange(0, 1)
+    j = pid % parts * C + tl.arange(0, C)
+    mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
+    _, gw, unit, _ = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
+    to = sums + pid + tl.arange(0, 1)
+    tl.store(to, tl.sum(gw, 1))
+    tl.store(to + functions.wide(rows) * parts, tl.sum(gw * unit, 1))
+
+
+@triton.jit
+def norm_blocks_backward(
+    y, g, x, weight, stats, ab, more, rows, n, g_r, x_r, m_r, parts, CENTRED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, where the means of row_products' sums are known: ab, (2, rows)"""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // parts + tl.arange(0, 1)
+    j = pid % parts * C + tl.arange(0, C)
+    mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
+    _, gw, unit, inside = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
+    r = gw - unit * tl.load(ab + rows + row)[:, None]
+    if CENTRED:
+        r -= tl.load(ab + row)[:, None]
+    _store_gradient(y, rstd * r, more, row, j, n, m_r, inside)
 
 
 @triton.jit
@@ -151,12 +201,7 @@ def column_sums(
     for block in tl.range(part * each, (part + 1) * each):
         row = block * R + tl.arange(0, R)
         there = row < rows
-        if CENTRED:
-            mean = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
-            rstd = tl.load(stats + rows + row, mask=there, other=0.0).to(tl.float32)[:, None]
-        else:
-            mean = tl.zeros((R, 1), tl.float32)
-            rstd = tl.load(stats + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
         vg, _, unit, _ = _gradient_tile(g, x, None, row, there, j, n, g_r, x_r, mean, rstd)
         by_weight += vg * unit
         by_bias += vg
@@ -305,7 +350,7 @@ def lines_backward(
 # Rows: the host -----------------------------------------------------------------------------------------------------------------
 
 _WHOLE = 16384  # elements of a row, at most, that a program keeps; backward, which keeps two sums besides, half as many
-_STEP = 4096  # of a step along a longer row
+_BLOCK = 4096  # of a longer row that a program takes
 _COLUMNS = 64, 32  # columns and rows of a block of `column_sums`
 
 
@@ -319,11 +364,10 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _row_tile_of(n: int, rows: int, whole: int) -> tuple[int, int, bool]:
-    if power_of_two(n) > whole:
-        return 1, min(_STEP, whole), True
+def _row_tile_of(n: int, rows: int) -> tuple[int, int]:
+    """(rows, elements) that a program keeps"""
     c = power_of_two(n, 16)
-    return min(power_of_two(rows), max(1, 2048 // c)), c, False
+    return min(power_of_two(rows), max(1, 2048 // c)), c
 
 
 def _warps(elements: int) -> int:
@@ -336,11 +380,32 @@ def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: 
     n = prod(shape)
     x = _rows_of(input, n)
     rows = x.shape[0]
+    if power_of_two(n) > _WHOLE:
+        _norm_blocks(centred, out, x, residual, weight, bias, eps)
+        return
     more = None if residual is None else _rows_of(residual, n)
-    r, c, steps = _row_tile_of(n, rows, _WHOLE)
+    r, c = _row_tile_of(n, rows)
     launch.run(norm_rows, -(-rows // r), input.device, out[0], out[1] if len(out) > 2 else None, out[-1], x, more, _flat(weight),
                _flat(bias), rows, n, x.stride(0), 0 if more is None else more.stride(0), float(eps), CENTRED=centred, R=r, C=c,
-               STEPS=steps, num_warps=_warps(r * c))  # fmt: skip
+               num_warps=_warps(r * c))  # fmt: skip
+
+
+def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None,
+                 bias: Tensor | None, eps: float) -> None:
+    """The same of rows that are too long for a program: moments of blocks, those of rows, the result"""
+    rows, n = x.shape
+    if residual is not None:
+        x = torch.add(x, residual.reshape(rows, n), out=out[1].view(rows, n))
+    parts, stats = -(-n // _BLOCK), out[-1]
+    means, squares = torch.empty((2, rows, parts), dtype=torch.float64, device=x.device)
+    options = {"CENTRED": centred, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK)}
+    launch.run(row_moments, rows * parts, x.device, means, squares, x, n, x.stride(0), parts, **options)
+    mean, variance = found = means.new_empty(2, rows)
+    _join(found, means, squares, n, _BLOCK)
+    deviation = torch.rsqrt(variance + eps)
+    stats.copy_((torch.stack([mean, deviation]) if centred else deviation).view(stats.shape))
+    launch.run(norm_blocks, rows * parts, x.device, out[0], x, _flat(weight), _flat(bias), stats, rows, n, x.stride(0), parts,
+               **options)  # fmt: skip
 
 
 def _plain_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
@@ -356,23 +421,31 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
     rows = x.shape[0]
     extra = None if more is None else _rows_of(more, n)
     stats = stats.contiguous()
-    r, c, steps = _row_tile_of(n, rows, _WHOLE // 2)
-    blocks = -(-rows // r)
-    wanted = blocks if steps else min(blocks, 2 * launch.chip(input.device).processors)
-    each = -(-blocks // wanted)
-    programs = -(-blocks // each)
-    sums = None if steps else torch.empty((2, programs, n), dtype=torch.float32, device=input.device)
-    launch.run(norm_rows_backward, programs, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, n, g.stride(0),
-               x.stride(0), 0 if extra is None else extra.stride(0), each, CENTRED=centred, R=r, C=c, STEPS=steps,
-               num_warps=_warps(r * c))  # fmt: skip
-    if sums is None:
+    options = {"CENTRED": centred}
+    if power_of_two(n) <= _WHOLE // 2:
+        r, c = _row_tile_of(n, rows)
+        blocks = -(-rows // r)
+        each = -(-blocks // min(blocks, 2 * launch.chip(input.device).processors))
+        parts = -(-blocks // each)
+        sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
+        launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, n,
+                   g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), each, R=r, C=c, num_warps=_warps(r * c),
+                   **options)  # fmt: skip
+    else:
+        parts = -(-n // _BLOCK)
+        sums = torch.empty((2, rows, parts), dtype=torch.float32, device=input.device)
+        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK), **options}
+        launch.run(row_products, rows * parts, input.device, sums, g, x, _flat(weight), stats, rows, n, g.stride(0), x.stride(0),
+                   parts, **tile)  # fmt: skip
+        launch.run(norm_blocks_backward, rows * parts, input.device, out[0], g, x, _flat(weight), stats, sums.sum(2) / n, extra,
+                   rows, n, g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), parts, **tile)  # fmt: skip
         columns, high = _COLUMNS
         blocks = -(-rows // high)
         each = -(-blocks // min(blocks, 16))
         parts = -(-blocks // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
         launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0),
-                   each, parts, CENTRED=centred, R=high, C=columns, num_warps=4)  # fmt: skip
+                   each, parts, R=high, C=columns, num_warps=4, **options)  # fmt: skip
     out[1].view(2, n).copy_(sums.sum(1))
 
 
@@ -437,8 +510,16 @@ def _moments(stats: Tensor, x: Tensor, lines: Lines) -> None:
     launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, lines.number, lines.across, *lines.lines[0],
                lines.n, lines.inner, *lines.elements[0], part, parts, R=r, C=c, num_warps=4)  # fmt: skip
     if parts > 1:
-        launch.run(join_moments, -(-lines.number // 8), x.device, stats, means, squares, lines.number, lines.n, part, parts,
-                   R=8, P=power_of_two(parts), num_warps=4)  # fmt: skip
+        _join(stats, means, squares, lines.n, part)
+
+
+def _join(stats: Tensor, means: Tensor, squares: Tensor, n: int, part: int) -> None:
+    """stats, contiguous, (2, …): the moments of lines of n elements, of whose parts they are known: (lines, parts)"""
+    lines, parts = means.shape
+    p = power_of_two(parts)
+    r = max(1, min(8, 1024 // p))
+    launch.run(join_moments, -(-lines // r), means.device, stats, means, squares, lines, n, part, parts, R=r, P=p,
+               num_warps=4)  # fmt: skip
 
 
 def _all(pairs: Sequence[tuple[int, int]]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import Sizes, image, windows
 from .engine import cuda
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
@@ -20,8 +21,6 @@ WHATS = ("MAX", "ARGMAX", "AVERAGE")
 _LARGE = 64  # pixels of a window from which a warp works on it, where the next thread's window would be far away
 _FULL = 2048  # threads of a multiprocessor: with fewer, strips are cut shorter
 _FAR = 2**31 - 1  # kernels count the pixels of an image in 32 bits
-
-Sizes = Sequence[int]
 
 
 def _width(dtype: torch.dtype) -> int:
@@ -46,18 +45,6 @@ _MOVED = {2: "unsigned short", 4: "unsigned", 8: "i64"}
 SOURCE = cuda.Source("pool", _instances)
 
 
-def _as_3d(values: Sizes, dims: int, missing: int) -> list[int]:
-    """Of N, C, depth, height, width; N is 1 where there is none, and its stride 0."""
-    found = list(values)
-    if len(found) == dims + 1:
-        found = [missing, *found]
-    return [*found[:2], *[missing] * (3 - dims), *found[2:]]
-
-
-def _three(values: Sizes, missing: int) -> list[int]:
-    return [*[missing] * (3 - len(values)), *values]
-
-
 def _largest(pixels: int, outs: int) -> int:
     """At most so many pixels has a window of an adaptive pooling in one dimension."""
     return pixels // outs if pixels % outs == 0 else -(-pixels // outs) + 1
@@ -74,13 +61,10 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
           y_size: Sizes, y_step: Sizes, z_step: Sizes, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
           dilation: Sizes, divisor: int, include_pad: bool) -> _Plan:
     """name: forward or backward; x: the image, y: the windows' side, z: where codes and indices lie; in elements."""
-    (n, c, *sizes), x = _as_3d(x_size, dims, 1), _as_3d(x_step, dims, 0)
-    outs, y, z = _as_3d(y_size, dims, 1)[2:], _as_3d(y_step, dims, 0), _as_3d(z_step, dims, 0)
-    k, s, p, d = (_three(v, m) for v, m in ((size, 1), (stride or [1] * dims, 1), (padding or [0] * dims, 0),
-                                            (dilation or [1] * dims, 1)))  # fmt: skip
-    if adaptive and all(o and a % o == 0 for a, o in zip(sizes, outs, strict=True)):  # windows alike, next to each other
-        adaptive, k = False, [a // o for a, o in zip(sizes, outs, strict=True)]
-        s = k
+    n, c, *sizes = image(x_size, dims, 1)
+    outs = image(y_size, dims, 1)[2:]
+    x, y, z = (image(step, dims, 0) for step in (x_step, y_step, z_step))
+    adaptive, k, s, p, d = windows(adaptive, sizes, outs, size, stride, padding, dilation)
     if adaptive:  # codes count in the largest window
         k = [_largest(a, o) for a, o in zip(sizes, outs, strict=True)]
     forward = name == "forward"

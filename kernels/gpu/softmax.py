@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import linear_loss
+from ..layout import outer_and_inner
+from . import matmul
 from .activation import run_elementwise
 from .engine import functions, launch
 from .engine.launch import power_of_two
@@ -284,19 +287,10 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> tuple[Lines, Sequence[Tensor]
     shape = tensors[0].shape
     dim = dim % max(1, len(shape))
     strides = [t.stride() for t in tensors]
-    batch: list[tuple[int, list[int]]] = []
-    for d, size in enumerate(shape):
-        if d == dim or size == 1:
-            continue
-        steps = [s[d] for s in strides]
-        if batch and batch[-1][1] == [size * step for step in steps]:
-            batch[-1] = (batch[-1][0] * size, steps)
-        else:
-            batch.append((size, steps))
-    if len(batch) > 2:
+    beside = outer_and_inner(shape, strides, dim)
+    if beside is None:
         return _lines(dim, [t.contiguous() for t in tensors])
-    nothing = (1, [0] * len(tensors))
-    (outer, outer_steps), (inner, inner_steps) = (*[nothing] * (2 - len(batch)), *batch)
+    (outer, outer_steps), (inner, inner_steps) = beside
     along = [s[dim] if shape else 1 for s in strides]
     return Lines(outer * inner, inner, shape[dim] if shape else 1, list(zip(outer_steps, inner_steps, along))), tensors
 
@@ -442,6 +436,28 @@ def nll_loss_backward(out: Tensor, grad: Tensor, input: Tensor, target: Tensor, 
     _loss_backward("nll", out, grad, None, input, target, weight, ignore_index, reduction, 0.0)
 
 
+# A linear layer and its cross-entropy
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, added where it is made: each program reads what it then writes"""
+    matmul.multiply(total, a, b, matmul.Epilogue(residual=None if first else total))
+
+
+_STEPS = linear_loss.Steps(matmul.linear, matmul.matmul, _add_product, cross_entropy, cross_entropy_backward, 256 << 20,
+                           in_place=True)
+
+
+def linear_cross_entropy(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = (the loss, what it was divided by, the gradients of the losses' sum by input, weight and bias, if wanted)"""
+    linear_loss.forward(_STEPS, out, *args)
+
+
+def linear_cross_entropy_backward(out: tuple[Tensor, ...], *args: Any) -> None:
+    """out = the gradients by input, weight and bias"""
+    linear_loss.backward(_STEPS, out, *args)
+
+
 def mse_loss(out: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     """(input - target)², reduced"""
     n = input.numel()
@@ -474,4 +490,5 @@ KERNELS: dict[str, Callable[..., None]] = {
     "cross_entropy": cross_entropy, "cross_entropy_backward": cross_entropy_backward,
     "nll_loss": nll_loss, "nll_loss_backward": nll_loss_backward,
     "mse_loss": mse_loss, "mse_loss_backward": mse_loss_backward,
+    "linear_cross_entropy": linear_cross_entropy, "linear_cross_entropy_backward": linear_cross_entropy_backward,
 }

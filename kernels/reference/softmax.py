@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .matmul import linear, matmul
+
 
 def _below_maximum(input: Tensor, dim: int) -> Tensor:
     """input - max along dim, exact near the maximum however large that is; NaN in a row of NaN, of Inf, of -Inf only.
@@ -128,3 +130,48 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 def mse_loss_backward(grad: Tensor, input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     scale = grad / input.numel() if reduction == "mean" else grad
     return scale * 2 * (input - target)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    gradients: bool = False,
+) -> tuple[Tensor, ...]:
+    """The loss, what it was divided by, and, if wanted, the gradients of the rows' losses' sum by input, weight and bias."""
+    logits = linear(input, weight, bias)
+    loss, lse = cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+    mean = _mean_over(logits, target, class_weight, ignore_index) if reduction == "mean" else 1.0
+    total = torch.as_tensor(mean, dtype=logits.dtype, device=logits.device)
+    if not gradients:
+        return loss, total, *(input.new_empty(0) for _ in range(3))
+    d = cross_entropy_backward(torch.ones_like(total), logits, target, class_weight, lse, ignore_index, "sum", label_smoothing)
+    return loss, total, *_linear_gradients(d, input, weight, bias)
+
+
+def _linear_gradients(d: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    rows, inputs = d.reshape(-1, len(weight)), input.reshape(-1, weight.shape[1])
+    return matmul(d, weight), matmul(rows.mT, inputs), rows.sum(0) if bias is not None else rows.new_empty(0)
+
+
+def linear_cross_entropy_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    logits = linear(input, weight, bias)
+    d = cross_entropy_backward(
+        grad, logits, target, class_weight, logits, ignore_index, reduction, label_smoothing
+    )
+    return _linear_gradients(d, input, weight, bias)

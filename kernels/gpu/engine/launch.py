@@ -7,13 +7,14 @@ their place: that is how every kernel is compiled for chips that are not there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from fastnn import backends
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -62,6 +63,9 @@ def refuses(*tensors: Tensor | None) -> str | None:
         return f"the Triton kernels are for float32, bfloat16 and float16, not {str(first.dtype).removeprefix('torch.')}"
     if any(t is not None and t.device != first.device for t in tensors):
         return "the tensors are on different devices: move them to one with .to()"
+    terms = backends.float32_precision == "tf32x3" and first.dtype is torch.float32
+    if terms and first.is_cuda and not chip(first.device).nvidia:
+        return "products in terms of tf32 are NVIDIA's alone: set_float32_precision() knows bf16x3"
     if first.is_cuda and 0 < chip(first.device).nvidia < 80:
         return f"the Triton kernels need compute capability 8.0, and this GPU is {chip(first.device).name}"
     return None
@@ -86,24 +90,14 @@ def allow_descriptors() -> None:
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
-# Tensors as a kernel walks them ------------------------------------------------------------------------------------------------
-
-Dims = list[tuple[int, list[int]]]  # size, and each tensor's stride
-
-
-def merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Dims:
-    """The dimensions, outermost of the first tensor first; those merged that all tensors can walk as one."""
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
-    dims: Dims = []
-    for d in order:
-        size, steps = shape[d], [s[d] for s in strides]
-        if dims and dims[-1][1] == [size * step for step in steps]:
-            dims[-1] = (dims[-1][0] * size, steps)
-        else:
-            dims.append((size, steps))
-    return dims or [(1, [1] * len(strides))]
+# Numbers as kernels want them ---------------------------------------------------------------------------------------------------
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
     """The smallest power of two that holds n, within bounds."""
     return min(most, max(least, 1 << max(0, n - 1).bit_length()))
+
+
+def signed(bits: int) -> int:
+    """32 bits as the number that Triton takes for an int32"""
+    return (bits + (1 << 31) & 0xFFFFFFFF) - (1 << 31)
