@@ -49,6 +49,7 @@ def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kerne
 
 _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
+_DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
@@ -150,7 +151,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             w_o, w_c = w_c, w_o
         in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
             channels == 1 or w_c == len(taps) * size) and (not depthwise or w_g == outputs * w_o)
-        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves) if depthwise else
+        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves, whole[2]) if depthwise else
                   _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
         if in_place or kind >= WEIGHTS:
             rows, arranged = (w_g, w_o, size), 0
@@ -242,22 +243,34 @@ def _depthwise(channels: int, outputs: int, groups: int, kind: int) -> bool:
 
 
 def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], deltas: list[list[int]],
-                      moves: list[int]) -> dict[str, int]:
-    """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
+                      moves: list[int], width: int) -> dict[str, int]:
+    """As ``_layout``, for the depthwise kernels: ``depth`` is the number of rows in a band, ``width`` those copied at once."""
     vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
-    at_outs = _up(taps * 48 + moves[2] * 24 + 128, 64)
-    depth = packing = 0
-    if kind in (PIXELS, WEIGHTS_LAST):
-        at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
+    at_outs = _up(taps * 48 + moves[2] * 24 + 192, 64)
+    deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
+    sums = _up(taps, 9) * vector
+    few = depth = packing = at_sums = 0
+    if kind == PIXELS:
+        sums = 4 * (vectors + 1) * vector
+    elif kind == WEIGHTS_LAST:
+        row = ((positions[2] - 1) * moves[2] + wide) * vector
+        few = max(1, min(256 // positions[2], caches().l1 // 4 // (row * moves[1])))
+        at_sums = at_outs + 2 * sums
+        sums = 2 * sums + (few * moves[1] + high) * max(positions[2], width) * vector
+        depth = _up(max(few, min(positions[1], (caches().l2 // 4 // (row * deep) - high) // moves[1])), few)
+        packing = 2 * row * deep * (depth * moves[1] + high)
     else:
-        at_pack = _up(at_outs + 2 * taps * vector + 8 * (positions[2] + 2 * f.lanes) * f.unit, 64)
-        deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
         row = (positions[2] + 2 * f.lanes + wide) * f.unit * moves[2]
         fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
         depth = max(8, min(positions[1], fits, 256 * f.lanes // positions[2]) // 8 * 8)
         packing = row * deep * ((depth + 6) * moves[1] + high)
-    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "panels": vectors if kind == PIXELS else 0,
-                                       "at_outs": at_outs, "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
+        few = max(1, min(depth, caches().l1 // 4 // (row * moves[1])))
+        if kind == PLANES:
+            sums = (2 * taps + 8) * vector + 8 * (positions[2] + 2 * f.lanes) * f.unit
+    at_pack = _up(at_outs + sums, 64)
+    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "width": few,
+                                       "panels": vectors if kind == PIXELS else 0, "at_outs": at_outs, "at_sums": at_sums,
+                                       "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
 
 
 def _cut(n: int, most: int) -> int:
@@ -484,6 +497,9 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
 
+_SHORT_ROWS = 16  # positions up to which a row of a plane is turned into vectors of channels (Zen 3)
+
+
 def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
                 padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
@@ -495,14 +511,22 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
         grad = grad.contiguous()
     kind, dtype = WEIGHTS if out.is_contiguous() else WEIGHTS_LAST, input.dtype
+    turned = False
+    if groups > 1 and input.shape[1] == groups:  # one channel each: the output does not tell
+        last = input.stride(1) == 1 and out.shape[0] == groups and input.stride(-1) != 1
+        turned = not last and out.shape[0] == groups and grad.shape[-1] <= _SHORT_ROWS and input.itemsize >= 4
+        kind = WEIGHTS_LAST if last or turned else WEIGHTS
+        if grad.stride(1 if last else -1) != 1:
+            form = torch.channels_last if grad.dim() == 4 else torch.channels_last_3d
+            grad = grad.contiguous(memory_format=form if last else torch.contiguous_format)
     (p,) = _plan(kind, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
-    if p.depthwise and kind == WEIGHTS_LAST and grad.stride(1) != 1:
-        grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
-        return conv_weight(out, grad, input, kernel_size, stride, padding, dilation, groups)
-    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
-        p.threads, kind, p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr(), 0, 0, 0,
-        workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
+    at = p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr()
+    ws = workspace(p.threads * p.scratch)
+    if p.depthwise:
+        _DEPTHWISE_WEIGHT[dtype].run(p.threads, 2 if turned else int(kind == WEIGHTS_LAST), *at, ws, p.scratch)
+    else:
+        _CONVOLUTION[dtype].run(p.threads, kind, *at, 0, 0, 0, ws, p.scratch, 0.0, 0.0)
 
 
 def _steps(grad: Tensor) -> tuple[int, ...]:
@@ -547,13 +571,5 @@ def _slower_conv(input: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     return _slower(input.dtype, input, weight, stride, padding, dilation, transposed, groups)
 
 
-def _slower_weight(grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-                   dilation: Sequence[int], groups: int) -> str | None:
-    depthwise = input.dim() == 4 and 1 < groups == input.shape[1] and max(kernel_size) < 7
-    if overhead.RULES and depthwise and input.dtype == torch.float32 and not threads.forked():
-        return "depthwise, a small filter: torch's gradient of the weight is 1.5 to 7 times as fast"
-    return None
-
-
 #: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
-TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {"conv": _slower_conv, "conv_weight": _slower_weight}
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {"conv": _slower_conv}
