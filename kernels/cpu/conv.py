@@ -362,7 +362,7 @@ def _run_product(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tenso
     wide = None if bias is None else bias[:, None].repeat(1, f.vecs * f.lanes)
     multiply(x.dtype, None, n, 0, outputs, positions, channels, at[1], 0, w_o, w_c, at[0], 4 * channels * positions,
              4 * positions, 4, at[2], 0 if wide is None else wide.data_ptr(), r, 4 * outputs * positions, 4 * positions, 4, act,
-             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4)
+             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4, planes=n > 1)
     return True
 
 

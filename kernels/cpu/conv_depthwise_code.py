@@ -69,7 +69,6 @@ from .engine.simd import (
     spread,
     store,
     store_n,
-    store_scalar,
     wide,
 )
 

@@ -164,7 +164,8 @@ def depthwise_weight(elem_name: str) -> Any:
         """As copy_band, for one vector of channels, or two, whose parts of the image are dst_size apart: (deep, rows, part)
         vectors; n_lanes are those of the only vector, or 0"""
         td, th, tw, deep = extent(geo, 0, True), extent(geo, 8, True), extent(geo, 16, True), extent(geo, 0, False)
-        used, xh, xw, b, width = (n - 1) * get(geo, _SH) + extent(geo, 8, False), get(geo, _XH), get(geo, _XW), p.bytes, get(geo, _W)
+        used, b = (n - 1) * get(geo, _SH) + extent(geo, 8, False), p.bytes
+        xh, xw, width = get(geo, _XH), get(geo, _XW), get(geo, _W)
         z, y0 = d * get(geo, _SD) + td, h * get(geo, _SH) + th
         before = min(part, max(0, -tw))
         upto = max(before, min(part, width - tw))
