@@ -170,8 +170,8 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
 def multiply(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: int, n: int, k: int,
          a: int, a_b: int, a_m: int, a_k: int, b: int, b_b: int, b_k: int, b_n: int, c: int,
          bias: int = 0, r: int = 0, r_b: int = 0, r_m: int = 0, r_n: int = 0, act: int = 0,
-             alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0, bias_m: int = 0,
-             planes: bool = False) -> None:
+         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0, bias_m: int = 0,
+         planes: bool = False) -> None:
     """``count`` products of addresses and byte strides by the kernel that suits their shape; the outputs are contiguous.
 
     With ``bias_m`` the bias is one of rows, so many bytes apart, each of them as long as a panel is wide (float32, float64).
