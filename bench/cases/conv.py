@@ -211,5 +211,7 @@ CASES = [
     conv("gradients/unet_128", (1, 128, 64, 64), 64, 2, stride=2, transposed=True, mode="backward", goals={"best": 2.0}),
     changing("wav2vec2_512", 512, 512, 512, 3),
     changing("crepe_128", 128, 127, 128, 64),
+    changing("vits_192", 192, 64, 192, 5),
+    changing("hifigan_32", 32, 512, 32, 3),
     conv("train/dcgan_256", (8, 256, 8, 8), 128, 4, stride=2, padding=1, transposed=True, mode="train", goals={"best": 2.0}),
 ]  # fmt: skip

@@ -50,6 +50,7 @@ def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kerne
 _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
+_GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
@@ -63,6 +64,7 @@ class Phase(NamedTuple):
     offsets: array[int]  # of each filter tap in the weight, in bytes
     start: int  # of the first output, in bytes
     depthwise: bool
+    grouped: bool
     groups: int
     channels: int
     outputs: int
@@ -107,6 +109,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
                 [v[2], *v[:2]] for v in (in_size, out_size, kernel, step, dil, pad, xs, ys, ws))
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
     depthwise = _depthwise(channels, outputs, groups, kind)
+    grouped = kind == PIXELS and groups > 1 and not depthwise and outputs % f.lanes == 0
     axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
     for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
         if transposed:
@@ -125,7 +128,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         images, whole, x_steps = x_shape[0], list(in_size), list(xs)
         xn, yn = x_stride[0] * size, y_stride[0] * size
         # A kernel of one tap sees every position alike: the dimensions become one, if memory allows.
-        if not depthwise and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
+        if not depthwise and not grouped and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
                 _even(v[::-1], whole[::-1]) for v in (x_steps, y_steps)):
             flat = math.prod(whole)
             x_w, y_w = (_innermost(v, whole) for v in (x_steps, y_steps))
@@ -152,6 +155,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
             channels == 1 or w_c == len(taps) * size) and (not depthwise or w_g == outputs * w_o)
         layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves, whole[2]) if depthwise else
+                  _layout_grouped(f, outputs, len(deltas), positions[1], whole[2] * x_steps[2] * moves[1]) if grouped else
                   _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
         if in_place or kind >= WEIGHTS:
             rows, arranged = (w_g, w_o, size), 0
@@ -171,8 +175,8 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             "wk": rows[2], "taps": len(deltas), "tap": table.buffer_info()[0], "span": span, "direct": int(direct)}
         scratch = values.pop("scratch")
         start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
-        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, groups, channels,
-                            outputs, values["panels"], arranged, scratch, threads_used))
+        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, grouped, groups,
+                            channels, outputs, values["panels"], arranged, scratch, threads_used))
     return phases
 
 
@@ -273,6 +277,14 @@ def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], de
                                        "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
 
 
+def _layout_grouped(f: Any, outputs: int, taps: int, rows: int, row: int) -> dict[str, int]:
+    """As ``_layout``: ``depth`` rows of positions, whose rows of the image take half of L2, are worked on group by group."""
+    at_outs = _up(taps * 48, 64)
+    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "panels": outputs // f.lanes, "at_outs": at_outs,
+                                       "depth": max(1, min(rows, caches().l2 // 2 // max(1, row))),
+                                       "scratch": _up(at_outs + 8 * f.lanes * f.unit, 4096)}
+
+
 def _cut(n: int, most: int) -> int:
     """n in as few, as even stretches as can be."""
     return -(-n // -(-n // most)) if n > 0 else 1
@@ -296,9 +308,9 @@ def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     x_at, y_at, w_at = x.data_ptr(), out.data_ptr(), weight.data_ptr()
     b, r = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     for p in phases:
-        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
-            p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
-            r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
+        kernel, which = (_GROUPED, ()) if p.grouped else (_DEPTHWISE if p.depthwise else _CONVOLUTION, (kind,))
+        kernel[dtype].run(p.threads, *which, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
+                          r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
         at += p.arranged
 
 
@@ -548,8 +560,8 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if transposed and (last or max(stride) > 1):
-            return "depthwise, channels last or with a stride: torch's gradient of the input is faster"
+        if transposed and max(stride) > 1 and not last and x.shape[-1] < 32:
+            return "depthwise, short rows and a stride: torch's gradient of the input is faster"
         return None
     positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
     size = positions * weight.numel()

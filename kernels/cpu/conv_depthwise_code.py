@@ -86,6 +86,48 @@ def extent(geo, field, low):
     return a if low else b - a + 1
 
 
+@inline
+def inside(geo, x, d, h, valid):
+    """The taps that meet rows of the image at (d, h): (address at w = 0, tap's number, its offset along w); their number"""
+    number = 0
+    for t in range(get(geo, _TAPS)):
+        tap = get(geo, _TAP) + t * 24
+        z, y = d * get(geo, _SD) + get(tap, 0), h * get(geo, _SH) + get(tap, 8)
+        if z >= 0 and z < get(geo, _D) and y >= 0 and y < get(geo, _H):
+            at = valid + number * 24
+            put(at, 0, x + z * get(geo, _XD) + y * get(geo, _XH) + get(tap, 16) * get(geo, _XW))
+            put(at, 8, t)
+            put(at, 16, get(tap, 16))
+            number += 1
+    return number
+
+
+@inline
+def bounds(geo, tap):
+    """The positions along w at which a tap lies within the image"""
+    sw = get(geo, _SW)
+    low = min(get(geo, _OW), (sw - 1 - tap) // sw) if tap < 0 else 0
+    left = get(geo, _W) - tap
+    return low, max(low, min(get(geo, _OW), (left + sw - 1) // sw)) if left > 0 else low
+
+
+def putter(p: Any) -> Any:
+    """put_vector(…): the last step where the output is of the compute type and the activation cheap"""
+    @inline
+    def put_vector(v, y, bias, res, act):
+        """The sums of a vector of channels with bias, residual and activation"""
+        if bias != 0:
+            v = v + load(p, bias)
+        if res != 0:
+            v = v + load(p, res)
+        if act != 0:
+            v = maximum_fast(0.0, v)
+            if act == RELU6:
+                v = minimum_fast(6.0, v)
+        store(p, y, v)
+    return put_vector
+
+
 def bands(e: Any) -> Any:
     """(lay_out, copy_band): a part of the image with its padding, one row behind the other, so that no tap leaves it."""
     p = compute_elem(e)
@@ -150,6 +192,7 @@ def depthwise(elem_name: str) -> Any:
     two = wide(p, 2)
     lanes, ps, size = p.lanes, p.size, e.size
     lay_out, copy_band = bands(e)
+    put_vector = putter(p)
     finish = finisher(e)
 
     @inline
@@ -248,42 +291,6 @@ def depthwise(elem_name: str) -> Any:
             c += 1
             if c == channels:
                 image, c = image + 1, 0
-
-    @inline
-    def inside(geo, x, d, h, valid):
-        """The taps that meet rows of the image at (d, h): (address at w = 0, tap's number, its offset along w); their number"""
-        number = 0
-        for t in range(get(geo, _TAPS)):
-            tap = get(geo, _TAP) + t * 24
-            z, y = d * get(geo, _SD) + get(tap, 0), h * get(geo, _SH) + get(tap, 8)
-            if z >= 0 and z < get(geo, _D) and y >= 0 and y < get(geo, _H):
-                at = valid + number * 24
-                put(at, 0, x + z * get(geo, _XD) + y * get(geo, _XH) + get(tap, 16) * get(geo, _XW))
-                put(at, 8, t)
-                put(at, 16, get(tap, 16))
-                number += 1
-        return number
-
-    @inline
-    def bounds(geo, tap):
-        """The positions along w at which a tap lies within the image"""
-        sw = get(geo, _SW)
-        low = min(get(geo, _OW), (sw - 1 - tap) // sw) if tap < 0 else 0
-        left = get(geo, _W) - tap
-        return low, max(low, min(get(geo, _OW), (left + sw - 1) // sw)) if left > 0 else low
-
-    @inline
-    def put_vector(v, y, bias, res, act):
-        """The sums of a vector of channels with bias, residual and activation"""
-        if bias != 0:
-            v = v + load(p, bias)
-        if res != 0:
-            v = v + load(p, res)
-        if act != 0:
-            v = maximum_fast(0.0, v)
-            if act == RELU6:
-                v = minimum_fast(6.0, v)
-        store(p, y, v)
 
     @outline
     def pair(number, valid, more, w, w_next, step, y, y_step, bias, res, act):
