@@ -48,6 +48,7 @@ PROBLEMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]
     "dilation": ("conv2d", (2, 3, 17, 15), (6, 3, 3, 3), {"dilation": (2, 5), "padding": (2, 5)}),
     "padding beyond the kernel": ("conv2d", (1, 2, 3, 4), (3, 2, 2, 2), {"padding": 5}),
     "1x1": ("conv2d", (3, 37, 7, 9), (29, 37, 1, 1), {}),
+    "1x1, long rows": ("conv2d", (3, 530, 13, 19), (21, 530, 1, 1), {}),
     "1x1, stride 2": ("conv2d", (3, 17, 7, 9), (29, 17, 1, 1), {"stride": 2}),
     "kernel is the image": ("conv2d", (5, 6, 7, 5), (8, 6, 7, 5), {}),
     "groups": ("conv2d", (2, 12, 9, 7), (20, 3, 3, 3), {"groups": 4, "padding": 1}),
