@@ -75,7 +75,7 @@ def changing(name: str, channels: int, shortest: int, outputs: int, kernel: int)
 
     What is compared is where all of them agree. Each is cut out of a longer one, by a copy that everyone's time includes.
     """
-    many, alike = 1201, 64
+    many, alike = 1201, 32
     lengths = cycle(shortest + i * 509 % many for i in range(many))
 
     def run(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
