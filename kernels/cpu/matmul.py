@@ -230,7 +230,7 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
     group = 0
     if planes:
         kc, group = _columns(f, k)
-        direct, tm, tn = 0, 1, min(max(1, cut // group), 1 if count % nt == 0 else 2 * nt)
+        direct, tm, tn = False, 1, min(max(1, cut // group), 1 if count % nt == 0 else 2 * nt)
     else:
         tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a)
     need, share = _SCRATCH, 0
