@@ -48,9 +48,11 @@ PROBLEMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]
     "dilation": ("conv2d", (2, 3, 17, 15), (6, 3, 3, 3), {"dilation": (2, 5), "padding": (2, 5)}),
     "padding beyond the kernel": ("conv2d", (1, 2, 3, 4), (3, 2, 2, 2), {"padding": 5}),
     "1x1": ("conv2d", (3, 37, 7, 9), (29, 37, 1, 1), {}),
+    "1x1, long rows": ("conv2d", (3, 530, 13, 19), (21, 530, 1, 1), {}),
     "1x1, stride 2": ("conv2d", (3, 17, 7, 9), (29, 17, 1, 1), {"stride": 2}),
     "kernel is the image": ("conv2d", (5, 6, 7, 5), (8, 6, 7, 5), {}),
     "groups": ("conv2d", (2, 12, 9, 7), (20, 3, 3, 3), {"groups": 4, "padding": 1}),
+    "groups of whole vectors": ("conv2d", (2, 32, 5, 23), (32, 16, 3, 3), {"groups": 2, "padding": 1, "stride": (1, 2)}),
     "depthwise": ("conv2d", (2, 19, 9, 43), (19, 1, 3, 3), {"groups": 19, "padding": 1}),
     "depthwise, stride 2": ("conv2d", (2, 11, 15, 21), (11, 1, 5, 5), {"groups": 11, "padding": 2, "stride": 2}),
     "depthwise, two filters": ("conv2d", (2, 5, 9, 11), (10, 1, 3, 3), {"groups": 5, "padding": 2, "dilation": 2}),
@@ -143,7 +145,8 @@ def test_epilogue(form: str) -> None:
     place = FORMATS[form]
     for op, w, groups, x_shape in (
         ("conv2d", (9, 5, 3, 3), 1, (2, 5, 7, 11)), ("conv2d", (5, 1, 3, 3), 5, (2, 5, 7, 11)),
-        ("conv2d", (35, 1, 3, 3), 35, (1, 35, 21, 43)), ("conv_transpose2d", (5, 9, 3, 3), 1, (2, 5, 7, 11)),
+        ("conv2d", (35, 1, 3, 3), 35, (1, 35, 21, 43)), ("conv2d", (32, 5, 3, 3), 2, (2, 10, 7, 19)),
+        ("conv_transpose2d", (5, 9, 3, 3), 1, (2, 5, 7, 11)),
     ):  # fmt: skip
         x, weight = place(randn(*x_shape)), place(randn(*w, seed=1))
         plain = getattr(F, op)(x, weight, stride=2, groups=groups)
@@ -375,7 +378,7 @@ def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatc
     ours.conv2d(small, w, backend="cpu")
     ours.conv2d(small, randn(4, 3, 3, 3))
     ours.conv2d(big, deep, groups=64)
-    ours.conv_transpose2d(big, deep, groups=64, stride=2)
+    ours.conv_transpose2d(big[..., :20].contiguous(), deep, groups=64, stride=2)
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 5, 5)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def conv(
     mode: str = "forward",
     **extra: Any,
 ) -> Case:
-    """input of that shape (N, C, *size) ⋆ weight + bias; in mode "train" with the gradients of all three."""
+    """input of that shape (N, C, *size) ⋆ weight + bias; in mode "train" with the gradients of all three, or these alone."""
     dims = len(shape) - 2
     kernels = (kernel,) * dims if isinstance(kernel, int) else kernel
     channels = shape[1]
@@ -45,7 +46,7 @@ def conv(
         form = torch.channels_last if dims == 2 else torch.channels_last_3d
         return lambda dtype: make(dtype).detach().to(memory_format=form).requires_grad_(grad)
 
-    grad = mode == "train"
+    grad = mode != "forward"
     sums = math.prod(weight[1:]) if not transposed else channels // groups * math.prod(kernels) / stride**dims
     out = getattr(torch.nn.functional, op)(
         torch.empty(shape, device="meta"), torch.empty(weight, device="meta"), **options
@@ -61,11 +62,47 @@ def conv(
         ),
         theirs=run,
         parameters=(1, 2),
-        flops=2 * products * (3 if grad else 1),
+        flops=2 * products * {"forward": 1, "train": 3, "backward": 2}[mode],
         passes=((math.prod(shape) + math.prod(weight) + outputs, out),),
         mode=mode,
         scale=sum_of_magnitudes(run),
         **extra,
+    )
+
+
+def changing(name: str, channels: int, shortest: int, outputs: int, kernel: int) -> Case:
+    """A convolution of sequences whose length is another one at every call, for more calls than oneDNN keeps primitives (1024).
+
+    What is compared is where all of them agree. Each is cut out of a longer one, by a copy that everyone's time includes.
+    """
+    many, alike = 1201, 32
+    lengths = cycle(shortest + i * 509 % many for i in range(many))
+
+    def run(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError("a session is exported for one shape")
+        return F.conv1d(x[..., : next(lengths)].contiguous(), w, b)
+
+    def start(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv1d(x[..., :shortest], w, b)[..., :alike]
+
+    mean = shortest + many // 2
+    out = outputs * (mean - kernel + 1)
+    return Case(
+        "conv",
+        f"changing/{name}",
+        together(
+            random(1, channels, shortest + many, seed=1),
+            random(outputs, channels, kernel, seed=2, scale=(channels * kernel) ** -0.5),
+            random(outputs, seed=3, scale=0.1),
+        ),
+        theirs=run,
+        judge=lambda y, *_: y[..., :alike],
+        parameters=(1, 2),
+        flops=2 * out * channels * kernel,
+        passes=((channels * (shortest + many + outputs * kernel) + outputs, 0),),  # the output's size varies
+        scale=sum_of_magnitudes(start),
+        goals={"best": 1.5},
     )
 
 
@@ -97,7 +134,7 @@ CASES = [
         for kind, layers in RESNET50.items()
         for layer in layers
     ),
-    *(resnet("3x3", 1, *layer, last=True) for layer in RESNET50["3x3"]),
+    *(resnet(kind, 1, *layer, last=True) for kind in ("3x3", "3x3_stride", "stem") for layer in RESNET50[kind]),
     *(
         conv(f"3x3/vgg16_{c}_{o}", (1, c, size, size), o, 3, padding=1, goals={"best": 1.25})
         for c, o, size in ((3, 64, 224), (64, 128, 112), (128, 256, 56), (256, 512, 28), (512, 512, 14))
@@ -113,8 +150,9 @@ CASES = [
         for last in (False, True)
     ),
     *(
-        conv(f"grouped/resnext50_{c}", (1, c, size, size), c, 3, padding=1, groups=32, goals={"best": 1.5})
+        conv(f"grouped/resnext50_{c}", (1, c, size, size), c, 3, padding=1, groups=32, last=last, goals={"best": 1.5})
         for c, size in ((128, 56), (256, 28), (512, 14), (1024, 7))
+        for last in (False, True)
     ),
     *(
         conv(f"dilated/deeplab_{d}", (1, 512, 33, 33), 256, 3, padding=d, dilation=d, goals={"best": 1.5})
@@ -150,5 +188,30 @@ CASES = [
             ("crepe_128", (16, 128, 127), 128, 63, 1, 1, 1.0),
         )
     ),
+    *(
+        conv(f"gradients/{name}", shape, o, k, stride=s, padding=p, dilation=d, groups=g, last=last, mode="backward",
+             goals={"best": goal})
+        for name, shape, o, k, s, p, d, g, goal, forms in (
+            ("resnet50_3x3_64", (8, 64, 56, 56), 64, 3, 1, 1, 1, 1, 1.0, (False, True)),
+            ("resnet50_1x1_256", (8, 256, 56, 56), 64, 1, 1, 0, 1, 1, 1.0, (False, True)),
+            ("resnet50_stem", (1, 3, 224, 224), 64, 7, 2, 3, 1, 1, 1.0, (False,)),
+            ("resnet50_3x3_128s2", (8, 128, 56, 56), 128, 3, 2, 1, 1, 1, 1.0, (False,)),
+            ("deeplab_2", (1, 512, 33, 33), 256, 3, 1, 2, 2, 1, 1.0, (False,)),
+            ("resnext50_256", (1, 256, 28, 28), 256, 3, 1, 1, 1, 32, 1.0, (False,)),
+            ("mobilenetv2_144", (8, 144, 56, 56), 144, 3, 1, 1, 1, 144, 1.0, (False, True)),
+            ("mobilenetv2_96s2", (1, 96, 112, 112), 96, 3, 2, 1, 1, 96, 1.0, (False, True)),
+            ("mobilenetv2_960", (8, 960, 7, 7), 960, 3, 1, 1, 1, 960, 1.0, (False, True)),
+            ("efficientnet_672", (1, 672, 14, 14), 672, 5, 1, 2, 1, 672, 1.0, (False, True)),
+            ("convnext_192", (1, 192, 28, 28), 192, 7, 1, 3, 1, 192, 1.0, (False, True)),
+            ("wav2vec2_512", (1, 512, 3199), 512, 3, 2, 0, 1, 1, 1.0, (False,)),
+            ("r3d18_64", (1, 64, 8, 28, 28), 64, 3, 1, 1, 1, 1, 2.0, (False,)),
+        )
+        for last in forms
+    ),
+    conv("gradients/unet_128", (1, 128, 64, 64), 64, 2, stride=2, transposed=True, mode="backward", goals={"best": 2.0}),
+    changing("wav2vec2_512", 512, 512, 512, 3),
+    changing("crepe_128", 128, 127, 128, 64),
+    changing("vits_192", 192, 64, 192, 5),
+    changing("hifigan_32", 32, 512, 32, 3),
     conv("train/dcgan_256", (8, 256, 8, 8), 128, 4, stride=2, padding=1, transposed=True, mode="train", goals={"best": 2.0}),
 ]  # fmt: skip

@@ -49,6 +49,8 @@ def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kerne
 
 _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
+_DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
+_GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
@@ -62,6 +64,7 @@ class Phase(NamedTuple):
     offsets: array[int]  # of each filter tap in the weight, in bytes
     start: int  # of the first output, in bytes
     depthwise: bool
+    grouped: bool
     groups: int
     channels: int
     outputs: int
@@ -106,6 +109,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
                 [v[2], *v[:2]] for v in (in_size, out_size, kernel, step, dil, pad, xs, ys, ws))
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
     depthwise = _depthwise(channels, outputs, groups, kind)
+    grouped = kind == PIXELS and groups > 1 and not depthwise and outputs % f.lanes == 0
     axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
     for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
         if transposed:
@@ -124,7 +128,7 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
         images, whole, x_steps = x_shape[0], list(in_size), list(xs)
         xn, yn = x_stride[0] * size, y_stride[0] * size
         # A kernel of one tap sees every position alike: the dimensions become one, if memory allows.
-        if not depthwise and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
+        if not depthwise and not grouped and deltas == [[0, 0, 0]] and moves == [1, 1, 1] and positions == whole and all(
                 _even(v[::-1], whole[::-1]) for v in (x_steps, y_steps)):
             flat = math.prod(whole)
             x_w, y_w = (_innermost(v, whole) for v in (x_steps, y_steps))
@@ -150,7 +154,8 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             w_o, w_c = w_c, w_o
         in_place = kind == PLANES and not f.half and list(offsets) == [i * size for i in range(len(taps))] and (
             channels == 1 or w_c == len(taps) * size) and (not depthwise or w_g == outputs * w_o)
-        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves) if depthwise else
+        layout = (_layout_depthwise(kind, f, channels_all, positions, deltas, moves, whole[2]) if depthwise else
+                  _layout_grouped(f, outputs, len(deltas), positions[1], whole[2] * x_steps[2] * moves[1]) if grouped else
                   _layout(kind, f, threads_used, groups, channels, outputs, depth_all, total, positions[2], len(deltas)))
         if in_place or kind >= WEIGHTS:
             rows, arranged = (w_g, w_o, size), 0
@@ -170,8 +175,8 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             "wk": rows[2], "taps": len(deltas), "tap": table.buffer_info()[0], "span": span, "direct": int(direct)}
         scratch = values.pop("scratch")
         start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
-        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, groups, channels,
-                            outputs, values["panels"], arranged, scratch, threads_used))
+        phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, grouped, groups,
+                            channels, outputs, values["panels"], arranged, scratch, threads_used))
     return phases
 
 
@@ -242,22 +247,42 @@ def _depthwise(channels: int, outputs: int, groups: int, kind: int) -> bool:
 
 
 def _layout_depthwise(kind: int, f: Any, channels: int, positions: list[int], deltas: list[list[int]],
-                      moves: list[int]) -> dict[str, int]:
-    """As ``_layout``, for the depthwise kernel: ``depth`` is the number of rows in a band."""
+                      moves: list[int], width: int) -> dict[str, int]:
+    """As ``_layout``, for the depthwise kernels: ``depth`` is the number of rows in a band, ``width`` those copied at once."""
     vector, vectors, taps = f.lanes * f.unit, -(-channels // f.lanes), len(deltas)
-    at_outs = _up(taps * 48 + moves[2] * 24 + 128, 64)
-    depth = packing = 0
-    if kind in (PIXELS, WEIGHTS_LAST):
-        at_pack = at_outs + (4 * (vectors + 1) if kind == PIXELS else vectors * taps) * vector
+    at_outs = _up(taps * 48 + moves[2] * 24 + 192, 64)
+    deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
+    sums = _up(taps, 9) * vector
+    few = depth = packing = at_sums = 0
+    if kind == PIXELS:
+        sums = 4 * (vectors + 1) * vector
+    elif kind == WEIGHTS_LAST:
+        row = ((positions[2] - 1) * moves[2] + wide) * vector
+        few = max(1, min(256 // positions[2], caches().l1 // 4 // (row * moves[1])))
+        at_sums = at_outs + 2 * sums
+        sums = 2 * sums + (few * moves[1] + high) * max(positions[2], width) * vector
+        depth = _up(max(few, min(positions[1], (caches().l2 // 4 // (row * deep) - high) // moves[1])), few)
+        packing = 2 * row * deep * (depth * moves[1] + high)
     else:
-        at_pack = _up(at_outs + 2 * taps * vector + 8 * (positions[2] + 2 * f.lanes) * f.unit, 64)
-        deep, high, wide = (max(d) - min(d) + 1 for d in zip(*deltas, strict=True)) if deltas else (1, 1, 1)
         row = (positions[2] + 2 * f.lanes + wide) * f.unit * moves[2]
         fits = (caches().l2 // 8 // (row * deep) - high) // moves[1] + 1
         depth = max(8, min(positions[1], fits, 256 * f.lanes // positions[2]) // 8 * 8)
         packing = row * deep * ((depth + 6) * moves[1] + high)
-    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "panels": vectors if kind == PIXELS else 0,
-                                       "at_outs": at_outs, "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
+        few = max(1, min(depth, caches().l1 // 4 // (row * moves[1])))
+        if kind == PLANES:
+            sums = (2 * taps + 8) * vector + 8 * (positions[2] + 2 * f.lanes) * f.unit
+    at_pack = _up(at_outs + sums, 64)
+    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "depth": depth, "width": few,
+                                       "panels": vectors if kind == PIXELS else 0, "at_outs": at_outs, "at_sums": at_sums,
+                                       "at_pack": at_pack, "scratch": _up(at_pack + packing + 512, 4096)}
+
+
+def _layout_grouped(f: Any, outputs: int, taps: int, rows: int, row: int) -> dict[str, int]:
+    """As ``_layout``: ``depth`` rows of positions, whose rows of the image take half of L2, are worked on group by group."""
+    at_outs = _up(taps * 48, 64)
+    return dict.fromkeys(FIELDS, 0) | {"parts": 1, "cuts": 1, "panels": outputs // f.lanes, "at_outs": at_outs,
+                                       "depth": max(1, min(rows, caches().l2 // 2 // max(1, row))),
+                                       "scratch": _up(at_outs + 8 * f.lanes * f.unit, 4096)}
 
 
 def _cut(n: int, most: int) -> int:
@@ -283,9 +308,9 @@ def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     x_at, y_at, w_at = x.data_ptr(), out.data_ptr(), weight.data_ptr()
     b, r = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     for p in phases:
-        (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
-            p.threads, kind, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
-            r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
+        kernel, which = (_GROUPED, ()) if p.grouped else (_DEPTHWISE if p.depthwise else _CONVOLUTION, (kind,))
+        kernel[dtype].run(p.threads, *which, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
+                          r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
         at += p.arranged
 
 
@@ -349,7 +374,7 @@ def _run_product(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tenso
     wide = None if bias is None else bias[:, None].repeat(1, f.vecs * f.lanes)
     multiply(x.dtype, None, n, 0, outputs, positions, channels, at[1], 0, w_o, w_c, at[0], 4 * channels * positions,
              4 * positions, 4, at[2], 0 if wide is None else wide.data_ptr(), r, 4 * outputs * positions, 4 * positions, 4, act,
-             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4)
+             1.0, 1.0, bias_m=0 if wide is None else f.vecs * f.lanes * 4, planes=n > 1)
     return True
 
 
@@ -484,6 +509,9 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
 
+_SHORT_ROWS = 16  # positions up to which a row of a plane is turned into vectors of channels (Zen 3)
+
+
 def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
                 padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
@@ -495,14 +523,22 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
         grad = grad.contiguous()
     kind, dtype = WEIGHTS if out.is_contiguous() else WEIGHTS_LAST, input.dtype
+    turned = False
+    if groups > 1 and input.shape[1] == groups:  # one channel each: the output does not tell
+        last = input.stride(1) == 1 and out.shape[0] == groups and input.stride(-1) != 1
+        turned = not last and out.shape[0] == groups and grad.shape[-1] <= _SHORT_ROWS and input.itemsize >= 4
+        kind = WEIGHTS_LAST if last or turned else WEIGHTS
+        if grad.stride(1 if last else -1) != 1:
+            form = torch.channels_last if grad.dim() == 4 else torch.channels_last_3d
+            grad = grad.contiguous(memory_format=form if last else torch.contiguous_format)
     (p,) = _plan(kind, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
-    if p.depthwise and kind == WEIGHTS_LAST and grad.stride(1) != 1:
-        grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.channels_last_3d)
-        return conv_weight(out, grad, input, kernel_size, stride, padding, dilation, groups)
-    (_DEPTHWISE if p.depthwise else _CONVOLUTION)[dtype].run(
-        p.threads, kind, p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr(), 0, 0, 0,
-        workspace(p.threads * p.scratch), p.scratch, 0.0, 0.0)
+    at = p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr()
+    ws = workspace(p.threads * p.scratch)
+    if p.depthwise:
+        _DEPTHWISE_WEIGHT[dtype].run(p.threads, 2 if turned else int(kind == WEIGHTS_LAST), *at, ws, p.scratch)
+    else:
+        _CONVOLUTION[dtype].run(p.threads, kind, *at, 0, 0, 0, ws, p.scratch, 0.0, 0.0)
 
 
 def _steps(grad: Tensor) -> tuple[int, ...]:
@@ -524,8 +560,8 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if transposed and (last or max(stride) > 1):
-            return "depthwise, channels last or with a stride: torch's gradient of the input is faster"
+        if transposed and max(stride) > 1 and not last and x.shape[-1] < 32:
+            return "depthwise, short rows and a stride: torch's gradient of the input is faster"
         return None
     positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
     size = positions * weight.numel()
@@ -547,13 +583,5 @@ def _slower_conv(input: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     return _slower(input.dtype, input, weight, stride, padding, dilation, transposed, groups)
 
 
-def _slower_weight(grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-                   dilation: Sequence[int], groups: int) -> str | None:
-    depthwise = input.dim() == 4 and 1 < groups == input.shape[1] and max(kernel_size) < 7
-    if overhead.RULES and depthwise and input.dtype == torch.float32 and not threads.forked():
-        return "depthwise, a small filter: torch's gradient of the weight is 1.5 to 7 times as fast"
-    return None
-
-
 #: When the automatic choice is torch, by measurement: op → (*args) → the reason, or None.
-TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {"conv": _slower_conv, "conv_weight": _slower_weight}
+TORCH_IS_FASTER: dict[str, Callable[..., str | None]] = {"conv": _slower_conv}

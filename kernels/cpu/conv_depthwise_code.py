@@ -7,9 +7,10 @@ are the same thing here as there.
 * ``planes``: a band of the image is copied with its padding (and, for a stride, its columns sorted by remainder), so that
   the loop over taps reads whole vectors and asks nothing. Rows of outputs share a tap's weight. A row's last vectors overlap
   those before; of short rows the end is overwritten by the next row.
-* ``pixels``: four positions next to each other share a vector of weights; positions whose taps leave the image go one by one.
-* the gradients of the weight do the same, with the sums of one band or row added to the total at its end, so that chains stay
-  short.
+* ``pixels``: four positions next to each other share a vector of weights, and the last four of a row overlap those before;
+  positions whose taps leave the image go one by one.
+
+The gradient of the weight is in ``conv_depthwise_weight_code``.
 """
 
 from __future__ import annotations
@@ -65,11 +66,9 @@ from .engine.simd import (
     maximum_fast,
     minimum_fast,
     outline,
-    reduce_add,
     spread,
     store,
     store_n,
-    store_scalar,
     wide,
 )
 
@@ -77,31 +76,71 @@ FOUR = 4
 RELU, RELU6 = CODES["relu"], CODES["relu6"]
 
 
-def depthwise(elem_name: str) -> Any:
-    """The four kinds in one kernel, as ``convolution``."""
-    e = ELEMS[elem_name]
-    p = compute_elem(e)
-    two = wide(p, 2)
-    lanes, ps, size = p.lanes, p.size, e.size
-    zeros, copy_stepped = copier(e)
-    finish = finisher(e)
+@inline
+def extent(geo, field, low):
+    """(least, number) of the taps' offsets along a dimension"""
+    taps = get(geo, _TAP)
+    a = b = get(taps, field) if get(geo, _TAPS) > 0 else 0
+    for t in range(1, get(geo, _TAPS)):
+        a, b = min(a, get(taps + t * 24, field)), max(b, get(taps + t * 24, field))
+    return a if low else b - a + 1
 
+
+@inline
+def inside(geo, x, d, h, valid):
+    """The taps that meet rows of the image at (d, h): (address at w = 0, tap's number, its offset along w); their number"""
+    number = 0
+    for t in range(get(geo, _TAPS)):
+        tap = get(geo, _TAP) + t * 24
+        z, y = d * get(geo, _SD) + get(tap, 0), h * get(geo, _SH) + get(tap, 8)
+        if z >= 0 and z < get(geo, _D) and y >= 0 and y < get(geo, _H):
+            at = valid + number * 24
+            put(at, 0, x + z * get(geo, _XD) + y * get(geo, _XH) + get(tap, 16) * get(geo, _XW))
+            put(at, 8, t)
+            put(at, 16, get(tap, 16))
+            number += 1
+    return number
+
+
+@inline
+def bounds(geo, tap):
+    """The positions along w at which a tap lies within the image"""
+    sw = get(geo, _SW)
+    low = min(get(geo, _OW), (sw - 1 - tap) // sw) if tap < 0 else 0
+    left = get(geo, _W) - tap
+    return low, max(low, min(get(geo, _OW), (left + sw - 1) // sw)) if left > 0 else low
+
+
+def putter(p: Any) -> Any:
+    """put_vector(…): the last step where the output is of the compute type and the activation cheap"""
     @inline
-    def extent(geo, field, low):
-        """(least, number) of the taps' offsets along a dimension"""
-        taps = get(geo, _TAP)
-        a = b = get(taps, field) if get(geo, _TAPS) > 0 else 0
-        for t in range(1, get(geo, _TAPS)):
-            a, b = min(a, get(taps + t * 24, field)), max(b, get(taps + t * 24, field))
-        return a if low else b - a + 1
+    def put_vector(v, y, bias, res, act):
+        """The sums of a vector of channels with bias, residual and activation"""
+        if bias != 0:
+            v = v + load(p, bias)
+        if res != 0:
+            v = v + load(p, res)
+        if act != 0:
+            v = maximum_fast(0.0, v)
+            if act == RELU6:
+                v = minimum_fast(6.0, v)
+        store(p, y, v)
+    return put_vector
+
+
+def bands(e: Any) -> Any:
+    """(lay_out, copy_band): a part of the image with its padding, one row behind the other, so that no tap leaves it."""
+    p = compute_elem(e)
+    lanes, ps = p.lanes, p.size
+    zeros, copy_stepped = copier(e)
 
     @outline
-    def lay_out(geo, table, band):
-        """Clears a band and writes the table of where a tap's first element lies in it, then what ``copy_band`` goes by; returns
+    def lay_out(geo, table, about, band):
+        """Clears a band and writes the table of where a tap's first element lies in it, and what ``copy_band`` goes by; returns
         bytes of a row"""
         td, th, tw = extent(geo, 0, True), extent(geo, 8, True), extent(geo, 16, True)
         rows, sw = (get(geo, _DEPTH) + 6) * get(geo, _SH) + extent(geo, 8, False), get(geo, _SW)
-        at = table + get(geo, _TAPS) * 8
+        at = about
         put(at, 0, td)
         put(at, 8, th)
         put(at, 16, rows)
@@ -123,18 +162,18 @@ def depthwise(elem_name: str) -> Any:
         return part * sw * ps
 
     @outline
-    def copy_band(geo, table, x, d, h, n, dst, row):
-        """The padded rows that n rows of positions from (d, h) on meet; what lies left and right of the image is zero already"""
-        at = table + get(geo, _TAPS) * 8
+    def copy_band(geo, at, x, d, h, n, done, dst, row):
+        """The padded rows that n rows of positions from (d, h) on meet, but for the first ``done``; returns their number. What
+        lies left and right of the image is zero already"""
         rows, deep = get(at, 16), get(at, 24)
         used = (n - 1) * get(geo, _SH) + get(at, 32)
         sw, step, xh = get(geo, _SW), get(geo, _SW) * get(geo, _XW), get(geo, _XH)
         z, y0 = d * get(geo, _SD) + get(at, 0), h * get(geo, _SH) + get(at, 8)
         for i in range(deep):
             there = z + i >= 0 and z + i < get(geo, _D)
-            to = dst + i * rows * row
-            source = x + (z + i) * get(geo, _XD) + y0 * xh
-            for y in range(y0, y0 + used):
+            to = dst + (i * rows + done) * row
+            source = x + (z + i) * get(geo, _XD) + (y0 + done) * xh
+            for y in range(y0 + done, y0 + used):
                 if there and y >= 0 and y < get(geo, _H):
                     for f in range(sw):
                         copy_stepped(to + get(at, 48 + f * 24), source + get(at, 40 + f * 24), get(at, 56 + f * 24), step)
@@ -142,6 +181,19 @@ def depthwise(elem_name: str) -> Any:
                     zeros(to, row // ps)
                 to += row
                 source += xh
+        return max(done, used)
+    return lay_out, copy_band
+
+
+def depthwise(elem_name: str) -> Any:
+    """Both kinds in one kernel, as ``convolution``."""
+    e = ELEMS[elem_name]
+    p = compute_elem(e)
+    two = wide(p, 2)
+    lanes, ps, size = p.lanes, p.size, e.size
+    lay_out, copy_band = bands(e)
+    put_vector = putter(p)
+    finish = finisher(e)
 
     @inline
     def put_row(q, v, bias, y, res, act, n):
@@ -200,7 +252,8 @@ def depthwise(elem_name: str) -> Any:
         """Planes first … end of the output, counted over images and channels"""
         channels, ow, oh, taps, outputs = get(geo, _G) * get(geo, _O), get(geo, _OW), get(geo, _OH), get(geo, _TAPS), get(geo, _O)
         table, line, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
-        row, wk, depth, yh, yw = lay_out(geo, table, band), get(geo, _WK), get(geo, _DEPTH), get(geo, _YH), get(geo, _YW)
+        about = table + taps * 8
+        row, wk, depth, yh, yw = lay_out(geo, table, about, band), get(geo, _WK), get(geo, _DEPTH), get(geo, _YH), get(geo, _YW)
         line_row, below = (ow + 2 * lanes) * ps, get(geo, _SH) * row
         straight = ps == size and yw == size and act in (0, RELU, RELU6)
         many, width = (8, lanes) if ow <= lanes else (4, 2 * lanes)
@@ -214,7 +267,7 @@ def depthwise(elem_name: str) -> Any:
             for d in range(get(geo, _OD)):
                 for h0 in range(0, oh, depth):
                     n = min(depth, oh - h0)
-                    copy_band(geo, table, xc, d, h0, n, band, row)
+                    copy_band(geo, about, xc, d, h0, n, 0, band, row)
                     for h in range(0, n, many):
                         rows = min(many, n - h)
                         offset = yc + d * get(geo, _YD) + (h0 + h) * yh
@@ -238,76 +291,6 @@ def depthwise(elem_name: str) -> Any:
             c += 1
             if c == channels:
                 image, c = image + 1, 0
-
-    @outline
-    def plane_weights(geo, first, end, x, out, grad, ws):
-        """The gradients of the filters of outputs first … end"""
-        ow, oh, taps = get(geo, _OW), get(geo, _OH), get(geo, _TAPS)
-        table, sums, band = ws, ws + get(geo, _AT_OUTS), ws + get(geo, _AT_PACK)
-        row = lay_out(geo, table, band)
-        line = sums + 2 * taps * p.bytes
-        for c in range(first, end):
-            for t in range(taps):
-                store(p, sums + t * p.bytes, spread(p, 0.0))
-            for image in range(get(geo, _N)):
-                xc = x + image * get(geo, _XN) + c // get(geo, _O) * get(geo, _XC)
-                for d in range(get(geo, _OD)):
-                    for h0 in range(0, oh, get(geo, _DEPTH)):
-                        n = min(get(geo, _DEPTH), oh - h0)
-                        copy_band(geo, table, xc, d, h0, n, band, row)
-                        part = sums + taps * p.bytes
-                        for t in range(taps):
-                            store(p, part + t * p.bytes, spread(p, 0.0))
-                        for h in range(n):
-                            at = band + h * get(geo, _SH) * row
-                            g = grad + image * get(geo, _YN) + c * get(geo, _YO) + d * get(geo, _YD) + (h0 + h) * get(geo, _YH)
-                            copy_stepped(line, g, ow, get(geo, _YW))
-                            for j in range(0, ow, lanes):
-                                m = min(lanes, ow - j)
-                                v = load_n(p, line + j * ps, m)
-                                for t in range(taps):
-                                    s = load_n(p, at + j * ps + load_scalar(INT64, table + t * 8), m)
-                                    store(p, part + t * p.bytes, fma(v, s, load(p, part + t * p.bytes)))
-                        for t in range(taps):
-                            store(p, sums + t * p.bytes, load(p, sums + t * p.bytes) + load(p, part + t * p.bytes))
-            for t in range(taps):
-                store_scalar(e, out + (c * taps + t) * size, reduce_add(load(p, sums + t * p.bytes)))
-
-    @inline
-    def inside(geo, x, d, h, valid):
-        """The taps that meet rows of the image at (d, h): (address at w = 0, tap's number, its offset along w); their number"""
-        number = 0
-        for t in range(get(geo, _TAPS)):
-            tap = get(geo, _TAP) + t * 24
-            z, y = d * get(geo, _SD) + get(tap, 0), h * get(geo, _SH) + get(tap, 8)
-            if z >= 0 and z < get(geo, _D) and y >= 0 and y < get(geo, _H):
-                at = valid + number * 24
-                put(at, 0, x + z * get(geo, _XD) + y * get(geo, _XH) + get(tap, 16) * get(geo, _XW))
-                put(at, 8, t)
-                put(at, 16, get(tap, 16))
-                number += 1
-        return number
-
-    @inline
-    def bounds(geo, tap):
-        """The positions along w at which a tap lies within the image"""
-        sw = get(geo, _SW)
-        low = min(get(geo, _OW), (sw - 1 - tap) // sw) if tap < 0 else 0
-        left = get(geo, _W) - tap
-        return low, max(low, min(get(geo, _OW), (left + sw - 1) // sw)) if left > 0 else low
-
-    @inline
-    def put_vector(v, y, bias, res, act):
-        """The sums of a vector of channels with bias, residual and activation"""
-        if bias != 0:
-            v = v + load(p, bias)
-        if res != 0:
-            v = v + load(p, res)
-        if act != 0:
-            v = maximum_fast(0.0, v)
-            if act == RELU6:
-                v = minimum_fast(6.0, v)
-        store(p, y, v)
 
     @outline
     def pair(number, valid, more, w, w_next, step, y, y_step, bias, res, act):
@@ -336,6 +319,23 @@ def depthwise(elem_name: str) -> Any:
         put_vector(b3, y + 3 * y_step + p.bytes, after, r + 3 * more_step, act)
 
     @outline
+    def quad(number, valid, more, w, w_next, y, bias, res, act):
+        """Four vectors of channels at one position"""
+        a0 = a1 = a2 = a3 = spread(p, 0.0)
+        b = p.bytes
+        for t in range(number):
+            at = valid + t * 24
+            f, s = w + get(at, 8) * b, get(at, 0) + more
+            a0, a1 = fma(load(p, f), load(p, s), a0), fma(load(p, f + w_next), load(p, s + b), a1)
+            f += 2 * w_next
+            a2, a3 = fma(load(p, f), load(p, s + 2 * b), a2), fma(load(p, f + w_next), load(p, s + 3 * b), a3)
+        next_bias, next_res = b if bias != 0 else 0, b if res != 0 else 0
+        put_vector(a0, y, bias, res, act)
+        put_vector(a1, y + b, bias + next_bias, res + next_res, act)
+        put_vector(a2, y + 2 * b, bias + 2 * next_bias, res + 2 * next_res, act)
+        put_vector(a3, y + 3 * b, bias + 3 * next_bias, res + 3 * next_res, act)
+
+    @outline
     def pixels(geo, first, end, x, w, y, bias, res, act, p0, p1, ws):
         """Rows of positions first … end; weights in panels of one vector"""
         channels, ow, oh, od, taps = get(geo, _G), get(geo, _OW), get(geo, _OH), get(geo, _OD), get(geo, _TAPS)
@@ -346,6 +346,7 @@ def depthwise(elem_name: str) -> Any:
         step = get(geo, _SW) * get(geo, _XW)
         straight = ps == size and act in (0, RELU, RELU6)
         pairs = channels // (2 * lanes) * 2 * lanes if straight else 0
+        quads = channels // (4 * lanes) * 4 * lanes if straight else 0
         for row in range(first, end):
             r = row // oh
             h = row - r * oh
@@ -354,9 +355,11 @@ def depthwise(elem_name: str) -> Any:
             number = inside(geo, x + image * get(geo, _XN), d, h, valid)
             i = 0
             while i < ow:
-                four = i >= low and i + FOUR <= high
+                four = i >= low and i < high and high - low >= FOUR
                 count, table = number, valid
-                if not four:  # the taps that meet the image
+                if four:
+                    i = min(i, high - FOUR)  # the last four overlap those before
+                else:  # the taps that meet the image
                     count, table = 0, here
                     for t in range(number):
                         at = valid + t * 24
@@ -366,11 +369,15 @@ def depthwise(elem_name: str) -> Any:
                             put(here, count * 24 + 8, get(at, 8))
                             count += 1
                 offset = image * get(geo, _YN) + d * get(geo, _YD) + h * get(geo, _YH) + i * get(geo, _YW)
-                if four:
-                    for c in range(0, pairs, 2 * lanes):
-                        pair(count, table, i * step + c * size, w + c * taps * ps, taps * p.bytes, step, y + offset + c * size,
-                             get(geo, _YW), bias + c * size if bias != 0 else 0, res + offset + c * size if res != 0 else 0, act)
-                for c in range(pairs if four else 0, channels, lanes):
+                done = pairs if four else quads
+                for c in range(0, done, 2 * lanes if four else 4 * lanes):
+                    here_x, wc, yc = i * step + c * size, w + c * taps * ps, y + offset + c * size
+                    bc, rc = bias + c * size if bias != 0 else 0, res + offset + c * size if res != 0 else 0
+                    if four:
+                        pair(count, table, here_x, wc, taps * p.bytes, step, yc, get(geo, _YW), bc, rc, act)
+                    else:
+                        quad(count, table, here_x, wc, taps * p.bytes, yc, bc, rc, act)
+                for c in range(done, channels, lanes):
                     n = min(lanes, channels - c)
                     wc = w + c * taps * ps
                     a0 = a1 = a2 = a3 = spread(p, 0.0)
@@ -389,7 +396,6 @@ def depthwise(elem_name: str) -> Any:
                             at = table + t * 24
                             a0 = fma(load(p, wc + get(at, 8) * p.bytes), load_n(e, get(at, 0) + i * step + c * size, n), a0)
                     store(p, lines + c * ps, a0)
-                done = pairs if four else 0
                 more = done * size
                 if done < channels:
                     for j in range(FOUR if four else 1):
@@ -398,57 +404,15 @@ def depthwise(elem_name: str) -> Any:
                                size, res + to if res != 0 else 0, act, p0, p1)
                 i += FOUR if four else 1
 
-    @outline
-    def pixel_weights(geo, first, end, x, out, grad, ws):
-        """The gradients of the filters of channel vectors first … end"""
-        channels, taps = get(geo, _G), get(geo, _TAPS)
-        valid, sums = ws, ws + get(geo, _AT_OUTS)
-        c0 = first * lanes
-        many = min(channels, end * lanes) - c0
-        vectors = end - first
-        step, yw = get(geo, _SW) * get(geo, _XW), get(geo, _YW)
-        for i in range(vectors * taps):
-            store(p, sums + i * p.bytes, spread(p, 0.0))
-        for image in range(get(geo, _N)):
-            for d in range(get(geo, _OD)):
-                for h in range(get(geo, _OH)):
-                    number = inside(geo, x + image * get(geo, _XN), d, h, valid)
-                    row = grad + image * get(geo, _YN) + d * get(geo, _YD) + h * get(geo, _YH)
-                    for t in range(number):
-                        at = valid + t * 24
-                        low, high = bounds(geo, get(at, 16))
-                        for v in range(vectors):
-                            c = (c0 + v * lanes) * size
-                            n = min(lanes, many - v * lanes)
-                            acc = spread(p, 0.0)
-                            g, s = row + low * yw + c, get(at, 0) + low * step + c
-                            for _ in range(low, high):
-                                acc = fma(load_n(e, g, n), load_n(e, s, n), acc)
-                                g += yw
-                                s += step
-                            to = sums + (v * taps + get(at, 8)) * p.bytes
-                            store(p, to, load(p, to) + acc)
-        for v in range(vectors):
-            for i in range(min(lanes, many - v * lanes)):
-                for t in range(taps):
-                    store_scalar(e, out + ((c0 + v * lanes + i) * taps + t) * size,
-                                 load_scalar(p, sums + (v * taps + t) * p.bytes + i * ps))
-
     @inline
     def body(t, nt, kind, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size):
         mine = ws + t * ws_size
-        outputs = get(geo, _G) * get(geo, _O)
         if kind == 0:
-            n = get(geo, _N) * outputs
+            n = get(geo, _N) * get(geo, _G) * get(geo, _O)
             planes(geo, n * t // nt, n * (t + 1) // nt, x, w, y, bias, res, act, p0, p1, mine)
-        elif kind == 1:
+        else:
             n = get(geo, _N) * get(geo, _OD) * get(geo, _OH)
             pixels(geo, n * t // nt, n * (t + 1) // nt, x, w, y, bias, res, act, p0, p1, mine)
-        elif kind == 2:
-            plane_weights(geo, outputs * t // nt, outputs * (t + 1) // nt, x, w, y, mine)
-        else:
-            n = (outputs + lanes - 1) // lanes
-            pixel_weights(geo, n * t // nt, n * (t + 1) // nt, x, w, y, mine)
 
     def kernel(nt, kind, geo, x, w, y, bias, res, act, ws, ws_size, p0, p1):
         parallel(nt, body, (kind, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size))

@@ -39,6 +39,7 @@ _TASK = 2 << 20  # multiplications that a thread takes on at once: about 40 µs
 _TASKS = 32  # for each thread, at most: more would bring nothing
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
+_DEPTH = 512  # of a block of planes: deeper ones are narrow, and use little of a page
 _SMALL_WEIGHT = 32768  # elements below which packing anew is cheaper than looking the packed weight up
 
 
@@ -60,7 +61,7 @@ def _kernel(kind: str, dtype: torch.dtype, signature: str, *flags: str) -> Kerne
     return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
 
 
-_PRODUCT = {d: _kernel("product", d, "i" * 36 + "f" * 4, "pairs") for d in _NAMES}
+_PRODUCT = {d: _kernel("product", d, "i" * 37 + "f" * 4, "pairs") for d in _NAMES}
 _ROWS_DOT = {d: _kernel("rows_dot", d, "i" * 21 + "f" * 4) for d in _NAMES}
 _ROWS_SUM = {d: _kernel("rows_sum", d, "i" * 15 + "f" * 4) for d in _NAMES}
 _PACK = {d: _kernel("pack_weight", d, "i" * 8, "pairs") for d in _NAMES}
@@ -169,10 +170,13 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, weight: T
 def multiply(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, m: int, n: int, k: int,
          a: int, a_b: int, a_m: int, a_k: int, b: int, b_b: int, b_k: int, b_n: int, c: int,
          bias: int = 0, r: int = 0, r_b: int = 0, r_m: int = 0, r_n: int = 0, act: int = 0,
-         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0, bias_m: int = 0) -> None:
+         alpha: float = 1.0, beta: float = 0.0, p0: float = 0.0, p1: float = 0.0, bias_m: int = 0,
+         planes: bool = False) -> None:
     """``count`` products of addresses and byte strides by the kernel that suits their shape; the outputs are contiguous.
 
     With ``bias_m`` the bias is one of rows, so many bytes apart, each of them as long as a panel is wide (float32, float64).
+    ``planes``: B's rows are long and A is read by all products, so that B is packed for all of A's rows in a block that stays in
+    L2, while the next one is fetched.
     """
     size = dtype.itemsize
     nt = 1 if count * m * n * k < _SERIAL else threads.count()
@@ -192,13 +196,13 @@ def multiply(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, 
             return _rows_sum(dtype, nt, n, k, b, b_k, a, a_k, c, bias, r, r_n, act, alpha, beta, p0, p1)
 
     keep = None if weight is None or k * n < _SMALL_WEIGHT else _kept(weight, n, k, b_k, b_n)
-    plan = _plan(dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size)
-    tm, tn, cut, direct, mc, kc, pack_a, need, share = plan
+    plan = _plan(dtype, count, m, n, k, nt, keep is not None, b_n == size, a_k == size, planes)
+    tm, tn, group, cut, direct, mc, kc, pack_a, need, share = plan
     if tm * tn < nt and count == 1 and k >= _LONG and size >= 4 and not (bias or r or act) and alpha == 1.0:
         return _split_k(dtype, nt, m, n, k, a, a_m, a_k, b, b_k, b_n, c)
     room = workspace(need * nt + share)
     _PRODUCT[dtype].run(
-        nt, count * tm * tn, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n,
+        nt, count * tm * tn, tm, tn, group, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n,
         0 if keep is None else keep.address, room + need * nt if share else 0, cut if keep is None else keep.cut, direct,
         c, m * n * size, n * size, bias, bias_m, r, r_b, r_m, r_n, act, int(act > 0 or r != 0 or alpha != 1.0), mc, kc, pack_a,
         room, need, alpha, beta, p0, p1)
@@ -206,8 +210,8 @@ def multiply(dtype: torch.dtype, weight: Tensor | None, count: int, table: int, 
 
 @lru_cache(4096)
 def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept: bool, b_rows: bool,
-          a_rows: bool) -> tuple[int, ...]:
-    """(tm, tn, cut, direct, mc, kc, pack_a, bytes of scratch a thread, and for all): how a product is cut and packed.
+          a_rows: bool, planes: bool) -> tuple[int, ...]:
+    """(tm, tn, group, cut, direct, mc, kc, pack_a, bytes of scratch a thread, and for all): how a product is cut and packed.
 
     ``b_rows``, ``a_rows``: the operand's elements lie next to each other along its last dimension.
     """
@@ -223,16 +227,29 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
     # A transposed A (a weight's gradient) is worth a copy where enough panels read it: 98 → 153 GFLOP/s at 1024×1600×256.
     pack_a = (not f.pairs or k % 2 == 1 or not a_rows) if f.half else not a_rows and n > 64
     cut = _panels(f, n, nt)
-    tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a)
+    group = 0
+    if planes:
+        kc, group = _columns(f, k)
+        direct, tm, tn = False, 1, min(max(1, cut // group), 1 if count % nt == 0 else 2 * nt)
+    else:
+        tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a)
     need, share = _SCRATCH, 0
     if pack_a:
         need += (mc + 2 * f.lanes) * kc * f.unit
     if not (kept or direct):
-        if count == 1:
+        if group:
+            need += group * f.vecs * f.lanes * kc * f.unit
+        elif count == 1:
             share = -(-n // f.lanes) * f.lanes * kc * f.unit
         else:
             need += (-(-n // f.lanes) // tn + 2 * f.vecs) * f.lanes * kc * f.unit
-    return tm, tn, cut, int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096, share
+    return tm, tn, group, cut, int(direct), mc, kc, int(pack_a), -(-need // 4096) * 4096, share
+
+
+def _columns(f: Format, k: int) -> tuple[int, int]:
+    """(depth, panels) of a block of B that is packed at once, in a quarter of L2."""
+    kc = -(-k // -(-k // _DEPTH))
+    return kc, max(1, caches().l2 // 4 // (kc * f.vecs * f.lanes * f.unit))
 
 
 def _rows_sum(dtype: torch.dtype, nt: int, n: int, k: int, w: int, w_k: int, x: int, x_k: int, c: int,

@@ -118,10 +118,23 @@ def product(elem_name: str, pairs: bool) -> Any:
     scratch_row = VECS * pb
 
     @outline
-    def block(m0, m1, q0, q1, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
+    def pack_part(q, n, k, k0, i0, i1, kn, b, b_k, b_n, cut, dst):
+        """Rows i0 … i1 of panel q of the rows k0 … k0 + kn of B."""
+        vectors = (n + lanes - 1) // lanes
+        first = q * vectors // cut
+        vecs = (q + 1) * vectors // cut - first
+        col = first * lanes
+        i_k = k0 + i0 if not pairs else 2 * (k0 + i0)
+        ks = min(i1 - i0 if not pairs else 2 * (i1 - i0), k - i_k)
+        pack(b + i_k * b_k + col * b_n, b_n, b_k, min(vecs * lanes, n - col), ks,
+             dst + (col * kn + i0 * vecs * lanes) * unit, vecs * lanes)
+
+    @outline
+    def block(m0, m1, q0, q1, q2, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
               c, c_m, bias, bias_m, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
         """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1 of
-        the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows.
+        the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows, or,
+        if panels q1 … q2 come next, at once, and meanwhile the rows of those are fetched into L2.
         """
         vectors = (n + lanes - 1) // lanes
         v0 = q0 * vectors // cut
@@ -133,6 +146,17 @@ def product(elem_name: str, pairs: bool) -> Any:
         while True:
             kn = min(kc, k1 - k0)
             final = k0 + kn >= depth
+            fetch = fetch_end = 0
+            if q2 > 0:
+                for i in range(0, kn, 8):  # along all panels: see pack_rows
+                    for q in range(q0, q1):
+                        pack_part(q, n, k, k0, i, min(kn, i + 8), kn, b, b_k, b_n, cut, b_block - v0 * lanes * kn * unit)
+                if k0 + kn < k1:  # the next rows
+                    fetch = b + (k0 + kn) * b_k + v0 * lanes * e.size
+                    fetch_end = fetch + (q1 * vectors // cut - v0) * lanes * e.size
+                elif q2 > q1:
+                    fetch = b + q1 * vectors // cut * lanes * e.size
+                    fetch_end = b + min(n, q2 * vectors // cut * lanes) * e.size
             for mb in range(m0, m1, mc):
                 mn = min(mc, m1 - mb)
                 if pack_a:
@@ -155,7 +179,7 @@ def product(elem_name: str, pairs: bool) -> Any:
                             bp = packed + (first * lanes * deep + (k0 - base) * vecs * lanes) * unit
                         else:
                             bp = b_block + (first - v0) * lanes * kn * unit
-                            if mb == m0:
+                            if mb == m0 and q2 == 0:
                                 ks = min(kn * b_step, k - k0 * b_step)
                                 pack(b + k0 * b_step * b_k + col * b_n, b_n, b_k, cols, ks, bp, vecs * lanes)
                     # While this panel is used, the next one is fetched into L2, a part with each tile.
@@ -178,15 +202,20 @@ def product(elem_name: str, pairs: bool) -> Any:
                             init, init_row = bias + (mb + i) * bias_m, bias_m
                         else:
                             init, init_row = (bias + col * p.size if bias != 0 else 0), 0
-                        ahead = bp + kn * bk + i // ROWS * kn * ahead_k
+                        ahead, ahead_step = bp + kn * bk + i // ROWS * kn * ahead_k, ahead_k
+                        if fetch < fetch_end:  # a line of each row
+                            blocks, ahead, ahead_step = 1, fetch, b_k
+                            fetch += 64
                         rp = res + (mb + i) * res_m + col * res_n if res != 0 else 0
                         if half:
-                            run(rows, vecs, 0, blocks, kn, ap, ar, ak, bp, bk, 0, 0, scratch, scratch_row, ahead, ahead_k)
+                            run(rows, vecs, 0, blocks, kn, ap, ar, ak, bp, bk, 0, 0, scratch, scratch_row, ahead,
+                                ahead_step)
                             bias_at = bias + col * e.size if bias != 0 else 0
                             finish(rows * blocks, vecs, last, scratch, scratch_row, cp, c_m, alpha, bias_at, beta,
                                    rp, res_m, res_n, act, p0, p1)
                         else:
-                            run(rows, vecs, last, blocks, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m, ahead, ahead_k)
+                            run(rows, vecs, last, blocks, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m, ahead,
+                                ahead_step)
                             if epilogue and final:
                                 finish(rows * blocks, vecs, last, cp, c_m, cp, c_m, alpha, 0, beta,
                                        rp, res_m, res_n, act, p0, p1)
@@ -194,18 +223,6 @@ def product(elem_name: str, pairs: bool) -> Any:
             k0 += kn
             if k0 >= k1:
                 break
-
-    @outline
-    def pack_part(q, n, k, k0, i0, i1, kn, b, b_k, b_n, cut, dst):
-        """Rows i0 … i1 of panel q of the rows k0 … k0 + kn of B."""
-        vectors = (n + lanes - 1) // lanes
-        first = q * vectors // cut
-        vecs = (q + 1) * vectors // cut - first
-        col = first * lanes
-        i_k = k0 + i0 if not pairs else 2 * (k0 + i0)
-        ks = min(i1 - i0 if not pairs else 2 * (i1 - i0), k - i_k)
-        pack(b + i_k * b_k + col * b_n, b_n, b_k, min(vecs * lanes, n - col), ks,
-             dst + (col * kn + i0 * vecs * lanes) * unit, vecs * lanes)
 
     @inline
     def pack_columns(t, q, n, k, k0, kn, b, b_k, b_n, cut, dst):
@@ -219,7 +236,7 @@ def product(elem_name: str, pairs: bool) -> Any:
                 pack_part(q, n, k, k0, i, min(kn, i + 8), kn, b, b_k, b_n, cut, dst)
 
     @inline
-    def body(t, task, tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
+    def body(t, task, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
              c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
              pack_a, ws, ws_size):
         units = (m + ROWS - 1) // ROWS
@@ -234,11 +251,18 @@ def product(elem_name: str, pairs: bool) -> Any:
             ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
         m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
         ri = res + ro if res != 0 else 0
-        block(m0, m1, cut * ni // tn, cut * (ni + 1) // tn, cut, n, k, k0, k1,
-              a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, bias_m, alpha, beta,
-              ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
+        q0, end = cut * ni // tn, cut * (ni + 1) // tn
+        while True:  # once, or a group of panels at a time
+            q1 = min(end, q0 + group) if group > 0 else end
+            q2 = min(end, q1 + group) if group > 0 else 0
+            block(m0, m1, q0, q1, q2, cut, n, k, k0, k1,
+                  a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, bias_m, alpha, beta,
+                  ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
+            q0 = q1
+            if q0 >= end:
+                break
 
-    def kernel(nt, tasks, tm, tn, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, shared, cut, direct,
+    def kernel(nt, tasks, tm, tn, group, table, m, n, k, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, shared, cut, direct,
                c, c_b, c_m, bias, bias_m, res, res_b, res_m, res_n, act, epilogue, mc, kc, pack_a, ws, ws_size,
                alpha, beta, p0, p1):
         depth = (k + 1) // 2 if pairs else k
@@ -252,7 +276,7 @@ def product(elem_name: str, pairs: bool) -> Any:
                 else:
                     parallel_tasks(nt, cut, pack_columns, (n, k, k0, deep, b, b_k, b_n, cut, shared))
             parallel_tasks(nt, tasks, body, (
-                tm, tn, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
+                tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
                 c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
                 pack_a, ws, ws_size))
             k0 = k1

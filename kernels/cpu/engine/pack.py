@@ -85,7 +85,9 @@ def packer(elem: Elem) -> Any:
                 squares = k // lanes if wn == lanes else 0
                 for i in range(squares):
                     _transpose_full(elem, s + i * vector, s_w, d + i * lanes * row, row, lanes, lanes)
-                for k0 in range(squares * lanes, k, lanes):
+                if squares > 0 and squares * lanes < k:  # the last square overlaps the one before
+                    _transpose_full(elem, s + (k - lanes) * size, s_w, d + (k - lanes) * row, row, lanes, lanes)
+                for k0 in range(squares * lanes, k if squares == 0 else 0, lanes):
                     _transpose_part(elem, s + k0 * size, s_w, d + k0 * row, row, wn, min(lanes, k - k0))
         else:
             for i in range(k):
