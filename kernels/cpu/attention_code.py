@@ -38,6 +38,7 @@ from .engine.simd import (
     load_scalar,
     maximum_fast,
     outline,
+    prefetch,
     reduce_add,
     reduce_max,
     select,
@@ -653,16 +654,18 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             j += L
 
     @outline
-    def slopes_biased(s, g, here, n, mask, factor, offset, inverse, delta, bias):
-        """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added"""
+    def slopes_biased(s, g, here, n, mask, mask_row, factor, offset, inverse, delta, bias, bias_row):
+        """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added. The next row's are fetched."""
         j = 0
         while j + W <= here:
+            prefetch(mask + mask_row + j * e.size)
             x = fma(load(biases, mask + j * e.size), LOG2_E, load(several, s + j * size) * factor)
             weight = exp2_below(x - offset) * inverse
             store(several, s + j * size, weight)
             ds = select(x == -inf, 0.0, (load(several, g + j * size) - delta) * weight)
             store(several, g + j * size, ds)
             if bias != 0:
+                prefetch(bias + bias_row + j * size)
                 store(several, bias + j * size, load(several, bias + j * size) + ds)
             j += W
         while j < n:
@@ -745,7 +748,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         part = task - chain * parts
         d, dv_size, bq, bk, group = at(f, D), at(f, DV), at(f, BQ), at(f, BK), at(f, GROUP)
         kv_heads = at(f, HEADS) // group
-        q_row, g_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        dq_row, dv_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        q_row, g_row = dq_row | 64, dv_row | 64  # an odd number of lines, so that a column of rows meets every set of L1
         rows, keys = up(bq, ROWS), up(bk, ROWS)
         st = scratch + t * at(f, OWN)
         qs = st + rows * ROW
@@ -754,7 +758,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         dp = s + rows * s_row
         k_t = dp + rows * s_row
         k_rows = k_t + up(bk, panel) * d * size
-        v_t = k_rows + bk * q_row
+        v_t = k_rows + bk * dq_row
         dks = v_t + up(bk, panel) * dv_size * size
         dvs = dks + keys * q_row
         left, right = at(f, LEFT), at(f, RIGHT)
@@ -768,7 +772,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             reach = shift + right
             dqs = sums + part * at(f, DQ_PART) + at(entry, T_DQ_ROW)
             for h in range(hk * group, (hk + 1) * group):
-                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // q_row, q_row)
+                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // dq_row, dq_row)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
             j0 = lk * part // parts // panel * panel
             end = lk if part == parts - 1 else lk * (part + 1) // parts // panel * panel
@@ -820,21 +824,21 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                             elif at(f, PLAIN) and whole:
                                 slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
                             elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
-                                slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, factor, offset,
-                                              inverse, delta_r, to + j0 * size if to else 0)
+                                slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, at(f, MQ), factor,
+                                              offset, inverse, delta_r, to + j0 * size if to else 0, at(f, BIAS_Q))
                             else:
                                 slopes_shaped(f, row, s_r, dp_r, j0, n, scale, softcap, keep, offset, inverse, delta_r, to)
-                        transposed(n, g_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
-                        transposed(n, q_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
-                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * q_row
+                        transposed(n, dv_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
+                        transposed(n, dq_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
+                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * dq_row
                         if trim:
                             for tile in range(tiles):
                                 seen = min(n, i0 + min(nq, (tile + 1) * ROWS) + reach - j0)
-                                multiply(1, q_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
-                                         bk * panel * size, True, to_q + tile * ROWS * q_row, q_row)
+                                multiply(1, dq_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
+                                         bk * panel * size, True, to_q + tile * ROWS * dq_row, dq_row)
                         else:
-                            multiply(tiles, q_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
-                                     to_q, q_row)
+                            multiply(tiles, dq_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
+                                     to_q, dq_row)
                 write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
                 write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
                 j0 += n
