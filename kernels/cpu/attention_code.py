@@ -339,8 +339,8 @@ def attention(elem_name: str) -> Callable[..., Any]:
 
     @inline
     def dots(n, d, k, k_row, x, x_row, count, s, s_row, dv, v_at, v_row):
-        """Products of n keys as they lie with ``count`` queries as they lie. Their values are fetched meanwhile, and keys to come:
-        rows that are read side by side, or a part at a time, are streams that the hardware does not follow."""
+        """Products of n keys as they lie with ``count`` queries as they lie. Their values are fetched meanwhile, and keys to
+        come: rows that are read side by side, or a part at a time, are streams that the hardware does not follow."""
         v = 0
         while v < count:
             many = 4 if count - v >= 4 else 2 if count - v >= 2 else 1
