@@ -87,9 +87,13 @@ def _digits_training() -> Model:
     return Model.of(Training(digits.classifier()), (data.train_x[:64], data.train_y[:64]))
 
 
-def _minilm() -> Model:
+def _minilm(sentences: int = 0, length: int = 0) -> Model:
+    """The example's sentences, or so many, repeated or cut to so many words each."""
     model, tokens = example("embeddings").embedder()
-    return Model.of(model.requires_grad_(False), tuple(tokens.values()))
+    inputs = tuple(tokens.values())
+    if sentences:
+        inputs = tuple(t[:sentences].repeat(1, -(-length // t.shape[1]))[:, :length] for t in inputs)
+    return Model.of(model.requires_grad_(False), inputs)
 
 
 def _crepe(size: str, windows: int) -> Model:
@@ -131,6 +135,8 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "digits_mlp/inference/1437": _digits,
     "digits_mlp/training_step/64": _digits_training,
     "minilm/embeddings/96": _minilm,
+    "minilm/embeddings/32x64": lambda: _minilm(32, 64),
+    "minilm/embeddings/1x16": lambda: _minilm(1, 16),
     "crepe_tiny/94": lambda: _crepe("tiny", 94),
     "crepe_full/32": lambda: _crepe("full", 32),
     "resnet/fused/8": _resnet,

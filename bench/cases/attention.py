@@ -38,6 +38,12 @@ def _kept(shape: tuple[int, ...], causal: bool, window: int) -> int:
     return queries * (queries + 1) // 2 if causal else queries * keys
 
 
+def _areas(model: str, window: int) -> float:
+    """All scores over those of a window"""
+    shape = SHAPES[model]
+    return math.prod(shape[3:5]) / _kept(shape, True, window)
+
+
 def _window_mask(F: Any, n: int, window: int) -> Tensor:
     place = torch.arange(n)
     distance = place.unsqueeze(1) - place
@@ -114,6 +120,8 @@ def dropped(model: str, p: float = 0.1, **extra: Any) -> Case:
     )
 
 
+_LOWER = (torch.bfloat16,)
+
 CASES = [
     attention("attention", "bert_base", goals={"limit": 0.8}),
     attention("attention", "bert_base_b8", goals={"best": 1.25}),
@@ -123,11 +131,17 @@ CASES = [
     *(attention("attention_causal", model, causal=True) for model in ("gpt2", "llama_gqa", "long_4k", "long_16k")),
     attention("attention_causal", "gpt2_2k", causal=True, goals={"limit": 0.75}),
     attention("attention_bias", "t5_base", bias=(1, 12, 512, 512)),
-    attention("attention_window", "window_8k", window=256),
+    attention("attention_window", "window_8k", window=256, goals={"torch": _areas("window_8k", 256) * 0.8}),
     attention("attention_train", "bert_base", "train", goals={"torch": 1.5}),
     attention("attention_train", "gpt2", "train", causal=True),
     attention("attention_bias_train", "t5_base", "train", bias=(1, 12, 512, 512), goals={"best": 2.0}),
     attention("attention_bias_train", "bert_base", "train", bias=(512, 512), goals={"best": 2.0}),
     dropped("bert_base", goals={"torch": 3.0}),
     *(attention("decode", model, goals={"limit": 0.85}) for model in DECODE),
+    # bfloat16, beside torch's own
+    attention("attention", "bert_base", dtypes=_LOWER, goals={"torch": 1.0}),
+    attention("attention", "bert_base_b8", dtypes=_LOWER, goals={"torch": 1.0}),
+    attention("attention_causal", "bert_base", causal=True, dtypes=_LOWER, goals={"torch": 1.0}),
+    attention("attention_train", "bert_base", "train", dtypes=_LOWER, goals={"torch": 1.0}),
+    attention("decode", "decode_4096", dtypes=_LOWER, goals={"torch": 1.0}),
 ]

@@ -82,6 +82,10 @@ CASES = [
     inference("digits_mlp/inference/1437", quick=True),
     training("digits_mlp/training_step/64"),
     inference("minilm/embeddings/96"),
+    *(
+        inference(f"minilm/embeddings/{shape}", goals={"torch": 1.5, "compile": 1.25, "onnxruntime": 1.05})
+        for shape in ("32x64", "1x16")
+    ),
     inference("crepe_tiny/94"),
     inference("crepe_full/32", goals={"torch": 1.4, "compile": 1.15, "onnxruntime": 1.0}),
     inference("resnet/fused/8"),

@@ -297,8 +297,9 @@ def _backward(*args: Any) -> Plan:
     c.chains, c.number, c.copies = _chains(c, bias is not None)
     f["bias_chain"] = prod(bias) * size if bias is not None and c.copies > 1 else 0
     panel = 2 * simd().width // size
-    q_row, g_row = _up(f["d"], panel) * size, _up(f["dv"], panel) * size
-    c.table["dq_h"] = heads = [_up(n, 12) * q_row for n in c.lq]
+    dq_row, dv_row = _up(f["d"], panel) * size, _up(f["dv"], panel) * size
+    q_row, g_row = dq_row | 64, dv_row | 64
+    c.table["dq_h"] = heads = [_up(n, 12) * dq_row for n in c.lq]
     c.table["dq_row"] = [start * f["heads"] for start in accumulate(heads[:-1], initial=0)]
     f["dq_part"] = sum(heads) * f["heads"]
     f["bq"], f["bk"] = min(_BACK_Q, _up(c.longest_q, 12)), _BACK_K
@@ -306,7 +307,7 @@ def _backward(*args: Any) -> Plan:
     f["parts"] = 1 if nt == 1 or c.number >= 2 * nt or alone else max(1, min(-(-2 * nt // c.number), c.longest_k // _BACK_K))
     rows, keys = _up(f["bq"], 12), _up(f["bk"], 12)
     own = rows * (72 + q_row + g_row + 2 * (f["bk"] * size + 64))
-    own += _up(f["bk"], panel) * (f["d"] + f["dv"]) * size + f["bk"] * q_row + keys * (q_row + g_row)
+    own += _up(f["bk"], panel) * (f["d"] + f["dv"]) * size + f["bk"] * dq_row + keys * (q_row + g_row)
     f["own"] = _up(own, 4096)
     c.packed = _up(f["rows"] * size, 4096)  # each row's Σ grad · out lies before the sums
     c.scratch = c.packed + _up(f["parts"] * f["dq_part"], 4096)

@@ -38,6 +38,7 @@ from .engine.simd import (
     load_scalar,
     maximum_fast,
     outline,
+    prefetch,
     reduce_add,
     reduce_max,
     select,
@@ -215,8 +216,10 @@ def attention(elem_name: str) -> Callable[..., Any]:
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
-    add_rows = row_adder(e, p)
-    d1, d2, d4, one1, one2, one4 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 4, 4), Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
+    add_rows, part_vectors = row_adder(e, p), e.size != p.size
+    d1, d2, one1, one2, one4 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
+    both = 4 if simd().registers == 32 else 2  # keys that meet four queries at once: their sums have to fit the registers
+    d4 = Dot(e, both, 4)
 
     @outline
     def largest(s, n):
@@ -286,14 +289,23 @@ def attention(elem_name: str) -> Callable[..., Any]:
             x = load(several, s + j * size)
             store(several, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
 
+    @inline
+    def fetch(address, n):
+        for j in range(0, n * e.size, 64):
+            prefetch(address + j)
+
     @outline
-    def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, edge, scale, softcap):
-        """The block's products become weights; what was summed before is scaled to the new offsets. edge: what the last rows see
-        may begin or end within the block; ``n`` are then the columns that the tile with the row reads."""
+    def weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, first, next_q, next_k, next_v, scale, softcap):
+        """The block's products become weights; what was summed before is scaled to the new offsets. With each row, one of the
+        queries, keys and values that come next is fetched, if there is one."""
         plain = at(f, PLAIN)
         prefix = at(f, PREFIX)
         for r in range(rows):
             row, sr = st + r * ROW, s + r * s_row
+            if next_q != 0:
+                fetch(next_q + r * at(f, QL), at(f, D))
+                fetch(next_k + r * at(f, KL), at(f, D))
+                fetch(next_v + r * at(f, VL), at(f, DV))
             lo, hi = load_scalar(INT64, row + LO), load_scalar(INT64, row + HI)
             here = max(0, min(n, hi - j0))
             factor = p_of(scale * LOG2_E)
@@ -326,30 +338,37 @@ def attention(elem_name: str) -> Callable[..., Any]:
                 drop_some(f, sr, here, load_scalar(INT64, row + INDEX) + j0)
 
     @inline
-    def dots(n, d, k, k_row, x, x_row, count, s, s_row):
-        """Products of n keys as they lie with ``count`` queries as they lie"""
+    def dots(n, d, k, k_row, x, x_row, count, s, s_row, dv, v_at, v_row):
+        """Products of n keys as they lie with ``count`` queries as they lie. Their values are fetched meanwhile, and keys to
+        come: rows that are read side by side, or a part at a time, are streams that the hardware does not follow."""
         v = 0
         while v < count:
             many = 4 if count - v >= 4 else 2 if count - v >= 2 else 1
             j = 0
             while j < n:
-                four = n - j >= 4
+                step = both if many == 4 else 4
+                if n - j < step:
+                    step = 1
+                if v == 0:
+                    for i in range(j, j + step):
+                        fetch(v_at + i * v_row, dv)
+                        fetch(k + (i + 16) * k_row, d)
                 rest = (d, k + j * k_row, k_row, x + v * x_row, x_row, s + v * s_row + j * size, s_row)
                 if many == 4:
-                    if four:
+                    if step > 1:
                         dot(d4, *rest)
                     else:
                         dot(one4, *rest)
                 elif many == 2:
-                    if four:
+                    if step > 1:
                         dot(d2, *rest)
                     else:
                         dot(one2, *rest)
-                elif four:
+                elif step > 1:
                     dot(d1, *rest)
                 else:
                     dot(one1, *rest)
-                j += 4 if four else 1
+                j += step
             v += many
 
     @outline
@@ -407,7 +426,8 @@ def attention(elem_name: str) -> Callable[..., Any]:
         pack_chunk(first + pair, (task - pair * at(f, CHUNKS)) * 128, f, table, k, v, packed + pair * at(f, PACK))
 
     @outline
-    def block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, partial, first, scale, softcap, keep):
+    def block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, partial, first, ahead, scale, softcap,
+              keep):
         pos_blocks, splits, head_blocks = at(f, POS_BLOCKS), at(f, SPLITS), at(f, HEAD_BLOCKS)
         rest = task // pos_blocks
         i0 = (pos_blocks - 1 - (task - rest * pos_blocks)) * at(f, BQ)  # the longest rows of a causal product first
@@ -448,6 +468,14 @@ def attention(elem_name: str) -> Callable[..., Any]:
             if split == splits - 1:
                 end = lk
             trim = nh == 1 and at(f, RIGHT) >= 0
+            next_q, next_k, next_v = 0, 0, 0
+            if 0 <= ahead < at(f, PAIRS):
+                next_b = ahead // kv_heads
+                next_h = ahead - next_b * kv_heads
+                there = table + next_b * TABLE_ROW
+                next_q = q + at(there, T_Q) + next_h * group * at(f, QH) + i0 * at(f, QL)
+                next_k = k + at(there, T_K) + next_h * at(f, KH) + i0 * at(f, KL)
+                next_v = v + at(there, T_V) + next_h * at(f, VH) + i0 * at(f, VL)
             nothing = True
             for stretch in range(2):
                 j0 = max(begin, low if stretch else 0)
@@ -458,7 +486,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
                         for h in range(nh if at(f, BQ) > 1 else 1):
                             count, x_row = (nq, at(f, QL)) if at(f, BQ) > 1 else (nh, at(f, QH))
                             dots(n, d, kp + j0 * at(f, KL), at(f, KL), qp + h * at(f, QH), x_row, count,
-                                 s + h * nq * s_row, s_row)
+                                 s + h * nq * s_row, s_row, dv, vp + j0 * at(f, VL), at(f, VL))
                     else:
                         for j in range(j0, j0 + n, panel):
                             # Rows whose window ends before this panel are skipped, a tile at a time.
@@ -467,8 +495,8 @@ def attention(elem_name: str) -> Callable[..., Any]:
                                 skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS)
                             multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
                                      0, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
-                    weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, trim, scale, softcap)
-                    if direct:
+                    weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, next_q, next_k, next_v, scale, softcap)
+                    if direct and (rows == 1 or part_vectors or dv % L != 0):
                         for r in range(rows):
                             o_at = o + r * o_row
                             if nothing:
@@ -476,16 +504,17 @@ def attention(elem_name: str) -> Callable[..., Any]:
                                     store(p, o_at + j * p.bytes, spread(p, 0.0))
                             add_rows(n, dv, vp + j0 * at(f, VL), at(f, VL), s + r * s_row, size, o_at)
                     else:
-                        v_at, v_panel = to_v + j0 * panel * size, panel * at(f, PACK_V)
-                        whole = tiles
+                        v_at, v_row, v_panel, whole = to_v + j0 * panel * size, panel * size, panel * at(f, PACK_V), tiles
+                        if direct:
+                            v_at, v_row, v_panel = vp + j0 * at(f, VL), at(f, VL), panel * size
                         if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1):
                             whole = 0
                             for tile in range(tiles):  # as many keys as its last row sees, or one of weight 0
                                 last = min(nq, (tile + 1) * ROWS) - 1
                                 seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
-                                multiply(1, vecs, max(1, seen), s + tile * ROWS * s_row, s_row, size, v_at, panel * size, v_panel,
+                                multiply(1, vecs, max(1, seen), s + tile * ROWS * s_row, s_row, size, v_at, v_row, v_panel,
                                          not nothing, o + tile * ROWS * o_row, o_row)
-                        multiply(whole, vecs, n, s, s_row, size, v_at, panel * size, v_panel, not nothing, o, o_row)
+                        multiply(whole, vecs, n, s, s_row, size, v_at, v_row, v_panel, not nothing, o, o_row)
                     nothing = False
                     j0 += n
             if nothing:
@@ -507,22 +536,22 @@ def attention(elem_name: str) -> Callable[..., Any]:
                         to += p.bytes
 
     @inline
-    def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
-                   keep):
-        pair = task // (at(f, POS_BLOCKS) * at(f, SPLITS) * at(f, HEAD_BLOCKS))
-        block(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed + pair * at(f, PACK), scratch, partial, first,
-              scale, softcap, keep)
-
-    @inline
-    def pair_task(t, pair, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep):
-        """Small keys and values are packed by the thread that needs them, into memory that stays in its L2"""
-        to_k = packed + t * at(f, PACK)
-        for chunk in range(at(f, CHUNKS)):
-            pack_chunk(pair, chunk * 128, f, table, k, v, to_k)
-        blocks = at(f, POS_BLOCKS) * at(f, HEAD_BLOCKS)
-        for number in range(blocks):
-            block(t, pair * blocks + number, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, 0, 0, scale,
+    def block_task(t, task, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, alone, scale,
+                   softcap, keep):
+        """A block; alone: a pair, whose keys and values are packed by the thread that needs them, into memory that stays in its
+        L2, and meanwhile what its next pair will read is fetched"""
+        blocks = at(f, POS_BLOCKS) * at(f, HEAD_BLOCKS) * at(f, SPLITS)
+        number, end, pair, ahead = task, task + 1, task // blocks, -1
+        to_k = packed + pair * at(f, PACK)
+        if alone != 0:
+            number, end, ahead = task * blocks, (task + 1) * blocks, task + alone
+            to_k = packed + t * at(f, PACK)
+            for chunk in range(at(f, CHUNKS)):
+                pack_chunk(task, chunk * 128, f, table, k, v, to_k)
+        while number < end:
+            block(t, number, f, table, q, k, v, mask, slopes, out, lse, stats, to_k, scratch, partial, first, ahead, scale,
                   softcap, keep)
+            number += 1
 
     @inline
     def join_task(t, task, f, table, out, lse, stats, scratch, partial, first, keep):
@@ -563,19 +592,15 @@ def attention(elem_name: str) -> Callable[..., Any]:
             finish(f, entry, st, h0, nh, i0, nq, o, o_row, out, lse, stats, keep)
 
     def kernel(threads, f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep):
-        first = 0
-        if at(f, WAVE) == 0:
-            first = at(f, PAIRS)
-            parallel_tasks(threads, first, pair_task,
-                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, scale, softcap, keep))
+        first, alone = 0, 0 if at(f, WAVE) else threads
         while first < at(f, PAIRS):
-            pairs = min(at(f, WAVE), at(f, PAIRS) - first)
-            if not at(f, DIRECT):
+            pairs = at(f, PAIRS) if alone else min(at(f, WAVE), at(f, PAIRS) - first)
+            if not (alone or at(f, DIRECT)):
                 parallel_tasks(threads, pairs * at(f, CHUNKS), pack_task, (f, table, k, v, packed, first))
             blocks = pairs * at(f, HEAD_BLOCKS) * at(f, POS_BLOCKS)
-            parallel_tasks(threads, blocks * at(f, SPLITS), block_task,
-                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, scale, softcap,
-                            keep))
+            parallel_tasks(threads, pairs if alone else blocks * at(f, SPLITS), block_task,
+                           (f, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, first, alone, scale,
+                            softcap, keep))
             if at(f, SPLITS) > 1:
                 parallel_tasks(threads, blocks, join_task, (f, table, out, lse, stats, scratch, partial, first, keep))
             first += pairs
@@ -653,16 +678,18 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             j += L
 
     @outline
-    def slopes_biased(s, g, here, n, mask, factor, offset, inverse, delta, bias):
-        """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added"""
+    def slopes_biased(s, g, here, n, mask, mask_row, factor, offset, inverse, delta, bias, bias_row):
+        """The same where a bias is added; ``bias``: 0, or where the logits' gradients are added. The next row's are fetched."""
         j = 0
         while j + W <= here:
+            prefetch(mask + mask_row + j * e.size)
             x = fma(load(biases, mask + j * e.size), LOG2_E, load(several, s + j * size) * factor)
             weight = exp2_below(x - offset) * inverse
             store(several, s + j * size, weight)
             ds = select(x == -inf, 0.0, (load(several, g + j * size) - delta) * weight)
             store(several, g + j * size, ds)
             if bias != 0:
+                prefetch(bias + bias_row + j * size)
                 store(several, bias + j * size, load(several, bias + j * size) + ds)
             j += W
         while j < n:
@@ -745,7 +772,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         part = task - chain * parts
         d, dv_size, bq, bk, group = at(f, D), at(f, DV), at(f, BQ), at(f, BK), at(f, GROUP)
         kv_heads = at(f, HEADS) // group
-        q_row, g_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        dq_row, dv_row, s_row = up(d, panel) * size, up(dv_size, panel) * size, (bk + 64 // size) * size
+        q_row, g_row = dq_row | 64, dv_row | 64  # an odd number of lines, so that a column of rows meets every set of L1
         rows, keys = up(bq, ROWS), up(bk, ROWS)
         st = scratch + t * at(f, OWN)
         qs = st + rows * ROW
@@ -754,7 +782,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
         dp = s + rows * s_row
         k_t = dp + rows * s_row
         k_rows = k_t + up(bk, panel) * d * size
-        v_t = k_rows + bk * q_row
+        v_t = k_rows + bk * dq_row
         dks = v_t + up(bk, panel) * dv_size * size
         dvs = dks + keys * q_row
         left, right = at(f, LEFT), at(f, RIGHT)
@@ -768,7 +796,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             reach = shift + right
             dqs = sums + part * at(f, DQ_PART) + at(entry, T_DQ_ROW)
             for h in range(hk * group, (hk + 1) * group):
-                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // q_row, q_row)
+                clear(dqs + h * at(entry, T_DQ_H), at(entry, T_DQ_H) // dq_row, dq_row)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
             j0 = lk * part // parts // panel * panel
             end = lk if part == parts - 1 else lk * (part + 1) // parts // panel * panel
@@ -820,21 +848,21 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                             elif at(f, PLAIN) and whole:
                                 slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
                             elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
-                                slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, factor, offset,
-                                              inverse, delta_r, to + j0 * size if to else 0)
+                                slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, at(f, MQ), factor,
+                                              offset, inverse, delta_r, to + j0 * size if to else 0, at(f, BIAS_Q))
                             else:
                                 slopes_shaped(f, row, s_r, dp_r, j0, n, scale, softcap, keep, offset, inverse, delta_r, to)
-                        transposed(n, g_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
-                        transposed(n, q_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
-                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * q_row
+                        transposed(n, dv_row // p.bytes, nq, s, s_row, gs, g_row, dvs, j0, i0, reach, trim)
+                        transposed(n, dq_row // p.bytes, nq, dp, s_row, qs, q_row, dks, j0, i0, reach, trim)
+                        to_q = dqs + h * at(entry, T_DQ_H) + i0 * dq_row
                         if trim:
                             for tile in range(tiles):
                                 seen = min(n, i0 + min(nq, (tile + 1) * ROWS) + reach - j0)
-                                multiply(1, q_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
-                                         bk * panel * size, True, to_q + tile * ROWS * q_row, q_row)
+                                multiply(1, dq_row // p.bytes, seen, dp + tile * ROWS * s_row, s_row, size, k_rows, panel * size,
+                                         bk * panel * size, True, to_q + tile * ROWS * dq_row, dq_row)
                         else:
-                            multiply(tiles, q_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
-                                     to_q, q_row)
+                            multiply(tiles, dq_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
+                                     to_q, dq_row)
                 write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
                 write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
                 j0 += n
