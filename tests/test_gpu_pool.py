@@ -75,9 +75,14 @@ def both(
     y, index = (t.cpu() for t in run(ops.max_pool_with_indices, on[0], *window))
     torch.testing.assert_close(y.double(), exact, **same)
     assert torch.equal(index, at)
-    torch.testing.assert_close(run(ops.max_pool, on[0], *window).cpu().double(), exact, **same)
-    dx = run(ops.max_pool_backward, on[1], on[0], *window).cpu()
-    torch.testing.assert_close(dx, reference.max_pool_backward(grad.double(), wide, *window).to(dtype), **close, equal_nan=True)
+    torch.testing.assert_close(run(ops.max_pool, on[0], *window, False)[0].cpu().double(), exact, **same)
+    y, codes = run(ops.max_pool, on[0], *window, True)
+    torch.testing.assert_close(y.cpu().double(), exact, **same)
+    expected = reference.max_pool(wide, *window, True)[1]
+    assert torch.equal(codes.cpu(), expected)
+    dx = run(ops.max_pool_backward, on[1], codes, on[0], *window).cpu()
+    expected = reference.max_pool_backward(grad.double(), expected, wide, *window).to(dtype)
+    torch.testing.assert_close(dx, expected, **close, equal_nan=True)
     adaptive, size, stride, padding, dilation, ceil_mode = window
     if dilation and dilation[0] != 1:
         return
