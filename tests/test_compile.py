@@ -52,7 +52,7 @@ def row_moments(x: Tensor, centred: bool) -> Tensor:
 X = torch.linspace(-2, 3, 40).cos().reshape(2, 4, 5)
 WINDOW = False, [3, 2], [2, 2], [1, 1]
 EVENLY: Any = (True, [4], [], [])
-CODES = torch.full((2, 3, 5, 4), 4, dtype=torch.uint8)
+CODES = torch.full((2, 3, 5, 4), 3, dtype=torch.uint8)
 PLACES = torch.tensor([3, 0, 11, 7]).reshape(2, 2).expand(2, 3, 2, 2)
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)

@@ -109,8 +109,8 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
         deep, high, wide = (min(o, o // a + 2 if adaptive else (each - 1) * gap // step + 1)
                             for o, a, each, gap, step in zip(outs, sizes, k, d, s, strict=True))
         room += 16 * outs[2] + 24 * deep * high * (1 + wide)
-    elif back:  # each tap's distance; the half types' sums of a plane, in the compute type
-        room += 8 * prod(k) + (volume * compute if item == 2 else 0)
+    elif back:  # three tables; the half types' sums of a plane, in the compute type
+        room += 8 * prod(k) + 8 * outs[2] + 16 * outs[0] * outs[1] + (volume * compute if item == 2 else 0)
     room = -(-room // 128) * 128
     geometry = array("q", [n, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x_steps, *y_steps, divisor, include_pad, whole,
                            block, room])

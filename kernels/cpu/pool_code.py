@@ -105,6 +105,24 @@ def start(g, d, o):
 
 
 @inline
+def covering(g, d, i):
+    """(first, end) of the outputs in dimension d among whose windows are all that cover pixel i"""
+    n, outputs = at(g, IN + d), at(g, OUT + d)
+    if at(g, ADAPTIVE):
+        return i * outputs // n, ((i + 1) * outputs + n - 1) // n
+    stride, low = at(g, STRIDE + d), i + at(g, PAD + d)
+    reach = (at(g, SIZE + d) - 1) * at(g, DILATION + d)
+    return max(0, low - reach + stride - 1) // stride, min(outputs, low // stride + 1)
+
+
+@inline
+def tap_of(g, d, o, i):
+    """The number of the tap by which the window of output o, one of ``covering``, meets pixel i; -1 if it is between two taps"""
+    t, step = i - start(g, d, o), at(g, DILATION + d)
+    return t if step == 1 else t // step if t % step == 0 else -1
+
+
+@inline
 def over(thread, threads, units):
     """What of the units is this thread's: (first, end)"""
     return units * thread // threads, units * (thread + 1) // threads
@@ -159,7 +177,8 @@ def fill(elem: Elem) -> Any:
         while i + L <= n:
             store(elem, address + i * size, value)
             i += L
-        store_n(elem, address + i * size, value, n - i)
+        if i < n:
+            store_n(elem, address + i * size, value, n - i)
     return run
 
 
@@ -513,53 +532,74 @@ def argmax_along(elem_name: str, code_size: int) -> Callable[..., Any]:
 def max_backward_along(elem_name: str, code_size: int) -> Callable[..., Any]:
     """kernel(threads, y, z, codes, geometry, scratch): z, the input's gradient, from y, the output's
 
-    A thread has whole planes. The rows of z are zeroed right before the first window that reaches them adds to them.
+    A thread has whole planes. The rows of z are zeroed right before the first window that reaches them adds to them. Where
+    a code means is a sum of three numbers from tables: the tap's, the window's row's and its column's. The half types are
+    summed in the compute type, in scratch memory.
     """
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
     code = BYTES[8] if code_size == 1 else WORDS[8]
-    size, c_size, half = elem.size, c_elem.size, elem.size != c_elem.size
+    L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
     fill_row, narrow_plane = fill(c_elem), copy(c_elem, elem)
+    nowhere = -(2**60)
+
+    @inline
+    def prepare(g, taps, columns, rows):
+        h_in, w_in, kh, kw, volume = at(g, IN + 1), at(g, IN + 2), at(g, SIZE + 1), at(g, SIZE + 2), at(g, IN) * at(g, IN + 1) * at(g, IN + 2)
+        dd, dh, dw = at(g, DILATION), at(g, DILATION + 1), at(g, DILATION + 2)
+        for t in range(at(g, SIZE) * kh * kw):
+            place = (t // kw // kh * dd * h_in + t // kw % kh * dh) * w_in + t % kw * dw
+            store_scalar(INT64, taps + t * 8, place * c_size)
+        for o in range(at(g, OUT + 2)):
+            place = start(g, 2, o) * c_size if window(g, 2, o)[1] else nowhere
+            store_scalar(INT64, columns + o * 8, place)
+        filled = 0
+        for od in range(at(g, OUT)):
+            d0, dt, _ = window(g, 0, od)
+            for oh in range(at(g, OUT + 1)):
+                h0, ht, _ = window(g, 1, oh)
+                inside = dt and ht
+                if inside:  # what it reaches, in whole vectors
+                    last = ((d0 + (dt - 1) * dd) * h_in + h0 + (ht - 1) * dh + 1) * w_in
+                    filled = max(filled, min(volume, (last + L - 1) // L * L))
+                place = (start(g, 0, od) * h_in + start(g, 1, oh)) * w_in * c_size
+                store_scalar(INT64, rows, place if inside else nowhere)
+                store_scalar(INT64, rows + 8, filled)
+                rows += 16
 
     @inline
     def body(thread, threads, y, z, codes, g, scratch):
-        h_in, w_in, w_out = at(g, IN + 1), at(g, IN + 2), at(g, OUT + 2)
-        kd, kh, kw, dd, dh, dw = (at(g, SIZE), at(g, SIZE + 1), at(g, SIZE + 2), at(g, DILATION), at(g, DILATION + 1),
-                                  at(g, DILATION + 2))
-        depth, height, volume, yw = at(g, OUT), at(g, OUT + 1), at(g, IN) * h_in * w_in, at(g, Y + 4)
-        stride, regular = at(g, STRIDE + 2) * c_size, not at(g, ADAPTIVE) and dw == 1  # no window is without a pixel
-        table = scratch + thread * at(g, ROOM)  # each tap's distance from where its window begins
-        whole = table + kd * kh * kw * 8
-        for t in range(kd * kh * kw):
-            store_scalar(INT64, table + t * 8,
-                         ((t // kw // kh * dd * h_in + t // kw % kh * dh) * w_in + t % kw * dw) * c_size)
+        w_out, height, yh, yw = at(g, OUT + 2), at(g, OUT + 1), at(g, Y + 3), at(g, Y + 4)
+        outputs, volume = at(g, OUT) * height, at(g, IN) * at(g, IN + 1) * at(g, IN + 2)
+        taps = scratch + thread * at(g, ROOM)
+        columns = taps + at(g, SIZE) * at(g, SIZE + 1) * at(g, SIZE + 2) * 8
+        rows = columns + w_out * 8
+        whole = rows + outputs * 16
+        prepare(g, taps, columns, rows)
         first, end = over(thread, threads, at(g, N) * at(g, C))
+        where = codes + first * outputs * w_out * code_size
         for plane in range(first, end):
-            gradient = z + plane * volume * size
+            gradient, image, oh = z + plane * volume * size, plane_of(g, Y, y, plane), 0
             total, filled = whole if half else gradient, 0
-            for od in range(depth):
-                d0, dt, _ = window(g, 0, od)
-                for oh in range(height):
-                    h0, ht, _ = window(g, 1, oh)
-                    if dt and ht:
-                        last = ((d0 + (dt - 1) * dd) * h_in + h0 + (ht - 1) * dh + 1) * w_in
-                        if last > filled:
-                            fill_row(total + filled * c_size, last - filled, 0.0)
-                            filled = last
-                        row = total + (start(g, 0, od) * h_in + start(g, 1, oh)) * w_in * c_size
-                        source = plane_of(g, Y, y, plane) + od * at(g, Y + 2) + oh * at(g, Y + 3)
-                        where = codes + ((plane * depth + od) * height + oh) * w_out * code_size
-                        origin = row + start(g, 2, 0) * c_size
-                        for o in range(w_out):
-                            if not regular:
-                                if not window(g, 2, o)[1]:
-                                    continue
-                                origin = row + start(g, 2, o) * c_size
-                            place = origin + load_scalar(INT64, table + load_scalar(code, where) * 8)
-                            store_scalar(c_elem, place, load_scalar(c_elem, place) + load_scalar(elem, source))
-                            origin += stride
-                            source += yw
-                            where += code_size
+            source = image
+            for r in range(outputs):
+                if oh == height:
+                    oh = 0
+                    image += at(g, Y + 2)
+                    source = image
+                row, last = load_scalar(INT64, rows + r * 16), load_scalar(INT64, rows + r * 16 + 8)
+                if last > filled:
+                    fill_row(total + filled * c_size, last - filled, 0.0)
+                    filled = last
+                grad = source
+                for o in range(w_out):
+                    place = row + load_scalar(INT64, columns + o * 8) + load_scalar(INT64, taps + load_scalar(code, where) * 8)
+                    if 0 <= place < volume * c_size:
+                        store_scalar(c_elem, total + place, load_scalar(c_elem, total + place) + load_scalar(elem, grad))
+                    where += code_size
+                    grad += yw
+                source += yh
+                oh += 1
             fill_row(total + filled * c_size, volume - filled, 0.0)
             if half:
                 narrow_plane(total, gradient, volume)
@@ -785,17 +825,6 @@ def argmax_across(elem_name: str, code_size: int) -> Callable[..., Any]:
     return kernel
 
 
-@inline
-def covering(g, d, i):
-    """(first, end) of the outputs in dimension d among whose windows are all that cover pixel i"""
-    n, outputs = at(g, IN + d), at(g, OUT + d)
-    if at(g, ADAPTIVE):
-        return i * outputs // n, ((i + 1) * outputs + n - 1) // n
-    stride, low = at(g, STRIDE + d), i + at(g, PAD + d)
-    reach = (at(g, SIZE + d) - 1) * at(g, DILATION + d)
-    return max(0, low - reach + stride - 1) // stride, min(outputs, low // stride + 1)
-
-
 def backward_across(elem_name: str, code_size: int) -> Callable[..., Any]:
     """kernel(threads, y, z, codes, geometry, scratch): z, the input's gradient, from y, the output's; code_size 0: of averages
 
@@ -831,12 +860,6 @@ def backward_across(elem_name: str, code_size: int) -> Callable[..., Any]:
     chunks = _chunks(elem, step, WIDTH)
 
     @inline
-    def taps_between(g, d, o, pixel):
-        """The number of the tap of window o that meets the pixel, or -1 where none does"""
-        t, step = pixel - start(g, d, o), at(g, DILATION + d)
-        return t if step == 1 else t // step if t % step == 0 else -1
-
-    @inline
     def body(thread, threads, y, z, codes, g, scratch):
         depth, height, width, channels, block = at(g, IN), at(g, IN + 1), at(g, IN + 2), at(g, C), at(g, BLOCK)
         h_out, w_out, yw, divisor = at(g, OUT + 1), at(g, OUT + 2), at(g, Y + 4), at(g, DIVISOR)
@@ -854,9 +877,9 @@ def backward_across(elem_name: str, code_size: int) -> Callable[..., Any]:
             d_first, d_end = covering(g, 0, d)
             h_first, h_end = covering(g, 1, h)
             for od in range(d_first, d_end):
-                td = taps_between(g, 0, od, d)
+                td = tap_of(g, 0, od, d)
                 for oh in range(h_first, h_end):
-                    th = taps_between(g, 1, oh, h)
+                    th = tap_of(g, 1, oh, h)
                     if td >= 0 and th >= 0:
                         store_scalar(INT64, pixels, od * at(g, Y + 2) + oh * at(g, Y + 3))
                         store_scalar(INT64, pixels + 8, (od * h_out + oh) * w_out)
