@@ -7,6 +7,7 @@ maximum is: usually a byte, where torch keeps a 64-bit index.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -83,14 +84,30 @@ def _checked_shape(
 _known_shape = lru_cache(1024)(_checked_shape)
 
 
-def empty_like_format(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
-    """For an output: in like's memory format. torch leaves it in some of three dimensions, where it has no kernels."""
-    if len(shape) > 2 and like.dim() == len(shape) and 0 < like.stride(1) < like.stride(-1):
-        planes = like.unsqueeze(2) if like.dim() == 3 else like
+def _channels_last(shape: Sizes, like_shape: Sizes, like_stride: Sizes) -> list[int] | None:
+    """The strides of a tensor of this shape in a memory format; None for the usual one."""
+    if len(shape) > 2 and len(like_shape) == len(shape) and 0 < like_stride[1] < like_stride[-1]:
+        planes = torch.empty_strided(like_shape, like_stride, device="meta")
+        planes = planes.unsqueeze(2) if len(shape) == 3 else planes
         if suggest_memory_format(planes) != torch.contiguous_format:
             n, c, *sizes = shape
-            return like.new_empty([n, *sizes, c], dtype=dtype).movedim(-1, 1)
-    return like.new_empty(shape, dtype=dtype)
+            strides = [c * prod(sizes[d + 1 :]) for d in range(len(sizes))]
+            return [c * prod(sizes), 1, *strides]
+    return None
+
+
+_known_channels_last = lru_cache(1024)(_channels_last)
+
+
+def empty_like_format(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
+    """For an output: in like's memory format. torch leaves it in some of three dimensions, where it has no kernels."""
+    if like.dim() < 3 or not 0 < like.stride(1) < like.stride(-1):
+        return like.new_empty(shape, dtype=dtype)
+    try:
+        strides = _known_channels_last(tuple(shape), like.shape, like.stride())
+    except TypeError:  # a tracer's sizes cannot be looked up
+        strides = _channels_last(shape, like.shape, like.stride())
+    return like.new_empty(shape, dtype=dtype) if strides is None else like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _check_grad(kind: str, grad: Tensor, input: Tensor, shape: Sizes) -> str | None:
@@ -119,9 +136,10 @@ def _max_by_torch(
 
 def _empty_maxima(shape: Sizes, input: Tensor, adaptive: bool, size: Sizes, *window: Any) -> tuple[Tensor, Tensor]:
     """For the maxima and, where they are kept, their codes."""
+    if not window[-1]:
+        return empty_like_format(input, shape), input.new_empty(0, dtype=torch.uint8)
     dtype = reference.code_dtype(input.shape, adaptive, size)
-    codes = empty_like_format(input, shape, dtype) if window[-1] else input.new_empty(0, dtype=dtype)
-    return empty_like_format(input, shape), codes
+    return empty_like_format(input, shape), empty_like_format(input, shape, dtype)
 
 
 def _save_max(ctx: Any, args: Any, out: Any) -> None:

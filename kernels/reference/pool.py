@@ -121,7 +121,7 @@ def max_pool(
 ) -> tuple[Tensor, Tensor]:
     """Each window's maximum, and with ``keep`` its code: where in the window it is."""
     values, inside, _, _ = _windows(input, adaptive, size, stride, padding, dilation, ceil_mode)
-    dtype = code_dtype(input.shape, adaptive, size)
+    dtype = code_dtype(input.shape, adaptive, size) if keep else torch.uint8
     if not values.numel():
         return values.new_empty(values.shape[:-1]), values.new_empty(values.shape[:-1] if keep else 0, dtype=dtype)
     best = _best(values, inside)
