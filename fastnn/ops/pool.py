@@ -90,7 +90,7 @@ def _channels_last(shape: Sizes, like_shape: Sizes, like_stride: Sizes) -> list[
         planes = torch.empty_strided(like_shape, like_stride, device="meta")
         planes = planes.unsqueeze(2) if len(shape) == 3 else planes
         if suggest_memory_format(planes) != torch.contiguous_format:
-            n, c, *sizes = shape
+            _, c, *sizes = shape
             strides = [c * prod(sizes[d + 1 :]) for d in range(len(sizes))]
             return [c * prod(sizes), 1, *strides]
     return None

@@ -56,7 +56,6 @@ from .pool_slots import (
     IN,
     INCLUDE_PAD,
     OUT,
-    OWN,
     PAD,
     ROOM,
     SIZE,
@@ -545,7 +544,8 @@ def max_backward_along(elem_name: str, code_size: int) -> Callable[..., Any]:
 
     @inline
     def prepare(g, taps, columns, rows):
-        h_in, w_in, kh, kw, volume = at(g, IN + 1), at(g, IN + 2), at(g, SIZE + 1), at(g, SIZE + 2), at(g, IN) * at(g, IN + 1) * at(g, IN + 2)
+        h_in, w_in, kh, kw = at(g, IN + 1), at(g, IN + 2), at(g, SIZE + 1), at(g, SIZE + 2)
+        volume = at(g, IN) * h_in * w_in
         dd, dh, dw = at(g, DILATION), at(g, DILATION + 1), at(g, DILATION + 2)
         for t in range(at(g, SIZE) * kh * kw):
             place = (t // kw // kh * dd * h_in + t // kw % kh * dh) * w_in + t % kw * dw
@@ -871,7 +871,8 @@ def backward_across(elem_name: str, code_size: int) -> Callable[..., Any]:
             store_scalar(INT64, columns + o * 16 + 8, window(g, 2, o)[2])
         first, end = over(thread, threads, at(g, N) * blocks * depth * height)
         for unit in range(first, end):
-            h, d, b, n = unit % height, unit // height % depth, unit // height // depth % blocks, unit // height // depth // blocks
+            h, image = unit % height, unit // height
+            d, b, n = image % depth, image // depth % blocks, image // depth // blocks
             c0, c1 = b * block, min(channels, b * block + block)
             pixels = rows  # the list of a pixel's windows, after that of the windows that cover its row
             d_first, d_end = covering(g, 0, d)
