@@ -239,11 +239,12 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(shape[2:], size, padding, dilation)):
                 continue
             window = (adaptive, size, stride, padding, dilation, False)
-            y = torch.ops.fastnn.max_pool(x, *window, backend="torch")
+            y, codes = torch.ops.fastnn.max_pool(x, *window, True, backend="torch")
             grad = other(random(*y.shape))
-            yield Case("max_pool", (x, *window))
+            yield Case("max_pool", (x, *window, False))
+            yield Case("max_pool", (x, *window, True))
             yield Case("max_pool_with_indices", (x, *window))
-            yield Case("max_pool_backward", (grad, x, *window))
+            yield Case("max_pool_backward", (grad, codes, x, *window))
             if not dilation or dilation[0] == 1:
                 if x.itemsize == 2 and dims == 3 and not adaptive:
                     continue  # torch has none

@@ -52,6 +52,7 @@ def row_moments(x: Tensor, centred: bool) -> Tensor:
 X = torch.linspace(-2, 3, 40).cos().reshape(2, 4, 5)
 WINDOW = False, [3, 2], [2, 2], [1, 1]
 EVENLY: Any = (True, [4], [], [])
+CODES = torch.full((2, 3, 5, 4), 3, dtype=torch.uint8)
 PLACES = torch.tensor([3, 0, 11, 7]).reshape(2, 2).expand(2, 3, 2, 2)
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
@@ -112,12 +113,16 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(3, 4, grad=g), t(3, 4, grad=g), "none"),
     ],
     "mse_loss_backward": [lambda g: (t(), t(3, 4), t(3, 4), "mean")],
-    "max_pool": [lambda g: (t(2, 3, 9, 7, grad=g), *WINDOW, [1, 2], False), lambda g: (t(3, 9, grad=g), *EVENLY, [], False)],
+    "max_pool": [
+        lambda g: (t(2, 3, 9, 7, grad=g), *WINDOW, [1, 2], False, True),
+        lambda g: (t(3, 9, grad=g), *EVENLY, [], False, False),
+        lambda g: (last(1, 3, 17, 16, grad=g), True, [1, 1], [], [], [], False, True),
+    ],
     "max_pool_with_indices": [
         lambda g: (last(2, 3, 9, 7, grad=g), *WINDOW, [1, 1], True),
         lambda g: (t(2, 3, 9, grad=g), *EVENLY, [], False),
     ],
-    "max_pool_backward": [lambda g: (t(2, 3, 5, 4), t(2, 3, 9, 7), *WINDOW, [1, 1], False)],
+    "max_pool_backward": [lambda g: (t(2, 3, 5, 4), CODES, t(2, 3, 9, 7), *WINDOW, [1, 1], False)],
     "avg_pool": [
         lambda g: (last(2, 3, 9, 7, grad=g), *WINDOW, False, True, 0),
         lambda g: (t(2, 3, 9, grad=g), *EVENLY, False, True, 0),

@@ -75,9 +75,14 @@ def both(
     y, index = (t.cpu() for t in run(ops.max_pool_with_indices, on[0], *window))
     torch.testing.assert_close(y.double(), exact, **same)
     assert torch.equal(index, at)
-    torch.testing.assert_close(run(ops.max_pool, on[0], *window).cpu().double(), exact, **same)
-    dx = run(ops.max_pool_backward, on[1], on[0], *window).cpu()
-    torch.testing.assert_close(dx, reference.max_pool_backward(grad.double(), wide, *window).to(dtype), **close, equal_nan=True)
+    torch.testing.assert_close(run(ops.max_pool, on[0], *window, False)[0].cpu().double(), exact, **same)
+    y, codes = run(ops.max_pool, on[0], *window, True)
+    torch.testing.assert_close(y.cpu().double(), exact, **same)
+    expected = reference.max_pool(wide, *window, True)[1]
+    assert torch.equal(codes.cpu(), expected)
+    dx = run(ops.max_pool_backward, on[1], codes, on[0], *window).cpu()
+    expected = reference.max_pool_backward(grad.double(), expected, wide, *window).to(dtype)
+    torch.testing.assert_close(dx, expected, **close, equal_nan=True)
     adaptive, size, stride, padding, dilation, ceil_mode = window
     if dilation and dilation[0] != 1:
         return
@@ -130,7 +135,7 @@ def test_nan_inf_and_ties(layout: Callable[[Tensor], Tensor]) -> None:
                 wanted = reference.max_pool_with_indices(x, *many)
                 found = run(ops.max_pool_with_indices, x.to(DEVICE), *many)
                 torch.testing.assert_close(tuple(t.cpu() for t in found), wanted, rtol=0, atol=0, equal_nan=True)
-                y = run(ops.max_pool, x.to(DEVICE), *many).cpu()
+                y = run(ops.max_pool, x.to(DEVICE), *many, False)[0].cpu()
                 torch.testing.assert_close(y, wanted[0], rtol=0, atol=0, equal_nan=True)
 
 
@@ -159,9 +164,9 @@ def test_the_kernels_that_were_meant(launched: list[str]) -> None:
     if HERE:
         pytest.skip("the launches are seen on the shim only")
     x = randn(2, 8, 33, 160)
-    run(ops.max_pool, x, *spread(WINDOWS[1], 2))
-    run(ops.max_pool, channels_last(x), *spread(WINDOWS[1], 2))
-    run(ops.max_pool, unaligned(x), *spread(WINDOWS[1], 2))
+    run(ops.max_pool, x, *spread(WINDOWS[1], 2), False)
+    run(ops.max_pool, channels_last(x), *spread(WINDOWS[1], 2), False)
+    run(ops.max_pool, unaligned(x), *spread(WINDOWS[1], 2), False)
     run(ops.avg_pool, x, True, [1, 1], [], [], False, True, 0)
     assert launched == ["forward<float, 4, true, 3, 2, 1, MAX>", "forward<float, 4, false, 3, 2, 1, MAX>",
                         "forward<float, 1, false, 0, 0, 0, MAX>", "reduce<float, AVERAGE>"]  # fmt: skip
@@ -174,9 +179,9 @@ def test_the_kernels_that_were_meant(launched: list[str]) -> None:
 
 def test_no_batch_and_empty() -> None:
     x = randn(3, 8, 12)
-    y = run(ops.max_pool, x.to(DEVICE), *spread(WINDOWS[0], 2)).cpu()
+    y = run(ops.max_pool, x.to(DEVICE), *spread(WINDOWS[0], 2), False)[0].cpu()
     assert torch.equal(y, F.max_pool2d(x, 2))
-    assert run(ops.max_pool, x[None][:0].to(DEVICE), *spread(WINDOWS[0], 2)).shape == (0, 3, 4, 6)
+    assert run(ops.max_pool, x[None][:0].to(DEVICE), *spread(WINDOWS[0], 2), False)[0].shape == (0, 3, 4, 6)
     dx = run(ops.avg_pool_backward, x[:, :0, :3].to(DEVICE), x.to(DEVICE), True, [0, 3], [], [], False, True, 0)
     assert not dx.cpu().any()
 

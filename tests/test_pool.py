@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastnn
 import fastnn.functional as f
+from fastnn.ops import pool as ops
 from rule import check, randn
 
 pytestmark = pytest.mark.usefixtures("poison", "threads")
@@ -351,3 +352,13 @@ def test_a_replaced_model(calls: list[Any]) -> None:
     with fastnn.use():
         torch.testing.assert_close(F.max_pool2d(x, 2), f.max_pool2d(x, 2))
     assert calls[-2].op == "max_pool"
+
+
+def test_a_code_outside_the_image_writes_nowhere() -> None:
+    """Codes come from the forward; wrong ones must not reach other memory. Here each means the last pixel of its 3 × 3 window."""
+    x, grad = randn(1, 2, 5, 5), randn(1, 2, 5, 5, seed=3)
+    codes = torch.full((1, 2, 5, 5), 8, dtype=torch.uint8)
+    for layout in ("contiguous", "channels_last"):
+        lying = LAYOUTS[layout](x, 2)
+        found = ops.max_pool_backward(grad, codes, lying, False, [3, 3], [1, 1], [1, 1], [1, 1], False, backend="cpu")
+        assert torch.equal(found[..., 1:, 1:], grad[..., :4, :4])

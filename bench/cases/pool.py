@@ -41,12 +41,12 @@ def layer(name: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
     n = torch.Size(shape).numel()
     out = theirs(torch.nn.functional, torch.empty(shape, device="meta")).numel()
     kind, model = name.split("_", 1)
-    # In training the input is read again, or as many bytes of indices, and its gradient is written.
-    passes = {"forward": ((n, out),), "train": ((n, out), (n + out, n) if kind == "max" else (out, n))}[mode]
+    # A gradient is read and one is written; where the maxima are may be told in a byte each, which does not count.
+    passes = {"forward": ((n, out),), "backward": ((out, n),), "train": ((n, out), (out, n))}[mode]
     return Case(
         "pool",
         f"{kind}_pool/{model}{'_nhwc' if last else ''}/{'x'.join(map(str, shape))}",
-        _random(shape, last, mode == "train"),
+        _random(shape, last, mode != "forward"),
         theirs=theirs,
         passes=passes,
         mode=mode,
@@ -63,4 +63,5 @@ CASES = [
     *(layer(name, False, goals=_NCHW, quick=name == "max_resnet50") for name in LAYERS),
     *(layer(name, True, goals=_NHWC) for name in LAYERS),
     *(layer(name, last, "train", goals={"best": 1.0}) for name in LAYERS for last in (False, True)),
+    *(layer(name, last, "backward", goals={"best": 1.0}) for name in LAYERS if "max" in name for last in (False, True)),
 ]

@@ -20,6 +20,15 @@ def _autocast_3d(input: Tensor, dims: int) -> Tensor:
     return input.float() if lower and torch.is_autocast_enabled("cpu") else input
 
 
+def _maximum(input: Tensor, *rest: Any) -> Any:
+    """rest: the window, return_indices, backend. Where each maximum is, is kept where a gradient will ask for it."""
+    *window, return_indices, backend = rest
+    if return_indices:
+        return _pool.max_pool_with_indices.call(input, *window, backend)
+    keep = isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()
+    return _pool.max_pool.call(input, *window, keep, backend)
+
+
 def _max(name: str, dims: int) -> Callable[..., Any]:
     def max_pool(
         input: Tensor,
@@ -45,8 +54,7 @@ def _max(name: str, dims: int) -> Callable[..., Any]:
             ints(name, "dilation", dilation, dims),
             ceil_mode,
         )
-        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
-        return op.call(_autocast_3d(input, dims), False, *window, backend)
+        return _maximum(_autocast_3d(input, dims), False, *window, return_indices, backend)
 
     return _named(max_pool, name)
 
@@ -117,8 +125,7 @@ def _adaptive_max(name: str, dims: int) -> Callable[..., Any]:
     ) -> Any:
         """The maxima of windows that divide the input, (N, C, …) or (C, …), evenly; with return_indices also where."""
         size = _adaptive_sizes(name, input, output_size, dims)
-        op = _pool.max_pool_with_indices if return_indices else _pool.max_pool
-        return op.call(_autocast_3d(input, dims), True, size, [], [], [], False, backend)
+        return _maximum(_autocast_3d(input, dims), True, size, [], [], [], False, return_indices, backend)
 
     return _named(adaptive_max_pool, name)
 

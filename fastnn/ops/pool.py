@@ -1,12 +1,13 @@
 """Pooling in one, two and three dimensions, each with its backward: one operator for all of them.
 
 ``size`` has a number for each dimension. It is the window's, or with ``adaptive`` the output's; then ``stride``,
-``padding`` and ``dilation`` are empty. A backward finds the maxima again in the input, which is usually kept anyway:
-that reads no more than torch's 64-bit indices, and nothing is stored for it.
+``padding`` and ``dilation`` are empty. For its backward a max_pool keeps a code a window, which says where in it the
+maximum is: usually a byte, where torch keeps a 64-bit index.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -83,14 +84,30 @@ def _checked_shape(
 _known_shape = lru_cache(1024)(_checked_shape)
 
 
+def _channels_last(shape: Sizes, like_shape: Sizes, like_stride: Sizes) -> list[int] | None:
+    """The strides of a tensor of this shape in a memory format; None for the usual one."""
+    if len(shape) > 2 and len(like_shape) == len(shape) and 0 < like_stride[1] < like_stride[-1]:
+        planes = torch.empty_strided(like_shape, like_stride, device="meta")
+        planes = planes.unsqueeze(2) if len(shape) == 3 else planes
+        if suggest_memory_format(planes) != torch.contiguous_format:
+            _, c, *sizes = shape
+            strides = [c * prod(sizes[d + 1 :]) for d in range(len(sizes))]
+            return [c * prod(sizes), 1, *strides]
+    return None
+
+
+_known_channels_last = lru_cache(1024)(_channels_last)
+
+
 def empty_like_format(like: Tensor, shape: Sizes, dtype: torch.dtype | None = None) -> Tensor:
     """For an output: in like's memory format. torch leaves it in some of three dimensions, where it has no kernels."""
-    if len(shape) > 2 and like.dim() == len(shape) and 0 < like.stride(1) < like.stride(-1):
-        planes = like.unsqueeze(2) if like.dim() == 3 else like
-        if suggest_memory_format(planes) != torch.contiguous_format:
-            n, c, *sizes = shape
-            return like.new_empty([n, *sizes, c], dtype=dtype).movedim(-1, 1)
-    return like.new_empty(shape, dtype=dtype)
+    if like.dim() < 3 or not 0 < like.stride(1) < like.stride(-1):
+        return like.new_empty(shape, dtype=dtype)
+    try:
+        strides = _known_channels_last(tuple(shape), like.shape, like.stride())
+    except TypeError:  # a tracer's sizes cannot be looked up
+        strides = _channels_last(shape, like.shape, like.stride())
+    return like.new_empty(shape, dtype=dtype) if strides is None else like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _check_grad(kind: str, grad: Tensor, input: Tensor, shape: Sizes) -> str | None:
@@ -117,42 +134,72 @@ def _max_by_torch(
     return function(input, size) if adaptive else function(input, size, stride, padding, dilation, ceil_mode)
 
 
+def _empty_maxima(shape: Sizes, input: Tensor, adaptive: bool, size: Sizes, *window: Any) -> tuple[Tensor, Tensor]:
+    """For the maxima and, where they are kept, their codes."""
+    if not window[-1]:
+        return empty_like_format(input, shape), input.new_empty(0, dtype=torch.uint8)
+    dtype = reference.code_dtype(input.shape, adaptive, size)
+    return empty_like_format(input, shape), empty_like_format(input, shape, dtype)
+
+
 def _save_max(ctx: Any, args: Any, out: Any) -> None:
+    input, *ctx.window, keep = args
+    ctx.save_for_backward(out[1] if keep else None, input)
+
+
+def _save_max_with_indices(ctx: Any, args: Any, out: Any) -> None:
     input, *ctx.window = args
-    ctx.save_for_backward(input)
+    ctx.save_for_backward(None, input)
 
 
-def _max_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return max_pool_backward.call(grad, *ctx.saved_tensors, *ctx.window, ctx.backend), *[None] * 6
+def _max_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    codes, input = ctx.saved_tensors
+    if codes is None:
+        codes = max_pool.overload(input.detach(), *ctx.window, True, backend=ctx.backend)[1]
+    result: Tensor = max_pool_backward.call(grad, codes, input, *ctx.window, ctx.backend)
+    return result
 
 
-_MAX = "(Tensor input, bool adaptive, int[] size, int[] stride, int[] padding, int[] dilation, bool ceil_mode)"
+_WINDOW = "bool adaptive, int[] size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 max_pool: Operator = Operator(
-    f"max_pool{_MAX} -> Tensor",
+    f"max_pool(Tensor input, {_WINDOW}, bool keep) -> (Tensor, Tensor)",
     "pool",
-    check=_check_max,
-    allocate=lambda shape, input, *_: empty_like_format(input, shape),
-    torch=lambda *args: _max_by_torch(*args)[0],
+    check=lambda input, *window: _check_max(input, *window[:-1]),
+    allocate=_empty_maxima,
+    torch=lambda *args: _max_by_torch(*args[:-1])[0],
+    extra=lambda *args: reference.max_pool(*args)[1],
     save=_save_max,
-    backward=_max_gradient,
+    backward=lambda ctx, grad: (_max_gradient(ctx, grad), *[None] * 7),
 )
 
 max_pool_with_indices: Operator = Operator(
-    f"max_pool_with_indices{_MAX} -> (Tensor, Tensor)",
+    f"max_pool_with_indices(Tensor input, {_WINDOW}) -> (Tensor, Tensor)",
     "pool",
     check=_check_max,
     allocate=lambda shape, input, *_: (empty_like_format(input, shape), empty_like_format(input, shape, torch.int64)),
     torch=_max_by_torch,
-    save=_save_max,
-    backward=_max_gradient,
+    save=_save_max_with_indices,
+    backward=lambda ctx, grad: (_max_gradient(ctx, grad), *[None] * 6),
 )
 
+
+def _check_max_backward(grad: Tensor, codes: Tensor, input: Tensor, adaptive: bool, size: Sizes, *window: Any) -> str | None:
+    shape = _output_shape("max", input, adaptive, size, *window)
+    dtype = reference.code_dtype(input.shape, adaptive, size)
+    if list(codes.shape) != list(shape) or codes.dtype != dtype:
+        raise RuntimeError(
+            f"max_pool_backward(): codes must have shape {tuple(shape)} and dtype {dtype}, got {tuple(codes.shape)} and "
+            f"{codes.dtype}"
+        )
+    return _check_grad("max", grad, input, shape)
+
+
 max_pool_backward: Operator = Operator(
-    f"max_pool_backward{_MAX.replace('(', '(Tensor grad, ', 1)} -> Tensor",
+    f"max_pool_backward(Tensor grad, Tensor codes, Tensor input, {_WINDOW}) -> Tensor",
     "pool",
-    check=lambda grad, input, *window: _check_grad("max", grad, input, _output_shape("max", input, *window)),
-    allocate=lambda plan, grad, input, *_: empty_like_format(input, input.shape),
+    check=_check_max_backward,
+    allocate=lambda plan, grad, codes, input, *_: empty_like_format(input, input.shape),
     torch=reference.max_pool_backward,
 )
 
@@ -192,6 +239,11 @@ def _average_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return avg_pool_backward.call(grad, *ctx.saved_tensors, *ctx.window, ctx.backend), *[None] * 7
 
 
+def _save_average(ctx: Any, args: Any, out: Any) -> None:
+    input, *ctx.window = args
+    ctx.save_for_backward(input)
+
+
 _AVG = (
     "(Tensor input, bool adaptive, int[] size, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, "
     "int divisor)"
@@ -203,7 +255,7 @@ avg_pool: Operator = Operator(
     check=_check_average,
     allocate=lambda shape, input, *_: empty_like_format(input, shape),
     torch=_average_by_torch,
-    save=_save_max,
+    save=_save_average,
     backward=_average_gradient,
 )
 

@@ -78,8 +78,10 @@ def _over_run(elem: Elem, step: Callable[[Elem, Elem, bool], Any]) -> Any:
         while i + L <= n:
             one(i * size, L, args)
             i += L
-        if i < n:
-            rest(i * size, n - i, args)
+        if i < n and n >= L:  # overlaps the one before it: on AVX2 a masked store costs as much as ten others
+            one((n - L) * size, L, args)
+        elif i < n:
+            rest(0, n, args)
     return run
 
 
@@ -359,10 +361,11 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
             while first < end:
                 k = end - first
                 block_moments(channels, (x + image * xn + first * xr, xr, k, line, channels))
+                share = 1.0 / k
                 for j in range(channels):
                     at = line + j * c_size
                     d = float64(load_scalar(c, at + channels * c_size))
-                    a, b = load_scalar(c, at) + d / k, load_scalar(c, at + 2 * channels * c_size) - d * d / k
+                    a, b = load_scalar(c, at) + d * share, load_scalar(c, at + 2 * channels * c_size) - d * d * share
                     if count:
                         _, a, b = joined(count, load_scalar(FLOAT64, mean + j * 8), load_scalar(FLOAT64, m2 + j * 8), k, a, b)
                     store_scalar(FLOAT64, mean + j * 8, a)
@@ -379,37 +382,52 @@ def norm_across(elem_name: str) -> Callable[..., Any]:
             line = lines + (image * 3 * channels * c_size if groups else 0)
             row(channels, (x + image * xn + r * xr, y + image * yn + r * yr, line, channels))
 
+    @inline
+    def settle(thread, threads, images, rows, channels, groups, parts, weight, bias, mean, var, given, work, lines, eps):
+        """Each unit's moments, and its channels' lines"""
+        inner, each = (groups, channels // groups) if groups else (channels, 1)
+        together = 1 if groups else images  # images of a unit
+        units = images // together * inner
+        for unit in range(units * thread // threads, units * (thread + 1) // threads):
+            o, i, at = unit // inner, unit % inner, unit * 8
+            if groups and parts == 1:  # channels of as many rows each: without a division for each
+                place, mu, m2 = work + (2 * o * channels + i * each) * 8, 0.0, 0.0
+                for j in range(each):
+                    mu += load_scalar(FLOAT64, place + j * 8)
+                mu /= each
+                for j in range(each):
+                    d = load_scalar(FLOAT64, place + j * 8) - mu
+                    m2 += load_scalar(FLOAT64, place + (channels + j) * 8) + rows * d * d
+                store_scalar(FLOAT64, mean + at, mu)
+                store_scalar(FLOAT64, var + at, m2 / (each * rows))
+            elif not given:
+                count, mu, m2 = 0, 0.0, 0.0
+                for p in range(o * parts, (o + together) * parts):
+                    k = rows * (p % parts + 1) // parts - rows * (p % parts) // parts
+                    for j in range(i * each, (i + 1) * each):
+                        if k:
+                            a = load_scalar(FLOAT64, work + (2 * p * channels + j) * 8)
+                            b = load_scalar(FLOAT64, work + ((2 * p + 1) * channels + j) * 8)
+                            count, mu, m2 = joined(count, mu, m2, k, a, b)
+                store_scalar(FLOAT64, mean + at, mu)
+                store_scalar(FLOAT64, var + at, m2 / count)
+            mu = load_scalar(FLOAT64, mean + at)
+            rstd = inverse_deviation(load_scalar(FLOAT64, var + at), eps)
+            high = first_lane(spread(c, mu))
+            for j in range(i * each, (i + 1) * each):
+                scale = rstd * load_scalar(FLOAT64, weight + j * 8) if weight else rstd
+                place = lines + (o * 3 * channels + j) * c_size
+                store_scalar(c, place, high)
+                store_scalar(c, place + channels * c_size, scale)
+                shift = (load_scalar(FLOAT64, bias + j * 8) if bias else 0.0) - (mu - high) * scale
+                store_scalar(c, place + 2 * channels * c_size, shift)
+
     def kernel(threads, images, rows, channels, groups, parts, x, xn, xr, y, yn, yr, weight, bias, mean, var, given, work, eps):
         lines = work + 2 * images * parts * channels * 8
         own = lines + 3 * images * channels * c_size
         if not given:
             parallel(threads, measure, (images, rows, channels, parts, x, xn, xr, work, own))
-        each = channels // groups if groups else 1
-        together = 1 if groups else images  # images of a unit
-        for o in range(images if groups else 1):
-            for i in range(groups if groups else channels):
-                at = (o * groups + i) * 8
-                if not given:
-                    count, mu, m2 = 0, 0.0, 0.0
-                    for unit in range(o * parts, (o + together) * parts):
-                        k = rows * (unit % parts + 1) // parts - rows * (unit % parts) // parts
-                        for j in range(i * each, (i + 1) * each):
-                            if k:
-                                a = load_scalar(FLOAT64, work + (2 * unit * channels + j) * 8)
-                                b = load_scalar(FLOAT64, work + ((2 * unit + 1) * channels + j) * 8)
-                                count, mu, m2 = joined(count, mu, m2, k, a, b)
-                    store_scalar(FLOAT64, mean + at, mu)
-                    store_scalar(FLOAT64, var + at, m2 / count)
-                mu = load_scalar(FLOAT64, mean + at)
-                rstd = inverse_deviation(load_scalar(FLOAT64, var + at), eps)
-                high = first_lane(spread(c, mu))
-                for j in range(i * each, (i + 1) * each):
-                    scale = rstd * load_scalar(FLOAT64, weight + j * 8) if weight else rstd
-                    place = lines + (o * 3 * channels + j) * c_size
-                    store_scalar(c, place, high)
-                    store_scalar(c, place + channels * c_size, scale)
-                    shift = (load_scalar(FLOAT64, bias + j * 8) if bias else 0.0) - (mu - high) * scale
-                    store_scalar(c, place + 2 * channels * c_size, shift)
+        parallel(threads, settle, (images, rows, channels, groups, parts, weight, bias, mean, var, given, work, lines, eps))
         parallel(threads, apply, (images, rows, channels, groups, x, xn, xr, y, yn, yr, lines))
     return kernel
 
@@ -492,39 +510,50 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
             row(channels, (x + image * xn + r * xr, g + image * gn + r * gr, y + image * yn + r * yr,
                            lines + (image * 4 * channels * c_size if groups else 0), channels))
 
+    @inline
+    def settle(thread, threads, images, rows, channels, groups, parts, weight, mean, var, given, sums, work, lines, eps):
+        """Each unit's sums, and its channels' lines"""
+        outer, inner, each = (images, groups, channels // groups) if groups else (1, channels, 1)
+        together = images // outer
+        units = outer * inner
+        for unit in range(units * thread // threads, units * (thread + 1) // threads):
+            o, i = unit // inner, unit % inner
+            mu = load_scalar(FLOAT64, mean + unit * 8)
+            rstd = inverse_deviation(load_scalar(FLOAT64, var + unit * 8), eps)
+            high = first_lane(spread(c, mu))
+            low, along, across = mu - high, 0.0, 0.0
+            for j in range(i * each, (i + 1) * each):
+                a, b = 0.0, 0.0
+                for p in range(o * parts, (o + together) * parts):
+                    a += load_scalar(FLOAT64, work + (2 * p * channels + j) * 8)
+                    b += load_scalar(FLOAT64, work + ((2 * p + 1) * channels + j) * 8)
+                b = (b - low * a) * rstd
+                store_scalar(FLOAT64, sums + (o * channels + j) * 8, a)
+                store_scalar(FLOAT64, sums + ((outer + o) * channels + j) * 8, b)
+                factor = load_scalar(FLOAT64, weight + j * 8) if weight else 1.0
+                along, across = along + a * factor, across + b * factor
+            m = float64(each * rows * together)
+            slope = 0.0 if given else -rstd * rstd * across / m
+            shift = 0.0 if given else -rstd * along / m - slope * low
+            for j in range(i * each, (i + 1) * each):
+                place = lines + (o * 4 * channels + j) * c_size
+                store_scalar(c, place + channels * c_size, rstd * load_scalar(FLOAT64, weight + j * 8) if weight else rstd)
+                store_scalar(c, place + 2 * channels * c_size, slope)
+                store_scalar(c, place + 3 * channels * c_size, shift)
+
+    @inline
+    def line_means(thread, threads, outer, inner, each, channels, mean, lines):
+        for o in range(outer * thread // threads, outer * (thread + 1) // threads):
+            for j in range(channels):
+                store_scalar(c, lines + (o * 4 * channels + j) * c_size, load_scalar(FLOAT64, mean + (o * inner + j // each) * 8))
+
     def kernel(threads, images, rows, channels, groups, parts, x, xn, xr, g, gn, gr, y, yn, yr, weight, mean, var, given, sums,
                work, eps):
         lines = work + 2 * images * parts * channels * 8
         own = lines + 4 * images * channels * c_size
         outer, inner, each = (images, groups, channels // groups) if groups else (1, channels, 1)
-        together = 1 if groups else images
-        for o in range(outer):
-            for j in range(channels):
-                store_scalar(c, lines + (o * 4 * channels + j) * c_size, load_scalar(FLOAT64, mean + (o * inner + j // each) * 8))
+        parallel(threads if groups else 1, line_means, (outer, inner, each, channels, mean, lines))
         parallel(threads, measure, (images, rows, channels, groups, parts, x, xn, xr, g, gn, gr, work, lines, own))
-        for o in range(outer):
-            for i in range(inner):
-                mu = load_scalar(FLOAT64, mean + (o * inner + i) * 8)
-                rstd = inverse_deviation(load_scalar(FLOAT64, var + (o * inner + i) * 8), eps)
-                high = first_lane(spread(c, mu))
-                low, along, across = mu - high, 0.0, 0.0
-                for j in range(i * each, (i + 1) * each):
-                    a, b = 0.0, 0.0
-                    for unit in range(o * parts, (o + together) * parts):
-                        a += load_scalar(FLOAT64, work + (2 * unit * channels + j) * 8)
-                        b += load_scalar(FLOAT64, work + ((2 * unit + 1) * channels + j) * 8)
-                    b = (b - low * a) * rstd
-                    store_scalar(FLOAT64, sums + (o * channels + j) * 8, a)
-                    store_scalar(FLOAT64, sums + ((outer + o) * channels + j) * 8, b)
-                    factor = load_scalar(FLOAT64, weight + j * 8) if weight else 1.0
-                    along, across = along + a * factor, across + b * factor
-                m = float64(each * rows * together)
-                slope = 0.0 if given else -rstd * rstd * across / m
-                shift = 0.0 if given else -rstd * along / m - slope * low
-                for j in range(i * each, (i + 1) * each):
-                    place = lines + (o * 4 * channels + j) * c_size
-                    store_scalar(c, place + channels * c_size, rstd * load_scalar(FLOAT64, weight + j * 8) if weight else rstd)
-                    store_scalar(c, place + 2 * channels * c_size, slope)
-                    store_scalar(c, place + 3 * channels * c_size, shift)
+        parallel(threads, settle, (images, rows, channels, groups, parts, weight, mean, var, given, sums, work, lines, eps))
         parallel(threads, apply, (images, rows, channels, groups, x, xn, xr, g, gn, gr, y, yn, yr, lines))
     return kernel

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Sizes, image, windows
+from ..reference.pool import largest_window
 from .engine import threads
 from .engine.build import Kernel
 from .engine.host import simd
@@ -24,11 +25,11 @@ from .pool_slots import OWN
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
-_FAR = 2**31 - 1  # argmax kernels count a window's elements in 32 bits
+_FAR = 2**30 - 1  # argmax kernels count the pixels of an image in 32 bits
 
 
 @cache
-def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) -> Callable[..., None]:
+def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: int) -> Callable[..., None]:
     def make() -> Callable[..., Any]:
         from . import pool_code
 
@@ -65,11 +66,13 @@ class _Plan(NamedTuple):
 @lru_cache(1024)
 def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Sizes, x_step: Sizes, y_size: Sizes, y_step: Sizes,
           adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int, include_pad: bool) -> _Plan:
-    """kind: forward, backward, indices (forward, with them), argmax (backward of it)"""
+    """kind: forward, backward (of either), argmax (forward, with codes or indices)"""
     n, c, *sizes = image(x_size, dims, 1)
     outs = image(y_size, dims, 1)[2:]
     x_steps, y_steps = ([item * step for step in image(steps, dims, 0)] for steps in (x_step, y_step))
     adaptive, k, s, p, d = windows(adaptive, sizes, outs, size, stride, padding, dilation)
+    if adaptive:
+        k = [*map(largest_window, sizes, outs)]
     one = outs == [1, 1, 1] and not any(p) and (adaptive or (k == sizes and set(d) == {1}))
     dense = all(x_steps[2 + i] == x_steps[3 + i] * sizes[i + 1] or sizes[i] == 1 for i in (0, 1))
     whole = one and dense and not across and kind in ("forward", "backward") and x_steps[4] == item
@@ -78,20 +81,24 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
         s = [1, 1, 1]
     volume, pixels = prod(sizes), prod(outs)
     threads = 1 if max(volume, pixels) * n * c * item < _SERIAL else count
-    compute, scattered = max(item, 4), kind in ("backward", "argmax")
+    compute = max(item, 4)
     lanes = simd().width // compute
     # A few vectors more than the last window needs: kernels read whole ones.
     line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
     room = 2 * (line + outs[2] + lanes) * compute + OWN
+    back = kind == "backward"
     block = c
-    if (across and scattered and n < threads) or n * pixels < 4 * threads:
+    if n * (volume if back else pixels) < 4 * threads:
         block = -(-c // threads // 16) * 16
-    if scattered and item == 2:  # summed in the compute type: a plane, or the image of a few channels
-        block = min(block, 32)
-        room += volume * compute * (block if across else 1)
+    if back and across:  # the windows that cover a row, and those that cover a pixel
+        deep, high, wide = (min(o, o // a + 2 if adaptive else (each - 1) * gap // step + 1)
+                            for o, a, each, gap, step in zip(outs, sizes, k, d, s, strict=True))
+        room += 16 * outs[2] + 24 * deep * high * (1 + wide)
+    elif back:  # three tables; the half types' sums of a plane, in the compute type
+        room += 8 * prod(k) + 8 * outs[2] + 16 * outs[0] * outs[1] + (volume * compute if item == 2 else 0)
     room = -(-room // 128) * 128
     geometry = array("q", [n, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x_steps, *y_steps, divisor, include_pad, whole,
-                           kind == "indices", block, room])
+                           block, room])
     return _Plan(threads, geometry, geometry.buffer_info()[0], room * threads)
 
 
@@ -107,10 +114,13 @@ def _prepared(out: Tensor, tensors: Sequence[Tensor], dims: int) -> tuple[bool, 
     return across, [_lying(t, dims, across) for t in tensors]
 
 
-def max_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
-             ceil_mode: bool) -> None:
-    """out = each window's maximum"""
-    _forward(out, input, False, adaptive, size, stride, padding, dilation)
+def max_pool(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
+             dilation: Sizes, ceil_mode: bool, keep: bool) -> None:
+    """out = (each window's maximum, if they are kept their codes)"""
+    if keep:
+        _argmax(*out, input, out[1].itemsize, adaptive, size, stride, padding, dilation)
+    else:
+        _forward(out[0], input, False, adaptive, size, stride, padding, dilation)
 
 
 def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
@@ -126,25 +136,38 @@ def _forward(out: Tensor, input: Tensor, average: bool, adaptive: bool, size: Si
 def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
                           padding: Sizes, dilation: Sizes, ceil_mode: bool) -> None:
     """out = (each window's maximum, its index in the plane)"""
-    y, indices = out
+    _argmax(*out, input, 0, adaptive, size, stride, padding, dilation)
+
+
+def _argmax(y: Tensor, where: Tensor, input: Tensor, code_size: int, adaptive: bool, size: Sizes, stride: Sizes,
+            padding: Sizes, dilation: Sizes) -> None:
     if not y.numel():
         return
     across, (x,) = _prepared(y, (input,), len(size))
-    kernel = _kernel("argmax_across" if across else "argmax_along", "iiiiii", y.dtype)
-    addresses = (x.data_ptr(), y.data_ptr(), indices.data_ptr())
-    _run(kernel, "indices", across, x, y, addresses, adaptive, size, stride, padding, dilation)
+    kernel = _kernel("argmax_across" if across else "argmax_along", "iiiiii", y.dtype, code_size)
+    addresses = (x.data_ptr(), y.data_ptr(), where.data_ptr())
+    _run(kernel, "argmax", across, x, y, addresses, adaptive, size, stride, padding, dilation)
 
 
-def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
+def max_pool_backward(out: Tensor, grad: Tensor, codes: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
                       padding: Sizes, dilation: Sizes, ceil_mode: bool) -> None:
     """out = the gradient of input, from that of the output"""
+    _backward(out, grad, codes, adaptive, size, stride, padding, dilation)
+
+
+def _backward(out: Tensor, grad: Tensor, codes: Tensor | None, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
+              dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
     if not grad.numel():
         out.zero_()
         return
-    across, (x, y) = _prepared(out, (input, grad), len(size))
-    kernel = _kernel("max_backward_across" if across else "argmax_along", "iiiiii", out.dtype)
-    addresses = (x.data_ptr(), y.data_ptr(), out.data_ptr())
-    _run(kernel, "argmax", across, x, y, addresses, adaptive, size, stride, padding, dilation)
+    across, (y,) = _prepared(out, (grad,), len(size))
+    if codes is not None:  # one after the other, as the pixels or channels of the result
+        codes = codes.movedim(-len(size) - 1, -1).contiguous() if across else codes.contiguous()
+    kind = "backward_across" if across else "average_backward_along" if codes is None else "max_backward_along"
+    options = () if codes is None and not across else (0 if codes is None else codes.itemsize,)
+    kernel = _kernel(kind, "iiiiii", out.dtype, *options)
+    _run(kernel, "backward", across, out, y, (y.data_ptr(), out.data_ptr(), 0 if codes is None else codes.data_ptr()), adaptive,
+         size, stride, padding, dilation, divisor, include_pad)
 
 
 def avg_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, ceil_mode: bool,
@@ -156,13 +179,7 @@ def avg_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Si
 def avg_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
                       padding: Sizes, ceil_mode: bool, count_include_pad: bool, divisor: int) -> None:
     """out = the gradient of input, from that of the output"""
-    if not grad.numel():
-        out.zero_()
-        return
-    across, (y,) = _prepared(out, (grad,), len(size))
-    kernel = _kernel("average_backward_across" if across else "average_backward_along", "iiiii", out.dtype)
-    _run(kernel, "backward", across, out, y, (y.data_ptr(), out.data_ptr()), adaptive, size, stride, padding, (), divisor,
-         count_include_pad)
+    _backward(out, grad, None, adaptive, size, stride, padding, (), divisor, count_include_pad)
 
 
 def _unpool(backward: bool, small: Tensor, large: Tensor, indices: Tensor, dims: int) -> None:
@@ -195,8 +212,8 @@ def max_unpool_backward(out: Tensor, grad: Tensor, indices: Tensor, output_size:
 
 def supports(op: str, *args: Any) -> str | None:
     """None if a kernel serves the call, else the reason why not."""
-    if op in ("max_pool_with_indices", "max_pool_backward"):
-        input, _adaptive, size = args[:3] if op == "max_pool_with_indices" else args[1:4]
+    if op.startswith("max_pool"):
+        input, _adaptive, size = args[2:5] if op == "max_pool_backward" else args[:3]
         if input.numel() > _FAR and prod(input.shape[-len(size):]) > _FAR:
             return f"images of {tuple(input.shape[-len(size):])} have more pixels than 31 bits can count"
     return None

@@ -10,7 +10,8 @@ neither loop asks where the image ends, and a k × k window costs k + k operatio
 
 *across*: the channels of a pixel lie next to each other (N, D, H, W, C): a vector holds channels and walks the window.
 
-Where the maximum is: torch takes the first of equal ones in row-major order, and the last NaN if there is one.
+Where the maximum is: torch takes the first of equal ones in row-major order, and the last NaN if there is one. A backward is
+told by *codes*: the pixel's number in its window, counted through all of SIZE, in a byte or in 32 bits.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any, NamedTuple
 
 from .engine.region import parallel
 from .engine.simd import (
+    BYTES,
     ELEMS,
-    INT32,
     INT64,
+    WORDS,
     Elem,
     compute_elem,
     even_lanes,
     first_lanes,
+    fma,
     inline,
     iota_like,
     load,
@@ -52,9 +55,7 @@ from .pool_slots import (
     DIVISOR,
     IN,
     INCLUDE_PAD,
-    INDICES,
     OUT,
-    OWN,
     PAD,
     ROOM,
     SIZE,
@@ -68,7 +69,8 @@ from .pool_slots import (
 
 LINE = 64  # bytes
 WIDTH = 4  # vectors that are worked on at once
-FEW = 6  # taps up to which a vector adds to all of a window; with more each lane adds to its own
+FAR = 2**30  # the place of what is not in the image
+ENTRY = 24  # bytes of an entry in the list of windows that cover a pixel
 CHAIN = 64  # of them that are added one to another before they go to the total: the error grows more slowly
 
 
@@ -93,6 +95,30 @@ def window(g, d, o):
         skip, end = (skip + step - 1) // step, (end + step - 1) // step
     taps = max(0, min(size, end) - skip)
     return low + skip * step, taps, min(size, n + pad - low) if at(g, INCLUDE_PAD) else taps
+
+
+@inline
+def start(g, d, o):
+    """Where the window of output o begins in dimension d, be it outside the image"""
+    return o * at(g, IN + d) // at(g, OUT + d) if at(g, ADAPTIVE) else o * at(g, STRIDE + d) - at(g, PAD + d)
+
+
+@inline
+def covering(g, d, i):
+    """(first, end) of the outputs in dimension d among whose windows are all that cover pixel i"""
+    n, outputs = at(g, IN + d), at(g, OUT + d)
+    if at(g, ADAPTIVE):
+        return i * outputs // n, ((i + 1) * outputs + n - 1) // n
+    stride, low = at(g, STRIDE + d), i + at(g, PAD + d)
+    reach = (at(g, SIZE + d) - 1) * at(g, DILATION + d)
+    return max(0, low - reach + stride - 1) // stride, min(outputs, low // stride + 1)
+
+
+@inline
+def tap_of(g, d, o, i):
+    """The number of the tap by which the window of output o, one of ``covering``, meets pixel i; -1 if it is between two taps"""
+    t, step = i - start(g, d, o), at(g, DILATION + d)
+    return t if step == 1 else t // step if t % step == 0 else -1
 
 
 @inline
@@ -150,7 +176,8 @@ def fill(elem: Elem) -> Any:
         while i + L <= n:
             store(elem, address + i * size, value)
             i += L
-        store_n(elem, address + i * size, value, n - i)
+        if i < n:
+            store_n(elem, address + i * size, value, n - i)
     return run
 
 
@@ -349,29 +376,48 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
     return kernel
 
 
-def _keys(c: Elem) -> Elem:
-    """What an element's place, counted from the first row of its window, is kept in: integers as wide as the values"""
-    return INT32 if c.size == 4 else INT64
+def _keys(c: Elem, code_size: int) -> tuple[Elem, Elem]:
+    """What an element's place is kept in: in registers, integers as wide as the values; in memory (0 bytes: no code, an index)"""
+    return WORDS[c.size] if c.size == 4 else INT64, BYTES[c.size] if code_size == 1 else WORDS[c.size]
 
 
-def argmax_along(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry, scratch): where geometry says INDICES, y = the maxima and z = their indices; else
-    y is the gradient of the output, and z, that of the input, gets each of its elements where the maximum is."""
+@inline
+def key_steps(g, codes):
+    """What the next tap in depth and in height adds to a key: to a code, or to an index in the plane"""
+    if codes:
+        return at(g, SIZE + 1) * at(g, SIZE + 2), at(g, SIZE + 2)
+    return at(g, DILATION) * at(g, IN + 1) * at(g, IN + 2), at(g, DILATION + 1) * at(g, IN + 2)
+
+
+@inline
+def first_key(g, codes, od, d0, oh, h0):
+    """The key of the first tap inside, at depth d0 and height h0, and at the left edge of the image or of the window"""
+    if codes:
+        depth = (d0 - start(g, 0, od)) // at(g, DILATION)
+        return (depth * at(g, SIZE + 1) + (h0 - start(g, 1, oh)) // at(g, DILATION + 1)) * at(g, SIZE + 2)
+    return (d0 * at(g, IN + 1) + h0) * at(g, IN + 2)
+
+
+def argmax_along(elem_name: str, code_size: int) -> Callable[..., Any]:
+    """kernel(threads, x, y, z, geometry, scratch): y = the maxima, z = their codes, of 1 or 4 bytes; 0: their indices"""
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
-    keys = _keys(c_elem)
-    L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
-    fill_row, fill_keys, narrow_plane = fill(c_elem), fill(keys), copy(c_elem, elem)
-    far = 2**31 - 1
+    codes = code_size > 0
+    keys, code = _keys(c_elem, code_size)
+    L, size, c_size = elem.lanes, elem.size, c_elem.size
+    fill_row, fill_keys = fill(c_elem), fill(keys)
+    far = FAR
 
     def column(vectors: int, masked: bool) -> Any:
         source, target, places = wide(elem, vectors), wide(c_elem, vectors), wide(keys, vectors)
 
         @inline
         def reduce(x, xd, xh, dt, ht, i, plane, row, values, indices, n):
-            """For the elements from i on of dt · ht rows, the values and places of the maxima"""
+            """For the elements from i on of dt · ht rows, the values and keys of the maxima"""
             v = spread(target, -inf)
             number = iota_like(v) + i
+            if codes:
+                number = number & 0
             best = (number & 0) + far
             for d in range(dt):
                 at_row, key = x + d * xd, d * plane
@@ -397,54 +443,47 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
         w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
         tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
-        step_h, step_d = at(g, DILATION + 1) * w_in, at(g, DILATION) * at(g, IN + 1) * w_in
-        adaptive, indices = at(g, ADAPTIVE), at(g, INDICES)
+        step_d, step_h = key_steps(g, codes)
+        adaptive = at(g, ADAPTIVE)
         length = (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 4 * L
         values = scratch + thread * at(g, ROOM)
         places = values + length * c_size
         chosen = places + length * c_size
-        whole = chosen + (w_out + L) * c_size  # a plane in the compute type, for the half types' gradients
         fill_row(values, length, -inf)
         fill_keys(places, length, far)
-        depth, height, volume = at(g, OUT), at(g, OUT + 1), at(g, IN) * at(g, IN + 1) * w_in
-        rows, planes = depth * height, at(g, N) * at(g, C)
-        first, end = over(thread, threads, planes * rows)
-        if not indices:  # one thread adds to a plane
-            first, end = over(thread, threads, planes)
-            first, end = first * rows, end * rows
+        first, end = over(thread, threads, at(g, N) * at(g, C) * at(g, OUT) * at(g, OUT + 1))
         channels = at(g, C)
         n, c, od, oh = first_row(g, first, channels)
-        for _unit in range(first, end):
+        for unit in range(first, end):
             d0, dt, _ = window(g, 0, od)
             h0, ht, _ = window(g, 1, oh)
-            base = (d0 * at(g, IN + 1) + h0) * w_in - pad
+            base = first_key(g, codes, od, d0, oh, h0)
             source, target = row_of(g, X, x, n, c, d0, h0), row_of(g, Y, y, n, c, od, oh)
-            plane, row = n * channels + c, od * height + oh
+            where = z + unit * w_out * (code_size if codes else 8)
             n, c, od, oh = next_row(g, channels, n, c, od, oh)
             i, here, there = 0, values + pad * c_size, places + pad * c_size
             while i + 2 * L <= w_in:
-                column_several(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size,
-                               2 * L)
+                column_several(source + i * size, xd, xh, dt, ht, i, step_d, step_h, here + i * c_size, there + i * c_size, 2 * L)
                 i += 2 * L
             while i + L <= w_in:
-                column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, L)
+                column_one(source + i * size, xd, xh, dt, ht, i, step_d, step_h, here + i * c_size, there + i * c_size, L)
                 i += L
             if i < w_in and w_in >= L:
                 i = w_in - L
-                column_one(source + i * size, xd, xh, dt, ht, i + pad, step_d, step_h, here + i * c_size, there + i * c_size, L)
+                column_one(source + i * size, xd, xh, dt, ht, i, step_d, step_h, here + i * c_size, there + i * c_size, L)
             elif i < w_in:
-                column_rest(source, xd, xh, dt, ht, pad, step_d, step_h, here, there, w_in)
+                column_rest(source, xd, xh, dt, ht, 0, step_d, step_h, here, there, w_in)
             if adaptive:
                 for o in range(w_out):
                     w0, taps, _ = window(g, 2, o)
                     v, best = load_scalar(c_elem, values + w0 * c_size), load_scalar(keys, places + w0 * c_size)
-                    for t in range(w0 + 1, w0 + taps):
-                        u, key = load_scalar(c_elem, values + t * c_size), load_scalar(keys, places + t * c_size)
+                    for t in range(1, taps):
+                        place = (w0 + t) * c_size
+                        u, key = load_scalar(c_elem, values + place), load_scalar(keys, places + place) + (t if codes else 0)
                         if beyond(u, key, v, best):
                             v, best = u, key
+                    store_scalar(elem, target + o * size, v)
                     store_scalar(keys, chosen + o * c_size, best)
-                    if indices:
-                        store_scalar(elem, target + o * size, v)
             else:
                 o = 0
                 while o < w_out:
@@ -453,7 +492,7 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                     place = o * stride * c_size
                     v = load_steps(c_elem, values + place, stride * c_size)
                     best = load_steps(keys, places + place, stride * c_size)
-                    for _t in range(1, k):
+                    for t in range(1, k):
                         place += tap
                         if stride == 1:
                             u, key = load(c_elem, values + place), load(keys, places + place)
@@ -463,38 +502,115 @@ def argmax_along(elem_name: str) -> Callable[..., Any]:
                         else:
                             u = load_steps(c_elem, values + place, stride * c_size)
                             key = load_steps(keys, places + place, stride * c_size)
+                        if codes:
+                            key = key + t
                         better = beyond(u, key, v, best)
                         v, best = select(better, u, v), select(better, key, best)
-                    store(keys, chosen + o * c_size, best)
-                    if indices and w_out >= L:
+                    if w_out >= L:
                         store(elem, target + o * size, v)
-                    elif indices:
+                    else:
                         store_n(elem, target, v, w_out)
+                    if codes and w_out >= L:
+                        store(code, where + o * code_size, select(best < far, best + base, 0))
+                    else:
+                        store(keys, chosen + o * c_size, best)
                     o += L
-            if indices:
-                target = z + (plane * rows + row) * w_out * 8
+            if not codes:
                 for o in range(w_out):
-                    store_scalar(INT64, target + o * 8, base + load_scalar(keys, chosen + o * c_size))
-                continue
-            gradient = z + plane * volume * size
-            total = whole if half else gradient
-            if row == 0:
-                fill_row(total, volume, 0.0)
-            for o in range(w_out):
-                place = base + load_scalar(keys, chosen + o * c_size)
-                if place < volume:  # else nothing of its window is inside
-                    place = total + place * c_size
-                    store_scalar(c_elem, place, load_scalar(c_elem, place) + load_scalar(elem, target + o * size))
-            if half and row == rows - 1:
-                narrow_plane(total, gradient, volume)
+                    store_scalar(INT64, where + o * 8, base + load_scalar(keys, chosen + o * c_size))
+            elif adaptive or w_out < L:
+                for o in range(w_out):
+                    key = load_scalar(keys, chosen + o * c_size)
+                    store_scalar(code, where + o * code_size, key + base if key < far else 0)
 
     def kernel(threads, x, y, z, g, scratch):
         parallel(threads, body, (x, y, z, g, scratch))
     return kernel
 
 
+def max_backward_along(elem_name: str, code_size: int) -> Callable[..., Any]:
+    """kernel(threads, y, z, codes, geometry, scratch): z, the input's gradient, from y, the output's
+
+    A thread has whole planes. The rows of z are zeroed right before the first window that reaches them adds to them. Where
+    a code means is a sum of three numbers from tables: the tap's, the window's row's and its column's. The half types are
+    summed in the compute type, in scratch memory.
+    """
+    elem = ELEMS[elem_name]
+    c_elem = compute_elem(elem)
+    code = BYTES[8] if code_size == 1 else WORDS[8]
+    L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
+    fill_row, narrow_plane = fill(c_elem), copy(c_elem, elem)
+    nowhere = -(2**60)
+
+    @inline
+    def prepare(g, taps, columns, rows):
+        h_in, w_in, kh, kw = at(g, IN + 1), at(g, IN + 2), at(g, SIZE + 1), at(g, SIZE + 2)
+        volume = at(g, IN) * h_in * w_in
+        dd, dh, dw = at(g, DILATION), at(g, DILATION + 1), at(g, DILATION + 2)
+        for t in range(at(g, SIZE) * kh * kw):
+            place = (t // kw // kh * dd * h_in + t // kw % kh * dh) * w_in + t % kw * dw
+            store_scalar(INT64, taps + t * 8, place * c_size)
+        for o in range(at(g, OUT + 2)):
+            place = start(g, 2, o) * c_size if window(g, 2, o)[1] else nowhere
+            store_scalar(INT64, columns + o * 8, place)
+        filled = 0
+        for od in range(at(g, OUT)):
+            d0, dt, _ = window(g, 0, od)
+            for oh in range(at(g, OUT + 1)):
+                h0, ht, _ = window(g, 1, oh)
+                inside = dt and ht
+                if inside:  # what it reaches, in whole vectors
+                    last = ((d0 + (dt - 1) * dd) * h_in + h0 + (ht - 1) * dh + 1) * w_in
+                    filled = max(filled, min(volume, (last + L - 1) // L * L))
+                place = (start(g, 0, od) * h_in + start(g, 1, oh)) * w_in * c_size
+                store_scalar(INT64, rows, place if inside else nowhere)
+                store_scalar(INT64, rows + 8, filled)
+                rows += 16
+
+    @inline
+    def body(thread, threads, y, z, codes, g, scratch):
+        w_out, height, yh, yw = at(g, OUT + 2), at(g, OUT + 1), at(g, Y + 3), at(g, Y + 4)
+        outputs, volume = at(g, OUT) * height, at(g, IN) * at(g, IN + 1) * at(g, IN + 2)
+        taps = scratch + thread * at(g, ROOM)
+        columns = taps + at(g, SIZE) * at(g, SIZE + 1) * at(g, SIZE + 2) * 8
+        rows = columns + w_out * 8
+        whole = rows + outputs * 16
+        prepare(g, taps, columns, rows)
+        first, end = over(thread, threads, at(g, N) * at(g, C))
+        where = codes + first * outputs * w_out * code_size
+        for plane in range(first, end):
+            gradient, image, oh = z + plane * volume * size, plane_of(g, Y, y, plane), 0
+            total, filled = whole if half else gradient, 0
+            source = image
+            for r in range(outputs):
+                if oh == height:
+                    oh = 0
+                    image += at(g, Y + 2)
+                    source = image
+                row, last = load_scalar(INT64, rows + r * 16), load_scalar(INT64, rows + r * 16 + 8)
+                if last > filled:
+                    fill_row(total + filled * c_size, last - filled, 0.0)
+                    filled = last
+                grad = source
+                for o in range(w_out):
+                    place = row + load_scalar(INT64, columns + o * 8) + load_scalar(INT64, taps + load_scalar(code, where) * 8)
+                    if 0 <= place < volume * c_size:
+                        store_scalar(c_elem, total + place, load_scalar(c_elem, total + place) + load_scalar(elem, grad))
+                    where += code_size
+                    grad += yw
+                source += yh
+                oh += 1
+            fill_row(total + filled * c_size, volume - filled, 0.0)
+            if half:
+                narrow_plane(total, gradient, volume)
+
+    def kernel(threads, y, z, codes, g, scratch):
+        parallel(threads, body, (y, z, codes, g, scratch))
+    return kernel
+
+
 def average_backward_along(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, y, z, geometry, scratch): z, the input's gradient, from y, the output's"""
+    """kernel(threads, y, z, no codes, geometry, scratch): z, the input's gradient, from y, the output's"""
     elem = ELEMS[elem_name]
     c_elem = compute_elem(elem)
     L, size, c_size, half = elem.lanes, elem.size, c_elem.size, elem.size != c_elem.size
@@ -550,7 +666,7 @@ def average_backward_along(elem_name: str) -> Callable[..., Any]:
             if half:
                 narrow_plane(total, gradient, volume)
 
-    def kernel(threads, y, z, g, scratch):
+    def kernel(threads, y, z, codes, g, scratch):
         parallel(threads, body, (y, z, g, scratch))
     return kernel
 
@@ -632,176 +748,172 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     return kernel
 
 
-def _scatter_across(elem: Elem, step: Callable[[Elem, Elem, bool], Any], vectors: int) -> Any:
-    """body(thread, threads, x, y, z, g): adds to z, the input's gradient, what step makes of every window. A thread has
-    whole images of a block of channels; the half types' sums are kept in the compute type until they are complete."""
-    c = compute_elem(elem)
-    size, c_size, half = elem.size, c.size, elem.size != c.size
-    chunks, fill_row, narrow_row = _chunks(elem, step, vectors), fill(c), copy(c, elem)
-
-    @inline
-    def body(thread, threads, x, y, z, g, scratch):
-        depth, height, width, channels, block = at(g, OUT), at(g, OUT + 1), at(g, OUT + 2), at(g, C), at(g, BLOCK)
-        h_in, w_in, divisor = at(g, IN + 1), at(g, IN + 2), at(g, DIVISOR)
-        room, blocks, volume = scratch + thread * at(g, ROOM) + OWN, (channels + block - 1) // block, at(g, IN) * h_in * w_in
-        first, end = over(thread, threads, at(g, N) * blocks)
-        for unit in range(first, end):
-            n, c0 = unit // blocks, unit % blocks * block
-            c1 = min(channels, c0 + block)
-            gradient = z + n * volume * channels * size
-            # The sums' first channel and their pixels' distance
-            total, zw = (room - c0 * c_size, block * c_size) if half else (gradient, channels * c_size)
-            for pixel in range(volume):
-                fill_row(total + pixel * zw + c0 * c_size, c1 - c0, 0.0)
-            for od in range(depth):
-                d0, dt, dc = window(g, 0, od)
-                for oh in range(height):
-                    h0, ht, hc = window(g, 1, oh)
-                    for ow in range(width):
-                        w0, wt, wc = window(g, 2, ow)
-                        source = x + n * at(g, X) + d0 * at(g, X + 2) + h0 * at(g, X + 3) + w0 * at(g, X + 4)
-                        target = y + n * at(g, Y) + od * at(g, Y + 2) + oh * at(g, Y + 3) + ow * at(g, Y + 4)
-                        place, count = total + ((d0 * h_in + h0) * w_in + w0) * zw, float(divisor if divisor else dc * hc * wc)
-                        chunks(c0, c1, (source, target, place, zw, dt, ht, wt, count, room - OWN, g))
-            if half:
-                for pixel in range(volume):
-                    narrow_row(total + pixel * zw + c0 * c_size, gradient + (pixel * channels + c0) * size, c1 - c0)
-    return body
-
-
 def _argmax_of_taps(source: Elem, target: Elem, masked: bool) -> Any:
-    """argmax(x, n, dt, ht, wt, g): the maximum of a window and its place, counted from the window's first"""
+    """argmax(x, n, dt, ht, wt, xd, xh, xw, kd, kh, kw): the maximum of a window and its key, counted from the first tap inside"""
     @inline
-    def argmax(x, n, dt, ht, wt, g):
+    def argmax(x, n, dt, ht, wt, xd, xh, xw, kd, kh, kw):
         v = spread(target, -inf)
         none = iota_like(v) & 0
         best = none
-        xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
-        pw = at(g, DILATION + 2)
-        ph = at(g, IN + 2) * at(g, DILATION + 1)
-        pd = at(g, IN + 2) * at(g, IN + 1) * at(g, DILATION)
         for d in range(dt):
             for h in range(ht):
-                place, key = x + d * xd + h * xh, d * pd + h * ph
+                place, key = x + d * xd + h * xh, d * kd + h * kh
                 for _w in range(wt):
                     u = load_n(source, place, n) if masked else load(source, place)
                     better = (u > v) | (u != u)
                     v, best = select(better, u, v), select(better, none + key, best)
                     place += xw
-                    key += pw
+                    key += kw
         return v, best
     return argmax
 
 
-def argmax_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry, scratch): y = the maxima, z = their indices"""
+def argmax_across(elem_name: str, code_size: int) -> Callable[..., Any]:
+    """kernel(threads, x, y, z, geometry, scratch): y = the maxima, z = their codes, of 1 or 4 bytes; 0: their indices"""
     elem = ELEMS[elem_name]
-    size = elem.size
+    size, codes, z_size = elem.size, code_size > 0, code_size if code_size else 8
 
     def step(source: Elem, target: Elem, masked: bool) -> Any:
-        argmax, key = _argmax_of_taps(source, target, masked), _keys(target)
-        keys, key_size = wide(key, target.lanes // key.lanes), key.size
+        argmax = _argmax_of_taps(source, target, masked)
+        key, code = _keys(compute_elem(elem), code_size)
+        vectors = target.lanes // key.lanes
+        keys, code, key_size = wide(key, vectors), wide(code, vectors), key.size
 
         @inline
         def chunk(i, n, args):
-            x, y, z, base, dt, ht, wt, scratch, g = args
-            v, best = argmax(x + i * size, n, dt, ht, wt, g)
+            x, y, z, base, dt, ht, wt, xd, xh, xw, kd, kh, kw, scratch = args
+            v, best = argmax(x + i * size, n, dt, ht, wt, xd, xh, xw, kd, kh, kw)
             if masked:
                 store_n(source, y + i * size, v, n)
             else:
                 store(source, y + i * size, v)
-            store(keys, scratch, best)
-            for j in range(n):
-                store_scalar(INT64, z + (i + j) * 8, base + load_scalar(key, scratch + j * key_size))
+            if codes and not masked:
+                store(code, z + i * z_size, best + base)
+            else:
+                store(keys, scratch, best)
+                for j in range(n):
+                    found = base + load_scalar(key, scratch + j * key_size)
+                    if codes:
+                        store_scalar(code, z + (i + j) * z_size, found)
+                    else:
+                        store_scalar(INT64, z + (i + j) * z_size, found)
         return chunk
     chunks = _chunks(elem, step, 2)
 
     @inline
     def body(thread, threads, x, y, z, g, scratch):
         width, channels, room = at(g, OUT + 2), at(g, C), scratch + thread * at(g, ROOM)
+        xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
+        (kd, kh), kw = key_steps(g, codes), 1 if codes else at(g, DILATION + 2)
         first, end = over(thread, threads, at(g, N) * at(g, OUT) * at(g, OUT + 1))
         n, c, od, oh = first_row(g, first, 1)
         for unit in range(first, end):
             d0, dt, _ = window(g, 0, od)
             h0, ht, _ = window(g, 1, oh)
+            base = first_key(g, codes, od, d0, oh, h0)
             source, target = row_of(g, X, x, n, 0, d0, h0), row_of(g, Y, y, n, 0, od, oh)
             n, c, od, oh = next_row(g, 1, n, c, od, oh)
             for ow in range(width):
                 w0, wt, _ = window(g, 2, ow)
+                left = (w0 - start(g, 2, ow)) // at(g, DILATION + 2) if codes else w0
                 chunks(0, channels, (source + w0 * at(g, X + 4), target + ow * at(g, Y + 4),
-                                     z + (unit * width + ow) * channels * 8,
-                                     (d0 * at(g, IN + 1) + h0) * at(g, IN + 2) + w0, dt, ht, wt, room, g))
+                                     z + (unit * width + ow) * channels * z_size, base + left, dt, ht, wt, xd, xh, xw, kd, kh, kw,
+                                     room))
 
     def kernel(threads, x, y, z, g, scratch):
         parallel(threads, body, (x, y, z, g, scratch))
     return kernel
 
 
-def max_backward_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, x, y, z, geometry, scratch): z, the input's gradient, from x, the input, and y, the output's gradient"""
+def backward_across(elem_name: str, code_size: int) -> Callable[..., Any]:
+    """kernel(threads, y, z, codes, geometry, scratch): z, the input's gradient, from y, the output's; code_size 0: of averages
+
+    Each pixel gathers what the windows that cover it give. They are listed first: where their gradients and their codes lie,
+    and the code that means this pixel, or what an average is multiplied by.
+    """
     elem = ELEMS[elem_name]
-    size, c_size = elem.size, compute_elem(elem).size
+    c_elem = compute_elem(elem)
+    size, average = elem.size, code_size == 0
 
     def step(source: Elem, target: Elem, masked: bool) -> Any:
-        argmax, key_elem = _argmax_of_taps(source, target, masked), _keys(target)
-        keys = wide(key_elem, target.lanes // key_elem.lanes)
+        code = wide(_keys(c_elem, code_size)[1], target.lanes // c_elem.lanes)
 
         @inline
         def chunk(i, n, args):
-            x, y, z, zw, dt, ht, wt, _, own, g = args
-            _, best = argmax(x + i * size, n, dt, ht, wt, g)
-            grad = load_n(source, y + i * size, n) if masked else load(source, y + i * size)
-            if dt * ht * wt > FEW:
-                store(keys, own, best)
-                store(target, own + target.lanes * c_size, grad)
-                for j in range(n):
-                    place = z + load_scalar(key_elem, own + j * c_size) * zw + (i + j) * c_size
-                    share_of_one = load_scalar(target, own + (target.lanes + j) * c_size)
-                    store_scalar(target, place, load_scalar(target, place) + share_of_one)
-                return
-            for d in range(dt):
-                for h in range(ht):
-                    key = (d * at(g, DILATION) * at(g, IN + 1) + h * at(g, DILATION + 1)) * at(g, IN + 2)
-                    for _w in range(wt):
-                        place = z + key * zw + i * c_size
-                        share = select(best == key, grad, 0.0)
-                        if masked:
-                            store_n(target, place, load_n(target, place, n) + share, n)
-                        else:
-                            store(target, place, load(target, place) + share)
-                        key += at(g, DILATION + 2)
+            y, codes, z, entry, entries = args
+            total = spread(target, 0.0)
+            for _e in range(entries):
+                place = y + load_scalar(INT64, entry) + i * size
+                share = load_n(source, place, n) if masked else load(source, place)
+                if average:
+                    total = fma(share, load_scalar(c_elem, entry + 16), total)
+                else:
+                    place = codes + load_scalar(INT64, entry + 8) + i * code_size
+                    meant = (load_n(code, place, n) if masked else load(code, place)) == load_scalar(INT64, entry + 16)
+                    total = total + select(meant, share, 0.0)
+                entry += ENTRY
+            if masked:
+                store_n(source, z + i * size, total, n)
+            else:
+                store(source, z + i * size, total)
         return chunk
-    body = _scatter_across(elem, step, 2)
+    chunks = _chunks(elem, step, WIDTH)
 
-    def kernel(threads, x, y, z, g, scratch):
-        parallel(threads, body, (x, y, z, g, scratch))
-    return kernel
+    @inline
+    def body(thread, threads, y, z, codes, g, scratch):
+        depth, height, width, channels, block = at(g, IN), at(g, IN + 1), at(g, IN + 2), at(g, C), at(g, BLOCK)
+        h_out, w_out, yw, divisor = at(g, OUT + 1), at(g, OUT + 2), at(g, Y + 4), at(g, DIVISOR)
+        blocks = (channels + block - 1) // block
+        columns = scratch + thread * at(g, ROOM)  # the width's windows: where each begins, and what it counts
+        rows = columns + w_out * 16
+        for o in range(w_out):
+            store_scalar(INT64, columns + o * 16, start(g, 2, o))
+            store_scalar(INT64, columns + o * 16 + 8, window(g, 2, o)[2])
+        first, end = over(thread, threads, at(g, N) * blocks * depth * height)
+        for unit in range(first, end):
+            h, image = unit % height, unit // height
+            d, b, n = image % depth, image // depth % blocks, image // depth // blocks
+            c0, c1 = b * block, min(channels, b * block + block)
+            pixels = rows  # the list of a pixel's windows, after that of the windows that cover its row
+            d_first, d_end = covering(g, 0, d)
+            h_first, h_end = covering(g, 1, h)
+            for od in range(d_first, d_end):
+                td = tap_of(g, 0, od, d)
+                for oh in range(h_first, h_end):
+                    th = tap_of(g, 1, oh, h)
+                    if td >= 0 and th >= 0:
+                        store_scalar(INT64, pixels, od * at(g, Y + 2) + oh * at(g, Y + 3))
+                        store_scalar(INT64, pixels + 8, (od * h_out + oh) * w_out)
+                        count = window(g, 0, od)[2] * window(g, 1, oh)[2]
+                        key = (td * at(g, SIZE + 1) + th) * at(g, SIZE + 2)
+                        store_scalar(INT64, pixels + 16, count if average else key)
+                        pixels += ENTRY
+            source, where = y + n * at(g, Y), codes + n * at(g, OUT) * h_out * w_out * channels * code_size
+            target = z + (n * depth + d) * height * width * channels * size + h * width * channels * size
+            for w in range(width):
+                entry = pixels
+                w_first, w_end = covering(g, 2, w)
+                row = rows
+                while row < pixels:
+                    for ow in range(w_first, w_end):
+                        t, dilation = w - load_scalar(INT64, columns + ow * 16), at(g, DILATION + 2)
+                        if dilation > 1:
+                            t = t // dilation if t % dilation == 0 else -1
+                        if t >= 0:
+                            store_scalar(INT64, entry, load_scalar(INT64, row) + ow * yw)
+                            if average:
+                                count = load_scalar(INT64, row + 16) * load_scalar(INT64, columns + ow * 16 + 8)
+                                store_scalar(c_elem, entry + 16, 1.0 / float(divisor if divisor else count))
+                            else:
+                                store_scalar(INT64, entry + 8, (load_scalar(INT64, row + 8) + ow) * channels * code_size)
+                                store_scalar(INT64, entry + 16, load_scalar(INT64, row + 16) + t)
+                            entry += ENTRY
+                    row += ENTRY
+                chunks(c0, c1, (source, where, target, pixels, (entry - pixels) // ENTRY))
+                target += channels * size
 
-
-def average_backward_across(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, y, z, geometry, scratch): z, the input's gradient, from y, the output's"""
-    elem = ELEMS[elem_name]
-    size, c_size = elem.size, compute_elem(elem).size
-
-    def step(source: Elem, target: Elem, masked: bool) -> Any:
-        @inline
-        def chunk(i, n, args):
-            _, y, z, zw, dt, ht, wt, count, _own, g = args
-            share = (load_n(source, y + i * size, n) if masked else load(source, y + i * size)) / count
-            for d in range(dt):
-                for h in range(ht):
-                    place = z + (d * at(g, IN + 1) + h) * at(g, IN + 2) * zw + i * c_size
-                    for _w in range(wt):
-                        if masked:
-                            store_n(target, place, load_n(target, place, n) + share, n)
-                        else:
-                            store(target, place, load(target, place) + share)
-                        place += zw
-        return chunk
-    body = _scatter_across(elem, step, WIDTH)
-
-    def kernel(threads, y, z, g, scratch):
-        parallel(threads, body, (0, y, z, g, scratch))
+    def kernel(threads, y, z, codes, g, scratch):
+        parallel(threads, body, (y, z, codes, g, scratch))
     return kernel
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 N, C = 0, 1
 IN, OUT, SIZE, STRIDE, PAD, DILATION = 2, 5, 8, 11, 14, 17  # three each: depth, height, width
-ADAPTIVE = 20  # whether the windows are those of adaptive pooling, and SIZE, STRIDE, … mean nothing
+ADAPTIVE = 20  # whether the windows are those of adaptive pooling: SIZE is what they have room in, STRIDE, … mean nothing
 X, Y = 21, 26  # strides in bytes: batch, channel, depth, height, width
 DIVISOR = 31  # what an average divides by; 0: the elements of its window
 INCLUDE_PAD = 32  # whether these are also those in the padding
 WHOLE = 33  # whether each window is a whole plane, and that one row
-INDICES = 34  # argmax_along: whether the indices are wanted, or the gradient
-BLOCK = 35  # across: channels that a thread works on at once
+BLOCK = 34  # across: channels that a thread works on at once
 OWN = 512  # bytes at the beginning of a thread's scratch memory for two vectors of numbers and of places
-ROOM = 36  # bytes of scratch memory a thread
+ROOM = 35  # bytes of scratch memory a thread

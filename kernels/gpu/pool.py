@@ -98,21 +98,23 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
 
 
 def _run(name: str, what: str, x: Tensor, y: Tensor, index: Tensor | None, codes: Tensor | None, adaptive: bool, size: Sizes,
-         stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int = 0, include_pad: bool = True, write: bool = True) -> None:
+         stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
     z = index if index is not None else codes if codes is not None else y
     x_at, y_at = x.data_ptr(), y.data_ptr()
     plan = _plan(name, what, x.device, x.dtype, (x_at | y_at) % 16 == 0, len(size), x.shape, x.stride(), y.shape, y.stride(),
                  z.stride(), adaptive, tuple(size), tuple(stride), tuple(padding), tuple(dilation), divisor, include_pad)
-    addresses = [x_at, y_at if write else 0, index.data_ptr() if index is not None else 0,
+    addresses = [x_at, y_at, index.data_ptr() if index is not None else 0,
                  codes.data_ptr() if codes is not None else 0]  # fmt: skip
     SOURCE.threads(plan.expression, x.device, plan.threads, array("q", addresses) + plan.words)
 
 
-def max_pool(out: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
-             ceil_mode: bool) -> None:
-    """out = each window's maximum"""
-    if out.numel():
-        _run("forward", "MAX", input, out, None, None, adaptive, size, stride, padding, dilation)
+def max_pool(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
+             dilation: Sizes, ceil_mode: bool, keep: bool) -> None:
+    """out = (each window's maximum, if they are kept their codes)"""
+    y, codes = out
+    if y.numel():
+        _run("forward", "ARGMAX" if keep else "MAX", input, y, None, codes if keep else None, adaptive, size, stride, padding,
+             dilation)  # fmt: skip
 
 
 def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
@@ -122,18 +124,14 @@ def max_pool_with_indices(out: tuple[Tensor, Tensor], input: Tensor, adaptive: b
         _run("forward", "ARGMAX", input, *out, None, adaptive, size, stride, padding, dilation)
 
 
-def max_pool_backward(out: Tensor, grad: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
+def max_pool_backward(out: Tensor, grad: Tensor, codes: Tensor, input: Tensor, adaptive: bool, size: Sizes, stride: Sizes,
                       padding: Sizes, dilation: Sizes, ceil_mode: bool) -> None:
-    """out = the gradient of input, from that of the output: where each window's maximum is, then who was meant"""
+    """out = the gradient of input, from that of the output: each pixel asks whose maximum it was"""
     if not grad.numel():
         out.zero_()
         return
-    grad = _lying_as(grad, out, len(size))
-    window = (adaptive, size, stride, padding, dilation)
-    largest = list(map(_largest, input.shape[-len(size) :], size)) if adaptive else size
-    codes = torch.empty_like(grad, dtype=torch.int32 if prod(largest) > 256 else torch.uint8)
-    _run("forward", "ARGMAX", input, grad, None, codes, *window, write=False)
-    _run("backward", "false", out, grad, None, codes, *window)
+    grad, codes = _lying_as(grad, out, len(size)), _lying_as(codes, out, len(size))
+    _run("backward", "false", out, grad, None, codes, adaptive, size, stride, padding, dilation)
 
 
 def _lying_as(grad: Tensor, image: Tensor, dims: int) -> Tensor:

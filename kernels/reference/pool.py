@@ -17,12 +17,23 @@ def _positions(
     o = torch.arange(out).unsqueeze(1)
     if adaptive:
         first, last = o * n // out, -((-(o + 1) * n) // out)
-        at = first + torch.arange(int((last - first).max()) if out else 0)
+        at = first + torch.arange(largest_window(n, out))
         return at.clamp(max=max(n - 1, 0)), at < last, (last - first).squeeze(1)
     first = o * stride - padding
     at = first + torch.arange(size) * dilation
     counted = (first + size).clamp(max=n + padding) - first
     return at.clamp(0, max(n - 1, 0)), (at >= 0) & (at < n), counted.squeeze(1)
+
+
+def largest_window(n: int, out: int) -> int:
+    """What the windows of an adaptive pooling from n pixels to ``out`` have room in, in one dimension."""
+    return 0 if not out else n // out if n % out == 0 else -(-n // out) + 1
+
+
+def code_dtype(shape: Sequence[int], adaptive: bool, size: Sequence[int]) -> torch.dtype:
+    """Of the codes, which say where in its window a maximum is, counted through all pixels that the window has room for."""
+    sizes = map(largest_window, shape[-len(size) :], size) if adaptive else size
+    return torch.int32 if prod(sizes) > 256 else torch.uint8
 
 
 def output_size(
@@ -73,6 +84,14 @@ def _windows(
     return values, inside.reshape(*outs, -1), place.reshape(*outs, -1), count.reshape(outs)
 
 
+def _best(values: Tensor, inside: Tensor) -> Tensor:
+    """Which of each window's pixels is its maximum: the first of equals, the last NaN."""
+    seen = torch.where(inside, values.detach(), -inf)
+    last_nan = seen.shape[-1] - 1 - seen.isnan().flip(-1).to(torch.uint8).argmax(-1)
+    first = ((seen == seen.amax(-1, keepdim=True)) & inside).to(torch.uint8).argmax(-1)
+    return torch.where(seen.isnan().any(-1), last_nan, first)
+
+
 def max_pool_with_indices(
     input: Tensor,
     adaptive: bool,
@@ -82,15 +101,11 @@ def max_pool_with_indices(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each window's maximum, and its index in the plane: the first of equals, the last NaN."""
+    """Each window's maximum, and its index in the plane."""
     values, inside, place, _ = _windows(input, adaptive, size, stride, padding, dilation, ceil_mode)
     if not values.numel():
         return values.new_empty(values.shape[:-1]), values.new_empty(values.shape[:-1], dtype=torch.int64)
-    seen = torch.where(inside, values.detach(), -inf)
-    last_nan = seen.shape[-1] - 1 - seen.isnan().flip(-1).to(torch.uint8).argmax(-1)
-    top = seen.amax(-1, keepdim=True)
-    first = ((seen == top) & inside).to(torch.uint8).argmax(-1)
-    best = torch.where(seen.isnan().any(-1), last_nan, first).unsqueeze(-1)
+    best = _best(values, inside).unsqueeze(-1)
     return values.gather(-1, best).squeeze(-1), place.expand(values.shape).gather(-1, best).squeeze(-1)
 
 
@@ -102,12 +117,21 @@ def max_pool(
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-) -> Tensor:
-    return max_pool_with_indices(input, adaptive, size, stride, padding, dilation, ceil_mode)[0]
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Each window's maximum, and with ``keep`` its code: where in the window it is."""
+    values, inside, _, _ = _windows(input, adaptive, size, stride, padding, dilation, ceil_mode)
+    dtype = code_dtype(input.shape, adaptive, size) if keep else torch.uint8
+    if not values.numel():
+        return values.new_empty(values.shape[:-1]), values.new_empty(values.shape[:-1] if keep else 0, dtype=dtype)
+    best = _best(values, inside)
+    codes = best.to(dtype) if keep else best.new_empty(0, dtype=dtype)
+    return values.gather(-1, best.unsqueeze(-1)).squeeze(-1), codes
 
 
 def max_pool_backward(
     grad: Tensor,
+    codes: Tensor,
     input: Tensor,
     adaptive: bool,
     size: Sequence[int],
@@ -116,10 +140,15 @@ def max_pool_backward(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    _, indices = max_pool_with_indices(input.detach(), adaptive, size, stride, padding, dilation, ceil_mode)
+    """From the codes that ``max_pool`` has kept; of the input nothing but its shape counts."""
     dims = len(size)
     zeros = grad.new_zeros([*input.shape[:-dims], prod(input.shape[-dims:])])
-    return zeros.scatter_add(-1, indices.flatten(-dims), grad.flatten(-dims)).reshape(input.shape)
+    if not grad.numel():
+        return zeros.reshape(input.shape)
+    _, _, place, _ = _windows(input.detach(), adaptive, size, stride, padding, dilation, ceil_mode)
+    indices = place.expand(*grad.shape, -1).gather(-1, codes.long().unsqueeze(-1))
+    indices = indices.squeeze(-1).flatten(-dims)
+    return zeros.scatter_add(-1, indices, grad.flatten(-dims)).reshape(input.shape)
 
 
 def avg_pool(

@@ -164,6 +164,7 @@ INT32 = Elem("int32", i32, 4, types.int32)
 UINT16 = Elem("uint16", i16, 2, types.int32)  # zero-extended on load
 INT64 = Elem("int64", i64, 8, types.int64)
 BYTES = {4: Elem("uint8", i8, 1, types.int32), 8: Elem("uint8", i8, 1, types.int64)}  # by the size that they widen to
+WORDS = {4: INT32, 8: Elem("uint32", i32, 4, types.int64)}  # the same
 ELEMS = {e.name: e for e in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT32, UINT16, INT64)}
 
 
@@ -263,7 +264,7 @@ def widen(builder: ir.IRBuilder, elem: Elem, raw: Any) -> Any:
         wide = builder.zext(raw, ir.VectorType(i32, elem.lanes))
         sixteen = ir.Constant(wide.type, [16] * elem.lanes)
         return builder.bitcast(builder.shl(wide, sixteen), ir.VectorType(f32, elem.lanes))
-    return builder.zext(raw, elem.vector.llvm) if elem.name in ("uint8", "uint16") else raw
+    return builder.zext(raw, elem.vector.llvm) if elem.name.startswith("uint") else raw
 
 
 def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
@@ -281,7 +282,7 @@ def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
         quiet = builder.or_(bits, ir.Constant(vt, [0x400000] * n))
         rounded = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
         return builder.trunc(builder.lshr(rounded, ir.Constant(vt, [16] * n)), ir.VectorType(i16, n))
-    return value
+    return builder.trunc(value, ir.VectorType(elem.memory, elem.lanes)) if elem.name.startswith("uint") else value
 
 
 def load_vector(builder: ir.IRBuilder, elem: Elem, address: Any, n: Any = None) -> Any:
@@ -408,7 +409,7 @@ def load_scalar(typingctx, elem, address):
             return builder.extract_element(widen(builder, e, splat(builder, value, e.lanes)), i32(0))
         if e.name == "bfloat16":
             return builder.bitcast(builder.shl(builder.zext(value, i32), i32(16)), f32)
-        return value
+        return builder.zext(value, _LLVM[e.vector.elem]) if e.name.startswith("uint") else value
     return e.vector.elem(elem, types.int64), codegen
 
 
@@ -433,6 +434,8 @@ def store_scalar(typingctx, elem, address, value):
         raw = args[2]
         if e.size == 2:
             raw = builder.extract_element(narrow(builder, e, splat(builder, raw, e.lanes)), i32(0))
+        elif e.name.startswith("uint"):
+            raw = builder.trunc(raw, e.memory)
         builder.store(raw, _pointer(builder, args[1], e.memory))
         return context.get_dummy_value()
     return types.none(elem, types.int64, e.vector.elem), codegen
