@@ -134,8 +134,12 @@ def dropout(
     Whether element i is kept is a function of (seed, i) only, and the backward repeats it. Without a seed one is drawn
     from torch's default generator, so torch.manual_seed repeats the run (torch's own dropout draws other elements).
     """
-    if p < 0.0 or p > 1.0:
-        raise ValueError(f"dropout(): p is a probability and has to be between 0 and 1, but got {p}")
+    p = float(p)
+    if not 0.0 <= p <= 1.0:
+        error = ValueError if p == p else RuntimeError
+        raise error(f"dropout(): p is a probability and has to be between 0 and 1, but got {p}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
     if not training:
         return F.dropout(input, p, False, inplace)
     if inplace:

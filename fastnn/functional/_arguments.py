@@ -10,7 +10,7 @@ Ints = int | Sequence[int]
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    return any(getattr(t, "requires_grad", False) for t in tensors)  # what is no tensor is refused where it is used
 
 
 def ints(op: str, name: str, value: Any, dims: int) -> list[int]:

@@ -86,6 +86,8 @@ def _add_product(
     out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(input).__name__}")
     if isinstance(beta, complex) or isinstance(alpha, complex) or input.dtype not in FLOATING:
         backends.torch_serves(op, (input, left, right), backend, f"dtype {input.dtype} has no fastnn kernel")
         return getattr(torch, op)(input, left, right, beta=beta, alpha=alpha, out=out)

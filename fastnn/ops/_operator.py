@@ -25,6 +25,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     is_grad_enabled,
 )
+from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
@@ -32,6 +33,7 @@ from fastnn import backends
 
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 PLAIN = frozenset({Tensor, Parameter})  # types whose memory a kernel may touch: nothing is overridden
+_ON_CPU = frozenset({"batch_sizes"})  # a PackedSequence has them there whatever its data's device
 _library = torch.library.Library("fastnn", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -52,7 +54,7 @@ def make(op, mode_is_on, by_torch, check, allocate, inspect, differentiable, con
             if (
                 (backend or context()) is None
                 and not traces
-                and {first}.is_cpu
+                and {all_on_cpu}
                 and not _len_torch_dispatch_stack()
                 and _get_tracing_state() is None
             ):
@@ -72,7 +74,7 @@ def make(op, mode_is_on, by_torch, check, allocate, inspect, differentiable, con
                     try:
                         if (
                             type(plan) is not str
-                            and {all_on_cpu}
+                            and {none_negated}
                             and (supports is None or supports("{name}", {args}) is None)
                         ):
                             if is_grad_enabled() and ({any_requires_grad}):
@@ -151,6 +153,10 @@ class Operator:
 
     def into(self, out: Tensor, *args: Any, backend: str | None = None) -> Tensor:
         """Write the result into `out`, which torch's rules for `out=` may resize. Never aliased to an argument."""
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{self.name}(): argument 'out' must be Tensor, not {type(out).__name__}")
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.name}(): out is an inference tensor, which can be written in inference mode only")
         if is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, out)):
             raise RuntimeError(
                 f"{self.name}(): functions with out=... arguments don't support automatic differentiation, "
@@ -158,6 +164,7 @@ class Operator:
             )
         result = self.call(*args, backend, out)
         if result is out:
+            increment_version(out)  # autograd sees that what it may have saved is no longer there
             return out
         if result.dtype != out.dtype or result.device != out.device:
             raise RuntimeError(
@@ -184,6 +191,7 @@ class Operator:
             return self._by_torch(args, backend, f"{kind.__name__} is a subclass of Tensor")
         if _len_torch_dispatch_stack():
             return self._visible(self.overload(*args, backend=backend))
+        self._same_device(args)
         if self.autocast and _is_any_autocast_enabled():
             args = self._cast(args)
         plan = self.check(*args)
@@ -198,6 +206,13 @@ class Operator:
         if differentiate:
             return self._visible(_Differentiable.apply(*args, self, kernel, plan, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
+
+    def _same_device(self, args: tuple[Any, ...]) -> None:
+        """Torch lets some tensors of other devices through to memory that is not theirs. Single numbers may come from the CPU."""
+        first, device = self.tensors[0][0], args[0].device
+        for tensor, (argument, _) in zip(args, self.tensors):
+            if tensor is not None and tensor.device != device and tensor.dim() and argument not in _ON_CPU:
+                raise RuntimeError(f"{self.name}(): {argument} must be on {first}'s device, {device}, got {tensor.device}")
 
     def fake(self, *args: Any, backend: str | None = None) -> Any:
         """The outputs' shapes, dtypes and strides: what tracing computes with."""
@@ -318,11 +333,11 @@ class Operator:
         source = _CALL.format(
             name=self.name,
             args=args,
-            first=tensors[0][0],
             tensors=", ".join(name for name, _ in tensors),
             or_autocast="or _is_any_autocast_enabled()" if self.autocast else "",
             all_plain=each("type({}) in PLAIN", "True", " and "),
-            all_on_cpu=each("{0}.is_cpu and not {0}.is_neg()", "True", " and "),
+            all_on_cpu=each("{}.is_cpu", "True", " and "),
+            none_negated=each("not {}.is_neg()", "True", " and "),
             any_requires_grad=each("{}.requires_grad", "False", " or "),
             differentiable=f"differentiable({args}, op, kernel, plan, None){seen}"
             if self.backward

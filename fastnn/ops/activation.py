@@ -210,7 +210,7 @@ glu_backward: Operator = Operator(
 
 def _check_dropout(input: Tensor, p: float, seed: int) -> str | None:
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout(): p has to be between 0 and 1, but got {p}")
+        raise (ValueError if p == p else RuntimeError)(f"dropout(): p has to be between 0 and 1, but got {p}")
     return only_torch(input.dtype)
 
 

@@ -116,6 +116,8 @@ def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: 
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if not _expandable(input.shape, shape):
         raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
+    if alpha == 0 and dims == 2:
+        return "without the product nothing of it may be seen, NaN and Inf either"
     return shape if input.dtype in FLOATING else no_kernel_for(input.dtype)
 
 
@@ -166,6 +168,9 @@ def _check_linear(
     a = input.shape
     w = weight.shape
     dtype = input.dtype
+    if activation is not None and activation not in PARAMETERLESS:
+        allowed = ", ".join(sorted(PARAMETERLESS))
+        raise ValueError(f"linear(): activation got {activation!r}, allowed are None, {allowed}")
     if len(w) != 2 or not a:
         return _unusual_linear(a, w)
     n, k = w
@@ -174,9 +179,6 @@ def _check_linear(
             f"linear(): input and weight shapes cannot be multiplied: the last dimension of input {tuple(a)} "
             f"must be the in_features of weight {tuple(w)}, {k}, got {a[-1]}"
         )
-    if activation is not None and activation not in PARAMETERLESS:
-        allowed = ", ".join(sorted(PARAMETERLESS))
-        raise ValueError(f"linear(): activation got {activation!r}, allowed are None, {allowed}")
     shape = (a[0], n) if len(a) == 2 else (*a[:-1], n)
     if weight.dtype is not dtype:
         _same_dtype("linear", input=input, weight=weight)

@@ -105,6 +105,8 @@ def _check_loss(
             raise RuntimeError(
                 f"{op}(): target must have dtype torch.int64 (or uint8) for class indices, got {target.dtype}"
             )
+        if not rows and target.shape == (1,):
+            return "the class of a single row as a vector is served by torch"
         if list(target.shape) != rows:
             batch = len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]
             raise (ValueError if batch else RuntimeError)(
@@ -114,7 +116,13 @@ def _check_loss(
         if target.dtype == torch.uint8:
             return "target of dtype uint8 has no fastnn kernel"
     if weight is not None and weight.dtype != dtype:
+        if target.is_floating_point():
+            return "a weight of another dtype than input is promoted by torch"
         raise RuntimeError(f"{op}(): weight must have input's dtype {dtype}, got {weight.dtype}")
+    if weight is not None and weight.requires_grad:
+        return "a weight that requires a gradient is differentiated by torch, or refused"
+    if not classes:
+        return "there are no classes"
     return only_torch(dtype)
 
 
@@ -135,8 +143,10 @@ def _inspect_indices(op: str, target: Tensor, classes: int, ignore_index: int) -
 def _check_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> str | None:
-    if not 0 <= label_smoothing <= 1:
+    if label_smoothing > 1:
         raise RuntimeError(f"cross_entropy(): label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not label_smoothing >= 0:
+        return "torch takes a label_smoothing below 0, or NaN, for none"
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise RuntimeError(
