@@ -184,7 +184,7 @@ def test_under_compile() -> None:
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has this layer from 2.13 on")
 @pytest.mark.parametrize("options", [
-    {}, {"bias": True, "weight": torch.rand(6), "label_smoothing": 0.1}, {"out_features": (4,), "bias": True},
+    {}, {"bias": True, "weight": torch.linspace(0.1, 1, 6), "label_smoothing": 0.1}, {"out_features": (4,), "bias": True},
     {"ignore_index": 2},
 ], ids=str)  # fmt: skip
 def test_layer(options: dict[str, Any]) -> None:
