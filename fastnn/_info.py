@@ -101,16 +101,26 @@ def size(number: int | None) -> str:
 
 
 def cache() -> dict[str, Any]:
-    """The kernel cache: its folder, the number of kernels in it and their size."""
+    """The kernel cache: its folder, the number of kernels in it and their size; what is wrong if it cannot be read."""
     from .kernels.cpu.engine import build
 
     folder = build.cache_dir()
-    files = [f for f in folder.rglob("*.o") if f.is_file()] if folder and folder.is_dir() else []
-    return {
-        "folder": str(folder) if folder else None,
-        "kernels": len(files),
-        "bytes": sum(f.stat().st_size for f in files),
-    }
+    found: dict[str, Any] = {"folder": str(folder) if folder else None, "kernels": 0, "bytes": 0, "error": None}
+    try:
+        sizes = [f.stat().st_size for f in folder.rglob("*.o") if f.is_file()] if folder and folder.is_dir() else []
+    except OSError as error:
+        return found | {"error": error.strerror}
+    return found | {"kernels": len(sizes), "bytes": sum(sizes)}
+
+
+def _cache_row() -> str:
+    kept = cache()
+    if kept["error"]:
+        return f"{kept['folder']}: cannot be read ({kept['error']})"
+    if kept["folder"]:
+        return f"{kept['folder']}: {kept['kernels']} kernels, {size(kept['bytes'])}"
+    named = os.environ.get("FASTNN_CACHE_DIR")
+    return "off (FASTNN_CACHE_DIR is empty)" if named == "" else f"off ({named or '~'}: no such home folder)"
 
 
 def text() -> str:
@@ -140,13 +150,7 @@ def text() -> str:
     row("threads", f"{torch.get_num_threads()} (torch.get_num_threads()){launcher}")
     row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
     if installed("numba"):
-        kept = cache()
-        row(
-            "cache",
-            f"{kept['folder']}: {kept['kernels']} kernels, {size(kept['bytes'])}"
-            if kept["folder"]
-            else "off (FASTNN_CACHE_DIR is empty)",
-        )
+        row("cache", _cache_row())
     settings = {
         k: v
         for k, v in sorted(os.environ.items())

@@ -57,7 +57,8 @@ class Call:
         return f"{self.op}({shapes}; {dtypes}{options}) → {self.kernel}" + (f": {self.reason}" if self.reason else "")
 
 
-_choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=os.environ.get("FASTNN_BACKEND") or None)
+_environment = os.environ.get("FASTNN_BACKEND") or None
+_choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=_environment)
 traces: list[list[Call]] = []
 tables: dict[str, dict[str, Entry]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
 float32_precision: str | None = None  # what set_float32_precision was told
@@ -66,7 +67,8 @@ context = _choice.get  # the backend that `with backend(…)` or the environment
 
 def validate(name: str) -> str:
     if name not in NAMES:
-        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(map(repr, NAMES))}")
+        source = "the environment's FASTNN_BACKEND" if name == _environment else "backend"
+        raise ValueError(f"{source}: got {name!r}, allowed are {', '.join(map(repr, NAMES))}")
     return name
 
 

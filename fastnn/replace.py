@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from . import backends, functional
 from .nn import REPLACEMENTS
 from .nn._epilogue import Epilogue
-from .nn._lookalike import rms_norm_class
+from .nn._lookalike import originals, rms_norm_class
 from .ops._operator import PLAIN
 
-_ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
-
+_ORIGINALS = originals  # which has the classes that are made when a look-alike is found
+_ORIGINALS.update((ours, theirs) for theirs, ours in REPLACEMENTS.items())
 
 _WEIGHTS = (
     "weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh",
@@ -72,7 +72,6 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
             report.replaced.append(Entry(name, class_name, "already fastnn's"))
         elif ours is None and (ours := rms_norm_class(module)) is not None:
             module.__class__ = ours
-            _ORIGINALS[ours] = kind
             report.replaced.append(Entry(name, class_name, "root-mean-square norm, by trial"))
         elif (reason := why_left(module)) is not None:
             report.left.append(Entry(name, class_name, reason))
@@ -204,7 +203,8 @@ _inside_use: ContextVar[bool] = ContextVar("fastnn_inside_use", default=False)
 
 class use(TorchFunctionMode):
     """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
-    by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws."""
+    by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws. A form of call that
+    only torch has (an ``out=`` of torch.tanh, ``x.addmm(2, a, b)``) goes to torch as it is."""
 
     _table: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
 
@@ -222,6 +222,11 @@ class use(TorchFunctionMode):
         token = _inside_use.set(True)  # torch switches off this mode here, but not another use() around it
         try:
             return ours(*args, **(kwargs or {}))
+        except TypeError:  # arguments that ours does not have, which is known before anything is computed
+            result = func(*args, **(kwargs or {}))  # raises what torch does if it takes them no more than ours
+            if backends.traces:
+                backends.record(func.__name__, args, "torch", f"torch {func.__name__}", "only torch takes these arguments")
+            return result
         finally:
             _inside_use.reset(token)
 

@@ -170,7 +170,14 @@ def test_context_is_left_after_an_error() -> None:
     assert backends.chosen(None) == "auto"
 
 
-@pytest.mark.parametrize(("value", "printed"), [("reference", "reference"), ("torch", "torch"), ("fpga", "ValueError")])
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("reference", "reference"),
+        ("torch", "torch"),
+        ("fpga", "ValueError the environment's FASTNN_BACKEND: got 'fpga', allowed are 'auto'"),
+    ],
+)
 def test_environment(value: str, printed: str) -> None:
     code = (
         "import torch, fastnn\n"

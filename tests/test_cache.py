@@ -300,6 +300,41 @@ def test_a_path_that_cannot_be_a_folder(cache: Path) -> None:
     assert str(cache) in warned[0]
 
 
+@pytest.mark.parametrize("cache", ["~nosuchuser/x", "~/x"])
+def test_a_home_that_is_nowhere(cache: str) -> None:
+    """No such user; or no HOME and a user that the system does not know, as in a container. One warning, two kernels."""
+    program = "import os, pwd\n"
+    if cache == "~/x":
+        program += "os.environ.pop('HOME', None)\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown\n"
+    values, what, _, *warned = fresh(program + DOUBLE.replace("print(run(", "run('test_other'), print(run("), cache)
+    assert (values, what) == ("[2.0, 4.0, 6.0]", "built")
+    assert len(warned) == 1
+    assert f"the kernel cache {cache} cannot be used" in warned[0]
+
+
+def test_a_disk_that_is_full_is_left_clean(tmp_path: Path) -> None:
+    program = (
+        NO_TORCH
+        + f"""
+import errno, warnings
+from pathlib import Path
+from engine.build import _write
+
+def full(path, data):
+    path.open("wb").write(data[:7])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+Path.write_bytes = full
+with warnings.catch_warnings(record=True) as caught:
+    _write(Path({str(tmp_path)!r}, "a.o"), b"code")
+print(*(w.message for w in caught))
+"""
+    )
+    (warned,) = fresh(program, tmp_path)
+    assert "No space left on device" in warned
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_setting_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,9 +1,11 @@
 """python -m fastnn: the commands say what they should, and fail when they should."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,22 @@ def test_info_shows_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     text = capsys.readouterr().out
     assert "off (FASTNN_CACHE_DIR is empty)" in text
     assert "OMP_NUM_THREADS=7" in text
+
+
+def test_info_of_a_cache_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(folder: Path, pattern: str) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "rglob", refuse)
+    monkeypatch.setenv("FASTNN_CACHE_DIR", str(tmp_path))
+    assert main(["info"]) == 0
+    assert f"{tmp_path}: cannot be read (Permission denied)" in capsys.readouterr().out
+    monkeypatch.setenv("FASTNN_CACHE_DIR", "~nosuchuser/x")
+    with pytest.warns(UserWarning, match="~nosuchuser/x cannot be used"):
+        assert main(["info"]) == 0
+    assert "off (~nosuchuser/x: no such home folder)" in capsys.readouterr().out
 
 
 def test_sizes_are_for_people() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
 from fastnn.kernels.gpu import activation as kernels
 from fastnn.kernels.gpu.engine.launch import signed

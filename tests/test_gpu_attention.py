@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastnn.kernels.gpu import attention as kernels
 from fastnn.kernels.gpu import attention_code as code

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 from fastnn.kernels.reference import conv as plain
 from fastnn.ops import conv as ops
 from gpu import DEVICE, run

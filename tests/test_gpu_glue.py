@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 import fastnn.functional as F
 from fastnn import backends, ops
 from fastnn.kernels.gpu.engine import launch

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 import fastnn
 from fastnn.kernels.gpu import matmul as kernels
 from fastnn.kernels.gpu.engine import launch

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 from fastnn.kernels.gpu import norm as kernels
 from fastnn.ops import embedding as tables
 from fastnn.ops import norm as ops

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+
 from fastnn.kernels import linear_loss
 from fastnn.kernels.gpu import softmax as kernels
 from fastnn.ops import softmax as ops

@@ -432,6 +432,16 @@ def weight(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     return torch.nn.Parameter(randn(300, 200, dtype=dtype, seed=5))
 
 
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5"])
+def test_a_setting_of_the_store_that_is_no_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_limit", None)
+    monkeypatch.setenv("FASTNN_PACK_MB", "3")
+    assert packed.limit() == 3
+    monkeypatch.setenv("FASTNN_PACK_MB", value)
+    with pytest.raises(ValueError, match=rf"FASTNN_PACK_MB is '{value}', but must be a whole number of MiB, 0 or more"):
+        packed.limit()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_is_kept_and_its_memory_returned(dtype: torch.dtype, store: Any) -> None:
     w = weight(dtype)

@@ -1,7 +1,9 @@
 """replace, restore and use: what they change, what they leave alone, and what they say about it."""
 
 import copy
+import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastnn
+from fastnn.nn import _lookalike
 from fastnn.replace import Report
 
 
@@ -293,6 +296,41 @@ def test_rmatmul_is_served() -> None:
     assert len(calls) == 1
 
 
+untyped: Any = torch  # whose stubs do not have all of these
+ONLY_TORCHS_FORM: dict[str, Callable[[Any, Any], Tensor]] = {
+    "tanh(out=)": lambda x, w: untyped.tanh(x, out=torch.empty(3, 4)),
+    "sigmoid(out=)": lambda x, w: untyped.sigmoid(x, out=torch.empty(3, 4)),
+    "softmax(out=)": lambda x, w: untyped.softmax(x, 1, out=torch.empty(3, 4)),
+    "log_softmax(out=)": lambda x, w: untyped.log_softmax(x, 1, out=torch.empty(3, 4)),
+    "gelu(out=)": lambda x, w: untyped.nn.functional.gelu(x, out=torch.empty(3, 4)),
+    "softmax(axis=)": lambda x, w: untyped.softmax(x, axis=1),
+    "addmm(beta, alpha)": lambda x, w: untyped.addmm(2, x, 3, x, w),
+    "Tensor.addmm(beta)": lambda x, w: x.addmm(2, x, w),
+    "baddbmm(beta)": lambda x, w: untyped.baddbmm(2, x[None], x[None], w[None]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This overload of:UserWarning")
+@pytest.mark.parametrize("form", ONLY_TORCHS_FORM)
+def test_use_leaves_to_torch_the_forms_that_only_torch_has(form: str) -> None:
+    x, w = torch.randn(3, 4), torch.randn(4, 4)
+    expected = ONLY_TORCHS_FORM[form](x, w)
+    with fastnn.use(), fastnn.use(), fastnn.trace() as calls:
+        result = ONLY_TORCHS_FORM[form](x, w)
+        x @ w
+    assert torch.equal(result, expected)
+    other, product = calls
+    assert other.backend == "torch"
+    assert other.reason == "only torch takes these arguments"
+    assert product.op == "matmul", "it did not go on serving"
+
+
+def test_use_raises_torchs_own_error_for_a_call_that_neither_takes() -> None:
+    x = torch.randn(3, 4)
+    with fastnn.use(), pytest.raises(TypeError, match="invalid combination of arguments"):
+        untyped.addmm(x, x)
+
+
 def test_use_does_not_recurse_and_nests() -> None:
     x = torch.randn(3, 4)
     with fastnn.use(), fastnn.backend("torch"), fastnn.trace() as calls, fastnn.use():
@@ -429,3 +467,22 @@ def test_norms_are_known_by_what_they_do(change: str) -> None:
         with fastnn.trace() as calls:
             model(x)
         assert [call.op for call in calls] == ["rms_norm"]
+
+
+@pytest.mark.parametrize("process", ["this one", "a fresh one"])
+def test_a_replaced_norm_is_pickled(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(_Norm("nothing"))
+    fastnn.replace(model, backend="cpu")
+    kind, x, file = type(model[0]), torch.randn(3, 8), io.BytesIO()
+    pickled = pickle.dumps(model)
+    torch.save(model, file)
+    if process == "a fresh one":  # which has not made our class yet
+        monkeypatch.setattr(_lookalike, "_classes", {})
+    file.seek(0)
+    for other in (pickle.loads(pickled), torch.load(file, weights_only=False)):
+        assert (type(other[0]) is kind) == (process == "this one")
+        with fastnn.trace() as calls:
+            torch.testing.assert_close(other(x), model(x))
+        assert [call.backend for call in calls] == ["cpu", "cpu"]
+        fastnn.restore(other)
+        assert type(other[0]) is _Norm

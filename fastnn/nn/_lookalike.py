@@ -12,6 +12,7 @@ from .. import functional as F
 from ..ops._operator import PLAIN
 
 _classes: dict[type[nn.Module], type[nn.Module] | None] = {}  # theirs: ours, or None if it computes something else
+originals: dict[type[nn.Module], type[nn.Module]] = {}  # ours: theirs
 _PLAIN = frozenset(nn.Module().__dict__)
 
 
@@ -62,7 +63,20 @@ def _ours(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
         out: Tensor = F.rms_norm(hidden_states, shape, self.weight, self.__dict__[eps], backend=self.backend)
         return out
 
-    return type(theirs.__name__, (theirs,), {"forward": forward, "backend": None, "__module__": __name__})
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (theirs, eps), self.__getstate__()
+
+    own = {"forward": forward, "__reduce_ex__": reduce, "backend": None, "__module__": __name__}
+    ours = type(theirs.__name__, (theirs,), own)
+    originals[ours] = theirs
+    return ours
+
+
+def _unpickled(theirs: type[nn.Module], eps: str) -> nn.Module:
+    """A module of our class, still empty. Pickle finds classes by name, and ours may not be made yet in this process."""
+    ours = _classes.get(theirs) or _ours(theirs, eps)
+    _classes[theirs] = ours
+    return ours.__new__(ours)
 
 
 def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:

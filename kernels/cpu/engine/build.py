@@ -22,7 +22,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -37,12 +37,24 @@ _MAGIC = b"fastnn-kernel-1\n"
 _lock = threading.RLock()
 
 
+@cache
+def _unusable(where: Path, why: str) -> None:
+    """Say so, once: every kernel asks for the folder."""
+    warnings.warn(f"fastnn: the kernel cache {where} cannot be used ({why}); kernels are built in memory. "
+                  "Set FASTNN_CACHE_DIR to a folder that can be written.", stacklevel=3)
+
+
 def cache_dir() -> Path | None:
-    """Where object files are kept, or None when the user turned the disk cache off."""
+    """Where object files are kept; None when the user turned the disk cache off or, with a warning, has no home for it."""
     named = os.environ.get("FASTNN_CACHE_DIR")
-    if named is not None:
-        return Path(named).expanduser() if named else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnn"
+    if named == "":
+        return None
+    where = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastnn"))
+    try:
+        return where.expanduser()
+    except RuntimeError as error:  # no such user, or neither HOME nor an entry for this one
+        _unusable(where, str(error))
+        return None
 
 
 @cache
@@ -79,8 +91,7 @@ def _folder(where: Path | None) -> Path | None:
                               "used and kernels are built in memory. Set FASTNN_CACHE_DIR to a private folder.", stacklevel=2)
                 return None
     except OSError as error:
-        warnings.warn(f"fastnn: the kernel cache {folder} cannot be used ({error.strerror}); kernels are built in memory. "
-                      "Set FASTNN_CACHE_DIR to a folder that can be written.", stacklevel=2)
+        _unusable(folder, str(error.strerror))
         return None
     return folder
 
@@ -106,6 +117,8 @@ def _write(path: Path, code: bytes) -> None:
         temporary.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         temporary.replace(path)
     except OSError as error:  # a full or read-only disk costs the next process a compilation, not this one its result
+        with suppress(OSError):
+            temporary.unlink()
         warnings.warn(f"fastnn: could not keep a kernel in {path.parent}: {error.strerror}", stacklevel=2)
 
 

@@ -26,6 +26,8 @@ _SAMPLES = 32
 def _default_limit() -> int:
     named = os.environ.get("FASTNN_PACK_MB")
     if named is not None:
+        if not named.isdecimal():
+            raise ValueError(f"FASTNN_PACK_MB is {named!r}, but must be a whole number of MiB, 0 or more (0: nothing is kept)")
         return int(named) << 20
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
