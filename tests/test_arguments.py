@@ -1,6 +1,6 @@
 """Unusual and wrong arguments of products, losses and activations: what torch makes of them, by the kernels and by the size rules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,11 +17,10 @@ INF = torch.full((2, 2), torch.inf)
 
 
 @pytest.fixture(params=["kernels", "rules"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once as all tests run, the kernels however small their work, and once with the rules that leave small work to torch."""
     if request.param == "rules":
         monkeypatch.setattr(overhead, "RULES", True)
-    yield
 
 
 @pytest.mark.parametrize(

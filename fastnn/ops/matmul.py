@@ -116,8 +116,6 @@ def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: 
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if not _expandable(input.shape, shape):
         raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
-    if alpha == 0 and dims == 2:
-        return "without the product nothing of it may be seen, NaN and Inf either"
     return shape if input.dtype in FLOATING else no_kernel_for(input.dtype)
 
 

@@ -313,7 +313,11 @@ def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
 
 
 def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> None:
-    """out = beta · input + alpha · mat1 @ mat2; with beta 0 the input is ignored, NaN and all."""
+    """out = beta · input + alpha · mat1 @ mat2. Of what is taken zero times nothing is seen, NaN and Inf either; in torch, and so
+    here, a batch's products are taken all the same."""
+    if alpha == 0 and mat1.dim() == 2:
+        out.zero_() if beta == 0 else torch.mul(input.expand(out.shape), beta, out=out)
+        return
     _multiply(out, mat1, mat2, Epilogue(residual=input.expand(out.shape) if beta != 0 else None, alpha=alpha, beta=beta))
 
 

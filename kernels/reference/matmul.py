@@ -17,6 +17,8 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    if alpha == 0 and mat1.dim() == 2:  # torch then ignores the product, and with beta 0 input, NaN and Inf included
+        return (beta * input if beta != 0 else torch.zeros_like(input)).expand(mat1.shape[0], mat2.shape[1]).clone()
     product = alpha * matmul(mat1, mat2)
     return product + beta * input if beta != 0 else product  # with beta 0 torch ignores input, NaN included
 
