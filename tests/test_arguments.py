@@ -1,4 +1,4 @@
-"""Unusual and wrong arguments of products, losses and activations: what torch makes of them, by the kernels and by the size rules."""
+"""Unusual and wrong arguments of products, losses and activations: what torch makes of them, kernels and size rules alike."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -79,7 +79,7 @@ def linear_cross_entropy(model: str, n: int, d: int, c: int, mode: str, **extra:
         theirs=theirs,
         ours=ours,
         flops=(6 if grad else 2) * n * d * c,
-        passes=[(n * d + c * d, n * d + c * d if grad else 0)],
+        passes=((n * d + c * d, n * d + c * d if grad else 0),),
         mode=mode,
         **extra,
     )

@@ -282,7 +282,7 @@ def matmul(out: Tensor, input: Tensor, other: Tensor) -> None:
 
 
 def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> None:
-    """out = beta · input + alpha · mat1 @ mat2. Of what is taken zero times nothing is seen (but of a batch's products), as on the CPU."""
+    """out = beta · input + alpha · mat1 @ mat2. Of what is taken zero times nothing is seen (a batch aside), as on the CPU."""
     if alpha == 0 and mat1.dim() == 2:
         out.zero_() if beta == 0 else torch.mul(input.expand(out.shape), beta, out=out)
         return
