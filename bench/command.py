@@ -70,9 +70,7 @@ def main(arguments: Namespace) -> int:
             left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
             console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
         mine, interrupted = _run(console, chosen, count, seconds, providers, limits, method, save)
-        for name in dict.fromkeys(r.case for r in mine if r.family == "models" and r.median):
-            headers[-1].setdefault("layers", {})[name] = rows = models.layer_table(name)
-            models.print_layers(console, name, rows)
+        interrupted = interrupted or not _layer_tables(console, headers[-1], mine)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_missing(console, mine)
         report.print_doubts(console, mine)
@@ -87,6 +85,18 @@ def main(arguments: Namespace) -> int:
         for path in [*save.files(), *save.pictures()]:
             console.print(f"saved {path}")
     return 130 if interrupted else int(any(r.correct is False for r in records if r.provider == OURS))
+
+
+def _layer_tables(console: Console, header: dict[str, Any], records: list[Record]) -> bool:
+    """Where the time of each whole model goes; False if the user has interrupted: what is finished stays."""
+    try:
+        for name in dict.fromkeys(r.case for r in records if r.family == "models" and r.median):
+            rows = models.layer_table(name)
+            header.setdefault("layers", {})[name] = rows
+            models.print_layers(console, name, rows)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 class _Saver:

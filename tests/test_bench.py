@@ -616,6 +616,40 @@ def test_an_interrupted_run_keeps_what_is_done(
     assert "Interrupted after 2 of 7 cases" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("at", ["case", "layers"])
+def test_an_interrupted_run_makes_no_layer_tables(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    """Whether Ctrl-C comes in a case or in such a table: the summary, the JSON and the page are there."""
+    measured, count = run.measure_case, iter(range(9))
+
+    def interrupt(*arguments: Any) -> list[Record]:
+        if at == "case" and next(count):
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    def table(name: str) -> list[dict[str, Any]]:
+        assert at == "layers"
+        raise KeyboardInterrupt
+
+    tiny = [_case(family="models", name=name, goals={"torch": 0.001}) for name in ("one", "two")]
+    monkeypatch.setattr(run, "cases", lambda family: tiny)
+    monkeypatch.setattr(run, "measure_case", interrupt)
+    monkeypatch.setattr(command.models, "layer_table", table)
+    file, page = tmp_path / "part.json", tmp_path / "part.html"
+    arguments = ["bench", "models", "--providers", "fastnn", "torch", "--threads", "1"]
+    assert main([*arguments, "--json", str(file), "--html", str(page)]) == 130
+    assert {r["case"] for r in json.loads(file.read_text())["records"]} == {"one", *(["two"] if at == "layers" else [])}
+    assert page.exists()
+    assert "What was reached" in capsys.readouterr().out
+
+
+def test_make_bench_quick_keeps_its_results() -> None:
+    makefile = Path(__file__).parents[1] / "Makefile"
+    target = makefile.read_text().partition("\nbench-quick:")[2].partition("\n\n")[0]
+    assert "--json report/" in target
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["poetry"], "unknown family 'poetry'; there are: activation, attention, conv, embedding, matmul, models, norm, pool, rnn, "
