@@ -281,10 +281,9 @@ def measure_case(
                 work = peer.prepare(job)
                 work()
             except Exception as problem:  # a provider that fails is a finding about it, not the end of the run
-                reason = str(problem).strip().split("\n")[0]
                 if peer.name == OURS:
                     record.correct = False
-                record.missing = f"{type(problem).__name__}: {reason}"[:300]
+                record.missing = _reason(problem)
                 continue
             works[peer.name] = work
             if peer.name == OURS:
@@ -325,6 +324,20 @@ def measure_case(
     for record in records:
         record.notes += doubts
     return records
+
+
+def _reason(problem: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"{type(problem).__name__}: {(str(problem).strip() or 'no reason given').splitlines()[0]}"[:300]
+
+
+def _failed(case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], problem: Exception) -> list[Record]:
+    """A case that could not be checked or timed: red, and without any speed."""
+    return [
+        Record(case.family, case.name, dtype_name(dtype), threads, case.mode, peer.name,
+               correct=False if peer.name == OURS else None, missing=_reason(problem))
+        for peer in providers
+    ]  # fmt: skip
 
 
 def _doubts(neighbours: Neighbours) -> list[str]:
@@ -459,7 +472,11 @@ def run(
             if case.programs:
                 done(case, dtype, measure_processes(case, threads, providers))
             else:
-                done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds, method))
+                try:
+                    records = measure_case(case, dtype, threads, providers, limits, seconds, method)
+                except Exception as problem:  # a finding about this case, and not the end of the run
+                    records = _failed(case, dtype, threads, providers, problem)
+                done(case, dtype, records)
             gc.collect()
     finally:
         torch.set_num_threads(before)

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnn.bench.cases as cases
+import fastnn.bench.cases.attention as attention
 import fastnn.bench.command as command
 import fastnn.bench.limits as limits
 import fastnn.bench.memory as memory
@@ -28,7 +30,7 @@ import fastnn.bench.run as run
 import fastnn.bench.timing as timing
 from fastnn import _info, backends
 from fastnn.__main__ import main
-from fastnn._numerics import sum_of_magnitudes
+from fastnn._numerics import sum_of_magnitudes, widen
 from fastnn.bench.cases import Case, random, together
 from fastnn.bench.run import Record
 from fastnn.bench.timing import Times
@@ -332,6 +334,25 @@ def test_cases_are_well_formed(family: str) -> None:
             assert writes in (out.numel(), 0), case.name  # a loss is not worth counting
 
 
+@pytest.mark.parametrize("family", sorted({*cases.families()} - {"models", "startup"}))
+def test_nothing_of_a_case_is_left_on_the_cpu(family: str) -> None:
+    """On "meta", which has no numbers: the results and their scales are where the inputs are."""
+    by_size = sorted((c for c in cases.cases(family) if not c.judge), key=lambda c: -sum(map(sum, c.passes)))
+    for case in {(c.group, c.mode): c for c in by_size}.values():  # the smallest of each kind
+        with FakeTensorMode():
+            shapes = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in case.make(torch.float32)]
+        inputs = [torch.empty(t[0], dtype=t[1], device="meta", requires_grad=t[2]) if isinstance(t, tuple) else t for t in shapes]
+        out = case.theirs(peers.TORCH, *inputs)
+        assert out.is_meta, case.name
+        if not case.scale:
+            continue
+        wide = [widen(t) for t in inputs]
+        for grad in (None, *([torch.empty_like(out, dtype=torch.float64)] if case.mode != "forward" else [])):
+            assert all(t.is_meta for t in case.scale(wide, grad)), case.name
+    if family == "attention":
+        assert attention._window_mask(8, 2, torch.device("meta")).is_meta
+
+
 def test_select() -> None:
     def names(*arguments: Any, **options: Any) -> list[str]:
         return [case.name for case, _ in run.select(*arguments, **options)]
@@ -462,6 +483,21 @@ def test_a_provider_that_raises_is_a_finding() -> None:
     assert found["fastnn"].correct is False
     assert found["fastnn"].missing == "NotImplementedError: not for this shape"
     assert found["torch"].median
+
+
+def test_a_case_that_cannot_be_checked_is_red_and_not_the_end(quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def fail(*arguments: Any) -> tuple[Tensor, ...]:
+        raise RuntimeError("expected all tensors on one device\nmore")
+
+    tiny = [_case(name="bad", scale=fail), _case(name="good")]
+    monkeypatch.setattr(run, "cases", lambda family: tiny)
+    found: list[Record] = []
+    run.run([(case, torch.float32) for case in tiny], 1, 0.01, run.available_peers(["fastnn", "torch"])[0],
+            lambda case, dtype, records: found.extend(records))  # fmt: skip
+    assert [r.correct for r in found] == [False, None, True, True]
+    assert {r.missing for r in found[:2]} == {"RuntimeError: expected all tensors on one device"}
+    assert _bench() == 1
+    assert "RED fastnn: RuntimeError: expected all tensors" in capsys.readouterr().out
 
 
 def test_a_case_too_large_for_the_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ def _areas(model: str, window: int) -> float:
     return math.prod(shape[3:5]) / _kept(shape, True, window)
 
 
-def _window_mask(F: Any, n: int, window: int) -> Tensor:
-    place = torch.arange(n)
+def _window_mask(n: int, window: int, device: torch.device) -> Tensor:
+    place = torch.arange(n, device=device)
     distance = place.unsqueeze(1) - place
     return (distance >= 0) & (distance <= window)
 
@@ -68,7 +68,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
 
     def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if window:
-            return F.scaled_dot_product_attention(q, k, v, _window_mask(F, lq, window))
+            return F.scaled_dot_product_attention(q, k, v, _window_mask(lq, window, q.device))
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
     """A state is made of all that went before: errors are counted at the largest number."""
 
     def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(torch.full_like(t, float(t.abs().max())) for t in results(partial(run, TORCH), inputs, grad))
+        return tuple(t.abs().max().expand(t.shape) for t in results(partial(run, TORCH), inputs, grad))
 
     return scale
 
