@@ -32,11 +32,20 @@ def main(arguments: Namespace) -> int:
     ``bench compare`` compares two results instead: see ``compare.main``.
 
     Raises:
-        ValueError: an unknown family, dtype or number of threads, or no case is left.
+        ValueError: an unknown family, dtype or number of threads, no case is left, or a CPU's method on a GPU.
         ImportError: matplotlib is not installed, and a plot or page is wanted.
     """
-    if arguments.device == gpu.DEVICE:
-        gpu.require()
+    if arguments.device != gpu.DEVICE:
+        return _main(arguments)
+    gpu.require()
+    if arguments.cold or arguments.interleaved:
+        option = "--cold" if arguments.cold else "--interleaved"
+        raise ValueError(f"{option} is a way to time a CPU; on a GPU every call finds its L2 cache flushed, or comes in a graph")
+    with gpu.session():
+        return _main(arguments)
+
+
+def _main(arguments: Namespace) -> int:
     console = Console(width=None if os.isatty(1) else 170)
     if arguments.family[:1] == ["compare"]:
         return compare.main(console, arguments.family[1:])

@@ -48,7 +48,7 @@ def layers(
 
     def run(F: Any, x: Tensor, *rest: Tensor, ours: bool = False) -> Tensor:
         hx: Any = tuple(rest[:2]) if states == 2 else rest[0]
-        options = (list(rest[states:]), True, number, 0.0, False, directions == 2)
+        options = (list(rest[states:]), True, number, 0.0, grad, directions == 2)
         if not lengths:
             return getattr(F, mode)(x, hx, *options, False)[0]
         if ours:
@@ -70,8 +70,17 @@ def layers(
         passes=((reads, writes),),
         mode=kind,
         scale=_of_the_largest(run),
+        moved=partial(_flattened, mode, inputs, units, number, directions),
         **extra,
     )
+
+
+def _flattened(mode: str, inputs: int, units: int, number: int, directions: int, given: tuple[Any, ...]) -> None:
+    """Makes the weights parts of one buffer, as torch's own layers do: cuDNN would else copy them in every call."""
+    weights = [t for t in given if t.is_floating_point()][-4 * number * directions :]
+    kind = torch.backends.cudnn.rnn.get_cudnn_mode(mode.upper())
+    with torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(weights, 4, inputs, kind, units, 0, number, True, directions == 2)
 
 
 def cell(mode: str, batch: int, units: int, **extra: Any) -> Case:
@@ -114,7 +123,7 @@ def changing_lengths(mode: str, lengths: tuple[int, ...], batch: int, inputs: in
         "rnn", f"{mode}/changing_lengths/{len(lengths)}_B{batch}_I{inputs}_H{units}", make, theirs=run,
         parameters=tuple(range(first, first + 4)), flops=2 * steps * batch * wide * (inputs + units),
         passes=((steps * batch * inputs + wide * (inputs + units + 2), steps * batch * units),),
-        scale=_of_the_largest(run), **extra,
+        scale=_of_the_largest(run), moved=partial(_flattened, mode, inputs, units, 1, 1), **extra,
     )  # fmt: skip
 
 
