@@ -124,7 +124,7 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         for k, v in limits["fma_gflops"].items()
     )
     console.print(
-        f"[bold]{m['gpu']['name'] if 'gpu' in m else m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
+        f"[bold]{processor(m)}[/], {m['cores']} cores, {header['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
         highlight=False,
     )
@@ -277,6 +277,12 @@ def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[R
         + "\n"
     )
     os.replace(temporary, path)
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """The name of what was measured: the GPU, if there was one, or the CPU."""
+    name: str = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    return name
 
 
 def slug(machine: dict[str, Any]) -> str:

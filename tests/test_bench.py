@@ -353,6 +353,29 @@ def test_nothing_of_a_case_is_left_on_the_cpu(family: str) -> None:
         assert attention._window_mask(8, 2, torch.device("meta")).is_meta
 
 
+def test_every_goal_is_one_that_the_summary_knows() -> None:
+    """A peer's name that nobody has would never be reached, and never be missed."""
+    known = {*report._GOALS, *(peer.name for peer in peers.PEERS)} - {peers.OURS}
+    goals = {(goal, case.name) for family in cases.families() for case in cases.cases(family) for goal in case.goals}
+    assert {(goal, name) for goal, name in goals if goal not in known} == set()
+
+
+@pytest.mark.parametrize("family", ["attention", "conv", "matmul", "rnn"])
+def test_training_moves_the_gradients_too(family: str) -> None:
+    """What is read and written at least, from the tensors themselves: the smallest case of each kind with gradients."""
+    by_size = sorted((c for c in cases.cases(family) if c.mode != "forward"), key=lambda c: -c.bytes(torch.float32))
+    smallest = {(c.group, c.mode): c for c in by_size}.values()
+    assert smallest
+    for case in smallest:
+        with FakeTensorMode():
+            inputs = [t for t in case.make(torch.float32) if isinstance(t, Tensor)]
+            out = case.theirs(peers.TORCH, *inputs).nbytes
+        read = sum(t.nbytes for t in inputs)
+        gradients = sum(t.nbytes for t in inputs if t.requires_grad)
+        backward = read + out + gradients
+        assert case.bytes(torch.float32) == backward + (read + out) * (case.mode == "train"), case.name
+
+
 def test_select() -> None:
     def names(*arguments: Any, **options: Any) -> list[str]:
         return [case.name for case, _ in run.select(*arguments, **options)]

@@ -210,6 +210,15 @@ def test_limits_of_every_level_are_known() -> None:
     assert _texts(figure) == ["read l1 900 GB/s", "read memory 40 GB/s", "read 64MiB 50 GB/s", "copy 64MiB new output 10 GB/s"]
 
 
+def test_a_gpu_has_a_memory_roof_and_its_name() -> None:
+    there = header(gpu={"name": "Some GPU"})
+    there["limits"] = {"fma_gflops": {"float32": 500.0}, "copy_gbs_memory": 4000.0}
+    figure = plots.roofline(there, [record(bytes=10_000_000_000)])
+    assert _texts(figure) == ["multiply-add f32 500 GFLOP/s", "copy memory 4000 GB/s"]
+    assert "<h1>fastnn bench: Some GPU</h1>" in page.html([there], [record()], {})
+    assert "<h1>fastnn bench: Some &lt;CPU&gt;" in page.html([header()], [record()], {})
+
+
 def test_figures_are_named_and_drawn() -> None:
     from PIL import Image
 

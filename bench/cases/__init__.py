@@ -86,6 +86,12 @@ class Case:
         return replace(self, **changes)
 
 
+def traffic(mode: str, inputs: int, out: int, leaves: int) -> tuple[tuple[int, int], ...]:
+    """``passes`` of a product or the like: a backward reads the inputs again and the output's gradient, and writes the leaves'."""
+    forward, backward = (inputs, out), (inputs + out, leaves)
+    return {"forward": (forward,), "backward": (backward,), "train": (forward, backward)}[mode]
+
+
 def families() -> list[str]:
     """The names of all families that have cases."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn._numerics import TORCH, Scale, results
 
-from . import Case, random
+from . import Case, random, traffic
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
@@ -67,7 +67,7 @@ def layers(
         ours=partial(run, ours=True),
         parameters=tuple(range(1 + states, 1 + states + len(shapes))),
         flops=2 * products * (3 if grad else 1),
-        passes=((reads, writes),),
+        passes=traffic(kind, reads, writes, sum(torch.Size(s).numel() for s in shapes)),
         mode=kind,
         scale=_of_the_largest(run),
         moved=partial(_flattened, mode, inputs, units, number, directions),
@@ -131,6 +131,7 @@ def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any
     """A quasi-recurrent layer, fo-pooling, window 2; torch's way is a product and a loop over the steps."""
     grad = kind == "train"
     shapes = ((steps, batch, units), (batch, units), (3 * units, 2 * units), (3 * units,))
+    sizes = [torch.Size(s).numel() for s in shapes]
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         scales = (1.0, 0.0, (2 * units) ** -0.5, 0.1)
@@ -149,7 +150,7 @@ def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any
     return Case(
         "rnn", f"qrnn/wikitext/T{steps}_B{batch}_H{units}", make, theirs=theirs, ours=lambda F, *given: F.qrnn(*given)[0],
         parameters=(2, 3), flops=12 * steps * batch * units * units * (3 if grad else 1),
-        passes=((sum(torch.Size(s).numel() for s in shapes), steps * batch * units),), mode=kind,
+        passes=traffic(kind, sum(sizes), steps * batch * units, sum(sizes[2:])), mode=kind,
         scale=_of_the_largest(theirs), **extra,
     )  # fmt: skip
 
