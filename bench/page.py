@@ -84,7 +84,7 @@ def _header(header: Header) -> Iterator[str]:
 
 def _cells(r: Record) -> str:
     """What follows the case's name in a provider's line: its numbers, or why it has none."""
-    notes = _tag("td", "; ".join([*r.notes, *([r.served_by] if r.served_by else [])]), "note")
+    notes = _tag("td", "; ".join([*r.notes, *r.remarks, *([r.served_by] if r.served_by else [])]), "note")
     memory = "" if r.memory is None else f"{r.memory / 2**20:.1f} MiB"
     error = "" if r.error_ulp is None else f"{r.error_ulp:.3g} ({r.torch_error_ulp or 0:.3g})"
     if r.median is None:

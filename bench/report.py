@@ -32,6 +32,14 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def span(r: Record) -> str:
+    """What one call and four calls in five beat, and of how many samples: 1.96–2.04 ms, 50."""
+    if r.p20 is None or r.p80 is None:
+        return "–"
+    (low, small), (high, large) = (duration(t).split() for t in (r.p20, r.p80))
+    return f"{low if small == large else f'{low} {small}'}–{high} {large}, {r.runs}"
+
+
 def minutes(seconds: float) -> str:
     """A time that nobody knows exactly."""
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
@@ -46,11 +54,11 @@ class Lines:
     def __init__(self, console: Console, providers: Sequence[str]) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [38, 9, 5, 9, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [38, 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
 
     def head(self) -> None:
         """What the columns mean."""
-        names = ["case", "mode", "dtype", OURS, "rate", "of limit", *self.peers, "best", "error (torch)"]
+        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "error (torch)"]
         self.console.print(Text(self._row(names), style="bold"))
 
     def _row(self, cells: Iterable[str]) -> str:
@@ -70,6 +78,7 @@ class Lines:
             main.mode,
             SHORT.get(main.dtype, main.dtype),
             duration(ours.median if ours else None),
+            span(main),
             f"{main.rate:.4g} {main.unit}" if main.rate else "–",
             f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
         ]
@@ -95,13 +104,9 @@ class Lines:
                 self.console.print(Text(f"  RED {r.provider}: {why}", style="red"))
             elif r.missing and r.provider == OURS:
                 self.console.print(Text(f"  {r.provider} is missing: {r.missing}", style="yellow"))
-        notes = dict.fromkeys(
-            f"{'' if sum(n in q.notes for q in records) == len(records) else r.provider + ': '}{n}"
-            for r in records
-            for n in r.notes
-        )
-        if notes:
-            self.console.print(Text("  unsteady: " + "; ".join(notes), style="dim"))
+        for what, said in (("unsteady", {r.provider: r.notes for r in records}), ("note", {r.provider: r.remarks for r in records})):
+            if any(said.values()):
+                self.console.print(Text(f"  {what}: " + "; ".join(_each_once(said)), style="dim"))
         if ours and ours.between:
             alone = by.get("torch")
             self.console.print(
@@ -113,6 +118,15 @@ class Lines:
             )
         if ours and ours.served_by and "torch" in ours.served_by:
             self.console.print(Text(f"  served by {ours.served_by}", style="dim"))
+
+
+def _each_once(said: dict[str, list[str]]) -> Iterable[str]:
+    """What is said of every provider, and of one with its name."""
+    return dict.fromkeys(
+        note if all(note in notes for notes in said.values()) else f"{provider}: {note}"
+        for provider, mine in said.items()
+        for note in mine
+    )
 
 
 def print_header(console: Console, header: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ class Record:
         between: with "interleaved", the median of PyTorch's calls between this provider's.
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
-        notes: what makes the numbers doubtful.
+        notes: what makes the numbers doubtful; remarks: what else a reader must know of them.
         run: the ``started`` of the header of the run that it comes from.
     """
 
@@ -102,6 +102,7 @@ class Record:
     missing: str | None = None
     served_by: str | None = None
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     flops: int = 0
     bytes: int = 0
     run: str = ""
@@ -299,7 +300,7 @@ def measure_case(
                 record.correct = found.within(torch_error, dtype)
                 record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
                 if found.specials > torch_error.specials:
-                    record.notes.append(
+                    record.remarks.append(
                         f"{found.specials} NaN or infinite values where the reference has none, or the reverse"
                     )
         gc.collect()
@@ -319,7 +320,7 @@ def measure_case(
             times, how, problems = gpu.measure(right, seconds)
             for record in records:
                 record.method = how
-                record.notes += problems
+                record.remarks += problems
         doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)

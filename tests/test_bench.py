@@ -12,6 +12,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,29 @@ def test_neighbours_tell_others_from_other_machines(monkeypatch: pytest.MonkeyPa
     assert neighbours.share() == pytest.approx(1 / 4)
     assert neighbours.stolen() == pytest.approx(0.5 / 4)
     assert neighbours.switches() == 7
+
+
+def test_doubts_are_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubts(share: float | None, stolen: float | None, switches: int) -> list[str]:
+        return run._doubts(SimpleNamespace(share=lambda: share, stolen=lambda: stolen, switches=lambda: switches,
+                                           seconds=lambda: 2.0))  # type: ignore[arg-type]  # fmt: skip
+
+    assert doubts(0.04, 0.02, 199) == doubts(None, None, 0) == []
+    assert doubts(0.3, 0.1, 300) == ["others used 30% of the machine", "the hypervisor gave 10% of it to other machines",
+                                     "our threads lost their cores 300 times"]  # fmt: skip
+
+
+def test_a_clock_that_slows_down_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multiply-add loop runs again after each case: here at 80% of its best, then at 95%."""
+    monkeypatch.setattr(run, "_doubts", lambda neighbours: ["busy"])
+    monkeypatch.setattr(run, "SPREAD", 1e9)
+    rates = iter([100e9, 80e9, 95e9])
+    monkeypatch.setattr(limits, "fma", lambda *_: next(rates))
+    kept = limits.Limits(1, seconds=0.01)
+    kept.refresh_fma(torch.float32)
+    providers, _ = run.available_peers(["torch"])
+    found = [run.measure_case(_case(), torch.float32, 1, providers, kept, seconds=0.01)[0].notes for _ in range(2)]
+    assert found == [["busy", "the clock was 20% slower than at its best"], ["busy"]]
 
 
 def test_the_memory_of_a_call_is_its_peak() -> None:
@@ -481,7 +505,7 @@ def test_lost_special_values_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = _measure(_case(make=make, ours=lambda F, x: F.relu(x).nan_to_num()), "fastnn", "torch")
     assert found["fastnn"].correct is False
-    assert "NaN" in found["fastnn"].notes[0]
+    assert "NaN" in found["fastnn"].remarks[0]
 
 
 def test_missing_peers_are_shown_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:

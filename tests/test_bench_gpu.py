@@ -174,6 +174,11 @@ def test_a_backward_is_prepared_and_captured_on_one_stream(cuda: None, monkeypat
     with gpu.session():
         (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)
     assert record.method == gpu.GRAPHS
+    assert record.remarks == []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: pytest.fail("not asked"))
+    (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)  # outside of the session
+    assert "prepared on another stream" in record.remarks[0], "and not among what is unsteady"
+    assert not any("CUDA graph" in note for note in record.notes)
     assert replays
 
 

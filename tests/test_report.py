@@ -4,11 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import fastnn.bench.compare as compare
 import fastnn.bench.estimate as estimate
@@ -144,6 +145,35 @@ def test_the_page_says_where_the_time_of_a_model_went() -> None:
     lines = _read([record("mlp", family="models")], [header() | {"layers": {"mlp": rows}}]).lines
     assert ["layer.*.<up>", "Linear", "2", "4", "2", "2.00", "linear: cpu"] in lines
     assert ["all", "5", "3", "1.67"] in lines
+
+
+# The lines of a run ---------------------------------------------------------------------------------------------------
+
+
+def _printed(*records: Record) -> list[str]:
+    console = Console(width=200, record=True, file=StringIO())
+    lines = report.Lines(console, ["fastnn", "torch"])
+    lines.head()
+    lines.case(records)
+    report.print_doubts(console, records)
+    return console.export_text().splitlines()
+
+
+def test_a_line_says_how_far_the_samples_lie_apart() -> None:
+    head, line = _printed(record(median=2e-3, ratio=1.5), record(provider="torch", median=3e-3))
+    assert "p20–p80, runs" in head
+    assert "1.96–2.04 ms, 50" in line
+    assert report.span(record(median=1e-3)) == "980 µs–1.02 ms, 50"
+    assert report.span(record(median=None)) == "–"
+
+
+def test_a_remark_is_no_doubt() -> None:
+    """A case is unsteady by its notes; what else must be said of it is said apart."""
+    remarked = record(remarks=["no CUDA graph"]), record(provider="torch", remarks=["no CUDA graph"])
+    assert _printed(*remarked)[2:] == ["  note: no CUDA graph"]
+    _, _, line, doubt, *_ = _printed(record(notes=["spread 30%"]), record(provider="torch"))
+    assert line == "  unsteady: fastnn: spread 30%"
+    assert doubt.startswith("1 of 1 cases were unsteady")
 
 
 # The plots ------------------------------------------------------------------------------------------------------------
