@@ -119,7 +119,7 @@ def _graphs(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
 
 
 def measure(calls: Mapping[str, Call], seconds: float, rounds: int = 5) -> tuple[dict[str, Times], str, list[str]]:
-    """As ``timing.measure``: every call for about so many seconds, in rotating blocks; the method, and what must be said of it."""
+    """As ``timing.measure``: every call for about so many seconds, in rotating blocks; the method, and what is to be said."""
     lasts: dict[str, float] = {}
     for name, call in calls.items():
         warm_up(_to_its_end(call), min(0.5, seconds))

@@ -341,5 +341,6 @@ def _has_threadpoolctl() -> bool:
 
 #: Every provider, ours first.
 PEERS: tuple[type[Peer], ...] = (
-    Fastnn, TorchEager, FlashSDPA, CuDNNSDPA, EfficientSDPA, MathSDPA, TorchCompile, MaxAutotune, MaxAutotuneGPU, NumPy, OnnxRuntime,
+    Fastnn, TorchEager, FlashSDPA, CuDNNSDPA, EfficientSDPA, MathSDPA, TorchCompile, MaxAutotune, MaxAutotuneGPU,
+    NumPy, OnnxRuntime,
 )  # fmt: skip

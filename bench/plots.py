@@ -50,7 +50,7 @@ def bandwidths(header: Header) -> dict[str, float]:
 
 
 def _drawn(header: Header) -> dict[str, float]:
-    """Those that the plots show: reading from each level, and what an operator without arithmetic is, a copy; a GPU has no other."""
+    """Those that the plots show: reading from each level, and a copy, which is an operator without arithmetic; of a GPU all."""
     found = bandwidths(header)
     shown = {name: rate for name, rate in found.items() if name.startswith("read") or name.endswith("new output")}
     return shown or found

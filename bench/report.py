@@ -104,7 +104,8 @@ class Lines:
                 self.console.print(Text(f"  RED {r.provider}: {why}", style="red"))
             elif r.missing and r.provider == OURS:
                 self.console.print(Text(f"  {r.provider} is missing: {r.missing}", style="yellow"))
-        for what, said in (("unsteady", {r.provider: r.notes for r in records}), ("note", {r.provider: r.remarks for r in records})):
+        notes, remarks = ({r.provider: said(r) for r in records} for said in (lambda r: r.notes, lambda r: r.remarks))
+        for what, said in (("unsteady", notes), ("note", remarks)):
             if any(said.values()):
                 self.console.print(Text(f"  {what}: " + "; ".join(_each_once(said)), style="dim"))
         if ours and ours.between:

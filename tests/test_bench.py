@@ -532,7 +532,9 @@ def test_a_provider_that_raises_is_a_finding() -> None:
     assert found["torch"].median
 
 
-def test_a_case_that_cannot_be_checked_is_red_and_not_the_end(quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_case_that_cannot_be_checked_is_red_and_not_the_end(
+    quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any) -> tuple[Tensor, ...]:
         raise RuntimeError("expected all tensors on one device\nmore")
 

@@ -186,7 +186,8 @@ def test_the_limit_draws_no_numbers_on_the_gpu(cuda: None, monkeypatch: pytest.M
     """Its generator refuses after a capture that failed, and the limit is measured after every case."""
     drawn: list[object] = []
     randn = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *sizes, **options: (drawn.append(options.get("device")), randn(*sizes, **options))[1])
+    noted = lambda *sizes, **options: (drawn.append(options.get("device")), randn(*sizes, **options))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "randn", noted)
     limit = gpu.Limits()
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         assert limit.refresh_fma(dtype) > 0

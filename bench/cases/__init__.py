@@ -87,7 +87,7 @@ class Case:
 
 
 def traffic(mode: str, inputs: int, out: int, leaves: int) -> tuple[tuple[int, int], ...]:
-    """``passes`` of a product or the like: a backward reads the inputs again and the output's gradient, and writes the leaves'."""
+    """``passes`` of a product or the like: a backward reads the inputs and the output's gradient, and writes the leaves'."""
     forward, backward = (inputs, out), (inputs + out, leaves)
     return {"forward": (forward,), "backward": (backward,), "train": (forward, backward)}[mode]
 
