@@ -199,7 +199,7 @@ def test_neighbours_tell_others_from_other_machines(monkeypatch: pytest.MonkeyPa
 def test_doubts_are_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubts(share: float | None, stolen: float | None, switches: int) -> list[str]:
         return run._doubts(SimpleNamespace(share=lambda: share, stolen=lambda: stolen, switches=lambda: switches,
-                                           seconds=lambda: 2.0))  # type: ignore[arg-type]  # fmt: skip
+                                           seconds=lambda: 2.0))  # fmt: skip
 
     assert doubts(0.04, 0.02, 199) == doubts(None, None, 0) == []
     assert doubts(0.3, 0.1, 300) == ["others used 30% of the machine", "the hypervisor gave 10% of it to other machines",

@@ -128,7 +128,12 @@ def test_the_flush_is_not_timed_and_only_reads(cuda: None) -> None:
 def test_launches_hide_behind_a_sleeping_gpu(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
-    monkeypatch.setattr(Event, "record", lambda self: (order.append("event"), setattr(self, "at", 0.0)))
+
+    def record(event: Event) -> None:
+        order.append("event")
+        event.at = 0.0
+
+    monkeypatch.setattr(Event, "record", record)
     gpu.sample(lambda: order.append("call"), 1, before=lambda: order.append("flush"))
     assert order == ["flush", "sleep", "event", "call", "event"]
 
@@ -186,7 +191,11 @@ def test_the_limit_draws_no_numbers_on_the_gpu(cuda: None, monkeypatch: pytest.M
     """Its generator refuses after a capture that failed, and the limit is measured after every case."""
     drawn: list[object] = []
     randn = torch.randn
-    noted = lambda *sizes, **options: (drawn.append(options.get("device")), randn(*sizes, **options))[1]  # noqa: E731
+
+    def noted(*sizes: int, **options: Any) -> torch.Tensor:
+        drawn.append(options.get("device"))
+        return randn(*sizes, **options)
+
     monkeypatch.setattr(torch, "randn", noted)
     limit = gpu.Limits()
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
@@ -236,8 +245,12 @@ def test_recurrent_weights_are_one_buffer_on_a_gpu(kind: str, monkeypatch: pytes
     assert all(t.is_meta for t in weights)
     assert (number, inputs, mode, units, projection, layers, first, both) == (4, 128, "GRU", 256, 0, 1, True, False)
     trained: list[object] = []
-    F = SimpleNamespace(gru=lambda x, hx, weights, bias, layers, dropout, train, *rest: (trained.append(train), x)[1:])
-    case.theirs(F, *case.make(torch.float32))
+
+    def gru(x: object, hx: object, weights: object, bias: bool, layers: int, p: float, train: bool, *rest: bool) -> list[Any]:
+        trained.append(train)
+        return [x]
+
+    case.theirs(SimpleNamespace(gru=gru), *case.make(torch.float32))
     assert trained == [kind == "train"], "cuDNN has a backward only of what it was told to train"
 
 
