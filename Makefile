@@ -29,8 +29,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
 
-bench-quick: $(INSTALLED)  ## the benchmark's short form: a few minutes; it says how many
-	$(RUN) -m fastnn bench --quick
+bench-quick: $(INSTALLED)  ## the benchmark's short form, kept in report/bench.json: a few minutes; it says how many
+	$(RUN) -m fastnn bench --quick --json report/bench.json
 
 # With the machine's own Python, torch, Triton and CuPy: nothing is installed.
 gpu:  ## on a machine with a GPU: tests of the GPU kernels, then the benchmark of every family; 9 minutes

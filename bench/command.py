@@ -32,11 +32,20 @@ def main(arguments: Namespace) -> int:
     ``bench compare`` compares two results instead: see ``compare.main``.
 
     Raises:
-        ValueError: an unknown family, dtype or number of threads, or no case is left.
+        ValueError: an unknown family, dtype or number of threads, no case is left, or a CPU's method on a GPU.
         ImportError: matplotlib is not installed, and a plot or page is wanted.
     """
-    if arguments.device == gpu.DEVICE:
-        gpu.require()
+    if arguments.device != gpu.DEVICE:
+        return _main(arguments)
+    gpu.require()
+    if arguments.cold or arguments.interleaved:
+        option = "--cold" if arguments.cold else "--interleaved"
+        raise ValueError(f"{option} is a way to time a CPU; on a GPU every call finds its L2 cache flushed, or comes in a graph")
+    with gpu.session():
+        return _main(arguments)
+
+
+def _main(arguments: Namespace) -> int:
     console = Console(width=None if os.isatty(1) else 170)
     if arguments.family[:1] == ["compare"]:
         return compare.main(console, arguments.family[1:])
@@ -70,9 +79,7 @@ def main(arguments: Namespace) -> int:
             left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
             console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
         mine, interrupted = _run(console, chosen, count, seconds, providers, limits, method, save)
-        for name in dict.fromkeys(r.case for r in mine if r.family == "models" and r.median):
-            headers[-1].setdefault("layers", {})[name] = rows = models.layer_table(name)
-            models.print_layers(console, name, rows)
+        interrupted = interrupted or not _layer_tables(console, headers[-1], mine)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_missing(console, mine)
         report.print_doubts(console, mine)
@@ -87,6 +94,18 @@ def main(arguments: Namespace) -> int:
         for path in [*save.files(), *save.pictures()]:
             console.print(f"saved {path}")
     return 130 if interrupted else int(any(r.correct is False for r in records if r.provider == OURS))
+
+
+def _layer_tables(console: Console, header: dict[str, Any], records: list[Record]) -> bool:
+    """Where the time of each whole model goes; False if the user has interrupted: what is finished stays."""
+    try:
+        for name in dict.fromkeys(r.case for r in records if r.family == "models" and r.median):
+            rows = models.layer_table(name)
+            header.setdefault("layers", {})[name] = rows
+            models.print_layers(console, name, rows)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 class _Saver:

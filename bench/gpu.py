@@ -1,15 +1,17 @@
 """The stopwatch and the limits of a GPU: what ``timing``, ``limits`` and ``memory`` are for a CPU.
 
-A call is timed by CUDA events on its stream, and before each call twice the L2 cache is overwritten, so that inputs come
-from memory, as they do in a model; that also gives Python time to launch the call while the GPU is busy. Where a call takes
-less than a launch does, calls are captured in a CUDA graph and its replays are timed: nothing is flushed then, and the
-record says so.
+A call is timed by CUDA events on its stream. Before each call twice the L2 cache is read, so that inputs come from memory,
+as they do in a model, and the GPU sleeps for a moment, in which Python launches the call. Where one provider's call takes
+less than a launch does, the calls of all of them are captured in CUDA graphs, whose replays are timed: nothing is flushed
+then, and the records' method says so. Everything happens on one stream: a backward runs where its forward ran, and a capture
+sees only its own stream.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,7 +25,10 @@ GRAPH, IN_GRAPH = 20e-6, 20
 SIDE, COPY = 8192, 1 << 30
 
 DEVICE = "cuda"
-NOTE = "timed in a CUDA graph, inputs in L2"
+#: The methods of records.
+EVENTS, GRAPHS = "gpu", "gpu, in CUDA graphs with inputs in L2"
+#: Clock cycles for which the GPU sleeps before a sample: some 0.1 ms, in which Python launches what is timed.
+SLEEP = 200_000
 
 
 def require() -> None:
@@ -33,9 +38,30 @@ def require() -> None:
 
 
 @cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """What holds for a whole run: one stream, float32 products and convolutions in float32, cuDNN's choice by trial."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
+    side = _stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(side)
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@cache
 def _flusher(size: int) -> Call:
-    room = torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    return room.zero_
+    room = torch.zeros(size // 4, device=DEVICE)
+    return room.sum  # read only: what was written would have to leave the cache while the next call is timed
 
 
 def flush() -> Call:
@@ -49,6 +75,7 @@ def sample(call: Call, number: int, before: Call | None = None) -> list[float]:
     for begin, end in pairs:
         if before is not None:
             before()
+        torch.cuda._sleep(SLEEP)
         begin.record()
         call()
         end.record()
@@ -65,48 +92,52 @@ def _to_its_end(call: Call) -> Call:
 
 
 def graph_of(call: Call) -> Call:
-    """IN_GRAPH calls as one CUDA graph.
+    """IN_GRAPH calls as one CUDA graph; what happens once must have happened, on the session's stream.
 
     Raises:
-        RuntimeError: something in the call cannot be captured.
+        RuntimeError: something in the call cannot be captured, or it was made ready outside of the session.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants everything that happens once to have happened, on another stream
-        call()
-    torch.cuda.current_stream().wait_stream(side)
+    if torch.cuda.current_stream() != _stream():
+        raise RuntimeError("prepared on another stream")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_stream()):
         for _ in range(IN_GRAPH):
             call()
     return graph.replay
 
 
-def measure(calls: Mapping[str, Call], seconds: float, rounds: int = 5) -> tuple[dict[str, Times], dict[str, str]]:
-    """As ``timing.measure``: every call for about so many seconds, in rotating blocks; and for each what must be said of it."""
-    ways: dict[str, tuple[Call, int, Call | None]] = {}
-    notes: dict[str, str] = {}
+def _graphs(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
+    """A graph for every call, or none and why: times by two methods could not be compared."""
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = graph_of(call)
+        except RuntimeError as problem:
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
+            return {}, f"no CUDA graph of {name} ({reason}): launches may be part of every time"
+    return graphs, ""
+
+
+def measure(calls: Mapping[str, Call], seconds: float, rounds: int = 5) -> tuple[dict[str, Times], str, list[str]]:
+    """As ``timing.measure``: every call for about so many seconds, in rotating blocks; the method, and what is to be said."""
     lasts: dict[str, float] = {}
     for name, call in calls.items():
         warm_up(_to_its_end(call), min(0.5, seconds))
         lasts[name] = sorted(sample(call, 9, flush()))[4]
-        ways[name] = call, 1, flush()
-        if lasts[name] < GRAPH:
-            try:
-                ways[name], notes[name] = (graph_of(call), IN_GRAPH, None), NOTE
-            except RuntimeError as problem:
-                notes[name] = f"no CUDA graph ({str(problem).splitlines()[0]}): launches are part of the time"
+    graphs, problem = _graphs(calls) if min(lasts.values(), default=GRAPH) < GRAPH else ({}, "")
+    batch, before = (IN_GRAPH, None) if graphs else (1, flush())
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            call, batch, before = ways[name]
-            if sum(samples[name]) > ENOUGH * seconds:
+            if sum(samples[name]) * batch > ENOUGH * seconds:
                 continue
+            call = graphs.get(name, calls[name])
             number = max(1, min(1000, round(seconds / rounds / max(lasts[name] * batch, 1e-6))))
             sample(call, DISCARD, before)
             samples[name] += [t / batch for t in sample(call, number, before)]
-    return {name: Times.of(values) for name, values in samples.items()}, notes
+    times = {name: Times.of(values) for name, values in samples.items()}
+    return times, GRAPHS if graphs else EVENTS, [problem] if problem else []
 
 
 def extra(call: Callable[[], object]) -> int:
@@ -127,6 +158,7 @@ class Limits:
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
         self._fma: dict[torch.dtype, float] = {}
+        self._factors: list[torch.Tensor] = []
         self._copy = 0.0
 
     def fma(self, dtype: torch.dtype) -> float:
@@ -137,7 +169,10 @@ class Limits:
 
     def refresh_fma(self, dtype: torch.dtype) -> float:
         """Measure again; returns this measurement."""
-        a, b = (torch.randn(SIDE, SIDE, dtype=dtype, device=DEVICE) for _ in range(2))
+        if not self._factors:  # once, and on the CPU: after a capture that failed the GPU's generator refuses
+            made = (torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(n)) for n in range(2))
+            self._factors = [t.to(DEVICE) for t in made]
+        a, b = (t.to(dtype) for t in self._factors)
         rate = 2 * SIDE**3 / min(sample(lambda: a @ b, 5))
         self._fma[dtype] = max(rate, self._fma.get(dtype, 0.0))
         return rate
@@ -171,4 +206,7 @@ def describe() -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "capability": f"sm_{found.major}{found.minor}",
         "cuda": torch.version.cuda,
+        "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
     }

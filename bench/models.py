@@ -249,10 +249,26 @@ def _names(servers: Sequence[str]) -> str:
 def layer_table(name: str) -> list[dict[str, Any]]:
     """A row a module: its name, class, seconds before and after replace, and who served it after."""
     model = load(name)
-    return [
-        {"module": b.name, "class": b.kind, "before": b.seconds, "after": a.seconds, "served_by": a.served_by}
-        for b, a in zip(layers(model.before, model.inputs), layers(model.after, model.inputs), strict=True)
-    ]
+    return joined(layers(model.before, model.inputs), layers(model.after, model.inputs))
+
+
+def joined(before: Sequence[Layer], after: Sequence[Layer]) -> list[dict[str, Any]]:
+    """A row a module, by its name; None where only one of the models calls it: ``fastnn.fuse`` takes modules away."""
+    sides = [{layer.name: layer for layer in found} for found in (before, after)]
+    names = [name for name in dict.fromkeys([*sides[0], *sides[1]]) if name != OUTSIDE]
+    rows = []
+    for name in (*names, OUTSIDE):
+        b, a = (side.get(name) for side in sides)
+        rows.append(
+            {
+                "module": name,
+                "class": (b or a or Layer(name, "", 0.0, "")).kind,
+                "before": b and b.seconds,
+                "after": a and a.seconds,
+                "served_by": a.served_by if a else "–",
+            }
+        )
+    return rows
 
 
 COLUMNS = ("module", "class", "modules", "torch, ms", "replaced, ms", "times faster", "served by")
@@ -266,10 +282,10 @@ def layer_lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         alike.setdefault((re.sub(r"\d+", "*", row["module"]), row["class"], row["served_by"]), []).append(row)
     lines = []
     for (module, kind, served), same in alike.items():
-        before, after = (sum(row[when] for row in same) for when in ("before", "after"))
+        before, after = (_sum(same, when) for when in ("before", "after"))
         first = same[0]["module"] if len(same) == 1 else module
         lines.append((first, kind, str(len(same)) if kind else "", *_milliseconds(before, after), served))
-    total = _milliseconds(*(sum(row[when] for row in rows) for when in ("before", "after")))
+    total = _milliseconds(*(_sum(rows, when) for when in ("before", "after")))
     return [*lines, ("all", "", "", *total, "")]
 
 
@@ -289,6 +305,15 @@ def print_layers(console: Console, name: str, rows: Sequence[dict[str, Any]]) ->
 _NUMBERS = ("modules", "torch, ms", "replaced, ms", "times faster")
 
 
-def _milliseconds(before: float, after: float) -> tuple[str, str, str]:
-    first, second = (f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}" for seconds in (before, after))
-    return first, second, f"{before / after:.2f}" if after > 0 else "–"
+def _sum(rows: Sequence[dict[str, Any]], when: str) -> float | None:
+    """None if none of them was called then."""
+    values = [row[when] for row in rows if row[when] is not None]
+    return sum(values) if values else None
+
+
+def _milliseconds(before: float | None, after: float | None) -> tuple[str, str, str]:
+    first, second = (
+        "–" if seconds is None else f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+        for seconds in (before, after)
+    )
+    return first, second, f"{before / after:.2f}" if before is not None and after else "–"

@@ -11,7 +11,7 @@ from typing import Any
 from .models import COLUMNS, layer_lines
 from .peers import OURS
 from .plots import bandwidths
-from .report import SHORT, duration, geometric_mean
+from .report import SHORT, duration, geometric_mean, processor
 from .run import Record
 
 Header = dict[str, Any]
@@ -84,7 +84,7 @@ def _header(header: Header) -> Iterator[str]:
 
 def _cells(r: Record) -> str:
     """What follows the case's name in a provider's line: its numbers, or why it has none."""
-    notes = _tag("td", "; ".join([*r.notes, *([r.served_by] if r.served_by else [])]), "note")
+    notes = _tag("td", "; ".join([*r.notes, *r.remarks, *([r.served_by] if r.served_by else [])]), "note")
     memory = "" if r.memory is None else f"{r.memory / 2**20:.1f} MiB"
     error = "" if r.error_ulp is None else f"{r.error_ulp:.3g} ({r.torch_error_ulp or 0:.3g})"
     if r.median is None:
@@ -139,7 +139,7 @@ def _layers(name: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def html(headers: Sequence[Header], records: Sequence[Record], images: Mapping[str, bytes]) -> str:
     """The page, with the PNGs that ``plots.figures`` made."""
     parts = ["<!DOCTYPE html><html lang=en><head><meta charset=utf-8><title>fastnn bench</title>"]
-    parts += [f"<style>{_STYLE}</style></head><body>", _tag("h1", f"fastnn bench: {headers[0]['machine']['cpu']}")]
+    parts += [f"<style>{_STYLE}</style></head><body>", _tag("h1", f"fastnn bench: {processor(headers[0]['machine'])}")]
     for header in headers:
         parts += _header(header)
         for family in dict.fromkeys(r.family for r in records if r.threads == header["threads"]):

@@ -40,6 +40,8 @@ class Job:
             inputs = tuple(
                 t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs
             )
+            if case.moved:
+                case.moved(inputs)
         if case.mode != "forward":
             with torch.no_grad():
                 out = case.theirs(TORCH, *inputs)
@@ -208,6 +210,21 @@ class MaxAutotune(TorchCompile):
         return lambda: (compiled(*with_weights.others),)
 
 
+class MaxAutotuneGPU(TorchCompile):
+    """The same on a GPU, where it chooses among its own kernels and the libraries'; graphs are the stopwatch's business."""
+
+    name = "max-autotune-no-cudagraphs"
+    slow = True
+    devices: tuple[str, ...] = ("cuda",)
+
+    def prepare(self, job: Job) -> Work:
+        run = job.case.theirs
+        with redirect_stderr(StringIO()):
+            work = as_work(job, _compiled(lambda *inputs: run(TORCH, *inputs), mode=self.name))
+            work()  # compiles here
+        return work
+
+
 def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # else the eighth case would silently fall back to eager
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -324,5 +341,6 @@ def _has_threadpoolctl() -> bool:
 
 #: Every provider, ours first.
 PEERS: tuple[type[Peer], ...] = (
-    Fastnn, TorchEager, FlashSDPA, CuDNNSDPA, EfficientSDPA, MathSDPA, TorchCompile, MaxAutotune, NumPy, OnnxRuntime,
+    Fastnn, TorchEager, FlashSDPA, CuDNNSDPA, EfficientSDPA, MathSDPA, TorchCompile, MaxAutotune, MaxAutotuneGPU,
+    NumPy, OnnxRuntime,
 )  # fmt: skip

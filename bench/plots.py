@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .peers import OURS
-from .report import SHORT
+from .report import SHORT, processor
 from .run import Record
 
 #: A line through fewer sizes says nothing.
@@ -50,8 +50,10 @@ def bandwidths(header: Header) -> dict[str, float]:
 
 
 def _drawn(header: Header) -> dict[str, float]:
-    """Those that the plots show: reading from each level, and what an operator without arithmetic is, a copy."""
-    return {name: rate for name, rate in bandwidths(header).items() if name.startswith("read") or name.endswith("new output")}
+    """Those that the plots show: reading from each level, and a copy, which is an operator without arithmetic; of a GPU all."""
+    found = bandwidths(header)
+    shown = {name: rate for name, rate in found.items() if name.startswith("read") or name.endswith("new output")}
+    return shown or found
 
 
 # The plots ------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def figures(headers: Sequence[Header], records: Sequence[Record]) -> Iterator[tu
             if figure is None:
                 continue
             machine, versions = header["machine"], header["versions"]
-            figure.suptitle(f"{family}: {machine['cpu']}, {threads} threads, torch {versions['torch']}", fontsize=9)
+            figure.suptitle(f"{family}: {processor(machine)}, {threads} threads, torch {versions['torch']}", fontsize=9)
             png = BytesIO()
             figure.savefig(png, dpi=140, format="png")
             yield f"{family}-{threads}threads-{draw.__name__}", png.getvalue()

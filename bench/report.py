@@ -32,6 +32,14 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def span(r: Record) -> str:
+    """What one call and four calls in five beat, and of how many samples: 1.96–2.04 ms, 50."""
+    if r.p20 is None or r.p80 is None:
+        return "–"
+    (low, small), (high, large) = (duration(t).split() for t in (r.p20, r.p80))
+    return f"{low if small == large else f'{low} {small}'}–{high} {large}, {r.runs}"
+
+
 def minutes(seconds: float) -> str:
     """A time that nobody knows exactly."""
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
@@ -46,11 +54,11 @@ class Lines:
     def __init__(self, console: Console, providers: Sequence[str]) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [38, 9, 5, 9, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [38, 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
 
     def head(self) -> None:
         """What the columns mean."""
-        names = ["case", "mode", "dtype", OURS, "rate", "of limit", *self.peers, "best", "error (torch)"]
+        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "error (torch)"]
         self.console.print(Text(self._row(names), style="bold"))
 
     def _row(self, cells: Iterable[str]) -> str:
@@ -70,6 +78,7 @@ class Lines:
             main.mode,
             SHORT.get(main.dtype, main.dtype),
             duration(ours.median if ours else None),
+            span(main),
             f"{main.rate:.4g} {main.unit}" if main.rate else "–",
             f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
         ]
@@ -95,13 +104,10 @@ class Lines:
                 self.console.print(Text(f"  RED {r.provider}: {why}", style="red"))
             elif r.missing and r.provider == OURS:
                 self.console.print(Text(f"  {r.provider} is missing: {r.missing}", style="yellow"))
-        notes = dict.fromkeys(
-            f"{'' if sum(n in q.notes for q in records) == len(records) else r.provider + ': '}{n}"
-            for r in records
-            for n in r.notes
-        )
-        if notes:
-            self.console.print(Text("  unsteady: " + "; ".join(notes), style="dim"))
+        notes, remarks = ({r.provider: said(r) for r in records} for said in (lambda r: r.notes, lambda r: r.remarks))
+        for what, said in (("unsteady", notes), ("note", remarks)):
+            if any(said.values()):
+                self.console.print(Text(f"  {what}: " + "; ".join(_each_once(said)), style="dim"))
         if ours and ours.between:
             alone = by.get("torch")
             self.console.print(
@@ -115,6 +121,15 @@ class Lines:
             self.console.print(Text(f"  served by {ours.served_by}", style="dim"))
 
 
+def _each_once(said: dict[str, list[str]]) -> Iterable[str]:
+    """What is said of every provider, and of one with its name."""
+    return dict.fromkeys(
+        note if all(note in notes for notes in said.values()) else f"{provider}: {note}"
+        for provider, mine in said.items()
+        for note in mine
+    )
+
+
 def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
@@ -124,7 +139,7 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         for k, v in limits["fma_gflops"].items()
     )
     console.print(
-        f"[bold]{m['gpu']['name'] if 'gpu' in m else m['cpu']}[/], {m['cores']} cores, {header['threads']} threads; "
+        f"[bold]{processor(m)}[/], {m['cores']} cores, {header['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
         highlight=False,
     )
@@ -279,6 +294,12 @@ def save_json(path: Path, headers: Sequence[dict[str, Any]], records: Sequence[R
     os.replace(temporary, path)
 
 
+def processor(machine: dict[str, Any]) -> str:
+    """The name of what was measured: the GPU, if there was one, or the CPU."""
+    name: str = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    return name
+
+
 def slug(machine: dict[str, Any]) -> str:
     """A machine's name in bench/results: LLVM's name of the CPU, the vectors that the kernels use, the number of cores.
 
@@ -314,7 +335,7 @@ def merge(
     """Results with those of a later run in the place of the same cases'; a run of which nothing is left goes."""
 
     def case(r: Record) -> tuple[Any, ...]:
-        return r.case, r.mode, r.dtype, r.threads, r.method
+        return r.case, r.mode, r.dtype, r.threads, r.method.split(",")[0]  # a GPU's events or graphs: as it chose
 
     again = {case(r) for r in new}
     kept = [r for r in records if case(r) not in again]

@@ -31,6 +31,8 @@ from .timing import Neighbours, Times, evict, load_average, measure
 #: A case is called unsteady from these on: spread of the samples, share of other processes, loss of clock speed, and
 #: how often a second a thread of ours lost its core.
 SPREAD, SHARE, DRIFT, SWITCHES = 0.25, 0.05, 0.07, 100
+#: Families that a GPU is asked for in bfloat16 too: its matrix units, and torch's flash attention and cuDNN's, have no float32.
+_LOWER = ("matmul", "attention", "conv")
 #: Products that read less are not limited by memory.
 _CACHED = 4 << 20
 
@@ -41,8 +43,9 @@ METHOD = (
 )
 GPU_METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each after "
-    "three discarded calls. A call is timed by CUDA events, and before each the L2 cache is overwritten; calls of less "
-    "than 20 µs are timed as CUDA graphs, with inputs in L2."
+    "three discarded calls. A call is timed by CUDA events, and before each twice the L2 cache is read; a case in which a "
+    "call takes less than 20 µs is timed in CUDA graphs by all providers, with inputs in L2. TF32 is off, and cuDNN "
+    "chooses by trial."
 )
 #: The ways to time: what happens between two samples.
 METHODS = {
@@ -67,11 +70,11 @@ class Record:
         flops, bytes: operations and least memory traffic of one call; 0 where the case does not count them.
         error_ulp: largest error against the float64 reference; torch_error_ulp: PyTorch's own.
         memory: bytes by which the process grew at most during a call, the result included.
-        method: what happens between two samples: see METHODS.
+        method: what happens between two samples: see METHODS, and on a GPU ``gpu.EVENTS`` and ``gpu.GRAPHS``.
         between: with "interleaved", the median of PyTorch's calls between this provider's.
         missing: why this provider did not take part.
         served_by: which kernel of ours did the work.
-        notes: what makes the numbers doubtful.
+        notes: what makes the numbers doubtful; remarks: what else a reader must know of them.
         run: the ``started`` of the header of the run that it comes from.
     """
 
@@ -99,6 +102,7 @@ class Record:
     missing: str | None = None
     served_by: str | None = None
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     flops: int = 0
     bytes: int = 0
     run: str = ""
@@ -130,7 +134,8 @@ def select(
                 (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
             )
             if wanted and device in case.devices:
-                for kind in (dtype,) if dtype else case.dtypes:
+                lower = (torch.bfloat16,) if device == gpu.DEVICE and family in _LOWER else ()
+                for kind in (dtype,) if dtype else (*case.dtypes, *lower):
                     chosen.setdefault((family, case.name, case.mode, kind), (case, kind))
     if not chosen:
         raise ValueError(f"no case matches {pattern!r} in: {', '.join(families)}")
@@ -252,7 +257,7 @@ def measure_case(
             threads,
             case.mode,
             peer.name,
-            method="gpu" if on_gpu else method,
+            method=gpu.EVENTS if on_gpu else method,
             missing=peer.missing(case, dtype, threads)
             if peer.takes_part(case, device)
             else f"{peer.name} is not for {case.family} on {device}",
@@ -281,10 +286,9 @@ def measure_case(
                 work = peer.prepare(job)
                 work()
             except Exception as problem:  # a provider that fails is a finding about it, not the end of the run
-                reason = str(problem).strip().split("\n")[0]
                 if peer.name == OURS:
                     record.correct = False
-                record.missing = f"{type(problem).__name__}: {reason}"[:300]
+                record.missing = _reason(problem)
                 continue
             works[peer.name] = work
             if peer.name == OURS:
@@ -296,7 +300,7 @@ def measure_case(
                 record.correct = found.within(torch_error, dtype)
                 record.error_ulp, record.torch_error_ulp = found.worst, torch_error.worst
                 if found.specials > torch_error.specials:
-                    record.notes.append(
+                    record.remarks.append(
                         f"{found.specials} NaN or infinite values where the reference has none, or the reverse"
                     )
         gc.collect()
@@ -313,9 +317,10 @@ def measure_case(
         if not on_gpu:
             times = measure(right, seconds, between=between)
         else:
-            times, notes = gpu.measure(right, seconds)
+            times, how, problems = gpu.measure(right, seconds)
             for record in records:
-                record.notes += [notes[record.provider]] if record.provider in notes else []
+                record.method = how
+                record.remarks += problems
         doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)
@@ -325,6 +330,20 @@ def measure_case(
     for record in records:
         record.notes += doubts
     return records
+
+
+def _reason(problem: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"{type(problem).__name__}: {(str(problem).strip() or 'no reason given').splitlines()[0]}"[:300]
+
+
+def _failed(case: Case, dtype: torch.dtype, threads: int, providers: list[Peer], problem: Exception) -> list[Record]:
+    """A case that could not be checked or timed: red, and without any speed."""
+    return [
+        Record(case.family, case.name, dtype_name(dtype), threads, case.mode, peer.name,
+               correct=False if peer.name == OURS else None, missing=_reason(problem))
+        for peer in providers
+    ]  # fmt: skip
 
 
 def _doubts(neighbours: Neighbours) -> list[str]:
@@ -459,7 +478,11 @@ def run(
             if case.programs:
                 done(case, dtype, measure_processes(case, threads, providers))
             else:
-                done(case, dtype, measure_case(case, dtype, threads, providers, limits, seconds, method))
+                try:
+                    records = measure_case(case, dtype, threads, providers, limits, seconds, method)
+                except Exception as problem:  # a finding about this case, and not the end of the run
+                    records = _failed(case, dtype, threads, providers, problem)
+                done(case, dtype, records)
             gc.collect()
     finally:
         torch.set_num_threads(before)

@@ -188,7 +188,8 @@ class Error:
     """How far a result is from its reference: the largest and the root-mean-square error in ulp, and mismatched
     specials.
 
-    ``specials`` counts the places where one side is NaN or infinite and the other is not the same.
+    ``specials`` counts the places where one side is NaN or infinite and the other is not the same, or a forward's
+    −0 became +0.
     """
 
     worst: float = 0.0
@@ -246,17 +247,25 @@ def error(
         assert ref is not None
         at = ref.abs() if size is None else torch.maximum(ref.abs(), size * fineness)
         distance = (out.double() - ref).abs_().div_(ulp(at, out.dtype))
-        lost = 0
+        lost = _lost_signs(out, ref, at, other) if forward else 0  # where a slope is 0, its sign is nobody's concern
         if not (out.isfinite().all() and ref.isfinite().all()):
             rounded = ref.to(out.dtype)
             same = (out == rounded) | (out.isnan() & rounded.isnan())
             if other is not None:
                 same |= (out == other) | (out.isnan() & other.isnan())
             finite = out.isfinite() & rounded.isfinite()
-            distance, lost = distance[finite], int((~finite & ~same).sum())
+            distance, lost = distance[finite], lost + int((~finite & ~same).sum())
         worst = float(distance.max()) if distance.numel() else 0.0
         total += Error(worst, float(distance.dot(distance)), distance.numel(), lost)
     return total
+
+
+def _lost_signs(out: Tensor, ref: Tensor, at: Tensor, other: Tensor | None) -> int:
+    """Where the reference is −0, and so is all that it is made of, and the result is +0, which PyTorch's own is not."""
+    wrong = (at == 0) & ref.signbit() & (out == 0) & ~out.signbit()
+    if other is not None:
+        wrong &= (other != 0) | other.signbit()
+    return int(wrong.sum())
 
 
 # References and scales ------------------------------------------------------------------------------------------------

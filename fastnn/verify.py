@@ -130,7 +130,8 @@ def _exact(function: Callable[[Any, Any], Any], x: Tensor, slope: bool, fallback
                 continue
             with mpmath.workdps(40):
                 known[value] = _slope(f, mpmath, value) if slope else float(f(mpmath.mpf(value)))
-        values.append(known[value])
+        formula = float(fallback.flatten()[n])
+        values.append(formula if known[value] == formula == 0 else known[value])  # mpmath's zero has no sign
     return torch.tensor(values, dtype=torch.float64).reshape(x.shape)
 
 

@@ -12,13 +12,16 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnn.bench.cases as cases
+import fastnn.bench.cases.attention as attention
 import fastnn.bench.command as command
 import fastnn.bench.limits as limits
 import fastnn.bench.memory as memory
@@ -28,7 +31,7 @@ import fastnn.bench.run as run
 import fastnn.bench.timing as timing
 from fastnn import _info, backends
 from fastnn.__main__ import main
-from fastnn._numerics import sum_of_magnitudes
+from fastnn._numerics import sum_of_magnitudes, widen
 from fastnn.bench.cases import Case, random, together
 from fastnn.bench.run import Record
 from fastnn.bench.timing import Times
@@ -193,6 +196,29 @@ def test_neighbours_tell_others_from_other_machines(monkeypatch: pytest.MonkeyPa
     assert neighbours.switches() == 7
 
 
+def test_doubts_are_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubts(share: float | None, stolen: float | None, switches: int) -> list[str]:
+        return run._doubts(SimpleNamespace(share=lambda: share, stolen=lambda: stolen, switches=lambda: switches,
+                                           seconds=lambda: 2.0))  # fmt: skip
+
+    assert doubts(0.04, 0.02, 199) == doubts(None, None, 0) == []
+    assert doubts(0.3, 0.1, 300) == ["others used 30% of the machine", "the hypervisor gave 10% of it to other machines",
+                                     "our threads lost their cores 300 times"]  # fmt: skip
+
+
+def test_a_clock_that_slows_down_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multiply-add loop runs again after each case: here at 80% of its best, then at 95%."""
+    monkeypatch.setattr(run, "_doubts", lambda neighbours: ["busy"])
+    monkeypatch.setattr(run, "SPREAD", 1e9)
+    rates = iter([100e9, 80e9, 95e9])
+    monkeypatch.setattr(limits, "fma", lambda *_: next(rates))
+    kept = limits.Limits(1, seconds=0.01)
+    kept.refresh_fma(torch.float32)
+    providers, _ = run.available_peers(["torch"])
+    found = [run.measure_case(_case(), torch.float32, 1, providers, kept, seconds=0.01)[0].notes for _ in range(2)]
+    assert found == [["busy", "the clock was 20% slower than at its best"], ["busy"]]
+
+
 def test_the_memory_of_a_call_is_its_peak() -> None:
     a = torch.ones(4 << 20)
     if memory.extra(lambda: a) is None:
@@ -332,6 +358,48 @@ def test_cases_are_well_formed(family: str) -> None:
             assert writes in (out.numel(), 0), case.name  # a loss is not worth counting
 
 
+@pytest.mark.parametrize("family", sorted({*cases.families()} - {"models", "startup"}))
+def test_nothing_of_a_case_is_left_on_the_cpu(family: str) -> None:
+    """On "meta", which has no numbers: the results and their scales are where the inputs are."""
+    by_size = sorted((c for c in cases.cases(family) if not c.judge), key=lambda c: -sum(map(sum, c.passes)))
+    for case in {(c.group, c.mode): c for c in by_size}.values():  # the smallest of each kind
+        with FakeTensorMode():
+            shapes = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in case.make(torch.float32)]
+        inputs = [torch.empty(t[0], dtype=t[1], device="meta", requires_grad=t[2]) if isinstance(t, tuple) else t for t in shapes]
+        out = case.theirs(peers.TORCH, *inputs)
+        assert out.is_meta, case.name
+        if not case.scale:
+            continue
+        wide = [widen(t) for t in inputs]
+        for grad in (None, *([torch.empty_like(out, dtype=torch.float64)] if case.mode != "forward" else [])):
+            assert all(t.is_meta for t in case.scale(wide, grad)), case.name
+    if family == "attention":
+        assert attention._window_mask(8, 2, torch.device("meta")).is_meta
+
+
+def test_every_goal_is_one_that_the_summary_knows() -> None:
+    """A peer's name that nobody has would never be reached, and never be missed."""
+    known = {*report._GOALS, *(peer.name for peer in peers.PEERS)} - {peers.OURS}
+    goals = {(goal, case.name) for family in cases.families() for case in cases.cases(family) for goal in case.goals}
+    assert {(goal, name) for goal, name in goals if goal not in known} == set()
+
+
+@pytest.mark.parametrize("family", ["attention", "conv", "matmul", "rnn"])
+def test_training_moves_the_gradients_too(family: str) -> None:
+    """What is read and written at least, from the tensors themselves: the smallest case of each kind with gradients."""
+    by_size = sorted((c for c in cases.cases(family) if c.mode != "forward"), key=lambda c: -c.bytes(torch.float32))
+    smallest = {(c.group, c.mode): c for c in by_size}.values()
+    assert smallest
+    for case in smallest:
+        with FakeTensorMode():
+            inputs = [t for t in case.make(torch.float32) if isinstance(t, Tensor)]
+            out = case.theirs(peers.TORCH, *inputs).nbytes
+        read = sum(t.nbytes for t in inputs)
+        gradients = sum(t.nbytes for t in inputs if t.requires_grad)
+        backward = read + out + gradients
+        assert case.bytes(torch.float32) == backward + (read + out) * (case.mode == "train"), case.name
+
+
 def test_select() -> None:
     def names(*arguments: Any, **options: Any) -> list[str]:
         return [case.name for case, _ in run.select(*arguments, **options)]
@@ -437,7 +505,7 @@ def test_lost_special_values_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = _measure(_case(make=make, ours=lambda F, x: F.relu(x).nan_to_num()), "fastnn", "torch")
     assert found["fastnn"].correct is False
-    assert "NaN" in found["fastnn"].notes[0]
+    assert "NaN" in found["fastnn"].remarks[0]
 
 
 def test_missing_peers_are_shown_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +530,23 @@ def test_a_provider_that_raises_is_a_finding() -> None:
     assert found["fastnn"].correct is False
     assert found["fastnn"].missing == "NotImplementedError: not for this shape"
     assert found["torch"].median
+
+
+def test_a_case_that_cannot_be_checked_is_red_and_not_the_end(
+    quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> tuple[Tensor, ...]:
+        raise RuntimeError("expected all tensors on one device\nmore")
+
+    tiny = [_case(name="bad", scale=fail), _case(name="good")]
+    monkeypatch.setattr(run, "cases", lambda family: tiny)
+    found: list[Record] = []
+    run.run([(case, torch.float32) for case in tiny], 1, 0.01, run.available_peers(["fastnn", "torch"])[0],
+            lambda case, dtype, records: found.extend(records))  # fmt: skip
+    assert [r.correct for r in found] == [False, None, True, True]
+    assert {r.missing for r in found[:2]} == {"RuntimeError: expected all tensors on one device"}
+    assert _bench() == 1
+    assert "RED fastnn: RuntimeError: expected all tensors" in capsys.readouterr().out
 
 
 def test_a_case_too_large_for_the_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,6 +699,40 @@ def test_an_interrupted_run_keeps_what_is_done(
     assert set(re.findall(r"small/\d+", page.read_text())) == {"small/8", "small/16"}
     assert (plots / "matmul-1threads-ratios.png").exists()
     assert "Interrupted after 2 of 7 cases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["case", "layers"])
+def test_an_interrupted_run_makes_no_layer_tables(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    """Whether Ctrl-C comes in a case or in such a table: the summary, the JSON and the page are there."""
+    measured, count = run.measure_case, iter(range(9))
+
+    def interrupt(*arguments: Any) -> list[Record]:
+        if at == "case" and next(count):
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    def table(name: str) -> list[dict[str, Any]]:
+        assert at == "layers"
+        raise KeyboardInterrupt
+
+    tiny = [_case(family="models", name=name, goals={"torch": 0.001}) for name in ("one", "two")]
+    monkeypatch.setattr(run, "cases", lambda family: tiny)
+    monkeypatch.setattr(run, "measure_case", interrupt)
+    monkeypatch.setattr(command.models, "layer_table", table)
+    file, page = tmp_path / "part.json", tmp_path / "part.html"
+    arguments = ["bench", "models", "--providers", "fastnn", "torch", "--threads", "1"]
+    assert main([*arguments, "--json", str(file), "--html", str(page)]) == 130
+    assert {r["case"] for r in json.loads(file.read_text())["records"]} == {"one", *(["two"] if at == "layers" else [])}
+    assert page.exists()
+    assert "What was reached" in capsys.readouterr().out
+
+
+def test_make_bench_quick_keeps_its_results() -> None:
+    makefile = Path(__file__).parents[1] / "Makefile"
+    target = makefile.read_text().partition("\nbench-quick:")[2].partition("\n\n")[0]
+    assert "--json report/" in target
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,19 @@ class Stream:
         pass
 
 
+streams = [Stream()]
+
+
 @contextmanager
-def _nothing(*args: object) -> Iterator[None]:
+def _stream(stream: Stream) -> Iterator[None]:
+    streams.append(stream)
+    yield
+    streams.pop()
+
+
+@contextmanager
+def _graph(graph: Graph, stream: Stream) -> Iterator[None]:
+    assert stream is streams[-1] is not streams[0], "captured where the call was not prepared"
     yield
 
 
@@ -60,9 +71,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "Event": Event,
         "CUDAGraph": Graph,
         "Stream": Stream,
-        "stream": _nothing,
-        "graph": _nothing,
-        "current_stream": Stream,
+        "stream": _stream,
+        "graph": _graph,
+        "current_stream": lambda: streams[-1],
+        "_sleep": lambda cycles: None,
         "synchronize": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 1000,
@@ -77,37 +89,169 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "SIDE", 64)
     monkeypatch.setattr(gpu, "COPY", 1 << 16)
     gpu._flusher.cache_clear()
+    gpu._stream.cache_clear()
     replays.clear()
     yield
     gpu._flusher.cache_clear()
+    gpu._stream.cache_clear()
 
 
 def _sleeps(seconds: float) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
 
 
-def test_long_calls_are_timed_by_events_and_short_ones_in_graphs(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_calls_are_timed_by_events(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
     monkeypatch.setattr(gpu, "flush", lambda: lambda: flushed.append(1))
-    times, notes = gpu.measure({"long": _sleeps(1e-3), "short": lambda: None}, 0.02, rounds=2)
+    with gpu.session():
+        times, how, problems = gpu.measure({"long": _sleeps(1e-3), "longer": _sleeps(2e-3)}, 0.02, rounds=2)
     assert 1e-3 <= times["long"].median < 0.1
-    assert notes == {"short": gpu.NOTE}
-    assert len(flushed) >= times["long"].runs
-    assert len(replays) >= times["short"].runs
+    assert (how, problems) == (gpu.EVENTS, [])
+    assert len(flushed) >= times["long"].runs + times["longer"].runs
+    assert not replays
 
 
-def test_the_flush_is_not_timed(cuda: None) -> None:
+def test_one_short_call_puts_everyone_in_graphs(cuda: None) -> None:
+    """A replay of the one and events of the other could not be compared."""
+    with gpu.session():
+        times, how, problems = gpu.measure({"long": _sleeps(1e-3), "short": lambda: None}, 0.02, rounds=2)
+    assert (how, problems) == (gpu.GRAPHS, [])
+    assert len(set(replays)) == 2
+    assert len(replays) >= times["short"].runs + times["long"].runs
+
+
+def test_the_flush_is_not_timed_and_only_reads(cuda: None) -> None:
     assert max(gpu.sample(lambda: None, 3, before=_sleeps(0.02))) < 0.02
+    assert gpu._flusher(1 << 10).__name__ == "sum"
+
+
+def test_launches_hide_behind_a_sleeping_gpu(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+
+    def record(event: Event) -> None:
+        order.append("event")
+        event.at = 0.0
+
+    monkeypatch.setattr(Event, "record", record)
+    gpu.sample(lambda: order.append("call"), 1, before=lambda: order.append("flush"))
+    assert order == ["flush", "sleep", "event", "call", "event"]
 
 
 def test_what_cannot_be_captured_is_said(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(call: object) -> None:
+    captured: list[int] = []
+
+    def refuse(call: object) -> Callable[[], None]:
+        captured.append(1)
+        if len(captured) == 1:
+            return lambda: None
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(gpu, "graph_of", refuse)
-    times, notes = gpu.measure({"short": lambda: None}, 0.01, rounds=1)
+    times, how, (problem,) = gpu.measure({"short": lambda: None, "bad": _sleeps(1e-4)}, 0.01, rounds=1)
     assert times["short"].runs
-    assert "not permitted when stream is capturing)" in notes["short"]
+    assert how == gpu.EVENTS, "and nobody has a graph then"
+    assert not replays
+    assert "no CUDA graph of bad (operation not permitted when stream is capturing)" in problem
+
+
+def test_what_was_prepared_on_another_stream_is_not_captured(cuda: None) -> None:
+    """A backward would run where its forward ran, and the capture fail."""
+    _, how, (problem,) = gpu.measure({"short": lambda: None}, 0.01, rounds=1)
+    assert how == gpu.EVENTS
+    assert "prepared on another stream" in problem
+
+
+def test_a_backward_is_prepared_and_captured_on_one_stream(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Stream] = []
+
+    def relu(F: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(streams[-1])
+        return F.relu(x)
+
+    case = Case("matmul", "gpu/relu", together(random(8, 8, grad=True)), theirs=relu, mode="backward")
+    with gpu.session():
+        providers, _ = run.available_peers(["torch"])
+        (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)
+    assert record.correct
+    assert set(seen) == {seen[0]} != {streams[0]}
+    monkeypatch.setattr(gpu, "GRAPH", 1.0)
+    with gpu.session():
+        (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)
+    assert record.method == gpu.GRAPHS
+    assert record.remarks == []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: pytest.fail("not asked"))
+    (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)  # outside of the session
+    assert "prepared on another stream" in record.remarks[0], "and not among what is unsteady"
+    assert not any("CUDA graph" in note for note in record.notes)
+    assert replays
+
+
+def test_the_limit_draws_no_numbers_on_the_gpu(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generator refuses after a capture that failed, and the limit is measured after every case."""
+    drawn: list[object] = []
+    randn = torch.randn
+
+    def noted(*sizes: int, **options: Any) -> torch.Tensor:
+        drawn.append(options.get("device"))
+        return randn(*sizes, **options)
+
+    monkeypatch.setattr(torch, "randn", noted)
+    limit = gpu.Limits()
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert limit.refresh_fma(dtype) > 0
+    assert drawn == [None, None]
+
+
+def test_a_session_is_float32_and_leaves_the_settings(cuda: None) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32 = True
+    try:
+        with gpu.session():
+            found = gpu.describe()
+            assert (found["matmul.allow_tf32"], found["cudnn.allow_tf32"], found["cudnn.benchmark"]) == (False, False, True)
+        assert matmul.allow_tf32
+        assert not cudnn.benchmark
+    finally:
+        matmul.allow_tf32 = False
+
+
+def test_a_gpu_is_asked_for_bfloat16_too() -> None:
+    """torch's flash attention and cuDNN's have nothing for float32."""
+    kinds = {family: {d for c, d in run.select([family], quick=True, device="cuda")} for family in ("attention", "conv", "norm")}
+    assert kinds["attention"] == kinds["conv"] == {torch.float32, torch.bfloat16}
+    assert kinds["norm"] == {torch.float32}
+    assert {d for _, d in run.select(["attention"], torch.float32, quick=True, device="cuda")} == {torch.float32}
+    assert {d for _, d in run.select(["conv"], quick=True)} == {torch.float32}
+    assert any(p.name.startswith("max-autotune") and "cuda" in p.devices for p in peers.PEERS)
+
+
+@pytest.mark.parametrize("option", ["--cold", "--interleaved"])
+def test_a_cpus_method_is_refused(cuda: None, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["bench", "matmul", "--device", "cpu", option]) == 2
+    assert f"{option} is a way to time a CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["forward", "train"])
+def test_recurrent_weights_are_one_buffer_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in cases.cases("rnn") if c.name.startswith("gru/usual") and c.mode == kind)
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda name: name)
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *given: calls.append(given))
+    small = case.on(theirs=lambda F, *given: given[0])
+    peers.Job.of(small, torch.float32, 1, "meta")
+    ((weights, number, inputs, mode, units, projection, layers, first, both),) = calls
+    assert [tuple(t.shape) for t in weights] == [(768, 128), (768, 256), (768,), (768,)]
+    assert all(t.is_meta for t in weights)
+    assert (number, inputs, mode, units, projection, layers, first, both) == (4, 128, "GRU", 256, 0, 1, True, False)
+    trained: list[object] = []
+
+    def gru(x: object, hx: object, weights: object, bias: bool, layers: int, p: float, train: bool, *rest: bool) -> list[Any]:
+        trained.append(train)
+        return [x]
+
+    case.theirs(SimpleNamespace(gru=gru), *case.make(torch.float32))
+    assert trained == [kind == "train"], "cuDNN has a backward only of what it was told to train"
 
 
 def test_a_whole_run(cuda: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -129,7 +273,10 @@ def test_a_whole_run(cuda: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert by["fastnn"]["correct"]
     assert by["fastnn"]["median"] > 0
     assert by["fastnn"]["memory"] == 400
-    assert by["torch"]["method"] == "gpu"
+    assert by["torch"]["method"] in (gpu.EVENTS, gpu.GRAPHS)
+    assert by["torch"]["method"] == by["fastnn"]["method"]
+    assert header["machine"]["gpu"]["matmul.allow_tf32"] is False
+    assert {r["dtype"] for r in saved["records"]} == {"float32", "bfloat16"}
     assert (tmp_path / "bench/results/stand-in/matmul.json").exists()
 
 
@@ -150,7 +297,7 @@ def test_attention_has_a_peer_a_backend(cuda: None, monkeypatch: pytest.MonkeyPa
     found = {}
     for family, only in (("attention", case), ("matmul", other)):
         monkeypatch.setattr(run, "cases", lambda family, only=only: [only])
-        assert main(["bench", family, "--quick", "--device", "cpu", "--json", str(file)]) == 0
+        assert main(["bench", family, "--quick", "--device", "cpu", "--dtype", "float32", "--json", str(file)]) == 0
         found[family] = {r["provider"]: r for r in json.loads(file.read_text())["records"]}
     by = found["attention"]
     assert by["sdpa.flash"]["correct"]
@@ -166,11 +313,12 @@ def test_without_a_gpu_it_is_refused(capsys: pytest.CaptureFixture[str], monkeyp
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_gpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     arguments = ["bench", "matmul", "--device", "cuda", "--case", "square/512", "--providers", "torch", "--quick"]
-    assert main([*arguments, "--json", str(file)]) == 0
+    assert main([*arguments, "--dtype", "float32", "--json", str(file)]) == 0
     (record,) = json.loads(file.read_text())["records"]
     assert record["correct"]
     assert 0 < record["limit_fraction"] < 1.1

@@ -112,6 +112,24 @@ def test_layers_say_who_served_them() -> None:
         assert not module._forward_pre_hooks
 
 
+def test_a_fused_model_has_fewer_layers() -> None:
+    """Its batch norms are gone: their rows have no time after, and the others are joined by name."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    after, _ = fastnn.fuse(net)
+    fastnn.replace(after)
+    x = torch.randn(2, 1, 8, 8)
+    before, fused = (models.layers(model, (x,), seconds=0.0) for model in (net, after))
+    rows = {row["module"]: row for row in models.joined(before, fused)}
+    assert list(rows) == [layer.name for layer in before]
+    assert rows["1"]["class"] == "BatchNorm2d"
+    assert rows["1"]["before"] > 0
+    assert rows["1"]["after"] is None
+    assert rows["4"]["after"] > 0
+    lines = {line[0]: line[3:] for line in models.layer_lines(list(rows.values()))}
+    assert lines["1"][1:] == ("–", "–", "–")
+    assert "–" not in lines["all"]
+
+
 def test_like_layers_share_a_row() -> None:
     from rich.console import Console
 

@@ -4,11 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import fastnn.bench.compare as compare
 import fastnn.bench.estimate as estimate
@@ -146,6 +147,35 @@ def test_the_page_says_where_the_time_of_a_model_went() -> None:
     assert ["all", "5", "3", "1.67"] in lines
 
 
+# The lines of a run ---------------------------------------------------------------------------------------------------
+
+
+def _printed(*records: Record) -> list[str]:
+    console = Console(width=200, record=True, file=StringIO())
+    lines = report.Lines(console, ["fastnn", "torch"])
+    lines.head()
+    lines.case(records)
+    report.print_doubts(console, records)
+    return console.export_text().splitlines()
+
+
+def test_a_line_says_how_far_the_samples_lie_apart() -> None:
+    head, line = _printed(record(median=2e-3, ratio=1.5), record(provider="torch", median=3e-3))
+    assert "p20–p80, runs" in head
+    assert "1.96–2.04 ms, 50" in line
+    assert report.span(record(median=1e-3)) == "980 µs–1.02 ms, 50"
+    assert report.span(record(median=None)) == "–"
+
+
+def test_a_remark_is_no_doubt() -> None:
+    """A case is unsteady by its notes; what else must be said of it is said apart."""
+    remarked = record(remarks=["no CUDA graph"]), record(provider="torch", remarks=["no CUDA graph"])
+    assert _printed(*remarked)[2:] == ["  note: no CUDA graph"]
+    _, _, line, doubt, *_ = _printed(record(notes=["spread 30%"]), record(provider="torch"))
+    assert line == "  unsteady: fastnn: spread 30%"
+    assert doubt.startswith("1 of 1 cases were unsteady")
+
+
 # The plots ------------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +238,15 @@ def test_limits_of_every_level_are_known() -> None:
     assert set(plots.bandwidths(levels)) == {"read l1", "read memory", "copy l1", "read 64MiB", "copy 64MiB new output"}
     figure = plots.bandwidth(levels, [record(flops=0)])
     assert _texts(figure) == ["read l1 900 GB/s", "read memory 40 GB/s", "read 64MiB 50 GB/s", "copy 64MiB new output 10 GB/s"]
+
+
+def test_a_gpu_has_a_memory_roof_and_its_name() -> None:
+    there = header(gpu={"name": "Some GPU"})
+    there["limits"] = {"fma_gflops": {"float32": 500.0}, "copy_gbs_memory": 4000.0}
+    figure = plots.roofline(there, [record(bytes=10_000_000_000)])
+    assert _texts(figure) == ["multiply-add f32 500 GFLOP/s", "copy memory 4000 GB/s"]
+    assert "<h1>fastnn bench: Some GPU</h1>" in page.html([there], [record()], {})
+    assert "<h1>fastnn bench: Some &lt;CPU&gt;" in page.html([header()], [record()], {})
 
 
 def test_figures_are_named_and_drawn() -> None:

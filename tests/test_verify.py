@@ -68,6 +68,26 @@ def test_error_finds_lost_special_values(result: list[float], torchs: list[float
     assert _numerics.error(torch.tensor(result), reference, yardstick=torch.tensor(torchs)).specials == lost
 
 
+@pytest.mark.parametrize(
+    ("result", "torchs", "scale", "lost"),
+    [
+        ([-0.0, 0.0, 0.0], None, None, 0),
+        ([0.0, 0.0, -0.0], None, None, 1),
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], None, 0),  # as torch has it
+        ([0.0, 0.0, 0.0], [-0.0, 0.0, 0.0], None, 1),
+        ([0.0, 0.0, 0.0], None, [1.0, 0.0, 0.0], 0),  # a sum that cancels
+        ([0.0, math.nan, 0.0], None, None, 2),
+    ],
+)
+def test_error_finds_zeros_that_lost_their_sign(
+    result: list[float], torchs: list[float] | None, scale: list[float] | None, lost: int
+) -> None:
+    reference = torch.tensor([-0.0, 0.0, 0.0], dtype=torch.float64)
+    size = None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    other = None if torchs is None else torch.tensor(torchs)
+    assert _numerics.error(torch.tensor(result), reference, size, other, forward=True).specials == lost
+
+
 def test_the_rule_allows_twice_torchs_error_and_a_floor() -> None:
     def of(worst: float, specials: int = 0) -> _numerics.Error:
         return _numerics.Error(worst, 0.0, 1, specials)
@@ -131,6 +151,11 @@ def test_every_family_has_special_and_adversarial_data() -> None:
     assert {"special values", "large means", "cancellation", "one-hot rows", "all equal", "subnormal"} <= names("matmul,")
     for op in ("softmax", "log_softmax", "cross_entropy"):
         assert {"special values", "large means", "one-hot rows", "all equal", "subnormal", "long rows"} <= names(f"{op},")
+    for op in ("layer_norm", "rms_norm"):
+        assert {"special values", "large means", "one-hot rows", "subnormal", "long rows"} <= names(f"{op},")
+    assert {"special values", "large means", "cancellation", "one-hot rows", "all equal", "subnormal"} <= names("attention,")
+    assert {"special values", "large means", "cancellation", "one-hot rows", "subnormal"} <= names("conv2d,")
+    assert {"special values", "one-hot inputs", "subnormal inputs"} <= names("lstm,")
     for start in (*_checks.activation.POINTWISE, "prelu", "glu", "dropout", "linear", "addmm", "bmm", "nll_loss", "mse_loss"):
         assert "special values" in {name.split(", none")[0] for name in names(start)}, start
 
@@ -198,6 +223,10 @@ def _lose_specials(out: Tensor, n: int) -> None:
     out.nan_to_num_()
 
 
+def _lose_signs(out: Tensor, n: int) -> None:
+    out.add_(0.0)  # −0 + 0 is +0
+
+
 @pytest.mark.parametrize("harm", [_forget_last, _imprecise, _restless])
 @pytest.mark.parametrize(
     ("family", "op", "check"),
@@ -220,6 +249,12 @@ def test_a_broken_kernel_turns_red(
 def test_lost_special_values_turn_red(monkeypatch: pytest.MonkeyPatch, family: str, op: str, check: str) -> None:
     _damage(monkeypatch, family, op, _lose_specials)
     assert "RED: special values" in {line.verdict for line in _red(check)}
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu6"])
+def test_zeros_that_lose_their_sign_turn_red(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _damage(monkeypatch, "activation", "activation", _lose_signs)
+    assert "RED: special values" in {line.verdict for line in _red(f"{name}, special values")}
 
 
 def test_a_dropped_term_turns_red_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

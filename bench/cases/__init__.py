@@ -49,6 +49,7 @@ class Case:
         programs: for what only a new process can show, a program a provider that prints the seconds and whether the
             result was right; ``cold``: each with an empty kernel cache.
         devices: where it can be measured.
+        moved: called with the inputs once they are on a GPU, for what a library there wants of them.
     """
 
     family: str
@@ -70,6 +71,7 @@ class Case:
     programs: Mapping[str, str] = field(default_factory=dict)
     cold: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    moved: Callable[[Inputs], object] | None = None
 
     @property
     def group(self) -> str:
@@ -82,6 +84,12 @@ class Case:
     def on(self, **changes: Any) -> Case:
         """A variant of this case."""
         return replace(self, **changes)
+
+
+def traffic(mode: str, inputs: int, out: int, leaves: int) -> tuple[tuple[int, int], ...]:
+    """``passes`` of a product or the like: a backward reads the inputs and the output's gradient, and writes the leaves'."""
+    forward, backward = (inputs, out), (inputs + out, leaves)
+    return {"forward": (forward,), "backward": (backward,), "train": (forward, backward)}[mode]
 
 
 def families() -> list[str]:

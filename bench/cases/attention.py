@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnn._numerics import attention_scale
 
-from . import Case, random, together
+from . import Case, random, together, traffic
 
 # batch, heads, heads of keys, queries, keys, size
 SHAPES = {
@@ -44,8 +44,8 @@ def _areas(model: str, window: int) -> float:
     return math.prod(shape[3:5]) / _kept(shape, True, window)
 
 
-def _window_mask(F: Any, n: int, window: int) -> Tensor:
-    place = torch.arange(n)
+def _window_mask(n: int, window: int, device: torch.device) -> Tensor:
+    place = torch.arange(n, device=device)
     distance = place.unsqueeze(1) - place
     return (distance >= 0) & (distance <= window)
 
@@ -68,12 +68,13 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
 
     def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if window:
-            return F.scaled_dot_product_attention(q, k, v, _window_mask(F, lq, window))
+            return F.scaled_dot_product_attention(q, k, v, _window_mask(lq, window, q.device))
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, **own)
 
+    inputs = 2 * b * hk * lk * d + b * h * lq * d + math.prod(bias or (0,))
     products = (7 if train else 2) * 2 * b * h * d * _kept(shape, causal, window)
     return Case(
         "attention",
@@ -82,7 +83,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         theirs=theirs,
         ours=ours,
         flops=0 if lq == 1 else products,
-        passes=((2 * b * hk * lk * d + b * h * lq * d + math.prod(bias or (0,)), b * h * lq * d),),
+        passes=traffic(mode, inputs, b * h * lq * d, inputs),
         mode=mode,
         scale=attention_scale(**options) if lq * lk <= 2048 * 2048 else None,
         goals=goals or {"best": 1.0},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn._numerics import sum_of_magnitudes
 
-from . import Case, random, together
+from . import Case, random, together, traffic
 
 
 def conv(
@@ -51,6 +51,7 @@ def conv(
     out = getattr(torch.nn.functional, op)(
         torch.empty(shape, device="meta"), torch.empty(weight, device="meta"), **options
     ).numel()
+    inputs = math.prod(shape) + math.prod(weight) + outputs
     products = math.prod(shape) * math.prod(weight[1:]) if transposed else out * math.prod(weight[1:])
     return Case(
         "conv",
@@ -63,7 +64,7 @@ def conv(
         theirs=run,
         parameters=(1, 2),
         flops=2 * products * {"forward": 1, "train": 3, "backward": 2}[mode],
-        passes=((math.prod(shape) + math.prod(weight) + outputs, out),),
+        passes=traffic(mode, inputs, out, inputs),
         mode=mode,
         scale=sum_of_magnitudes(run),
         **extra,
@@ -103,6 +104,7 @@ def changing(name: str, channels: int, shortest: int, outputs: int, kernel: int)
         passes=((channels * (shortest + many + outputs * kernel) + outputs, 0),),  # the output's size varies
         scale=sum_of_magnitudes(start),
         goals={"best": 1.5},
+        devices=("cpu",),  # cuDNN would try its kernels anew for every length
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastnn._numerics import sum_of_magnitudes
 
-from . import Case, random, together
+from . import Case, random, together, traffic
 
 # (in, out) of linear layers, after the models that have them.
 LAYERS = {
@@ -60,10 +60,11 @@ def square(n: int, **extra: Any) -> Case:
 
 
 def linear(
-    layer: str, m: int, activation: str | None = None, group: str = "linear", grad: bool = False, **extra: Any
+    layer: str, m: int, activation: str | None = None, group: str = "linear", mode: str = "forward", **extra: Any
 ) -> Case:
     """y = act(x Wᵀ + b) of a named layer with m rows."""
     k, n = LAYERS[layer]
+    grad, inputs = mode != "forward", m * k + n * k + n
 
     def plain(F: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, w, b)
@@ -86,8 +87,9 @@ def linear(
         ours=fused if activation else None,
         numpy=None if activation else _numpy_linear,
         parameters=(1, 2),
-        flops=2 * m * n * k * (3 if grad else 1),
-        passes=((m * k + n * k + n, m * n),),
+        flops=2 * m * n * k * {"forward": 1, "backward": 2, "train": 3}[mode],
+        passes=traffic(mode, inputs, m * n, inputs),
+        mode=mode,
         scale=sum_of_magnitudes(plain),
         **extra,
     )
@@ -223,7 +225,6 @@ CASES = [
             m,
             None,
             "linear_train",
-            grad=True,
             mode="train",
             goals={"best": 1.1},
             quick=(layer, m) == ("bert_up", 128),
@@ -231,9 +232,7 @@ CASES = [
         for layer in ("bert_attention", "bert_up", "bert_down")
         for m in (128, 512)
     ),
-    linear("mnist_hidden", 64, None, "linear_train", grad=True, mode="train", goals={"best": 1.1}),
-    linear("bert_up", 128, None, "linear_backward", grad=True, mode="backward", goals={"best": 1.1}).on(
-        flops=4 * 128 * 768 * 3072
-    ),
+    linear("mnist_hidden", 64, None, "linear_train", mode="train", goals={"best": 1.1}),
+    linear("bert_up", 128, None, "linear_backward", mode="backward", goals={"best": 1.1}),
     call_overhead(),
 ]

@@ -83,11 +83,11 @@ CASES = [
     training("digits_mlp/training_step/64"),
     inference("minilm/embeddings/96"),
     *(
-        inference(f"minilm/embeddings/{shape}", goals={"torch": 1.5, "compile": 1.25, "onnxruntime": 1.05})
+        inference(f"minilm/embeddings/{shape}", goals={"torch": 1.5, "torch.compile": 1.25, "onnxruntime": 1.05})
         for shape in ("32x64", "1x16")
     ),
     inference("crepe_tiny/94"),
-    inference("crepe_full/32", goals={"torch": 1.4, "compile": 1.15, "onnxruntime": 1.0}),
+    inference("crepe_full/32", goals={"torch": 1.4, "torch.compile": 1.15, "onnxruntime": 1.0}),
     inference("resnet/fused/8"),
     inference("resemblyzer/voices/48", goals={"best": 1.3}),
     inference("resemblyzer/one_voice/1", goals={"best": 1.3}),

@@ -51,7 +51,7 @@ def _scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
     """Differences and sums over a channel cancel: counted at 8, and in gradients at the pixels of a channel, where a
     parameter's is their sum."""
     x = inputs[0]
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device=x.device)
     if grad is None:
         return ((8 * one).expand(x.shape),)
     each = (one * x.numel() / x.shape[1]).expand(x.shape[1])
@@ -101,7 +101,7 @@ def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtyp
     def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
         """As in ``_scale``: a parameter's gradient is a sum over rows"""
         wanted = inputs if grad is not None else inputs[:1]
-        return tuple(torch.full(t.shape, 8.0 if t.dim() > 1 else n, dtype=torch.float64) for t in wanted)
+        return tuple(torch.full_like(t, 8.0 if t.dim() > 1 else n, dtype=torch.float64) for t in wanted)
 
     count = n * size * (2 if added else 1)
     passes = ((count, count), (2 * count, count)) if mode == "train" else ((count, count),)

@@ -51,8 +51,8 @@ def layer(name: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
         passes=passes,
         mode=mode,
         # A mean may cancel: its errors are counted at 1, the size of its terms.
-        scale=None if kind == "max" else lambda inputs, grad: (torch.ones((), dtype=torch.float64).expand(
-            theirs(torch.nn.functional, inputs[0]).shape if grad is None else inputs[0].shape),),
+        scale=None if kind == "max" else lambda inputs, grad: (torch.ones_like(
+            theirs(torch.nn.functional, inputs[0]) if grad is None else inputs[0], dtype=torch.float64),),
         **extra,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn._numerics import TORCH, Scale, results
 
-from . import Case, random
+from . import Case, random, traffic
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
@@ -20,7 +20,7 @@ def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
     """A state is made of all that went before: errors are counted at the largest number."""
 
     def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(torch.full_like(t, float(t.abs().max())) for t in results(partial(run, TORCH), inputs, grad))
+        return tuple(t.abs().max().expand(t.shape) for t in results(partial(run, TORCH), inputs, grad))
 
     return scale
 
@@ -48,7 +48,7 @@ def layers(
 
     def run(F: Any, x: Tensor, *rest: Tensor, ours: bool = False) -> Tensor:
         hx: Any = tuple(rest[:2]) if states == 2 else rest[0]
-        options = (list(rest[states:]), True, number, 0.0, False, directions == 2)
+        options = (list(rest[states:]), True, number, 0.0, grad, directions == 2)
         if not lengths:
             return getattr(F, mode)(x, hx, *options, False)[0]
         if ours:
@@ -67,11 +67,20 @@ def layers(
         ours=partial(run, ours=True),
         parameters=tuple(range(1 + states, 1 + states + len(shapes))),
         flops=2 * products * (3 if grad else 1),
-        passes=((reads, writes),),
+        passes=traffic(kind, reads, writes, sum(torch.Size(s).numel() for s in shapes)),
         mode=kind,
         scale=_of_the_largest(run),
+        moved=partial(_flattened, mode, inputs, units, number, directions),
         **extra,
     )
+
+
+def _flattened(mode: str, inputs: int, units: int, number: int, directions: int, given: tuple[Any, ...]) -> None:
+    """Makes the weights parts of one buffer, as torch's own layers do: cuDNN would else copy them in every call."""
+    weights = [t for t in given if t.is_floating_point()][-4 * number * directions :]
+    kind = torch.backends.cudnn.rnn.get_cudnn_mode(mode.upper())
+    with torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(weights, 4, inputs, kind, units, 0, number, True, directions == 2)
 
 
 def cell(mode: str, batch: int, units: int, **extra: Any) -> Case:
@@ -114,7 +123,7 @@ def changing_lengths(mode: str, lengths: tuple[int, ...], batch: int, inputs: in
         "rnn", f"{mode}/changing_lengths/{len(lengths)}_B{batch}_I{inputs}_H{units}", make, theirs=run,
         parameters=tuple(range(first, first + 4)), flops=2 * steps * batch * wide * (inputs + units),
         passes=((steps * batch * inputs + wide * (inputs + units + 2), steps * batch * units),),
-        scale=_of_the_largest(run), **extra,
+        scale=_of_the_largest(run), moved=partial(_flattened, mode, inputs, units, 1, 1), **extra,
     )  # fmt: skip
 
 
@@ -122,6 +131,7 @@ def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any
     """A quasi-recurrent layer, fo-pooling, window 2; torch's way is a product and a loop over the steps."""
     grad = kind == "train"
     shapes = ((steps, batch, units), (batch, units), (3 * units, 2 * units), (3 * units,))
+    sizes = [torch.Size(s).numel() for s in shapes]
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         scales = (1.0, 0.0, (2 * units) ** -0.5, 0.1)
@@ -140,7 +150,7 @@ def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any
     return Case(
         "rnn", f"qrnn/wikitext/T{steps}_B{batch}_H{units}", make, theirs=theirs, ours=lambda F, *given: F.qrnn(*given)[0],
         parameters=(2, 3), flops=12 * steps * batch * units * units * (3 if grad else 1),
-        passes=((sum(torch.Size(s).numel() for s in shapes), steps * batch * units),), mode=kind,
+        passes=traffic(kind, sum(sizes), steps * batch * units, sum(sizes[2:])), mode=kind,
         scale=_of_the_largest(theirs), **extra,
     )  # fmt: skip
 

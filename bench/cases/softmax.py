@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastnn._numerics import softmax_scale
 
-from . import Case, random, together
+from . import Case, random, together, traffic
 
 SHAPES = {
     "bert_base": (4096, 768),
@@ -79,7 +79,7 @@ def linear_cross_entropy(model: str, n: int, d: int, c: int, mode: str, **extra:
         theirs=theirs,
         ours=ours,
         flops=(6 if grad else 2) * n * d * c,
-        passes=((n * d + c * d, n * d + c * d if grad else 0),),
+        passes=traffic(mode, n * d + c * d, 0, n * d + c * d),
         mode=mode,
         **extra,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import TORCH, attention_scale
-from .data import Check, all_of, equal, normal, special_rows, subnormal
+from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal
 
 
 def checks() -> Iterator[Check]:
@@ -48,9 +48,20 @@ def checks() -> Iterator[Check]:
     yield attention("-Inf in the mask", *three(1, 2, 37, 16, long=61), hidden)
     for name, shape in (("full", (2, 2, 37, 61)), ("of heads", (2, 37, 61)), ("of rows", (37, 1)), ("of keys", (2, 1, 1, 61))):
         yield attention(f"gradient of a bias, {name}", *three(2, 2, 37, 16, long=61), normal(*shape, seed=9))
+    sharp = images(one_hot(37, 37, 60.0), 1, 1, 37, 37)  # each query meets a key alone
+    yield attention("one-hot rows", sharp, sharp, normal(1, 1, 37, 37, seed=3))
+    yield attention("cancellation", *three(1, 2, 37, 16)[:2], _cancelling_values)
     yield attention("all equal", *[equal(1, 2, 37, 16)] * 3)
     yield attention("subnormal", *[subnormal(1, 2, 37, 16, seed=n) for n in range(3)])
     special = special_rows(24)
     yield attention(
         "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
     )
+
+
+def _cancelling_values(dtype: torch.dtype) -> Tensor:
+    """Large values of alternating signs, key by key: what is left is small beside the terms."""
+    values = normal(1, 2, 37, 16, seed=3)(dtype).detach()
+    values[..., ::2, :] += 1000
+    values[..., 1::2, :] -= 1000
+    return values.requires_grad_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import sum_of_magnitudes
-from .data import Check, all_of, equal, normal, specials, subnormal
+from .data import Check, all_of, cancelling, equal, images, normal, one_hot, repeated, specials, subnormal
 
 
 def checks() -> Iterator[Check]:
@@ -45,6 +45,12 @@ def checks() -> Iterator[Check]:
     yield check("conv_transpose3d", conv("conv_transpose3d", stride=2), normal(1, 5, 3, 4, 2, seed=1),
                 normal(5, 3, 3, 3, 3, seed=2))  # fmt: skip
     yield check("conv2d, long sums", conv("conv2d", padding=1), normal(1, 520, 5, 5, seed=1), normal(9, 520, 3, 3, seed=2))
+    halves = images(repeated(normal(1, 32 * 81, seed=1), 1), 1, 64, 9, 9)
+    yield check("conv2d, cancellation", conv("conv2d"), halves, images(cancelling(8, 32 * 9, 2, 1), 8, 64, 3, 3))
+    yield check("conv2d, one-hot rows", conv("conv2d", padding=1), images(one_hot(9, 64 * 9, 60.0, noise=1.0), 1, 64, 9, 9),
+                normal(8, 64, 3, 3, seed=2))  # fmt: skip
+    yield check("conv2d, large means", conv("conv2d", padding=1), normal(1, 16, 9, 9, seed=1, mean=50),
+                normal(8, 16, 3, 3, seed=2, mean=5))  # fmt: skip
     yield check("conv2d, alike terms", conv("conv2d", padding=1), equal(1, 64, 9, 9), equal(8, 64, 3, 3, value=0.3))
     yield check("conv2d, subnormal", conv("conv2d", padding=1), subnormal(1, 8, 9, 9, seed=1), normal(8, 8, 3, 3, seed=2))
     yield Check("conv", "conv2d, special values", all_of(_special_image, normal(6, 1, 3, 3, seed=2)),

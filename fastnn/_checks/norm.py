@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import TORCH, Scale, results, widen
-from .data import Check, all_of, huge_and_tiny, images, normal, one_hot, subnormal
+from .data import Check, all_of, huge_and_tiny, images, normal, one_hot, subnormal, tame_special_rows
 
 
 def checks() -> Iterator[Check]:
@@ -21,7 +21,8 @@ def checks() -> Iterator[Check]:
             wide = [widen(v) for v in inputs]
             found = results(lambda *v: function(TORCH, *v), wide, widen(grad))
             rows = inputs[0].shape[0] if inputs[0].dim() == 2 else 1  # over which a parameter's gradient is summed
-            return tuple(t.abs().amax().expand(t.shape) * (rows**0.5 if t.dim() == 1 else 1) for t in found)
+            sizes = (t.abs().nan_to_num(0, 0, 0).amax().expand(t.shape) for t in found)
+            return tuple(t * (rows**0.5 if t.dim() == 1 else 1) for t in sizes)
 
         return scale
 
@@ -70,6 +71,7 @@ def checks() -> Iterator[Check]:
             (", one-hot rows", one_hot(1543, 131, 60.0, noise=1.0), 131),
             (", huge and tiny in turn", huge_and_tiny(1543, 131, 1, 0, 0.1), 131),
             (", subnormal", subnormal(1543, 131, seed=1), 131),
+            (", special values", tame_special_rows(131), 131),
         ):
             yield norm(name + kind, function, make, size)
         added = partial(_added, function)

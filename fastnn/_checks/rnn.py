@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import TORCH, Scale, results
-from .data import Check, all_of, normal, subnormal
+from .data import Check, all_of, normal, one_hot, subnormal, tame_special_rows
 
 
 def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
@@ -72,6 +72,9 @@ def checks() -> Iterator[Check]:
         yield layers(mode, "long sums", 3, 5, 515, 260, gain=gain)
         yield layers(mode, "large inputs", 9, 3, 20, 24, data=normal(9, 3, 20, seed=1, scale=30.0), gain=gain)
         yield layers(mode, "subnormal inputs", 5, 3, 20, 24, data=subnormal(5, 3, 20, seed=1), gain=gain)
+        yield layers(mode, "one-hot inputs", 9, 3, 20, 24, data=one_hot(27, 20), gain=gain)
+        if mode != "rnn_relu":  # where an infinite state is multiplied by weights of both signs
+            yield layers(mode, "special values", 1, 29, 20, 24, data=tame_special_rows(20), gain=gain)
     yield layers("lstm", "1,000 steps", 1000, 2, 5, 17)
     yield layers("gru", "1,000 steps", 1000, 2, 5, 17)
     yield layers("lstm", "projection", 13, 6, 21, 40, True, 17)
