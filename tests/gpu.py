@@ -80,7 +80,12 @@ def _mend_interpreter() -> None:
         return
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle, interpreter_builder
+
+    # Its products are NumPy's whatever they are asked to be made of; it does not know all the names.
+    interpreter_builder.options = InterpreterOptions(
+        allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
+    )
 
     right = InterpreterBuilder.create_dot
     if getattr(right, "mended", False):

@@ -65,14 +65,14 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradcheck(case: Case, backend: str) -> None:
     tensors = case.tensors(torch.float64, seed=3, grad=True)
-    assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors, fast_mode=backend == "reference")
+    # Along random directions, here and below: seconds for all cases instead of minutes.
+    assert torch.autograd.gradcheck(lambda *t: case.ours(*t, backend=backend), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:
     tensors = case.tensors(torch.float64, seed=4, grad=True)
-    # Along random directions, which takes 6 seconds for all cases instead of 140.
     assert torch.autograd.gradgradcheck(lambda *t: case.ours(*t, backend=backend), tensors, fast_mode=True)
 
 
