@@ -335,16 +335,23 @@ def attention_scale(**options: Any) -> Scale:
         mask = rest[0] if rest and isinstance(rest[0], Tensor) else None
         heads = query.shape[-3] if query.dim() > 2 else 1
         factor = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
-        causal = plain.Options(scale=factor, right=0 if options.get("is_causal") else -1)
         k, v = plain._grouped(key, heads), plain._grouped(value, heads)
-        weights = plain._scores(query, key, mask, None, None, None, causal).weights
-        lost = 1 + query.abs() @ k.abs().mT * abs(factor)
-        if mask is not None and mask.dtype != torch.bool:
-            lost = lost + mask.abs().nan_to_num(0, 0, 0)
-        floor = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
-        weights = weights * lost + floor
-        if grad is None:
-            return (weights @ v.abs(),)
+
+        def magnitudes(first: int, last: int) -> Tensor:
+            """The weights of some queries, each with what its argument may have lost"""
+            q = query[..., first:last, :]
+            m = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
+            seen = plain.Options(scale=factor, right=first if options.get("is_causal") else -1)
+            weights = plain._scores(q, key, m, None, None, None, seen).weights
+            lost = 1 + q.abs() @ k.abs().mT * abs(factor)
+            if m is not None and m.dtype != torch.bool:
+                lost = lost + m.abs().nan_to_num(0, 0, 0)
+            return weights * lost + torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+
+        if grad is None:  # a stretch of queries at a time: never all scores of a long sequence
+            starts = range(0, max(query.shape[-2], 1), 512)
+            return (torch.cat([magnitudes(i, i + 512) @ v.abs() for i in starts], -2),)
+        weights = magnitudes(0, query.shape[-2])
         g = grad.abs() @ v.abs().mT
         g = weights * (g + (g * weights).sum(-1, keepdim=True))
         every = [

@@ -85,7 +85,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         flops=0 if lq == 1 else products,
         passes=traffic(mode, inputs, b * h * lq * d, inputs),
         mode=mode,
-        scale=attention_scale(**options) if lq * lk <= 2048 * 2048 else None,
+        scale=None if window else attention_scale(**options),
         goals=goals or {"best": 1.0},
         **extra,
     )

@@ -24,22 +24,23 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, backend: 
 
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (M, K) @ mat2 (K, N) → (M, N)."""
-    if type(input) not in PLAIN or type(mat2) not in PLAIN or input.dim() != 2 or mat2.dim() != 2:
-        _need_dims("mm", input=(input, 2), mat2=(mat2, 2))
+    if (
+        type(input) not in PLAIN or type(mat2) not in PLAIN or input.dim() != 2 or mat2.dim() != 2
+        or input.shape[1] != mat2.shape[0] or input.dtype is not mat2.dtype or input.is_cpu is not mat2.is_cpu
+    ):  # fmt: skip
+        _need_factors("mm", input=(input, 2), mat2=(mat2, 2))
     return matmul(input, mat2, out=out, backend=backend)
 
 
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (B, M, K) @ mat2 (B, K, N) → (B, M, N); the batch is not broadcast."""
-    _need_dims("bmm", input=(input, 3), mat2=(mat2, 3))
-    if input.shape[0] != mat2.shape[0]:
-        raise RuntimeError(f"bmm(): mat2 must have input's batch size {input.shape[0]}, got shape {tuple(mat2.shape)}")
+    _need_factors("bmm", input=(input, 3), mat2=(mat2, 3))
     return matmul(input, mat2, out=out, backend=backend)
 
 
 def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (M, K) @ vec (K) → (M)."""
-    _need_dims("mv", input=(input, 2), vec=(vec, 1))
+    _need_factors("mv", input=(input, 2), vec=(vec, 1))
     if torch.is_autocast_enabled("cpu"):  # torch's autocast leaves mv alone on the CPU
         with torch.autocast("cpu", enabled=False):
             return matmul(input, vec, out=out, backend=backend)
@@ -57,7 +58,7 @@ def addmm(
     backend: str | None = None,
 ) -> Tensor:
     """beta·input + alpha·(mat1 @ mat2): mat1 (M, K), mat2 (K, N), input expandable to (M, N) → (M, N)."""
-    _need_dims("addmm", mat1=(mat1, 2), mat2=(mat2, 2))
+    _need_factors("addmm", mat1=(mat1, 2), mat2=(mat2, 2))
     return _add_product("addmm", input, mat1, mat2, beta, alpha, out, backend)
 
 
@@ -72,7 +73,7 @@ def baddbmm(
     backend: str | None = None,
 ) -> Tensor:
     """beta·input + alpha·(batch1 @ batch2): (B, M, K), (B, K, N), input expandable to (B, M, N) → (B, M, N)."""
-    _need_dims("baddbmm", batch1=(batch1, 3), batch2=(batch2, 3))
+    _need_factors("baddbmm", batch1=(batch1, 3), batch2=(batch2, 3))
     return _add_product("baddbmm", input, batch1, batch2, beta, alpha, out, backend)
 
 
@@ -120,10 +121,23 @@ def linear(
     return _linear_call(input, weight, bias, residual, activation, backend)
 
 
-def _need_dims(op: str, **tensors: tuple[Tensor, int]) -> None:
-    for name, (tensor, dims) in tensors.items():
+def _need_factors(op: str, **factors: tuple[Tensor, int]) -> None:
+    """That the two tensors have so many dimensions and can be multiplied, in torch's names for them: matmul has its own."""
+    for name, (tensor, dims) in factors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
         if tensor.dim() != dims:
             kind = ("", "a vector", "a matrix", "a batch of matrices (3 dimensions)")[dims]
             raise RuntimeError(f"{op}(): {name} must be {kind}, got shape {tuple(tensor.shape)}")
+    (left, (a, _)), (right, (b, dims)) = factors.items()
+    if a.shape[-1] != b.shape[-2 if dims > 1 else 0]:
+        raise RuntimeError(
+            f"{op}(): shapes of {left} and {right} cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)}): "
+            f"{right} must have {a.shape[-1]} {'rows' if dims > 1 else 'elements'}, got {b.shape[-2 if dims > 1 else 0]}"
+        )
+    if dims == 3 and a.shape[0] != b.shape[0]:
+        raise RuntimeError(f"{op}(): {right} must have {left}'s batch size {a.shape[0]}, got shape {tuple(b.shape)}")
+    if a.device != b.device:
+        raise RuntimeError(f"{op}(): {right} must be on {left}'s device, {a.device}, got {b.device}")
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise RuntimeError(f"{op}(): {right} must have the same dtype as {left}, {a.dtype}, got {b.dtype}")
