@@ -450,7 +450,7 @@ def header(
         "environment": {
             k: v
             for k, v in os.environ.items()
-            if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"))
+            if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")) and k != "FASTNN_CACHE_DIR"  # a private path
         },
         "providers": {p.name: p.version for p in providers},
         "missing": missing,
