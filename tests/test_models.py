@@ -27,7 +27,6 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
     [
         "digits_mlp/inference/1437",
         "digits_mlp/training_step/64",
-        "minilm/embeddings/96",
         "minilm/embeddings/1x16",
         "crepe_tiny/94",
         "resnet/fused/8",
