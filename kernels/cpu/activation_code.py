@@ -38,6 +38,16 @@ WIDTH = 4
 MOST_LANES = WIDTH * 16
 
 
+@inline
+def _load_whole(E, address, n):
+    return load(E, address)
+
+
+@inline
+def _store_whole(E, address, value, n):
+    store(E, address, value)
+
+
 def elementwise(f: Callable[..., Any], inputs: str, outputs: str, one_a_row: int = 0) -> Callable[..., Any]:
     """A kernel that writes f(a, b, c, index, k0, k1, k2, p0, p1) -> (y, z).
 
@@ -56,30 +66,19 @@ def elementwise(f: Callable[..., Any], inputs: str, outputs: str, one_a_row: int
     def one(vectors: int) -> Callable[..., Any]:
         """The step at element i over at most n elements: one vector, masked, or several whole ones."""
         a_elem, b_elem, c_elem, y_elem, z_elem = (wide(e, vectors) for e in (A, B, C, Y, Z))
-        whole = vectors > 1
-
-        @inline
-        def get(E, address, n, row):
-            if row:
-                return spread(E, load_scalar(E, address))
-            if whole:
-                return load(E, address)
-            return load_n(E, address, n)
+        fetch, put = (_load_whole, _store_whole) if vectors > 1 else (load_n, store_n)
 
         @inline
         def step_at(i, n, a, b, c, y, z, index, step, k0, k1, k2, p0, p1):
-            va = get(a_elem, a + i * a_size, n, False)
-            vb = get(b_elem, b if b_row else b + i * b_size, n, b_row) if count > 1 else va
-            vc = get(c_elem, c if c_row else c + i * c_size, n, c_row) if count > 2 else va
+            va = vb = vc = fetch(a_elem, a + i * a_size, n)
+            if count > 1:
+                vb = spread(b_elem, load_scalar(b_elem, b)) if b_row else fetch(b_elem, b + i * b_size, n)
+            if count > 2:
+                vc = spread(c_elem, load_scalar(c_elem, c)) if c_row else fetch(c_elem, c + i * c_size, n)
             vy, vz = f(va, vb, vc, index + i * step, step, k0, k1, k2, p0, p1)
-            if whole:
-                store(y_elem, y + i * y_size, vy)
-                if both:
-                    store(z_elem, z + i * z_size, vz)
-            else:
-                store_n(y_elem, y + i * y_size, vy, n)
-                if both:
-                    store_n(z_elem, z + i * z_size, vz, n)
+            put(y_elem, y + i * y_size, vy, n)
+            if both:
+                put(z_elem, z + i * z_size, vz, n)
         return step_at
 
     several, masked, W = one(WIDTH), one(1), L * WIDTH
