@@ -539,6 +539,23 @@ def test_gradgradcheck(mode: str) -> None:
     assert torch.autograd.gradgradcheck(run, (x, *(p.detach().requires_grad_() for p in module.parameters())))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_may_be_changed_in_place(mode: str, options: dict[str, Any]) -> None:
+    """As those of torch's GRU and RNN: an activation or a dropout with inplace=True may follow."""
+    module = layer(mode, 4, 6, **options)
+    fastnn.replace(module, backend="cpu")
+    data = torch.randn(5, 3, 4)
+    for x in (data, pack_padded_sequence(data, torch.tensor([5, 2, 1]))):
+        found = []
+        for change in (Tensor.mul, Tensor.mul_):
+            out, last = module(x)
+            y = change(out.data if isinstance(out, PackedSequence) else out, 2.0)
+            first, *rest = (change(t, 3.0) for t in leaves(last))
+            found.append(torch.autograd.grad(y.square().sum() + first.sum() + sum(t.sum() for t in rest), list(module.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_only_needed_gradients() -> None:
     module = layer("lstm", 4, 6)
     fastnn.replace(module, backend="cpu")
@@ -665,6 +682,11 @@ BAD: list[tuple[str, str, list[str]]] = [
     ("LSTM", "m(X[0], (HX, CX))", ["2-D", "3-D"]),
     ("LSTM", "m(torch.randn(4))", ["2D or 3D", "1D"]),
     ("LSTM", "m(torch.randn(0, 2, 4))", ["larger than 0", "(0, 2, 4)"]),
+    ("LSTM", "m(X, (HX,))", []),
+    ("LSTM", "m(X, (HX, CX, CX))", ["two hidden states"]),
+    ("LSTM", "m(X, HX)", []),
+    ("LSTM", "m(pack_padded_sequence(X.double(), torch.tensor([3, 2])))", ["float64", "float32"]),
+    ("LSTM", "m(pack_padded_sequence(X, torch.tensor([3, 2])), (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))", ["2", "3"]),
     ("GRU", "m(torch.randn(0, 2, 4))", ["larger than 0"]),
     ("GRU", "m(torch.randn(3, 2, 7))", ["4", "7"]),
     ("GRU", "m(X, HX.double())", ["float64", "float32"]),
@@ -673,6 +695,10 @@ BAD: list[tuple[str, str, list[str]]] = [
     ("LSTMCell", "m(torch.randn(2, 7))", ["7", "4"]),
     ("LSTMCell", "m(X[0], (torch.zeros(3, 5), torch.zeros(3, 5)))", ["2", "3"]),
     ("LSTMCell", "m(X[0], (torch.zeros(2, 6), torch.zeros(2, 6)))", ["6", "5"]),
+    ("LSTMCell", "m(X[0], torch.zeros(2, 5))", ["Tensor"]),
+    ("LSTMCell", "m(X[0], (torch.zeros(2, 5),))", ["two hidden states"]),
+    ("LSTMCell", "m(X[0], (torch.zeros(2, 5),) * 3)", ["two hidden states"]),
+    ("GRUCell", "m(X[0, 0], torch.zeros(1, 5))", ["1", "5"]),
     ("GRUCell", "m(X[0].double())", ["float64", "float32"]),
     ("GRUCell", "m(X)", ["1D or 2D", "3D"]),
     ("RNNCell", "m(X[0], torch.zeros(2, 6))", ["6", "5"]),

@@ -128,6 +128,11 @@ def _time_first(x: Tensor) -> Tensor:
     return x.contiguous() if x.shape[0] > 1 else x
 
 
+def _of_its_own(y: Tensor) -> Tensor:
+    """The output apart from what is kept for the backward: the caller may change it in place"""
+    return y.clone() if y.requires_grad and not is_dynamo_compiling() else y
+
+
 def layers_again(
     mode: str,
     input: Tensor,
@@ -223,6 +228,7 @@ def _layers(
         rows, h_n, c_n = _rnn.recurrent_stack.call(
             rows, hx, cx, flat, batch_sizes, mode, num_layers, bidirectional, has_biases, keep, backend
         )
+        rows = _of_its_own(rows)
         if batch_sizes is None:
             rows = rows.view(steps, batch, rows.shape[1])
             rows = rows.transpose(0, 1) if batch_first else rows
@@ -256,6 +262,8 @@ def _layers(
             rows = F.dropout(rows, dropout, True)
     if short:
         _rnn.prepare((mode, False, directions), _time_first(input), states, params)
+    if directions == 1:
+        rows = _of_its_own(rows)
     if batch_sizes is None:
         rows = rows.view(steps, batch, rows.shape[1])
         rows = rows.transpose(0, 1) if batch_first else rows

@@ -34,17 +34,22 @@ def _run_layers(module: Any, function: Any, input: Any, hx: Any, cells: bool) ->
         state = data.new_zeros(directions, batch, module.proj_size or module.hidden_size)
         hx = (state, data.new_zeros(directions, batch, module.hidden_size)) if cells else state
     else:
-        states = hx if cells else (hx,)
+        if cells and len(hx) > 2:
+            raise RuntimeError(f"{module._get_name()} expects two hidden states, got {len(hx)}")
+        states = (hx[0], hx[1]) if cells else (hx,)
         if not packed and any(t.dim() != 3 - alone for t in states):
             kind, dims = ("unbatched 2-D", 2) if alone else ("batched 3-D", 3)
             got = ", ".join(f"{t.dim()}-D" for t in states)
             raise RuntimeError(
-                f"For {kind} input, {'hx and cx' if cells else 'hx'} should also be {dims}-D but got ({got}) "
-                f"tensor{'s' if cells else ''}"
+                f"For {kind} input, {'hx and cx' if cells else 'hx'} should also be {dims}-D but got "
+                f"{f'({got}) tensors' if cells else f'{got} tensor'}"
             )
         states = tuple(t.unsqueeze(1) if alone else t if order is None else t.index_select(1, order) for t in states)
         hx = states if cells else states[0]
-    module.check_forward_args(data, hx, sizes)
+    try:
+        module.check_forward_args(data, hx, sizes)
+    except ValueError as error:  # torch's LSTM does not look at a packed sequence's dtype, and fails in a product
+        raise RuntimeError(str(error)) if packed and cells else error from None
     given: Any = hx if cells else (hx,)
     for name, state in zip(("hidden[0]", "hidden[1]") if cells else ("hidden",), given, strict=True):
         if state.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
@@ -114,18 +119,24 @@ def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
     if hx is None:
         state = input.new_zeros(batch, module.hidden_size)
         return (state, torch.zeros_like(state)) if cells else state  # two: the short way takes no tensor twice
-    states = hx if cells else (hx,)
+    if cells and isinstance(hx, Tensor):
+        raise TypeError(f"{name}: hx must be two Tensors, the state and the cell, not Tensor")
+    states = tuple(hx) if cells else (hx,)
     for k, state in enumerate(states):
         if state.dim() not in (1, 2):
             what = f"hx[{k}]" if cells else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    if cells and len(states) != 2:
+        raise RuntimeError(f"{name} expects two hidden states, got {len(states)}")
     if input.dim() == 1:
         states = tuple(t.unsqueeze(0) for t in states)
-    for state in states:
+    for k, state in enumerate(states):
         if state.shape[0] != batch:
-            raise RuntimeError(f"Input batch size {batch} doesn't match hidden batch size {state.shape[0]}")
-        if state.shape[-1] != module.hidden_size:
-            raise RuntimeError(f"hidden has inconsistent hidden_size: got {state.shape[-1]}, expected {module.hidden_size}")
+            raise RuntimeError(f"Input batch size {batch} doesn't match hidden{k} batch size {state.shape[0]}")
+        if tuple(state.shape[1:]) != (module.hidden_size,):
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {', '.join(map(str, state.shape[1:]))}, expected {module.hidden_size}"
+            )
     return states if cells else states[0]
 
 
