@@ -231,6 +231,21 @@ def test_speed_against_size() -> None:
     assert plots.sizes(header(), records[3:]) is None
 
 
+def test_sizes_are_any_number_of_a_name_or_the_work() -> None:
+    """A panel along each number in which names differ alone; the others of a group along their work."""
+    steps = [record(f"cell/step/B1_H{n}") for n in (64, 256, 512)] + [record("cell/step/B2_H64")]
+    layers = [record(f"conv/net_{n}_{m}/1x{n}x7", flops=f * 10**9) for n, m, f in ((64, 128, 3), (128, 64, 1), (128, 128, 2))]
+    copies = [record(f"copy/{n}x{n}", flops=0, bytes=n * 10**6) for n in (1, 2, 3)]
+    figure = plots.sizes(header(), [*steps, *layers, *copies])
+    assert figure
+    assert {axes.get_title(): (axes.get_xlabel(), sorted(axes.get_lines()[0].get_xdata())) for axes in figure.axes} == {
+        "cell/step/B1_H… f32": ("", [64, 256, 512]),
+        "conv f32": ("GFLOP a call", [1, 2, 3]),
+        "copy f32": ("MB a call", [1, 2, 3]),
+    }
+    assert plots.sizes(header(), [*steps[1:], *layers[1:], *copies[1:]]) is None
+
+
 def test_limits_of_every_level_are_known() -> None:
     """The plots show reading from each, and the copy that makes a new output."""
     levels = header()
