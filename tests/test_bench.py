@@ -401,10 +401,10 @@ def test_training_moves_the_gradients_too(family: str) -> None:
         assert case.bytes(torch.float32) == backward + (read + out) * (case.mode == "train"), case.name
 
 
-@pytest.mark.parametrize("family", ["conv", "matmul", "rnn"])
+@pytest.mark.parametrize("family", ["matmul", "rnn"])
 def test_operations_are_as_many_as_torch_counts(family: str) -> None:
     """Of the smallest case of each kind, by torch's own operations on tensors without numbers."""
-    by_size = sorted((c for c in cases.cases(family) if c.flops), key=lambda c: -c.flops)
+    by_size = sorted((c for c in cases.cases(family) if c.flops and c.mode != "forward"), key=lambda c: -c.flops)
     for case in {(c.group, c.mode): c for c in by_size}.values():
         with FakeTensorMode():
             made = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in case.make(torch.float32)]
