@@ -22,6 +22,8 @@ from .run import Record
 SIZES = 3
 
 Header = dict[str, Any]
+#: Of text that lines run through.
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
 
 
 def label(r: Record) -> str:
@@ -81,7 +83,7 @@ def ratios(header: Header, records: Sequence[Record]) -> Figure | None:
     axes.axvline(1.0, color="black", linewidth=1)
     limits = (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "" for r in ours)
     axes.set_yticks(range(len(ours)), [label(r) + limit for r, limit in zip(ours, limits)], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ours) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("times faster than the peer (median of the same run)")
@@ -131,7 +133,7 @@ def roofline(header: Header, records: Sequence[Record]) -> Figure | None:
         ridge = min(high, top / rate)
         if ridge > low:  # else memory limits nothing that is drawn
             axes.plot([low, ridge], [rate * low, rate * ridge], color="gray", linewidth=1)
-            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray")
+            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray", bbox=_BEHIND)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP / byte (least traffic)", ylabel="GFLOP/s")
     return figure
 
@@ -192,15 +194,20 @@ def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(4 * columns + 1, 3 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat
     providers = list(dict.fromkeys(r.provider for r in records))
-    for axes, ((title, unit, mode, dtype), lines) in zip(grid, panels.items()):
+    for ((title, unit, mode, dtype), lines), axes in zip(panels.items(), grid):
         for provider, points in lines.items():
             at, drawn = zip(*sorted(points, key=lambda point: point[0]))
             color = f"C{providers.index(provider) % 10}"
-            axes.plot(at, [r.rate for r in drawn], "o-", markersize=3, color=color, label=provider)
-            low = [r.rate * r.median / r.p80 for r in drawn]
-            axes.fill_between(at, low, [r.rate * r.median / r.p20 for r in drawn], color=color, alpha=0.2)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            low, high = ([r.rate * r.median / edge for r, edge in zip(drawn, edges)]
+                         for edges in ([r.p80 for r in drawn], [r.p20 for r in drawn]))
+            axes.plot(at, [r.rate for r in drawn], "o" if unit else "o-", markersize=3, color=color, label=provider)
+            if unit:  # unlike cases: nothing lies between them
+                axes.vlines(at, low, high, color=color, alpha=0.3)
+            else:
+                axes.fill_between(at, low, high, color=color, alpha=0.2)
+        axes.set_xscale("log", base=10 if unit else 2)
+        if not unit:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(bottom=0)
         axes.set_ylabel(drawn[0].unit)
         mode = "" if mode == "forward" else f" {mode}"

@@ -152,7 +152,7 @@ def test_the_page_says_where_the_time_of_a_model_went() -> None:
 
 def _printed(*records: Record) -> list[str]:
     console = Console(width=200, record=True, file=StringIO())
-    lines = report.Lines(console, ["fastnn", "torch"])
+    lines = report.Lines(console, ["fastnn", "torch"], [r.case for r in records])
     lines.head()
     lines.case(records)
     report.print_doubts(console, records)
@@ -162,6 +162,7 @@ def _printed(*records: Record) -> list[str]:
 def test_a_line_says_how_far_the_samples_lie_apart() -> None:
     head, line = _printed(record(median=2e-3, ratio=1.5), record(provider="torch", median=3e-3))
     assert "p20–p80, runs" in head
+    assert head.index("mode") + len("mode") == line.index("forward") + len("forward")
     assert "1.96–2.04 ms, 50" in line
     assert report.span(record(median=1e-3)) == "980 µs–1.02 ms, 50"
     assert report.span(record(median=None)) == "–"
@@ -267,13 +268,16 @@ def test_a_gpu_has_a_memory_roof_and_its_name() -> None:
 def test_figures_are_named_and_drawn() -> None:
     from PIL import Image
 
-    records = [record(f"square/{n}", p, ratio=1.0, threads=t) for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]
+    records = [record(f"{group}/{n}", p, ratio=1.0, threads=t) for group in "abcd" for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]
     records.append(record("relu/8", family="activation", flops=0))
     images = dict(plots.figures([header(1), header(2)], records))
     assert sorted(images) == [
         "activation-2threads-bandwidth", "activation-2threads-ratios",
         *(f"matmul-{t}threads-{plot}" for t in (1, 2) for plot in ("ratios", "roofline", "sizes")),
     ]  # fmt: skip
+    grid = plots.sizes(header(), records)
+    assert grid
+    assert sum(axes.get_visible() for axes in grid.axes) == 4  # of two rows of three
     for png in images.values():
         with Image.open(BytesIO(png)) as image:
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
