@@ -22,8 +22,6 @@ from .run import Record
 SIZES = 3
 
 Header = dict[str, Any]
-#: Of text that lines run through.
-_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
 
 
 def label(r: Record) -> str:
@@ -121,7 +119,7 @@ def roofline(header: Header, records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     xs = _points(axes, mine, lambda r: r.flops / r.bytes, lambda r: r.flops / (r.median or 1) / 1e9)
-    low, high = min(xs) / 2, max(xs) * 2
+    low, high = min(xs) / 8, max(xs) * 2  # room for the roofs' names
     fma = header["limits"]["fma_gflops"]
     # Arithmetic on float16 is done in float32, and on bfloat16 where the CPU has no instructions for it.
     roofs = {kind: fma[kind] for r in mine for kind in [r.dtype if r.dtype in fma else "float32"] if kind in fma}
@@ -133,7 +131,7 @@ def roofline(header: Header, records: Sequence[Record]) -> Figure | None:
         ridge = min(high, top / rate)
         if ridge > low:  # else memory limits nothing that is drawn
             axes.plot([low, ridge], [rate * low, rate * ridge], color="gray", linewidth=1)
-            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray", bbox=_BEHIND)
+            axes.annotate(f"{name} {rate:.0f} GB/s", (low, rate * low), fontsize=7, color="gray")
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP / byte (least traffic)", ylabel="GFLOP/s")
     return figure
 
@@ -206,8 +204,8 @@ def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
             else:
                 axes.fill_between(at, low, high, color=color, alpha=0.2)
         axes.set_xscale("log", base=10 if unit else 2)
-        if not unit:
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_ylim(bottom=0)
         axes.set_ylabel(drawn[0].unit)
         mode = "" if mode == "forward" else f" {mode}"

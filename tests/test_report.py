@@ -198,15 +198,15 @@ def _texts(figure: Any) -> list[str]:
 
 
 def test_roofline() -> None:
-    """Intensity 100 and a millisecond for a million operations: a GFLOP/s; the peer takes twice as long."""
-    figure = plots.roofline(header(), [record(), record(provider="torch", median=2e-3)])
-    assert _drawn(figure) == {(100.0, 1.0), (100.0, 0.5)}
+    """Intensity 1000 and a millisecond for a million operations: a GFLOP/s; the peer takes twice as long."""
+    figure = plots.roofline(header(), [record(bytes=1000), record(provider="torch", median=2e-3, bytes=1000)])
+    assert _drawn(figure) == {(1000.0, 1.0), (1000.0, 0.5)}
     assert _texts(figure) == ["multiply-add f32 500 GFLOP/s"]  # memory limits nothing at this intensity
     figure = plots.roofline(header(), [record(bytes=500_000, dtype="float64"), record(bytes=500_000, dtype="float16")])
     assert sorted(_texts(figure)) == ["copy 64MiB new output 10 GB/s", "multiply-add f32 500 GFLOP/s",
                                       "multiply-add f64 250 GFLOP/s", "read 64MiB 50 GB/s"]  # fmt: skip
     roofs = [line for line in figure.axes[0].get_lines() if line.get_color() == "gray"]
-    assert [tuple(line.get_ydata()) for line in roofs] == [(50.0, 200.0), (10.0, 40.0)]  # from intensity 1 to 4
+    assert [tuple(line.get_ydata()) for line in roofs] == [(12.5, 200.0), (2.5, 40.0)]  # from intensity 1/4 to 4
     assert plots.roofline(header(), [record(flops=0)]) is None
     assert plots.roofline(header(), [record(median=None, flops=1, bytes=1)]) is None
 
@@ -268,7 +268,8 @@ def test_a_gpu_has_a_memory_roof_and_its_name() -> None:
 def test_figures_are_named_and_drawn() -> None:
     from PIL import Image
 
-    records = [record(f"{group}/{n}", p, ratio=1.0, threads=t) for group in "abcd" for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]
+    records = [record(f"{group}/{n}", p, ratio=1.0, threads=t)
+               for group in "abcd" for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]  # fmt: skip
     records.append(record("relu/8", family="activation", flops=0))
     images = dict(plots.figures([header(1), header(2)], records))
     assert sorted(images) == [

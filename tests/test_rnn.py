@@ -552,7 +552,8 @@ def test_outputs_may_be_changed_in_place(mode: str, options: dict[str, Any]) -> 
             out, last = module(x)
             y = change(out.data if isinstance(out, PackedSequence) else out, 2.0)
             first, *rest = (change(t, 3.0) for t in leaves(last))
-            found.append(torch.autograd.grad(y.square().sum() + first.sum() + sum(t.sum() for t in rest), list(module.parameters())))
+            loss = y.square().sum() + first.sum() + sum(t.sum() for t in rest)
+            found.append(torch.autograd.grad(loss, list(module.parameters())))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -58,7 +58,7 @@ def layers(
     reads = sum(torch.Size(s).numel() for s in [rows, *[(number * directions, batch, units)] * states, *shapes])
     writes = (sum(sizes) or steps * batch) * directions * units
     products = [s[0] * s[1] for s in shapes if len(s) == 2]
-    # Training multiplies with each matrix twice more; with the first layer's for the input once: nobody wants the input's gradient.
+    # Training multiplies with each matrix twice more, with the first layer's for the input once: its gradient is not wanted.
     multiplied = 3 * sum(products) - sum(products[: 2 * directions : 2]) if grad else sum(products)
     size = f"{number}x{directions}_T{steps}_B{batch}_I{inputs}_H{units}"
     return Case(

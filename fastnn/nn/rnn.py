@@ -134,9 +134,8 @@ def _usual_states(module: Any, input: Tensor, hx: Any, cells: bool) -> Any:
         if state.shape[0] != batch:
             raise RuntimeError(f"Input batch size {batch} doesn't match hidden{k} batch size {state.shape[0]}")
         if tuple(state.shape[1:]) != (module.hidden_size,):
-            raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {', '.join(map(str, state.shape[1:]))}, expected {module.hidden_size}"
-            )
+            got = ", ".join(map(str, state.shape[1:]))
+            raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {got}, expected {module.hidden_size}")
     return states if cells else states[0]
 
 

@@ -238,7 +238,7 @@ def _clear(queue, t):
 
 @inline
 def _take(queue, t, nt, whose, cut):
-    """(a panel that nobody has taken, of the thread ``whose`` % nt or of one that follows; whose it is), or (-1, …): none is left"""
+    """(a panel that nobody has taken, of thread ``whose`` % nt or of one that follows; whose it is), or (-1, …): none is left"""
     while whose < t + nt:
         v = whose % nt
         first, count = cut * v // nt, cut * (v + 1) // nt - cut * v // nt
