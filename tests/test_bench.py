@@ -325,6 +325,8 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("pool", g) for g in ("max_pool", "avg_pool")),
         *(("norm", g) for g in ("batch_norm", "batch_norm_eval", "group_norm", "layer_norm", "rms_norm", "add_layer_norm")),
         ("embedding", "embedding"),
+        *(("rnn", g) for g in ("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell", "qrnn")),
+        *(("models", g) for g in ("digits_mlp", "minilm", "crepe_full", "resnet", "resemblyzer", "gpt", "vit")),
         *(("attention", g) for g in ("attention", "attention_causal", "attention_bias_train", "attention_window", "decode")),
         *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d")),
         *(("startup", g) for g in ("import", "first_linear")),

@@ -19,6 +19,7 @@ import fastnn.bench.report as report
 import fastnn.bench.test_cases as test_cases
 from fastnn.__main__ import main
 from fastnn.bench import run
+from fastnn.bench.cases import families
 from fastnn.bench.command import SECONDS
 from fastnn.bench.run import Record
 
@@ -268,15 +269,14 @@ def test_a_gpu_has_a_memory_roof_and_its_name() -> None:
 def test_figures_are_named_and_drawn() -> None:
     from PIL import Image
 
-    records = [record(f"{group}/{n}", p, ratio=1.0, threads=t)
-               for group in "abcd" for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]  # fmt: skip
+    records = [record(f"square/{n}", p, ratio=1.0, threads=t) for n in (1, 2, 3) for p in ("fastnn", "torch") for t in (1, 2)]
     records.append(record("relu/8", family="activation", flops=0))
     images = dict(plots.figures([header(1), header(2)], records))
     assert sorted(images) == [
         "activation-2threads-bandwidth", "activation-2threads-ratios",
         *(f"matmul-{t}threads-{plot}" for t in (1, 2) for plot in ("ratios", "roofline", "sizes")),
     ]  # fmt: skip
-    grid = plots.sizes(header(), records)
+    grid = plots.sizes(header(), [record(f"{group}/{n}") for group in "abcd" for n in (1, 2, 3)])
     assert grid
     assert sum(axes.get_visible() for axes in grid.axes) == 4  # of two rows of three
     for png in images.values():
@@ -458,7 +458,7 @@ def test_the_estimate_counts_who_takes_part() -> None:
 def test_make_bench_quick_takes_less_than_three_minutes() -> None:
     """By the estimate, on a machine as slow as the one of ``header``: an estimate and not a measurement."""
     everyone = [peer for peer in run.available_peers()[0] if not getattr(peer, "slow", False)]
-    cases = run.select(["activation", "matmul", "softmax", "startup"], quick=True)
+    cases = run.select(families(), quick=True)
     assert estimate.estimate(cases, everyone, SECONDS["quick"], header()) < 180
 
 
