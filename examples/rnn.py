@@ -179,9 +179,9 @@ def reach() -> None:
     for name, kind in KINDS.items():
         torch.manual_seed(0)
         module: Any = kind(16, units)
-        if name == "LSTM":
+        if name != "RNN":
             with torch.no_grad():
-                module.bias_ih_l0[units : 2 * units] = 2.0  # a forget gate that is open, as it is usually initialised
+                module.bias_ih_l0[units : 2 * units] = 2.0  # LSTM's forget gate, GRU's update gate: what keeps the state is open
         fastnn.replace(module, backend="cpu")
         x = torch.randn(steps, 8, 16, requires_grad=True)
         (grad,) = torch.autograd.grad(module(x)[0][-1].sum(), x)
