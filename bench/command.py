@@ -167,7 +167,7 @@ def _run(
     save: _Saver,
 ) -> tuple[list[Record], bool]:
     """The records of one number of threads, and whether the user has interrupted."""
-    lines = report.Lines(console, [p.name for p in providers])
+    lines = report.Lines(console, [p.name for p in providers], [case.name for case, _ in chosen])
     lines.head()
     mine: list[Record] = []
     bar = Progress(

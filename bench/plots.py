@@ -5,6 +5,7 @@ Figures are made without pyplot: no window, no global state, nothing to close.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import Any
@@ -80,7 +81,7 @@ def ratios(header: Header, records: Sequence[Record]) -> Figure | None:
     axes.axvline(1.0, color="black", linewidth=1)
     limits = (f"  {r.limit_fraction:.0%} of {r.limit}" if r.limit_fraction else "" for r in ours)
     axes.set_yticks(range(len(ours)), [label(r) + limit for r, limit in zip(ours, limits)], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ours) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("times faster than the peer (median of the same run)")
@@ -118,7 +119,7 @@ def roofline(header: Header, records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     xs = _points(axes, mine, lambda r: r.flops / r.bytes, lambda r: r.flops / (r.median or 1) / 1e9)
-    low, high = min(xs) / 2, max(xs) * 2
+    low, high = min(xs) / 8, max(xs) * 2  # room for the roofs' names
     fma = header["limits"]["fma_gflops"]
     # Arithmetic on float16 is done in float32, and on bfloat16 where the CPU has no instructions for it.
     roofs = {kind: fma[kind] for r in mine for kind in [r.dtype if r.dtype in fma else "float32"] if kind in fma}
@@ -151,15 +152,39 @@ def bandwidth(header: Header, records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
-    """Speed against size, one panel for all cases whose names differ only in a last part that is a number."""
-    panels: dict[tuple[str, str, str], dict[str, list[tuple[int, Record]]]] = {}
+def _along(records: Sequence[Record]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """For each panel: its title, what is along x, and where each case is. Cases whose names differ in one number alone share a
+    panel, along that number; what is left of a group shares one, along the work."""
+    groups: dict[str, dict[str, Record]] = {}
     for r in records:
-        prefix, _, size = r.case.rpartition("/")
-        if size.isdigit() and r.rate:
-            panel = panels.setdefault((prefix, r.mode, r.dtype), {})
-            panel.setdefault(r.provider, []).append((int(size), r))
-    panels = {key: lines for key, lines in panels.items() if max(map(len, lines.values())) >= SIZES}
+        groups.setdefault(r.case.split("/")[0], {})[r.case] = r
+    for group, cases in groups.items():
+        alike: dict[str, dict[str, float]] = {}
+        for name in cases:
+            for number in re.finditer(r"\d+", name):
+                alike.setdefault(f"{name[: number.start()]}…{name[number.end() :]}", {})[name] = int(number[0])
+        lines = {title: places for title, places in alike.items() if len(places) >= SIZES}
+        yield from ((title, "", places) for title, places in lines.items())
+        rest = [r for name, r in cases.items() if not any(name in places for places in lines.values())]
+        counted = all(r.flops for r in rest)
+        works = {r.case: r.flops / 1e9 if counted else r.bytes / 1e6 for r in rest}
+        if len(set(works.values())) >= SIZES:
+            yield group, "GFLOP a call" if counted else "MB a call", works
+
+
+def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
+    """Speed against size."""
+    kinds: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        if r.rate:
+            kinds.setdefault((r.mode, r.dtype), []).append(r)
+    panels: dict[tuple[str, str, str, str], dict[str, list[tuple[float, Record]]]] = {}
+    for (mode, dtype), mine in kinds.items():
+        for title, unit, places in _along(mine):
+            lines = panels.setdefault((title, unit, mode, dtype), {})
+            for r in mine:
+                if r.case in places:
+                    lines.setdefault(r.provider, []).append((places[r.case], r))
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -167,19 +192,25 @@ def sizes(header: Header, records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(4 * columns + 1, 3 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat
     providers = list(dict.fromkeys(r.provider for r in records))
-    for axes, ((prefix, mode, dtype), lines) in zip(grid, panels.items()):
+    for ((title, unit, mode, dtype), lines), axes in zip(panels.items(), grid):
         for provider, points in lines.items():
             at, drawn = zip(*sorted(points, key=lambda point: point[0]))
             color = f"C{providers.index(provider) % 10}"
-            axes.plot(at, [r.rate for r in drawn], "o-", markersize=3, color=color, label=provider)
-            low = [r.rate * r.median / r.p80 for r in drawn]
-            axes.fill_between(at, low, [r.rate * r.median / r.p20 for r in drawn], color=color, alpha=0.2)
-        axes.set_xscale("log", base=2)
+            low, high = ([r.rate * r.median / edge for r, edge in zip(drawn, edges)]
+                         for edges in ([r.p80 for r in drawn], [r.p20 for r in drawn]))
+            axes.plot(at, [r.rate for r in drawn], "o" if unit else "o-", markersize=3, color=color, label=provider)
+            if unit:  # unlike cases: nothing lies between them
+                axes.vlines(at, low, high, color=color, alpha=0.3)
+            else:
+                axes.fill_between(at, low, high, color=color, alpha=0.2)
+        axes.set_xscale("log", base=10 if unit else 2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_ylim(bottom=0)
         axes.set_ylabel(drawn[0].unit)
         mode = "" if mode == "forward" else f" {mode}"
-        axes.set_title(f"{prefix}/…{mode} {SHORT.get(dtype, dtype)}", fontsize=9)
+        axes.set_title(f"{title}{mode} {SHORT.get(dtype, dtype)}", fontsize=9)
+        axes.set_xlabel(unit)
         axes.legend(fontsize=7)
     for axes in grid:
         axes.set_visible(False)

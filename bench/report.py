@@ -51,15 +51,15 @@ def minutes(seconds: float) -> str:
 class Lines:
     """One line a case, printed when it is finished."""
 
-    def __init__(self, console: Console, providers: Sequence[str]) -> None:
+    def __init__(self, console: Console, providers: Sequence[str], cases: Sequence[str] = ()) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [38, 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
 
     def head(self) -> None:
         """What the columns mean."""
         names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "error (torch)"]
-        self.console.print(Text(self._row(names), style="bold"))
+        self.console.print(Text(self._row(names), style="bold"), soft_wrap=True)
 
     def _row(self, cells: Iterable[str]) -> str:
         first, *rest = (
@@ -94,7 +94,7 @@ class Lines:
         cells.append(f"{main.error_ulp:.3g} ({main.torch_error_ulp:.3g})" if main.error_ulp is not None else "–")
         red = any(r.correct is False for r in records)
         slower = bool(ours and ours.ratio and ours.ratio < 1)
-        self.console.print(Text(self._row(cells), style="red" if red else "yellow" if slower else ""))
+        self.console.print(Text(self._row(cells), style="red" if red else "yellow" if slower else ""), soft_wrap=True)
         for r in records:
             if r.correct is False:
                 why = (

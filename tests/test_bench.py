@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.bench.cases as cases
 import fastnn.bench.cases.attention as attention
@@ -324,6 +325,8 @@ def test_every_row_of_the_speed_table_has_cases() -> None:
         *(("pool", g) for g in ("max_pool", "avg_pool")),
         *(("norm", g) for g in ("batch_norm", "batch_norm_eval", "group_norm", "layer_norm", "rms_norm", "add_layer_norm")),
         ("embedding", "embedding"),
+        *(("rnn", g) for g in ("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell", "qrnn")),
+        *(("models", g) for g in ("digits_mlp", "minilm", "crepe_full", "resnet", "resemblyzer", "gpt", "vit")),
         *(("attention", g) for g in ("attention", "attention_causal", "attention_bias_train", "attention_window", "decode")),
         *(("conv", g) for g in ("3x3", "1x1", "stem", "depthwise", "grouped", "dilated", "transposed", "conv3d", "conv1d")),
         *(("startup", g) for g in ("import", "first_linear")),
@@ -398,6 +401,23 @@ def test_training_moves_the_gradients_too(family: str) -> None:
         gradients = sum(t.nbytes for t in inputs if t.requires_grad)
         backward = read + out + gradients
         assert case.bytes(torch.float32) == backward + (read + out) * (case.mode == "train"), case.name
+
+
+@pytest.mark.parametrize("family", ["matmul", "rnn"])
+def test_operations_are_as_many_as_torch_counts(family: str) -> None:
+    """Of the smallest case of each kind, by torch's own operations on tensors without numbers."""
+    by_size = sorted((c for c in cases.cases(family) if c.flops and c.mode != "forward"), key=lambda c: -c.flops)
+    for case in {(c.group, c.mode): c for c in by_size}.values():
+        with FakeTensorMode():
+            made = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in case.make(torch.float32)]
+        inputs = [torch.empty(t[0], dtype=t[1], device="meta", requires_grad=t[2]) if isinstance(t, tuple) else t for t in made]
+        with FlopCounterMode(display=False) as counter:
+            out = case.theirs(peers.TORCH, *inputs)
+            forward = counter.get_total_flops()
+            if case.mode != "forward":
+                torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], torch.empty_like(out))
+        counted = counter.get_total_flops() - forward * (case.mode == "backward")
+        assert counted == pytest.approx(case.flops, rel=0.03), case.name  # no state precedes the first step's
 
 
 def test_select() -> None:

@@ -19,6 +19,7 @@ import fastnn.bench.report as report
 import fastnn.bench.test_cases as test_cases
 from fastnn.__main__ import main
 from fastnn.bench import run
+from fastnn.bench.cases import families
 from fastnn.bench.command import SECONDS
 from fastnn.bench.run import Record
 
@@ -152,7 +153,7 @@ def test_the_page_says_where_the_time_of_a_model_went() -> None:
 
 def _printed(*records: Record) -> list[str]:
     console = Console(width=200, record=True, file=StringIO())
-    lines = report.Lines(console, ["fastnn", "torch"])
+    lines = report.Lines(console, ["fastnn", "torch"], [r.case for r in records])
     lines.head()
     lines.case(records)
     report.print_doubts(console, records)
@@ -162,6 +163,7 @@ def _printed(*records: Record) -> list[str]:
 def test_a_line_says_how_far_the_samples_lie_apart() -> None:
     head, line = _printed(record(median=2e-3, ratio=1.5), record(provider="torch", median=3e-3))
     assert "p20–p80, runs" in head
+    assert head.index("mode") + len("mode") == line.index("forward") + len("forward")
     assert "1.96–2.04 ms, 50" in line
     assert report.span(record(median=1e-3)) == "980 µs–1.02 ms, 50"
     assert report.span(record(median=None)) == "–"
@@ -197,15 +199,15 @@ def _texts(figure: Any) -> list[str]:
 
 
 def test_roofline() -> None:
-    """Intensity 100 and a millisecond for a million operations: a GFLOP/s; the peer takes twice as long."""
-    figure = plots.roofline(header(), [record(), record(provider="torch", median=2e-3)])
-    assert _drawn(figure) == {(100.0, 1.0), (100.0, 0.5)}
+    """Intensity 1000 and a millisecond for a million operations: a GFLOP/s; the peer takes twice as long."""
+    figure = plots.roofline(header(), [record(bytes=1000), record(provider="torch", median=2e-3, bytes=1000)])
+    assert _drawn(figure) == {(1000.0, 1.0), (1000.0, 0.5)}
     assert _texts(figure) == ["multiply-add f32 500 GFLOP/s"]  # memory limits nothing at this intensity
     figure = plots.roofline(header(), [record(bytes=500_000, dtype="float64"), record(bytes=500_000, dtype="float16")])
     assert sorted(_texts(figure)) == ["copy 64MiB new output 10 GB/s", "multiply-add f32 500 GFLOP/s",
                                       "multiply-add f64 250 GFLOP/s", "read 64MiB 50 GB/s"]  # fmt: skip
     roofs = [line for line in figure.axes[0].get_lines() if line.get_color() == "gray"]
-    assert [tuple(line.get_ydata()) for line in roofs] == [(50.0, 200.0), (10.0, 40.0)]  # from intensity 1 to 4
+    assert [tuple(line.get_ydata()) for line in roofs] == [(12.5, 200.0), (2.5, 40.0)]  # from intensity 1/4 to 4
     assert plots.roofline(header(), [record(flops=0)]) is None
     assert plots.roofline(header(), [record(median=None, flops=1, bytes=1)]) is None
 
@@ -229,6 +231,21 @@ def test_speed_against_size() -> None:
         "torch": [(8, 9.0)],
     }
     assert plots.sizes(header(), records[3:]) is None
+
+
+def test_sizes_are_any_number_of_a_name_or_the_work() -> None:
+    """A panel along each number in which names differ alone; the others of a group along their work."""
+    steps = [record(f"cell/step/B1_H{n}") for n in (64, 256, 512)] + [record("cell/step/B2_H64")]
+    layers = [record(f"conv/net_{n}_{m}/1x{n}x7", flops=f * 10**9) for n, m, f in ((64, 128, 3), (128, 64, 1), (128, 128, 2))]
+    copies = [record(f"copy/{n}x{n}", flops=0, bytes=n * 10**6) for n in (1, 2, 3)]
+    figure = plots.sizes(header(), [*steps, *layers, *copies])
+    assert figure
+    assert {axes.get_title(): (axes.get_xlabel(), sorted(axes.get_lines()[0].get_xdata())) for axes in figure.axes} == {
+        "cell/step/B1_H… f32": ("", [64, 256, 512]),
+        "conv f32": ("GFLOP a call", [1, 2, 3]),
+        "copy f32": ("MB a call", [1, 2, 3]),
+    }
+    assert plots.sizes(header(), [*steps[1:], *layers[1:], *copies[1:]]) is None
 
 
 def test_limits_of_every_level_are_known() -> None:
@@ -259,6 +276,9 @@ def test_figures_are_named_and_drawn() -> None:
         "activation-2threads-bandwidth", "activation-2threads-ratios",
         *(f"matmul-{t}threads-{plot}" for t in (1, 2) for plot in ("ratios", "roofline", "sizes")),
     ]  # fmt: skip
+    grid = plots.sizes(header(), [record(f"{group}/{n}") for group in "abcd" for n in (1, 2, 3)])
+    assert grid
+    assert sum(axes.get_visible() for axes in grid.axes) == 4  # of two rows of three
     for png in images.values():
         with Image.open(BytesIO(png)) as image:
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
@@ -438,7 +458,7 @@ def test_the_estimate_counts_who_takes_part() -> None:
 def test_make_bench_quick_takes_less_than_three_minutes() -> None:
     """By the estimate, on a machine as slow as the one of ``header``: an estimate and not a measurement."""
     everyone = [peer for peer in run.available_peers()[0] if not getattr(peer, "slow", False)]
-    cases = run.select(["activation", "matmul", "softmax", "startup"], quick=True)
+    cases = run.select(families(), quick=True)
     assert estimate.estimate(cases, everyone, SECONDS["quick"], header()) < 180
 
 

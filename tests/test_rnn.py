@@ -539,6 +539,24 @@ def test_gradgradcheck(mode: str) -> None:
     assert torch.autograd.gradgradcheck(run, (x, *(p.detach().requires_grad_() for p in module.parameters())))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_may_be_changed_in_place(mode: str, options: dict[str, Any]) -> None:
+    """As those of torch's GRU and RNN: an activation or a dropout with inplace=True may follow."""
+    module = layer(mode, 4, 6, **options)
+    fastnn.replace(module, backend="cpu")
+    data = torch.randn(5, 3, 4)
+    for x in (data, pack_padded_sequence(data, torch.tensor([5, 2, 1]))):
+        found = []
+        for change in (Tensor.mul, Tensor.mul_):
+            out, last = module(x)
+            y = change(out.data if isinstance(out, PackedSequence) else out, 2.0)
+            first, *rest = (change(t, 3.0) for t in leaves(last))
+            loss = y.square().sum() + first.sum() + sum(t.sum() for t in rest)
+            found.append(torch.autograd.grad(loss, list(module.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_only_needed_gradients() -> None:
     module = layer("lstm", 4, 6)
     fastnn.replace(module, backend="cpu")
@@ -566,12 +584,11 @@ def sample(mode: str, grad: bool, sizes: Tensor | None = None, projection: int =
     return (x.requires_grad_(grad), *states_, *weights[:4], weights[4] if projection else None, sizes, mode, False, keep)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lstm", "rnn_tanh"])  # with cells and much that is kept, and without
 def test_opcheck(mode: str) -> None:
     op = torch.ops.fastnn.recurrent.default
-    for sizes in (None, torch.tensor([2, 2, 1])):
-        torch.library.opcheck(op, sample(mode, False, sizes))
-        torch.library.opcheck(op, sample(mode, True, sizes))
+    torch.library.opcheck(op, sample(mode, False))
+    torch.library.opcheck(op, sample(mode, True, torch.tensor([2, 2, 1])))
     args = sample(mode, False)
     y, h_n, c_n, reserve = op(*args)
     grads = [torch.randn_like(t) for t in (y, h_n, c_n)]
@@ -594,7 +611,7 @@ def test_other_backends(mode: str, backend: str) -> None:
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
 def test_compile(mode: str) -> None:
     """A whole graph of the function; of a module where the user lets dynamo see recurrent layers at all."""
     torch._dynamo.reset()
@@ -665,6 +682,11 @@ BAD: list[tuple[str, str, list[str]]] = [
     ("LSTM", "m(X[0], (HX, CX))", ["2-D", "3-D"]),
     ("LSTM", "m(torch.randn(4))", ["2D or 3D", "1D"]),
     ("LSTM", "m(torch.randn(0, 2, 4))", ["larger than 0", "(0, 2, 4)"]),
+    ("LSTM", "m(X, (HX,))", []),
+    ("LSTM", "m(X, (HX, CX, CX))", ["two hidden states"]),
+    ("LSTM", "m(X, HX)", []),
+    ("LSTM", "m(pack_padded_sequence(X.double(), torch.tensor([3, 2])))", ["float64", "float32"]),
+    ("LSTM", "m(pack_padded_sequence(X, torch.tensor([3, 2])), (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))", ["2", "3"]),
     ("GRU", "m(torch.randn(0, 2, 4))", ["larger than 0"]),
     ("GRU", "m(torch.randn(3, 2, 7))", ["4", "7"]),
     ("GRU", "m(X, HX.double())", ["float64", "float32"]),
@@ -673,6 +695,10 @@ BAD: list[tuple[str, str, list[str]]] = [
     ("LSTMCell", "m(torch.randn(2, 7))", ["7", "4"]),
     ("LSTMCell", "m(X[0], (torch.zeros(3, 5), torch.zeros(3, 5)))", ["2", "3"]),
     ("LSTMCell", "m(X[0], (torch.zeros(2, 6), torch.zeros(2, 6)))", ["6", "5"]),
+    ("LSTMCell", "m(X[0], torch.zeros(2, 5))", ["Tensor"]),
+    ("LSTMCell", "m(X[0], (torch.zeros(2, 5),))", ["two hidden states"]),
+    ("LSTMCell", "m(X[0], (torch.zeros(2, 5),) * 3)", ["two hidden states"]),
+    ("GRUCell", "m(X[0, 0], torch.zeros(1, 5))", ["1", "5"]),
     ("GRUCell", "m(X[0].double())", ["float64", "float32"]),
     ("GRUCell", "m(X)", ["1D or 2D", "3D"]),
     ("RNNCell", "m(X[0], torch.zeros(2, 6))", ["6", "5"]),
@@ -837,6 +863,54 @@ def test_gradcheck_of_qrnn(pooling: str) -> None:
         assert torch.autograd.gradcheck(lambda *t, r=reverse: f.qrnn(*t, pooling=pooling, reverse=r, backend="cpu"), given)
 
 
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_streaming_of_qrnn(window: int) -> None:
+    """Pieces as short as a step, shorter than a window, see what the whole sequence sees."""
+    module = fastnn.nn.QRNN(5, 7, 2, batch_first=True, window=window, pooling="ifo")
+    x = torch.randn(3, 23, 5)
+    whole, end = module(x)
+    for pieces in ([1] * 23, [2, 1, 9, 3, 8]):
+        state, parts = None, []
+        for piece in x.split(pieces, 1):
+            y, state = module.stream(piece, state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        torch.testing.assert_close(state[0], end)
+    with pytest.raises(ValueError, match="bidirectional is True"):
+        fastnn.nn.QRNN(5, 7, bidirectional=True).stream(x)
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_qrnn_under_autocast_and_unbatched(backend: str | None) -> None:
+    module: Any = fastnn.nn.QRNN(5, 7, 2, bidirectional=True)
+    module.backend = backend
+    x, hx = torch.randn(6, 3, 5), torch.randn(4, 3, 7)
+    y, last = module(x, hx)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = module(x, hx)
+        assert [t.dtype for t in low] == [torch.bfloat16] * 2
+        torch.testing.assert_close(low[0].float(), y, rtol=0.05, atol=0.05)
+        assert all(g.any() for g in torch.autograd.grad(low[0].float().sum(), list(module.parameters())))
+    alone = module(x[:, 1], hx[:, 1])
+    torch.testing.assert_close(alone[0], y[:, 1])
+    torch.testing.assert_close(alone[1], last[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [("m(torch.randn(6, 3, 4))", RuntimeError, "Expected 5, got 4"), ("m(torch.randn(5))", ValueError, "got 1D"),
+     ("m(torch.randn(0, 3, 5))", RuntimeError, r"larger than 0, got \(0, 3, 5\)"),
+     ("m(torch.randn(6, 3, 5), torch.zeros(2, 3, 7))", RuntimeError, r"\(1, 3, 7\), got \[2, 3, 7\]"),
+     ("m(pack_padded_sequence(torch.randn(6, 1, 5), torch.tensor([6])))", TypeError, "PackedSequence"),
+     ("m(torch.randn(6, 3, 5).double())", RuntimeError, "float64"), ("Q(5, 7, window=0)", ValueError, "window.*got 0"),
+     ("Q(5, 7, pooling='x')", ValueError, "'x'.*'ifo'"), ("Q(5, 7, zoneout=2.0)", ValueError, "zoneout.*got 2"),
+     ("Q(5, 0)", ValueError, "hidden_size.*got 0"), ("Q(5, 7, dropout=-1)", ValueError, "dropout.*got -1")],
+)  # fmt: skip
+def test_bad_arguments_of_a_qrnn_module(call: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        eval(call, globals(), {"m": fastnn.nn.QRNN(5, 7), "Q": fastnn.nn.QRNN})
+
+
 def test_zoneout_keeps_cells() -> None:
     module = fastnn.nn.QRNN(4, 300, pooling="f", zoneout=0.3)
     x = torch.randn(2, 50, 4)
@@ -854,5 +928,7 @@ def test_bad_arguments_of_qrnn() -> None:
     for args, words in (((x[0], c, w), r"input must be"), ((x, c[:1], w), "hx"), ((x, c, w[:, 1:]), r"\(15, 6\), got \(15, 5\)")):
         with pytest.raises(RuntimeError, match=words):
             f.qrnn(*args)
+    with pytest.raises(RuntimeError, match=r"before must have shape \(1, 2, 3\), got \(2, 2, 3\)"):
+        f.qrnn(x, c, w, before=x[:2])
     with pytest.raises(RuntimeError, match=r"one shape.*\(4, 2\)"):
         ops.scan(x, x[..., 0], c, False)

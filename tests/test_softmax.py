@@ -244,6 +244,15 @@ def test_the_forward_makes_nothing_of_the_logits_size() -> None:
 # nll_loss and mse_loss
 
 
+def test_nll_loss_keeps_the_sign_of_zero() -> None:
+    """−0 for a certain class, as torch; +0 for an ignored one and in a sum."""
+    x, target = torch.zeros(40, 3), torch.arange(40) % 3
+    for ignore, reduction in ((-100, "none"), (1, "none"), (-100, "sum"), (-100, "mean")):
+        mine, theirs = (space.nll_loss(x, target, ignore_index=ignore, reduction=reduction, **more)
+                        for space, more in ((ours, {"backend": "cpu"}), (torch.nn.functional, {})))
+        assert torch.equal(mine.signbit(), theirs.signbit()), (ignore, reduction)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9,), (6, 5), (5, 1003), (2, 5, 33), (2, 3, 4, 21)], ids=str)
 def test_nll_loss(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -57,7 +57,9 @@ def layers(
 
     reads = sum(torch.Size(s).numel() for s in [rows, *[(number * directions, batch, units)] * states, *shapes])
     writes = (sum(sizes) or steps * batch) * directions * units
-    products = sum(s[0] * s[1] for s in shapes if len(s) == 2) * (sum(sizes) or steps * batch)
+    products = [s[0] * s[1] for s in shapes if len(s) == 2]
+    # Training multiplies with each matrix twice more, with the first layer's for the input once: its gradient is not wanted.
+    multiplied = 3 * sum(products) - sum(products[: 2 * directions : 2]) if grad else sum(products)
     size = f"{number}x{directions}_T{steps}_B{batch}_I{inputs}_H{units}"
     return Case(
         "rnn",
@@ -66,7 +68,7 @@ def layers(
         theirs=run,
         ours=partial(run, ours=True),
         parameters=tuple(range(1 + states, 1 + states + len(shapes))),
-        flops=2 * products * (3 if grad else 1),
+        flops=2 * multiplied * (sum(sizes) or steps * batch),
         passes=traffic(kind, reads, writes, sum(torch.Size(s).numel() for s in shapes)),
         mode=kind,
         scale=_of_the_largest(run),
@@ -149,7 +151,7 @@ def qrnn(steps: int, batch: int, units: int, kind: str = "forward", **extra: Any
 
     return Case(
         "rnn", f"qrnn/wikitext/T{steps}_B{batch}_H{units}", make, theirs=theirs, ours=lambda F, *given: F.qrnn(*given)[0],
-        parameters=(2, 3), flops=12 * steps * batch * units * units * (3 if grad else 1),
+        parameters=(2, 3), flops=12 * steps * batch * units * units * (2 if grad else 1),  # nobody wants the input's gradient
         passes=traffic(kind, sum(sizes), steps * batch * units, sum(sizes[2:])), mode=kind,
         scale=_of_the_largest(theirs), **extra,
     )  # fmt: skip

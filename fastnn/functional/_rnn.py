@@ -128,6 +128,11 @@ def _time_first(x: Tensor) -> Tensor:
     return x.contiguous() if x.shape[0] > 1 else x
 
 
+def _of_its_own(y: Tensor) -> Tensor:
+    """The output apart from what is kept for the backward: the caller may change it in place"""
+    return y.clone() if y.requires_grad and not is_dynamo_compiling() else y
+
+
 def layers_again(
     mode: str,
     input: Tensor,
@@ -223,6 +228,7 @@ def _layers(
         rows, h_n, c_n = _rnn.recurrent_stack.call(
             rows, hx, cx, flat, batch_sizes, mode, num_layers, bidirectional, has_biases, keep, backend
         )
+        rows = _of_its_own(rows)
         if batch_sizes is None:
             rows = rows.view(steps, batch, rows.shape[1])
             rows = rows.transpose(0, 1) if batch_first else rows
@@ -256,6 +262,8 @@ def _layers(
             rows = F.dropout(rows, dropout, True)
     if short:
         _rnn.prepare((mode, False, directions), _time_first(input), states, params)
+    if directions == 1:
+        rows = _of_its_own(rows)
     if batch_sizes is None:
         rows = rows.view(steps, batch, rows.shape[1])
         rows = rows.transpose(0, 1) if batch_first else rows
@@ -348,6 +356,7 @@ def qrnn(
     zoneout: float = 0.0,
     train: bool = False,
     reverse: bool = False,
+    before: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One direction of a quasi-recurrent layer (Bradbury et al. 2016): output and last cell.
@@ -355,7 +364,8 @@ def qrnn(
     input (T, B, I), hx (B, H); weight (G·H, window·I), bias (G·H), of the candidate and the gates f, o, i in this order, as
     many as ``pooling`` has: "f", "fo", "ifo". A step sees itself and the window - 1 before it (``reverse``: after it), the
     oldest first. ``zoneout``: the chance that a unit keeps its cell at a step, in training (section 2.2); else nothing.
-    → (T, B, H), (B, H). Raises RuntimeError for shapes that do not match, ValueError for an unknown pooling.
+    ``before``: the window - 1 inputs (window - 1, B, I) that a first window sees; zeros where none are given.
+    → (T, B, H), (B, H). Raises RuntimeError for shapes that do not match and for no steps, ValueError for an unknown pooling.
     """
     if pooling not in ("f", "fo", "ifo"):
         raise ValueError(f"qrnn(): pooling got {pooling!r}, allowed are 'f', 'fo', 'ifo'")
@@ -369,9 +379,14 @@ def qrnn(
         raise RuntimeError(
             f"qrnn(): weight must have shape {(gates * units, window * input.shape[2])}, got {tuple(weight.shape)}"
         )
-    steps = input.shape[0]
+    steps, batch, size = input.shape
+    if steps == 0:
+        raise RuntimeError(f"qrnn(): Expected sequence length to be larger than 0, got {tuple(input.shape)}")
     if window > 1:
-        padded = F.pad(input, (0, 0, 0, 0, 0, window - 1) if reverse else (0, 0, 0, 0, window - 1, 0))
+        before = input.new_zeros(window - 1, batch, size) if before is None else before
+        if before.shape != (window - 1, batch, size):
+            raise RuntimeError(f"qrnn(): before must have shape {(window - 1, batch, size)}, got {tuple(before.shape)}")
+        padded = torch.cat([input, before] if reverse else [before, input])
         views = [padded[k : k + steps] for k in range(window)]
         input = torch.cat(views[::-1] if reverse else views, 2)
     z, f, *others = linear(input, weight, bias, backend=backend).chunk(gates, 2)

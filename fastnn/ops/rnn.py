@@ -408,5 +408,6 @@ scan: Operator = Operator(
     torch=reference.scan,
     save=_save_scan,
     backward=_scan_backward,
+    autocast="lower",
 )
 """c_t = f_t · c_{t-1} + u_t from c0 on (``reverse``: from the last to the first): f, u (T, …), c0 (…) → (T, …)."""

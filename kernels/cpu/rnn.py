@@ -77,6 +77,11 @@ def _places(*sizes: int) -> list[int]:
     return [0, *ends]
 
 
+def _counters(nt: int) -> int:
+    """Bytes of what threads count on: the barriers, and twice each thread's panels, a cache line each"""
+    return 64 * (1 + 2 * nt)
+
+
 class Plan(NamedTuple):
     """How a layer of some shape is cut and where its parts lie in scratch memory."""
 
@@ -92,7 +97,7 @@ def _plan(mode: int, size: int, batch: int, inputs: int, units: int, out: int, p
     (cut, width), (cut_p, width_p) = _cut(units, size, nt), _cut(out, size, nt) if projected else (0, 0)
     sizes = (width * gates * inputs, width * gates * out, width_p * units)
     places = _places(*sizes, 2 * batch * out * size, batch * units * size if projected else 0, width_p * batch,
-                     width * slots * max(batch, _CHUNK), width * slots, 64)
+                     width * slots * max(batch, _CHUNK), width * slots, _counters(nt))
     few = batch * gates * units * (inputs + out) < _SERIAL
     return Plan(1 if few else nt, (cut, cut, cut_p), sizes, places)
 
@@ -157,14 +162,13 @@ def _keep(which: int, mode: int, weight: Tensor, plan: Plan, units: int, depth: 
         names = (("w_ih", "wi_n", "wi_k", "pi"), ("w_hh", "wh_n", "wh_k", "ph"), ("w_hr", "wp_n", "wp_k", "pp"))[which]
         job = _words(Job(mode, inputs=inputs, units=u, out=out, cut=cut, cut_p=cut if which == 2 else 0, fresh=1 << which)
                      ._replace(**dict(zip(names, (*address_and_strides, address), strict=True))))
-        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, _COUNTER.data_ptr(), 0, 0)
+        _FORWARD[w.dtype].run(plan.threads, 1, job.buffer_info()[0], *[0] * 9, workspace(_counters(plan.threads)), 0, 0)
         return cut
     entry = packed.get(weight, plan.sizes[which], pack, _KINDS[mode][which])
     return entry if entry is not None and entry.cut == cut else None
 
 
 _KINDS = [[f"rnn{which}.{mode}" for which in range(3)] for mode in range(4)]
-_COUNTER = torch.zeros(8, dtype=torch.int64)  # of the barriers of a call that only packs
 
 
 def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor,
@@ -419,7 +423,7 @@ def _steps_back(grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, hx: Tensor, cx: 
     nt = 1 if batch * gates * units * n_out < _SERIAL else threads.count()
     cut, width = _cut(units, size, nt)
     cut_p, width_p = (0, width) if w_hr is None else _cut(n_out, size, nt)
-    places = _places(width_p * gates * units, width * n_out if cut_p else 0, max(width, width_p) * batch, 64)
+    places = _places(width_p * gates * units, width * n_out if cut_p else 0, max(width, width_p) * batch, _counters(nt))
     room = workspace(places[-1])
     _BACKWARD[dtype].run(
         nt, mode, steps, batch, 0 if table is None else table.data_ptr(), int(reverse), units, n_out, cut, cut_p,

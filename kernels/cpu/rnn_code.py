@@ -2,7 +2,8 @@
 
 A step multiplies the state, (rows, k), with the recurrent weights. Their columns, the units, are cut into panels of up to three
 vectors. A panel holds all gates of its units, and belongs to one thread, which keeps reading its panels from its own cache,
-computes the gates and the cell of its units, and meets the others at a barrier: one a step.
+computes the gates and the cell of its units, and meets the others at a barrier: one a step. A thread that is done before the
+others, because their cores are slower or busy with something else, takes panels that they have not begun.
 
 The product of the input is made the same way for a few steps at a time, just before they are taken, so that it is still in the
 cache when the state's product is added to it. Every sum runs along k in the same order, whatever the number of rows,
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .engine.pack import packer, sample
-from .engine.region import arrive, barrier, parallel, wait_for
+from .engine.region import arrive, atomic_add, atomic_load, barrier, parallel, wait_for
 from .engine.simd import (
     BFLOAT16,
     ELEMS,
@@ -220,6 +221,35 @@ def _step_rows(table, batch, t, steps):
     return first, load_scalar(INT64, table + t * 8 + 8) - first
 
 
+LINE = 64  # bytes; what threads count on lies in a line of its own
+
+
+@inline
+def _queue(counter, nt, met):
+    """Where the threads count the panels that are taken between two barriers: behind the barriers' counter, and from one to the
+    next in turn, so that the other can be cleared."""
+    return counter + LINE + met % 2 * nt * LINE
+
+
+@inline
+def _clear(queue, t):
+    store_scalar(INT64, queue + t * LINE, 0)
+
+
+@inline
+def _take(queue, t, nt, whose, cut):
+    """(a panel that nobody has taken, of thread ``whose`` % nt or of one that follows; whose it is), or (-1, …): none is left"""
+    while whose < t + nt:
+        v = whose % nt
+        first, count = cut * v // nt, cut * (v + 1) // nt - cut * v // nt
+        if atomic_load(queue + v * LINE) < count:
+            n = atomic_add(queue + v * LINE, 1)
+            if n < count:
+                return first + n, whose
+        whose += 1
+    return -1, whose
+
+
 @inline
 def _counter(room, first, k):
     """A job's counter of barriers; behind it, that of its steps that are done"""
@@ -373,6 +403,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         if fresh & 4:
             for q in range(p0, p1):
                 pack(q, cut_p, 1, 0, out, units, w_hr, 0, wp_n, wp_k, pp)
+        _clear(_queue(counter, nt, 0), t)
+        _clear(_queue(counter, nt, 1), t)
         if steps > 0:  # without steps the kernel only packs
             i0, i1 = batch * out * t // nt, batch * out * (t + 1) // nt
             copy(i0, i1, hx, state)
@@ -388,20 +420,14 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         for s in range(steps):
             at = steps - 1 - s if reverse else s
             start, rows = _step_rows(table, batch, at, steps)
-            if s % ahead == 0:  # the input's part of the next steps, for this thread's units
+            count = 0
+            if s % ahead == 0:  # the rows of the next steps, whose input's part is made with this one's
                 end = max(0, at - ahead + 1) if reverse else min(steps - 1, at + ahead - 1)
                 other, others = _step_rows(table, batch, end, steps)
                 row0 = other if reverse else start
                 count = start + rows - other if reverse else other + others - start
                 if below != 0:
                     wait_for(below, end + 1)
-                for q in range(q0, q1):
-                    first, vecs, _ = place(q, cut, units)
-                    xp, row, bp = xs + first * slots * vb * max(batch, chunk), slots * vecs * vb, bias + first * slots * vb
-                    product(count, vecs, gates, inputs, x + row0 * x_row, x_row, pi + first * gates * inputs * vb,
-                            bp if b_ih != 0 else 0, 0, xp, row)
-                    if mode == GRU:
-                        fill(count, vecs, bp + 3 * vecs * vb if b_ih != 0 else 0, xp + 3 * vecs * vb, row)
             last, following = state + s % 2 * state_size, state + (s + 1) % 2 * state_size
             if reverse:
                 until = 0 if s == steps - 1 else batch
@@ -409,10 +435,19 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 _, until = _step_rows(table, batch, at + 1, steps)
             y_out = y + start * y_row
             keep_at = keep + start * keep_row if keep != 0 else 0
-            for q in range(q0, q1):
+            queue = _queue(counter, nt, met)
+            _clear(_queue(counter, nt, met + 1), t)
+            q, whose = _take(queue, t, nt, t, cut)
+            while q >= 0:
                 first, vecs, cols = place(q, cut, units)
-                row = slots * vecs * vb
-                sp = xs + first * slots * vb * max(batch, chunk) + (start - row0) * row
+                row, xp = slots * vecs * vb, xs + first * slots * vb * max(batch, chunk)
+                if count > 0:
+                    bp = bias + first * slots * vb
+                    product(count, vecs, gates, inputs, x + row0 * x_row, x_row, pi + first * gates * inputs * vb,
+                            bp if b_ih != 0 else 0, 0, xp, row)
+                    if mode == GRU:
+                        fill(count, vecs, bp + 3 * vecs * vb if b_ih != 0 else 0, xp + 3 * vecs * vb, row)
+                sp = xp + (start - row0) * row
                 gp = sp + first_slot * vecs * vb
                 product(rows, vecs, gates, out, last, h_row, ph + first * gates * out * vb, gp, row, gp, row)
                 col = first * vb
@@ -429,15 +464,20 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                 else:
                     plain_cells(rows, until, vecs, cols, sp, row, rounding, mode == RELU, y_out + col, y_row, following + col,
                                 h_n + col, h_row)
+                q, whose = _take(queue, t, nt, whose, cut)
             met += 1
             barrier(counter, nt, met)
             if cut_p > 0:
-                for q in range(p0, p1):
+                queue = _queue(counter, nt, met)
+                _clear(_queue(counter, nt, met + 1), t)
+                q, whose = _take(queue, t, nt, t, cut_p)
+                while q >= 0:
                     first, vecs, cols = place(q, cut_p, out)
                     sp, col = sums + first * vb * batch, first * vb
                     product(rows, vecs, 1, units, hidden, units * size, pp + first * units * vb, 0, 0, sp, vecs * vb)
                     projected(rows, until, vecs, cols, sp, vecs * vb, rounding, y_out + col, y_row, following + col,
                               h_n + col, h_row)
+                    q, whose = _take(queue, t, nt, whose, cut_p)
                 met += 1
                 barrier(counter, nt, met)
             if done != 0 and t == 0:
@@ -571,14 +611,17 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
             pack(q, cut_h, 1, 0, out, gates * units, w_hh, 0, wh_n, wh_k, ph)
         if cut_p > 0:
             for q in range(q0, q1):
-                pack(q, cut, 1, 0, units, out, w_hr, 0, wp_n, wp_k, pp)
+                pack(q, cut, 1, 0, units, out, w_hr, 0, wp_n, wp_k, pp)  # read after the first barrier
         met = 0
         done, done_rows = 0, 0  # the step before, which the sequence takes after this one
         for s in range(steps + 1):
             at = s if reverse else steps - 1 - s
             start, rows = _step_rows(table, batch, at, steps)
             before, known = _step_rows(table, batch, at + 1 if reverse else at - 1, steps)
-            for q in range(p0, p1):
+            queue = _queue(counter, nt, met)
+            _clear(_queue(counter, nt, met + 1), t)
+            q, whose = _take(queue, t, nt, t, cut_h)
+            while q >= 0:
                 first, vecs, cols = place(q, cut_h, out)
                 sp, row, col = sums + first * vb * batch, vecs * vb, first * vb
                 if cut_p == 0:
@@ -605,16 +648,21 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
                     else:
                         plain_cells(rows, vecs, cols, sp, row, mode == RELU, y + start * h_row + col, h_row,
                                     dg + start * dg_row + col)
+                q, whose = _take(queue, t, nt, whose, cut_h)
             met += 1
             barrier(counter, nt, met)
             if cut_p > 0:
-                for q in range(q0, q1):
+                queue = _queue(counter, nt, met)
+                _clear(_queue(counter, nt, met + 1), t)
+                q, whose = _take(queue, t, nt, t, cut)
+                while q >= 0:
                     first, vecs, cols = place(q, cut, units)
                     sp, row, col = sums + first * vb * batch, vecs * vb, first * vb
                     product(rows, vecs, 1, out, d_out + start * h_row, h_row, pp + first * out * vb, 0, 0, sp, row)
                     lstm_cells(rows, vecs, cols, sp, row, keep + start * keep_row + col, keep_row,
                                keep + before * keep_row + 4 * c_row + col, keep_row, known, cx + col, dc + col, c_row,
                                dg + start * dg_row + col, dg_row, hidden + start * c_row + col)
+                    q, whose = _take(queue, t, nt, whose, cut)
                 met += 1
                 barrier(counter, nt, met)
             done, done_rows = start, rows
@@ -622,6 +670,8 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
     def kernel(nt, mode, steps, batch, table, reverse, units, out, cut, cut_p, hx, cx, w_hh, wh_n, wh_k, w_hr, wp_n, wp_k,
                ph, pp, y, keep, grad, dh, dc, dx, dg, d_out, hidden, sums, counter):
         store_scalar(INT64, counter, 0)
+        for v in range(2 * nt):
+            _clear(counter + LINE, v)
         parallel(nt, body, (mode, steps, batch, table, reverse, units, out, cut, cut_p, hx, cx, w_hh, wh_n, wh_k,
                             w_hr, wp_n, wp_k, ph, pp, y, keep, grad, dh, dc, dx, dg, d_out, hidden, sums, counter))
     return kernel

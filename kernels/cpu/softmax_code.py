@@ -476,7 +476,10 @@ def cross_entropy(elem_name: str, in_rows: bool, kind: str) -> Callable[..., Any
                     else:
                         weight = weight_of(w, t)
                         xt = float64(load_scalar(elem, x + o * xo + (i + line - r) * xi + t * xc))
-                        loss = keep * weight * ((m - xt) + log_sum)
+                        if logs:
+                            loss = weight * -xt  # of 0 it is −0
+                        else:
+                            loss = keep * weight * ((m - xt) + log_sum)
                         if smooth:
                             loss += each * rest
             store_scalar(FLOAT64, losses + line * 8, loss)

@@ -130,8 +130,10 @@ def silu(v, p0, p1):
 
 @inline
 def silu_backward(g, v, p0, p1):
-    s, slope = logistic_and_slope(v)
-    return g * fma(v, slope, s)
+    """The slope is s (1 + v (1 - s)), which keeps its sign where it vanishes"""
+    e = exp_below(-absolute(v))
+    r = 1.0 / (1.0 + e)
+    return g * (select(v < 0.0, e, 1.0) * r * fma(v, select(v < 0.0, 1.0, e) * r, 1.0))
 
 
 @inline
