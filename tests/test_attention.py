@@ -76,16 +76,38 @@ def test_masks_of_other_dtypes(dtype: torch.dtype) -> None:
               attention_scale())
 
 
-def test_a_float32_mask_beside_bfloat16() -> None:
-    q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=torch.bfloat16, grad=False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_float32_mask_beside_others(dtype: torch.dtype) -> None:
+    q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=dtype, grad=False)
     mask = randn(17, 31).requires_grad_()
     out = attention(q, k, v, mask, backend="cpu")
-    expected = torchs(q.float(), k.float(), v.float(), mask)
-    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
-    (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.float(), expected))
+    expected = torchs(q.double(), k.double(), v.double(), mask.double())
+    tolerance = 0.01 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.double(), expected))
     assert grad.dtype == torch.float32
-    torch.testing.assert_close(grad, wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(grad, wanted, rtol=2 * tolerance, atol=2 * tolerance)
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lowest_numbers_are_no_infinities(dtype: torch.dtype) -> None:
+    """Where a mask is finfo.min, which many write for -Inf, in a whole row, all that is not -Inf weighs the same, as in torch"""
+    low = torch.finfo(dtype).min
+    for shape, lq in (((9, 40), 9), ((1, 40), 1), ((9, 1), 9)):
+        q, k, v = tensors(1, 2, 2, lq, 40, 16, 8, dtype=dtype)
+        mask = torch.zeros(shape, dtype=dtype)
+        mask[0] = low
+        if shape == (9, 40):
+            mask[5], mask[7, 3:] = low, low
+            mask[5, :30] = -INF
+        mask.requires_grad_()
+        mine, wanted = (f(q, k, v, mask) for f in (lambda *t: attention(*t, backend="cpu"), torchs))
+        upstream = randn(*mine.shape, dtype=dtype)
+        grads, expected = (torch.autograd.grad(y, (q, k, v, mask), upstream) for y in (mine, wanted))
+        tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=3 * tolerance)
 
 def test_rows_that_see_nothing() -> None:
     """0, and a gradient of 0, whatever stands in the keys that they do not see."""

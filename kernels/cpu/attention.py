@@ -83,6 +83,12 @@ def _unit(t: Tensor, exact: bool = False) -> Tensor:
     return t[tuple(slice(0, 1 if step == 0 else size) for size, step in zip(t.shape, t.stride()))].contiguous()
 
 
+def _readable(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask as the kernels know it: bool, or of the queries' dtype or the one that they are computed in"""
+    mask = None if mask is None else _unit(mask)
+    return mask.double() if mask is not None and mask.dtype == torch.float32 and query.dtype == torch.float64 else mask
+
+
 class Plan:
     """What forward and backward have in common: the numbers that their kernels read.
 
@@ -231,7 +237,7 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
         if lse is not None:
             lse.fill_(-torch.inf)
         return
-    mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(stats.dtype)
+    mask, slopes = _readable(mask, query), None if slopes is None else slopes.to(stats.dtype)
     keys = key.shape[-2] if mask is None is offsets_q and not options[0] else 0
     c = _forward(*_alike(query, key, value, mask, slopes, offsets_q, offsets_k, options, _up(keys, _MANY)), out.stride())
     room, (fields, table) = workspace(c.room), c.memory(options[1], keys)
@@ -327,7 +333,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     compute, shape = stats.dtype, None
     if needs_mask and mask is not None:
         shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
-    mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(compute)
+    mask, slopes = _readable(mask, query), None if slopes is None else slopes.to(compute)
     grad, output, dq, dk, dv = _unit(grad, True), _unit(output, True), *out[:3]
     alike = _alike(query, key, value, mask, slopes, offsets_q, offsets_k, options)
     c = _backward(*alike, _lie(grad), _lie(output), _lie(dq), _lie(dk), _lie(dv), shape)

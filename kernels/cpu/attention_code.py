@@ -56,6 +56,7 @@ from .engine.vecmath import log as natural_log
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
+LOWEST = {4: -2e38, 8: -1e308}  # by size: what a mask adds at least, if it is not -Inf; times LOG2_E it is finite
 WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
@@ -153,7 +154,7 @@ def logit(e: Elem) -> Any:
     """(known(f, row), logits(known, s, j, j0, n, scale, softcap)): the logits of columns j … of a block of n from key j0 on, -Inf
     where the row may not look, and tanh's value for softcap. ``known`` is read once, as stores might change memory."""
     p = compute_elem(e)
-    flags = BYTES[p.size]
+    flags, lowest = BYTES[p.size], LOWEST[p.size]
 
     @inline
     def known(f, row):
@@ -191,7 +192,8 @@ def logit(e: Elem) -> Any:
                     bias = load(p, m) if whole else load_n(p, m, left)
                 if step == 0:
                     bias = spread(p, first_lane(bias))
-                x = fma(bias, LOG2_E, x)
+                # Lowest numbers, which many write for -Inf, stay numbers.
+                x = select(bias == -inf, -inf, fma(maximum_fast(spread(p, lowest), bias), LOG2_E, x))
         return select(seen, x, -inf), t
     return known, logits
 
@@ -209,6 +211,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
     """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)"""
     e = ELEMS[elem_name]
     p = compute_elem(e)
+    lowest = LOWEST[p.size]
     several, biases = wide(p, WIDTH), wide(e, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
@@ -264,6 +267,17 @@ def attention(elem_name: str) -> Callable[..., Any]:
         return top
 
     @outline
+    def shape_lowest(s, n, bias):
+        """Of a row whose logits are all -Inf: those of the lowest biases, to which nothing can be added, are not"""
+        best, low = spread(p, -inf), spread(p, lowest)
+        for j in range(0, n, L):
+            x, added = load(p, s + j * size), load_n(e, bias + j * e.size, min(L, n - j))
+            x = select((x == -inf) & (added < low) & (added != -inf) & first_lanes(p, n - j), low * LOG2_E, x)
+            store(p, s + j * size, x)
+            best = maximum_fast(select(first_lanes(p, n - j), x, -inf), best)
+        return reduce_max(best)
+
+    @outline
     def exponentials(s, n, room, factor, offset):
         """exp2 in place; zeros up to ``room``; the sum"""
         total, j = spread(p, 0.0), 0
@@ -314,7 +328,10 @@ def attention(elem_name: str) -> Callable[..., Any]:
                 top = largest(sr, here) * factor
             else:
                 if whole and biased(f, row, softcap):
-                    top = shape_biased(sr, here, load_scalar(INT64, row + MASK) + j0 * e.size, factor)
+                    bias = load_scalar(INT64, row + MASK) + j0 * e.size
+                    top = shape_biased(sr, here, bias, factor)
+                    if top == -inf:
+                        top = shape_lowest(sr, here, bias)
                 else:
                     here = n
                     top = shape(f, row, sr, n, j0, scale, softcap)
@@ -617,6 +634,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     """
     e = ELEMS[elem_name]
     p = compute_elem(e)
+    lowest = LOWEST[p.size]
     several, biases = wide(p, BACK_WIDTH), wide(e, BACK_WIDTH)
     L, W, size = p.lanes, p.lanes * BACK_WIDTH, p.size
     panel = 2 * L
@@ -847,7 +865,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                                                load_scalar(INT64, row + INDEX) + j0)
                             elif at(f, PLAIN) and whole:
                                 slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
-                            elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
+                            elif (whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0)
+                                  and offset > lowest):
                                 slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, at(f, MQ), factor,
                                               offset, inverse, delta_r, to + j0 * size if to else 0, at(f, BIAS_Q))
                             else:
