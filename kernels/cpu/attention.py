@@ -116,7 +116,7 @@ class Plan:
         self.f = f = dict.fromkeys(FIELDS, 0)
         f |= {"heads": heads, "group": heads // kv_heads, "pairs": sequences * kv_heads, "d": d, "dv": dv, "row_h": lq,
               "rows": items * heads * lq, "left": left, "right": right, "bottom": int(bottom), "prefix": prefix,
-              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk,
+              "drop": min(round(dropout * 2**32), 2**32 - 1), "drop_h": lq * lk, "drop_l": lk,
               "plain": int(plain and mask is None and slopes is None)}
         for name, t in (("q", q), ("k", k), ("v", v)):
             f[name + "h"], f[name + "l"], f[name + "d"] = t.steps[-3:]

@@ -134,12 +134,14 @@ def rows_of(e: Elem) -> Any:
     def prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st):
         lk = at(entry, T_LK)
         left, right = at(f, LEFT), at(f, RIGHT)
+        prefix = at(f, PREFIX) if right > 0 else 0  # of these positions a window hides nothing on the right
         for h in range(nh):
             for i in range(nq):
                 row = st + (h * nq + i) * ROW
                 place = i0 + i + shift
                 store_scalar(INT64, row + LO, min(max(place - left, 0), lk) if left >= 0 else 0)
-                store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if right >= 0 else lk)
+                inside = right >= 0 and not 0 <= place < prefix
+                store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if inside else lk)
                 store_scalar(INT64, row + MASK, mask + at(entry, T_MASK) + (h0 + h) * at(f, MH) + (i0 + i) * at(f, MQ))
                 store_scalar(INT64, row + INDEX, at(entry, T_DROP) + (h0 + h) * at(f, DROP_H) + (i0 + i) * at(f, DROP_L))
                 slope = 0.0
@@ -474,17 +476,20 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
             to_v = to_k + at(f, PACK_K)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+            prefix = min(at(f, PREFIX), lk)
             # Two stretches of keys: the prefix that all see, and what the block's window covers.
             low = load_scalar(INT64, st + LO)
             high = load_scalar(INT64, st + (nq - 1) * ROW + HI)
-            prefix = min(at(f, PREFIX), lk)
+            spans = at(f, RIGHT) > 0 and i0 + shift < prefix and i0 + nq + shift > 0  # some queries of the prefix
+            if spans:
+                high = lk
             low = min(low // panel * panel, high)
             if low <= up(prefix, panel):
                 low, high, prefix = 0, max(high, prefix), 0
             begin, end = lk * split // splits // panel * panel, lk * (split + 1) // splits // panel * panel
             if split == splits - 1:
                 end = lk
-            trim = nh == 1 and at(f, RIGHT) >= 0
+            trim = nh == 1 and at(f, RIGHT) >= 0 and not spans
             next_q, next_k, next_v = 0, 0, 0
             if 0 <= ahead < at(f, PAIRS):
                 next_b = ahead // kv_heads
@@ -829,15 +834,17 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                          panel)
                 clear(dks, keys, q_row)
                 clear(dvs, keys, g_row)
-                low, high = 0, lq
+                low, high, whole = 0, lq, 0
                 if j0 >= at(f, PREFIX):  # else all queries see some of these keys
+                    whole = max(0, min(lq, at(f, PREFIX) - shift)) if right > 0 and at(f, PREFIX) else 0  # that see all
                     low = max(0, j0 - reach) if right >= 0 else 0
                     high = min(lq, j0 + n - shift + left) if left >= 0 else lq
                 for h in range(hk * group, (hk + 1) * group):
-                    for i0 in range(low // bq * bq, high, bq):
+                    i0 = low // bq * bq if whole == 0 else 0
+                    while i0 < high:
                         nq = min(bq, lq - i0)
                         tiles = (nq + ROWS - 1) // ROWS
-                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach
+                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach and i0 >= whole
                         pack(q + at(entry, T_Q) + h * at(f, QH) + i0 * at(f, QL), at(f, QD), at(f, QL), d, nq, qs, q_row // size)
                         pack(g + at(entry, T_G) + h * at(f, GH) + i0 * at(f, GL), e.size, at(f, GL), dv_size, nq, gs,
                              g_row // size)
@@ -882,6 +889,9 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                         else:
                             multiply(tiles, dq_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
                                      to_q, dq_row)
+                        i0 += bq
+                        if whole <= i0 < low // bq * bq:
+                            i0 = low // bq * bq
                 write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
                 write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
                 j0 += n
