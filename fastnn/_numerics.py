@@ -322,22 +322,24 @@ def softmax_scale(log: bool, dim: int = -1) -> Scale:
     return scale
 
 
-def attention_scale(**options: Any) -> Scale:
-    """For scaled_dot_product_attention of (query, key, value[, attn_mask]), with causal, scale or grouped heads as ``options``.
+def attention_scale(is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, slopes: Tensor | None = None,
+                    **options: Any) -> Scale:
+    """For scaled_dot_product_attention of (query, key, value[, attn_mask]); ``options``: more of the plain maths' Options.
 
     A weight is an exponential, which magnifies what its argument has lost: the sum of its products' magnitudes. A weight below
     float32's smallest normal number, beside others that sum up to 1, may be 0.
     """
     from .kernels.reference import attention as plain
 
-    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+    def magnitudes(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
         query, key, value, *rest = (t.detach() if isinstance(t, Tensor) else t for t in inputs)
         mask = rest[0] if rest and isinstance(rest[0], Tensor) else None
         heads = query.shape[-3] if query.dim() > 2 else 1
-        factor = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
-        causal = plain.Options(scale=factor, right=0 if options.get("is_causal") else -1)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        o = plain.Options(**{"scale": factor, "right": 0 if is_causal else -1} | options)
         k, v = plain._grouped(key, heads), plain._grouped(value, heads)
-        weights = plain._scores(query, key, mask, None, None, None, causal).weights
+        found = plain._scores(query, key, mask, slopes, None, None, o)
+        weights = found.weights if found.kept is None else found.weights * (1 / (1 - o.dropout))
         lost = 1 + query.abs() @ k.abs().mT * abs(factor)
         if mask is not None and mask.dtype != torch.bool:
             lost = lost + mask.abs().nan_to_num(0, 0, 0)
@@ -356,4 +358,4 @@ def attention_scale(**options: Any) -> Scale:
             every.append(g.sum_to_size(mask.shape))
         return tuple(s for s, t in zip(every, inputs) if t.requires_grad)
 
-    return scale
+    return magnitudes
