@@ -25,7 +25,8 @@ from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK_Q, _BLOCK_K = 48, 512  # rows and keys of a block of scores
+_BLOCK_Q, _BLOCK_K = 96, 512  # rows and keys of a block of scores
+_WINDOW_Q = 48  # rows, where a window moves on with them
 _READ_K = 128  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
@@ -202,9 +203,10 @@ def _forward(*args: Any) -> Plan:
     lanes = simd().width // size
     rows = f["group"] * c.longest_q
     direct = rows <= _FEW and f["qd"] == f["kd"] == f["vd"] == to.size
-    few = c.longest_q < _BLOCK_Q
-    f["bq"] = c.longest_q if few else _BLOCK_Q
-    f["bh"] = min(f["group"], max(1, _BLOCK_Q // c.longest_q)) if few else 1
+    most = _WINDOW_Q if f["left"] >= 0 else _BLOCK_Q
+    few = c.longest_q < most
+    f["bq"] = c.longest_q if few else most
+    f["bh"] = min(f["group"], max(1, most // c.longest_q)) if few else 1
     f["pos_blocks"], f["head_blocks"] = -(-c.longest_q // f["bq"]), -(-f["group"] // f["bh"])
     f["bk"], f["direct"] = _READ_K if direct else _BLOCK_K, int(direct)
     panel = 2 * lanes
