@@ -322,36 +322,39 @@ def softmax_scale(log: bool, dim: int = -1) -> Scale:
     return scale
 
 
-def attention_scale(**options: Any) -> Scale:
-    """For scaled_dot_product_attention of (query, key, value[, attn_mask]), with causal, scale or grouped heads as ``options``.
+def attention_scale(is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, slopes: Tensor | None = None,
+                    **options: Any) -> Scale:
+    """For scaled_dot_product_attention of (query, key, value[, attn_mask]); ``options``: more of the plain maths' Options.
 
     A weight is an exponential, which magnifies what its argument has lost: the sum of its products' magnitudes. A weight below
     float32's smallest normal number, beside others that sum up to 1, may be 0.
     """
     from .kernels.reference import attention as plain
 
-    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+    def magnitudes(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
         query, key, value, *rest = (t.detach() if isinstance(t, Tensor) else t for t in inputs)
         mask = rest[0] if rest and isinstance(rest[0], Tensor) else None
         heads = query.shape[-3] if query.dim() > 2 else 1
-        factor = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
         k, v = plain._grouped(key, heads), plain._grouped(value, heads)
 
-        def magnitudes(first: int, last: int) -> Tensor:
+        def weighed(first: int, last: int) -> Tensor:
             """The weights of some queries, each with what its argument may have lost"""
             q = query[..., first:last, :]
             m = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
-            seen = plain.Options(scale=factor, right=first if options.get("is_causal") else -1)
-            weights = plain._scores(q, key, m, None, None, None, seen).weights
+            o = plain.Options(**{"scale": factor, "right": first if is_causal else -1} | options)
+            found = plain._scores(q, key, m, slopes, None, None, o)
+            weights = found.weights if found.kept is None else found.weights * (1 / (1 - o.dropout))
             lost = 1 + q.abs() @ k.abs().mT * abs(factor)
             if m is not None and m.dtype != torch.bool:
                 lost = lost + m.abs().nan_to_num(0, 0, 0)
             return weights * lost + torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
-        if grad is None:  # a stretch of queries at a time: never all scores of a long sequence
-            starts = range(0, max(query.shape[-2], 1), 512)
-            return (torch.cat([magnitudes(i, i + 512) @ v.abs() for i in starts], -2),)
-        weights = magnitudes(0, query.shape[-2])
+        if grad is None:  # where nothing else depends on a query's place, never all scores of a long sequence
+            n = max(query.shape[-2], 1)
+            step = n if options or slopes is not None else 512
+            return (torch.cat([weighed(i, i + step) @ v.abs() for i in range(0, n, step)], -2),)
+        weights = weighed(0, query.shape[-2])
         g = grad.abs() @ v.abs().mT
         g = weights * (g + (g * weights).sum(-1, keepdim=True))
         every = [
@@ -363,4 +366,4 @@ def attention_scale(**options: Any) -> Scale:
             every.append(g.sum_to_size(mask.shape))
         return tuple(s for s, t in zip(every, inputs) if t.requires_grad)
 
-    return scale
+    return magnitudes

@@ -134,7 +134,7 @@ BUILDS += [
         attention.attention_backward,
         (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
-        ("backward_queries", "backward_keys", "backward_mask"), spills=192, chips=("sm_90",), note=" everything",
+        ("backward_queries", "backward_keys", "backward_mask"), spills=208, chips=("sm_90",), note=" everything",
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),

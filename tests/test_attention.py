@@ -76,16 +76,38 @@ def test_masks_of_other_dtypes(dtype: torch.dtype) -> None:
               attention_scale())
 
 
-def test_a_float32_mask_beside_bfloat16() -> None:
-    q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=torch.bfloat16, grad=False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_float32_mask_beside_others(dtype: torch.dtype) -> None:
+    q, k, v = tensors(1, 2, 2, 17, 31, 16, 8, dtype=dtype, grad=False)
     mask = randn(17, 31).requires_grad_()
     out = attention(q, k, v, mask, backend="cpu")
-    expected = torchs(q.float(), k.float(), v.float(), mask)
-    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
-    (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.float(), expected))
+    expected = torchs(q.double(), k.double(), v.double(), mask.double())
+    tolerance = 0.01 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.double(), expected))
     assert grad.dtype == torch.float32
-    torch.testing.assert_close(grad, wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(grad, wanted, rtol=2 * tolerance, atol=2 * tolerance)
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lowest_numbers_are_no_infinities(dtype: torch.dtype) -> None:
+    """Where a mask is finfo.min, which many write for -Inf, in a whole row, all that is not -Inf weighs the same, as in torch"""
+    low = torch.finfo(dtype).min
+    for shape, lq in (((9, 40), 9), ((1, 40), 1), ((9, 1), 9)):
+        q, k, v = tensors(1, 2, 2, lq, 40, 16, 8, dtype=dtype)
+        mask = torch.zeros(shape, dtype=dtype)
+        mask[0] = low
+        if shape == (9, 40):
+            mask[5], mask[7, 3:] = low, low
+            mask[5, :30] = -INF
+        mask.requires_grad_()
+        mine, wanted = (f(q, k, v, mask) for f in (lambda *t: attention(*t, backend="cpu"), torchs))
+        upstream = randn(*mine.shape, dtype=dtype)
+        grads, expected = (torch.autograd.grad(y, (q, k, v, mask), upstream) for y in (mine, wanted))
+        tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=3 * tolerance)
 
 def test_rows_that_see_nothing() -> None:
     """0, and a gradient of 0, whatever stands in the keys that they do not see."""
@@ -121,6 +143,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"window": (11, 5)}, "left window": {"window": (3, None), "is_causal": True}, "no right": {"window": (None, 0)},
     "bottom right": {"is_causal": True, "align": "bottom-right"}, "windowed below": {"window": (20, 9), "align": "bottom-right"},
     "prefix": {"is_causal": True, "window": (9, 0), "global_prefix": 5}, "long prefix": {"is_causal": True, "global_prefix": 140},
+    "global": {"window": (11, 5), "global_prefix": 3},
+    "global below": {"window": (20, 9), "align": "bottom-right", "global_prefix": 60},
     "softcap": {"softcap": 2.0}, "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, 1.0])},
     "alibi of a batch": {"alibi_slopes": torch.rand(2, 4, generator=torch.Generator().manual_seed(1)), "align": "bottom-right"},
     "dropout": {"dropout_p": 0.4, "seed": 2**40 + 3}, "causal dropout": {"dropout_p": 0.4, "seed": 3, "is_causal": True},
@@ -182,12 +206,28 @@ def test_variable_lengths(options: dict[str, Any]) -> None:
             torch.testing.assert_close(out[:, a:b], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [(9, 4), (None, 6), (9, 0)], ids=str)
+def test_a_global_prefix_sees_and_is_seen(window: tuple[int | None, int]) -> None:
+    """As a mask says it to torch; the second block of queries, and of keys, is beyond the prefix"""
+    q, k, v = tensors(1, 2, 2, 210, 300, 8, 8)
+    i, j = torch.arange(210)[:, None], torch.arange(300)
+    seen = (j <= i + window[1]) & (j >= i - (300 if window[0] is None else window[0])) | (j < 5)
+    if window[1]:
+        seen[:5] = True
+    out, expected = attention(q, k, v, window=window, global_prefix=5, backend="cpu"), torchs(q, k, v, seen)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    upstream = randn(*out.shape)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_keeps_its_share_and_repeats() -> None:
     q, k = torch.zeros(1, 2, 64, 8), torch.zeros(1, 2, 500, 8)
     v = torch.ones(1, 2, 500, 8)
     first, again = (attention(q, k, v, dropout_p=0.25, seed=9, backend="cpu") for _ in range(2))
     assert torch.equal(first, again)
     assert 0.98 < float(first.mean()) < 1.02
+    assert not attention(q, k, v, dropout_p=1 - 1e-12, seed=9, backend="cpu").any()
     assert not torch.equal(first, attention(q, k, v, dropout_p=0.25, seed=10, backend="cpu"))
     torch.manual_seed(3)
     drawn = attention(q, k, v, dropout_p=0.25, backend="cpu")
@@ -351,6 +391,7 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (ValueError, {"window": (-2, 3)}, ["left", "-2"]),
     (ValueError, {"softcap": -1.0}, ["softcap", "-1.0"]),
     (RuntimeError, {"alibi_slopes": torch.ones(3)}, ["alibi_slopes", "(1, 4)", "(3,)"]),
+    (RuntimeError, {"alibi_slopes": torch.ones(4, requires_grad=True)}, ["alibi_slopes", "gradient"]),
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 5])}, ["cu_seqlens_q and cu_seqlens_k"]),
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_k": torch.tensor([0, 5])},
      ["cu_seqlens_q", "from 0 to 5", "[0, 4]"]),

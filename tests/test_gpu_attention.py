@@ -79,7 +79,8 @@ def test_against_float64(shape: Any, right: int, dtype: torch.dtype) -> None:
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"left": 11, "right": 5}, "left window": {"left": 3}, "bottom right": {"right": 0, "bottom_right": True},
-    "prefix": {"left": 9, "right": 0, "prefix": 5}, "long prefix": {"right": 0, "prefix": 40}, "softcap": {"softcap": 2.0},
+    "prefix": {"left": 9, "right": 0, "prefix": 5}, "global": {"left": 9, "right": 4, "prefix": 5},
+    "long prefix": {"right": 0, "prefix": 40}, "softcap": {"softcap": 2.0},
     "alibi": {"slopes": torch.tensor([[0.5, 0.1]]), "bottom_right": True},
     "dropout": {"dropout": 0.4, "seed": 2**63 - 5, "right": 0},
     "all": {"left": 30, "right": 7, "softcap": 3.0, "dropout": 0.2, "seed": 1, "slopes": torch.linspace(0, 1, 2), "prefix": 2,

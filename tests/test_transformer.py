@@ -238,11 +238,15 @@ T = torch.ones(L, B, E)
 WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda m: m(T, T, T, attn_mask=torch.ones(L, L + 1)), r"attn_mask.*5, 5.*5, 6"),
     (lambda m: m(T, T, T, attn_mask=torch.ones(B, L, L)), r"attn_mask.*12, 5, 5.*3, 5, 5"),
+    (lambda m: m(T, T, T, attn_mask=torch.ones(L)), r"attn_mask.*5, 5.*5"),
+    (lambda m: m(T, T, T, attn_mask=[[0.0]]), "attn_mask.*Tensor.*list"),
     (lambda m: m(T, T, T, is_causal=True, need_weights=False), "attn_mask"),
     (lambda m: m(T[..., :8], T, T), "12"),
     (lambda m: m(T, T, T[:4]), r"5, 3, 12.*4, 3, 12"),
     (lambda m: m(T, T[0], T[0]), "3"),
     (lambda m: m(T, T, T, key_padding_mask=torch.ones(B, L, dtype=torch.int64)), "key_padding_mask.*int64"),
+    (lambda m: m(T, T, T, key_padding_mask=torch.ones(L, B).bool()), r"key_padding_mask.*3, 5.*5, 3"),
+    (lambda m: m(T, T, T, key_padding_mask=torch.ones(B, L, 1).bool()), r"key_padding_mask.*3, 5.*3, 5, 1"),
 ]
 
 

@@ -63,7 +63,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         makers.append(random(*bias, seed=4, grad=train))
     if padded:
         makers.append(lambda dtype: (torch.arange(lk) < lk - 20).expand(b, 1, 1, lk))
-    options = {"is_causal": causal, "enable_gqa": h != hk}
+    options: dict[str, Any] = {"is_causal": causal, "enable_gqa": h != hk}
     own = {"is_causal": True, "window": (window, 0)} if window else options
 
     def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .._numerics import TORCH, attention_scale
+from ..kernels.reference import attention as plain
+from ..kv_cache import KVCache
 from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal
 
 
@@ -37,6 +39,23 @@ def checks() -> Iterator[Check]:
         mask[[3, 36]] = -math.inf
         return mask.to(dtype).requires_grad_()
 
+    def more(name: str, options: dict[str, Any], slopes: Tensor | None = None, mask: Tensor | None = None, **own: Any) -> Check:
+        """What torch has no word for, beside the plain maths in torch's functions, of which ``options`` are"""
+
+        def theirs(F: Any, *inputs: Tensor) -> Tensor:
+            wide = [t.float() if t.itemsize == 2 else t for t in inputs]
+            o = plain.Options(scale=inputs[0].shape[-1] ** -0.5, **options)
+            return plain.attention(*wide, mask, slopes, None, None, *o)[0].to(inputs[0].dtype)
+
+        def ours(F: Any, *inputs: Tensor) -> Tensor:
+            out: Tensor = F.scaled_dot_product_attention(*inputs, **own)
+            return out
+
+        scale = attention_scale(slopes=slopes, **options)
+        counted = scale if mask is None else lambda inputs, grad: scale([*inputs, mask], grad)
+        names = ("query", "key", "value")
+        return Check("attention", f"attention, {name}", all_of(*three(1, 2, 83, 16, long=151)), theirs, ours, names, counted)
+
     yield attention("2×3×37×61×24", *three(2, 3, 37, 24, long=61))
     yield attention("causal", *three(1, 2, 131, 33), lse=True, is_causal=True)
     yield attention("grouped heads", *three(1, 4, 37, 16)[:1], *three(1, 2, 61, 16)[1:], enable_gqa=True)
@@ -53,10 +72,37 @@ def checks() -> Iterator[Check]:
     yield attention("cancellation", *three(1, 2, 37, 16)[:2], _cancelling_values)
     yield attention("all equal", *[equal(1, 2, 37, 16)] * 3)
     yield attention("subnormal", *[subnormal(1, 2, 37, 16, seed=n) for n in range(3)])
+    yield more("window", {"left": 11, "right": 5}, window=(11, 5))
+    yield more("window, bottom right", {"left": 20, "right": 0, "bottom_right": True}, window=(20, 0), align="bottom-right")
+    yield more("window, global prefix", {"left": 9, "right": 4, "prefix": 5}, window=(9, 4), global_prefix=5)
+    yield more("softcap", {"softcap": 3.0}, softcap=3.0)
+    slopes = torch.tensor([0.25, 0.0625])
+    yield more("ALiBi", {"right": 0}, slopes, is_causal=True, alibi_slopes=slopes)
+    yield more("dropout", {"dropout": 0.1, "seed": 7}, dropout_p=0.1, seed=7)
+    ends = torch.tensor([0, 17, 17, 83]), torch.tensor([0, 30, 41, 151])
+    which = [torch.searchsorted(end, torch.arange(int(end[-1])), right=True) for end in ends]
+    together = which[0].unsqueeze(1) == which[1]
+    yield more("variable lengths", {}, None, together, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    lists = [normal(2, heads, 83, 16, seed=n, grad=False) for n, heads in ((1, 4), (2, 2), (3, 2))]
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+    yield Check(
+        "attention", "attention, prefill and decode", all_of(*lists),
+        lambda F, *inputs: F.scaled_dot_product_attention(*inputs, **options), _decoded, scale=attention_scale(**options),
+    )  # fmt: skip
     special = special_rows(24)
     yield attention(
         "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
     )
+
+
+def _decoded(F: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same causal attention in steps, over a cache"""
+    cache = KVCache(2, 2, 83, 16, dtype=query.dtype)
+    parts = []
+    for q, k, v in zip(*(t.split([77, 1, 1, 4], 2) for t in (query, key, value)), strict=True):
+        keys, values = cache.append(k, v)
+        parts.append(F.scaled_dot_product_attention(q, keys, values, is_causal=True, align="bottom-right", enable_gqa=True))
+    return torch.cat(parts, 2)
 
 
 def _cancelling_values(dtype: torch.dtype) -> Tensor:

@@ -39,16 +39,18 @@ def scaled_dot_product_attention(
 
     align: where the query at position i stands among the keys, for is_causal, window and alibi_slopes: "top-left": at i, as
     torch has it; "bottom-right": at i + Lk - Lq, as decoding wants it. window: (left, right), how many keys before and
-    behind that place are seen (None or -1: all). global_prefix: the first so many keys are seen by all, whatever is_causal
-    and window say (tokens that are to see all keys as well, as Longformer's do, are a call of their own). softcap c: scores
-    become c·tanh(scores / c), before masks. alibi_slopes (heads) or (batch, heads):
-    scores lose slope · distance (Press et al. 2022). cu_seqlens_q, cu_seqlens_k: query (heads, total, D) holds sequences
+    behind that place are seen (None or -1: all). global_prefix: so many positions at the beginning are global (Beltagy et al.
+    2020, section 3.1): all queries see their keys, whatever is_causal and window say, and their queries see all keys, but none
+    behind them where none are to be seen (is_causal, or a window that ends at 0). softcap c: scores become c·tanh(scores / c),
+    before masks. alibi_slopes (heads) or (batch, heads): scores lose slope · distance (Press et al. 2022); they have no
+    gradient. cu_seqlens_q, cu_seqlens_k: query (heads, total, D) holds sequences
     one after the other that do not see each other; number n is at [cu_seqlens[n], cu_seqlens[n + 1]). They rise from 0 to total:
     RuntimeError if not, but on a GPU, where a call does not wait for their values, they are made to.
     return_lse: also log Σ exp(scores) of each row, (…, Lq), in float32 at least. seed: of dropout; a weight is kept as a
     function of (seed, its index in (…, Lq, Lk)), and without a seed one is drawn from torch's default generator.
 
-    Raises RuntimeError for shapes and dtypes that do not fit, dropout_p outside [0, 1), and both attn_mask and is_causal;
+    Raises RuntimeError for shapes and dtypes that do not fit, dropout_p outside [0, 1), both attn_mask and is_causal, and
+    slopes that require a gradient;
     ValueError for an unknown align or a negative window, softcap or global_prefix.
     """
     if align not in ("top-left", "bottom-right"):
@@ -59,6 +61,10 @@ def scaled_dot_product_attention(
         raise RuntimeError(
             "scaled_dot_product_attention(): Explicit attn_mask should not be set when is_causal=True, got a mask of "
             f"shape {tuple(attn_mask.shape)}"
+        )
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "scaled_dot_product_attention(): alibi_slopes have no gradient: detach() them, or pass what they add as attn_mask"
         )
     left, right = (-1, -1) if window is None else (-1 if side is None else side for side in window)
     if is_causal:

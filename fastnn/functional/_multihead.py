@@ -14,9 +14,14 @@ from ._softmax import softmax
 def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]]) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"multi_head_attention_forward(): {name} must be Tensor, not {type(mask).__name__}")
     if tuple(mask.shape) not in shapes:
         allowed = " or ".join(map(str, shapes))
-        raise RuntimeError(f"multi_head_attention_forward(): {name} must have shape {allowed}, got {tuple(mask.shape)}")
+        same_kind = len(shapes) > 1 and mask.dim() in (2, 3)  # torch's error for these, and for all others
+        raise (RuntimeError if same_kind else AssertionError)(
+            f"multi_head_attention_forward(): {name} must have shape {allowed}, got {tuple(mask.shape)}"
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(
             f"multi_head_attention_forward(): only bool and floating types of {name} are supported, got {mask.dtype}"

@@ -24,6 +24,7 @@ def sinusoidal_positions(
 
     Vaswani et al. 2017 (arXiv:1706.03762), section 3.5. Computed in float64. RuntimeError for an odd size.
     """
+    _need("sinusoidal_positions", "size", size, size % 2 == 0, "even")
     angles = rotary_angles(length, size, offset=offset, base=base, dtype=torch.float64, device=device)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1).to(dtype)
 

@@ -25,7 +25,8 @@ from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK_Q, _BLOCK_K = 48, 512  # rows and keys of a block of scores
+_BLOCK_Q, _BLOCK_K = 96, 512  # rows and keys of a block of scores
+_WINDOW_Q = 48  # rows, where a window moves on with them
 _READ_K = 128  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
@@ -83,6 +84,12 @@ def _unit(t: Tensor, exact: bool = False) -> Tensor:
     return t[tuple(slice(0, 1 if step == 0 else size) for size, step in zip(t.shape, t.stride()))].contiguous()
 
 
+def _readable(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask as the kernels know it: bool, or of the queries' dtype or the one that they are computed in"""
+    mask = None if mask is None else _unit(mask)
+    return mask.double() if mask is not None and mask.dtype == torch.float32 and query.dtype == torch.float64 else mask
+
+
 class Plan:
     """What forward and backward have in common: the numbers that their kernels read.
 
@@ -110,7 +117,7 @@ class Plan:
         self.f = f = dict.fromkeys(FIELDS, 0)
         f |= {"heads": heads, "group": heads // kv_heads, "pairs": sequences * kv_heads, "d": d, "dv": dv, "row_h": lq,
               "rows": items * heads * lq, "left": left, "right": right, "bottom": int(bottom), "prefix": prefix,
-              "drop": round(dropout * 2**32), "drop_h": lq * lk, "drop_l": lk,
+              "drop": min(round(dropout * 2**32), 2**32 - 1), "drop_h": lq * lk, "drop_l": lk,
               "plain": int(plain and mask is None and slopes is None)}
         for name, t in (("q", q), ("k", k), ("v", v)):
             f[name + "h"], f[name + "l"], f[name + "d"] = t.steps[-3:]
@@ -196,9 +203,10 @@ def _forward(*args: Any) -> Plan:
     lanes = simd().width // size
     rows = f["group"] * c.longest_q
     direct = rows <= _FEW and f["qd"] == f["kd"] == f["vd"] == to.size
-    few = c.longest_q < _BLOCK_Q
-    f["bq"] = c.longest_q if few else _BLOCK_Q
-    f["bh"] = min(f["group"], max(1, _BLOCK_Q // c.longest_q)) if few else 1
+    most = _WINDOW_Q if f["left"] >= 0 else _BLOCK_Q
+    few = c.longest_q < most
+    f["bq"] = c.longest_q if few else most
+    f["bh"] = min(f["group"], max(1, most // c.longest_q)) if few else 1
     f["pos_blocks"], f["head_blocks"] = -(-c.longest_q // f["bq"]), -(-f["group"] // f["bh"])
     f["bk"], f["direct"] = _READ_K if direct else _BLOCK_K, int(direct)
     panel = 2 * lanes
@@ -231,7 +239,7 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
         if lse is not None:
             lse.fill_(-torch.inf)
         return
-    mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(stats.dtype)
+    mask, slopes = _readable(mask, query), None if slopes is None else slopes.to(stats.dtype)
     keys = key.shape[-2] if mask is None is offsets_q and not options[0] else 0
     c = _forward(*_alike(query, key, value, mask, slopes, offsets_q, offsets_k, options, _up(keys, _MANY)), out.stride())
     room, (fields, table) = workspace(c.room), c.memory(options[1], keys)
@@ -327,7 +335,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     compute, shape = stats.dtype, None
     if needs_mask and mask is not None:
         shape = (1,) * (2 - mask.dim()) + tuple(mask.shape)
-    mask, slopes = None if mask is None else _unit(mask), None if slopes is None else slopes.to(compute)
+    mask, slopes = _readable(mask, query), None if slopes is None else slopes.to(compute)
     grad, output, dq, dk, dv = _unit(grad, True), _unit(output, True), *out[:3]
     alike = _alike(query, key, value, mask, slopes, offsets_q, offsets_k, options)
     c = _backward(*alike, _lie(grad), _lie(output), _lie(dq), _lie(dk), _lie(dv), shape)

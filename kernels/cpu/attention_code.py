@@ -56,6 +56,7 @@ from .engine.vecmath import log as natural_log
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
+LOWEST = {4: -2e38, 8: -1e308}  # by size: what a mask adds at least, if it is not -Inf; times LOG2_E it is finite
 WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
 
 (HEADS, GROUP, PAIRS, D, DV, QH, QL, QD, KH, KL, KD, VH, VL, VD, OH, OL, MH, MQ, MK, AH, MASK_KIND, PLAIN, ROW_H, ALL_ROWS, LEFT,
@@ -133,12 +134,14 @@ def rows_of(e: Elem) -> Any:
     def prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st):
         lk = at(entry, T_LK)
         left, right = at(f, LEFT), at(f, RIGHT)
+        prefix = at(f, PREFIX) if right > 0 else 0  # of these positions a window hides nothing on the right
         for h in range(nh):
             for i in range(nq):
                 row = st + (h * nq + i) * ROW
                 place = i0 + i + shift
                 store_scalar(INT64, row + LO, min(max(place - left, 0), lk) if left >= 0 else 0)
-                store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if right >= 0 else lk)
+                inside = right >= 0 and not 0 <= place < prefix
+                store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if inside else lk)
                 store_scalar(INT64, row + MASK, mask + at(entry, T_MASK) + (h0 + h) * at(f, MH) + (i0 + i) * at(f, MQ))
                 store_scalar(INT64, row + INDEX, at(entry, T_DROP) + (h0 + h) * at(f, DROP_H) + (i0 + i) * at(f, DROP_L))
                 slope = 0.0
@@ -153,7 +156,7 @@ def logit(e: Elem) -> Any:
     """(known(f, row), logits(known, s, j, j0, n, scale, softcap)): the logits of columns j … of a block of n from key j0 on, -Inf
     where the row may not look, and tanh's value for softcap. ``known`` is read once, as stores might change memory."""
     p = compute_elem(e)
-    flags = BYTES[p.size]
+    flags, lowest = BYTES[p.size], LOWEST[p.size]
 
     @inline
     def known(f, row):
@@ -191,7 +194,8 @@ def logit(e: Elem) -> Any:
                     bias = load(p, m) if whole else load_n(p, m, left)
                 if step == 0:
                     bias = spread(p, first_lane(bias))
-                x = fma(bias, LOG2_E, x)
+                # Lowest numbers, which many write for -Inf, stay numbers.
+                x = select(bias == -inf, -inf, fma(maximum_fast(spread(p, lowest), bias), LOG2_E, x))
         return select(seen, x, -inf), t
     return known, logits
 
@@ -209,6 +213,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
     """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)"""
     e = ELEMS[elem_name]
     p = compute_elem(e)
+    lowest = LOWEST[p.size]
     several, biases = wide(p, WIDTH), wide(e, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
@@ -264,6 +269,17 @@ def attention(elem_name: str) -> Callable[..., Any]:
         return top
 
     @outline
+    def shape_lowest(s, n, bias):
+        """Of a row whose logits are all -Inf: those of the lowest biases, to which nothing can be added, are not"""
+        best, low = spread(p, -inf), spread(p, lowest)
+        for j in range(0, n, L):
+            x, added = load(p, s + j * size), load_n(e, bias + j * e.size, min(L, n - j))
+            x = select((x == -inf) & (added < low) & (added != -inf) & first_lanes(p, n - j), low * LOG2_E, x)
+            store(p, s + j * size, x)
+            best = maximum_fast(select(first_lanes(p, n - j), x, -inf), best)
+        return reduce_max(best)
+
+    @outline
     def exponentials(s, n, room, factor, offset):
         """exp2 in place; zeros up to ``room``; the sum"""
         total, j = spread(p, 0.0), 0
@@ -314,7 +330,10 @@ def attention(elem_name: str) -> Callable[..., Any]:
                 top = largest(sr, here) * factor
             else:
                 if whole and biased(f, row, softcap):
-                    top = shape_biased(sr, here, load_scalar(INT64, row + MASK) + j0 * e.size, factor)
+                    bias = load_scalar(INT64, row + MASK) + j0 * e.size
+                    top = shape_biased(sr, here, bias, factor)
+                    if top == -inf:
+                        top = shape_lowest(sr, here, bias)
                 else:
                     here = n
                     top = shape(f, row, sr, n, j0, scale, softcap)
@@ -457,17 +476,20 @@ def attention(elem_name: str) -> Callable[..., Any]:
                     pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
             to_v = to_k + at(f, PACK_K)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
+            prefix = min(at(f, PREFIX), lk)
             # Two stretches of keys: the prefix that all see, and what the block's window covers.
             low = load_scalar(INT64, st + LO)
             high = load_scalar(INT64, st + (nq - 1) * ROW + HI)
-            prefix = min(at(f, PREFIX), lk)
+            spans = at(f, RIGHT) > 0 and i0 + shift < prefix and i0 + nq + shift > 0  # some queries of the prefix
+            if spans:
+                high = lk
             low = min(low // panel * panel, high)
             if low <= up(prefix, panel):
                 low, high, prefix = 0, max(high, prefix), 0
             begin, end = lk * split // splits // panel * panel, lk * (split + 1) // splits // panel * panel
             if split == splits - 1:
                 end = lk
-            trim = nh == 1 and at(f, RIGHT) >= 0
+            trim = nh == 1 and at(f, RIGHT) >= 0 and not spans
             next_q, next_k, next_v = 0, 0, 0
             if 0 <= ahead < at(f, PAIRS):
                 next_b = ahead // kv_heads
@@ -617,6 +639,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     """
     e = ELEMS[elem_name]
     p = compute_elem(e)
+    lowest = LOWEST[p.size]
     several, biases = wide(p, BACK_WIDTH), wide(e, BACK_WIDTH)
     L, W, size = p.lanes, p.lanes * BACK_WIDTH, p.size
     panel = 2 * L
@@ -811,15 +834,17 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                          panel)
                 clear(dks, keys, q_row)
                 clear(dvs, keys, g_row)
-                low, high = 0, lq
+                low, high, whole = 0, lq, 0
                 if j0 >= at(f, PREFIX):  # else all queries see some of these keys
+                    whole = max(0, min(lq, at(f, PREFIX) - shift)) if right > 0 and at(f, PREFIX) else 0  # that see all
                     low = max(0, j0 - reach) if right >= 0 else 0
                     high = min(lq, j0 + n - shift + left) if left >= 0 else lq
                 for h in range(hk * group, (hk + 1) * group):
-                    for i0 in range(low // bq * bq, high, bq):
+                    i0 = low // bq * bq if whole == 0 else 0
+                    while i0 < high:
                         nq = min(bq, lq - i0)
                         tiles = (nq + ROWS - 1) // ROWS
-                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach
+                        trim = right >= 0 and j0 >= at(f, PREFIX) and j0 + n > i0 + reach and i0 >= whole
                         pack(q + at(entry, T_Q) + h * at(f, QH) + i0 * at(f, QL), at(f, QD), at(f, QL), d, nq, qs, q_row // size)
                         pack(g + at(entry, T_G) + h * at(f, GH) + i0 * at(f, GL), e.size, at(f, GL), dv_size, nq, gs,
                              g_row // size)
@@ -847,7 +872,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                                                load_scalar(INT64, row + INDEX) + j0)
                             elif at(f, PLAIN) and whole:
                                 slopes_plain(s_r, dp_r, here, n, factor, offset, inverse, delta_r)
-                            elif whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0):
+                            elif (whole and not drops and biased(f, row, softcap) and (bias == 0 or at(f, BIAS_K) != 0)
+                                  and offset > lowest):
                                 slopes_biased(s_r, dp_r, here, n, load_scalar(INT64, row + MASK) + j0 * e.size, at(f, MQ), factor,
                                               offset, inverse, delta_r, to + j0 * size if to else 0, at(f, BIAS_Q))
                             else:
@@ -863,6 +889,9 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
                         else:
                             multiply(tiles, dq_row // p.bytes, n, dp, s_row, size, k_rows, panel * size, bk * panel * size, True,
                                      to_q, dq_row)
+                        i0 += bq
+                        if whole <= i0 < low // bq * bq:
+                            i0 = low // bq * bq
                 write(dk + at(entry, T_DK) + hk * at(f, YH) + j0 * at(f, YL), at(f, YL), dks, q_row, n, d, scale)
                 write(dv + at(entry, T_DV) + hk * at(f, ZH) + j0 * at(f, ZL), at(f, ZL), dvs, g_row, n, dv_size, keep)
                 j0 += n

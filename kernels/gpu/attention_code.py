@@ -85,6 +85,8 @@ def _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, r
             seen = seen & (j >= i + shift - left)
         if PREFIX & KIND:
             seen = seen | ((j < prefix) & (j < lk))
+            if RIGHT & KIND:
+                seen = seen | ((i + shift >= 0) & (i + shift < prefix) & (right > 0) & (j < lk))
         x = tl.where(seen, x, float("-inf"))
     return x, t
 
@@ -151,6 +153,8 @@ def _keys_seen(first, last, lq, lk, shift, left, right, prefix, KIND: tl.constex
     if PREFIX & KIND:
         high_prefix = tl.minimum(tl.cdiv(prefix, BN) * BN, lk)
         low = tl.maximum(low, tl.cdiv(high_prefix, BN) * BN)
+        if RIGHT & KIND:  # who stands in the prefix sees all, but for the future
+            high = tl.where((right > 0) & (first + shift < prefix) & (last + shift >= 0), lk, high)
     if VARLEN & KIND:  # a block beyond the sequence's end
         high = tl.where(first < lq, high, 0)
         high_prefix = tl.where(first < lq, high_prefix, 0)
@@ -462,7 +466,7 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
 
     # The queries that see some of these keys, and those that see all.
     first, last = block * BN, tl.minimum(block * BN + BN, lk) - 1
-    low, high, low_full, high_full = 0, lq, 0, lq
+    low, high, low_full, high_full, all_high = 0, lq, 0, lq, 0
     if RIGHT & KIND:
         low = tl.maximum(0, first - shift - right) // BM * BM
         low_full = tl.cdiv(tl.maximum(0, last - shift - right), BM) * BM
@@ -473,9 +477,13 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
         whole = first < prefix
         low, high = tl.where(whole, 0, low), tl.where(whole, lq, high)
         low_full, high_full = tl.where(whole, 0, low_full), tl.where(whole, 0, high_full)
+        if RIGHT & KIND:  # queries in the prefix
+            all_high = tl.where(whole | (right == 0), 0, tl.minimum(lq, tl.maximum(0, prefix - shift)))
+            low = tl.maximum(low, tl.cdiv(all_high, BM) * BM)
     if VARLEN & KIND:
         high = tl.where(first < lk, high, 0)
         high_full = tl.where(first < lk, high_full, 0)
+        all_high = tl.where(first < lk, all_high, 0)
     low_full = tl.maximum(low_full, low)
 
     dk_block = tl.zeros((BN, BD), tl.float32)
@@ -488,9 +496,9 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
             mask_at = mask + b * smb + head * smh + q0 * smq + k0 * smk
         if SLOPES & KIND:
             slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
-        for n in tl.static_range(1, 4):
-            if n == 2 or (n == 1 and RIGHT & KIND) or (n == 3 and (LEFT | PREFIX) & KIND):
-                begin, stop = _stretch(n, low, low_full, high_full, high, 0)
+        for n in tl.static_range(4):
+            if n == 2 or (n < 2 and RIGHT & KIND and (n or PREFIX & KIND)) or (n == 3 and (LEFT | PREFIX) & KIND):
+                begin, stop = _stretch(n, low, low_full, high_full, high, all_high)
                 dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, stats,
                                                     delta, rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
                                                     mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1,

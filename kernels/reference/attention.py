@@ -20,7 +20,7 @@ class Options(NamedTuple):
 
     A query at position i stands at i + shift among the keys, shift = 0, or with ``bottom_right`` the number of keys
     minus that of queries. It sees the keys from ``left`` before to ``right`` behind that place (-1: all), and the first
-    ``prefix`` ones. softcap 0: none.
+    ``prefix`` ones; all keys if it stands among those itself, unless ``right`` is 0: what is causal stays so. softcap 0: none.
     """
 
     dropout: float = 0.0
@@ -56,7 +56,10 @@ def distances(lq: int, lk: int, offsets_q: Tensor | None, offsets_k: Tensor | No
         seen &= d >= -o.left
     if o.right >= 0:
         seen &= d <= o.right
-    return d, (seen | (j < o.prefix)) & (sq == sk)
+    seen |= j < o.prefix
+    if o.right > 0:
+        seen |= (j - d >= 0) & (j - d < o.prefix)
+    return d, seen & (sq == sk)
 
 
 def _grouped(t: Tensor, heads: int) -> Tensor:
