@@ -1,5 +1,6 @@
 """What stands between a call and a GPU kernel: autocast, the words when something is missing, the device."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import fastnn.functional as F
 from fastnn import backends, ops
 from fastnn.kernels.gpu.engine import launch
 from fastnn.ops._operator import Operator
-from gpu import HERE
+from gpu import HERE, end_if_the_gpu_is_lost
 
 pytestmark = pytest.mark.gpu
 
@@ -130,6 +131,25 @@ def test_capture_in_a_graph(stream: bool) -> None:
         graph.replay()
         torch.cuda.synchronize()
         torch.testing.assert_close(y, step())
+
+
+def test_a_lost_gpu_ends_its_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under xdist so that another one begins; the first line of CUDA's words is the reason."""
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
+
+    ended: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lost)
+        patch.setattr(os, "_exit", ended.append)
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        with pytest.raises(pytest.exit.Exception, match="lost to this process: CUDA error: an illegal memory access"):
+            end_if_the_gpu_is_lost()
+        patch.setenv("PYTEST_XDIST_WORKER", "gw0")
+        patch.setattr(pytest, "exit", lambda *args, **options: None)
+        end_if_the_gpu_is_lost()
+    assert ended == [3]
+    assert "illegal memory access" in capsys.readouterr().err
 
 
 def test_importing_fastnn_imports_no_triton() -> None:

@@ -19,7 +19,7 @@ from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
 from gpu import DEVICE, HERE, run
 
-pytestmark = [] if HERE else [needs_compiler]
+pytestmark = [pytest.mark.gpu] if HERE else [pytest.mark.gpu, needs_compiler]
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 PACKED = torch.tensor([5, 5, 3, 1])
 

@@ -183,3 +183,14 @@ CASES = [
     layers("gru", "tiny", 50, 8, 64, 64, goals={"best": 1.5}),
     *(cell(mode, 1, units, goals={"best": 6.0 if units == 64 else 2.5}) for mode in GATES for units in (64, 256)),
 ]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True}
+CASES += [
+    layers("lstm", "deep", 512, 10, 256, 256, 6, goals={"torch": 4.0}, **_GPU),
+    layers("gru", "deep", 512, 10, 256, 256, 6, goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "deep", 512, 10, 256, 256, 6, kind="train", goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "deep_both_ways", 512, 10, 256, 256, 3, 2, goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "wide", 128, 32, 2048, 2048, goals={"torch": 1.0}, **_GPU),  # whose weights do not fit on the chip
+    qrnn(512, 20, 640, goals={"torch": 4.0}, **_GPU),
+]
