@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops import activation, attention, conv, embedding, matmul, norm, softmax
+from fastnn.ops import activation, attention, conv, embedding, matmul, norm, rnn, softmax
 from fastnn.ops._operator import Operator
 
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -157,3 +157,15 @@ BUILDS += [
         chips=("sm_90",),
     ),
 ]
+
+# Recurrent layers step by step; at once they are CUDA C.
+STATE, WIDE = t(32, 2048, dtype=F32), t(8192, 2048, dtype=F32)
+BUILDS += [
+    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True), chips=("sm_90", "gfx942")),
+    Build(
+        rnn.recurrent_backward,
+        (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:6144], WIDE[:6144], None, None, None, STATE,
+         t(32, 8192, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
+        chips=("sm_90", "gfx942"),
+    ),
+]  # fmt: skip

@@ -47,7 +47,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[floa
     tune._found.clear()
 
 
-def choose(seconds: dict[int, float], sizes: tuple[int, ...] = (100, 200), options: Any = (torch.bfloat16,), few: Any = FEW) -> Any:
+def choose(
+    seconds: dict[int, float], sizes: tuple[int, ...] = (100, 200), options: Any = (torch.bfloat16,), few: Any = FEW
+) -> Any:
     def call(tile: Tile) -> float:
         if tile.m not in seconds:
             raise RuntimeError("out of shared memory")
@@ -160,7 +162,7 @@ def test_every_kernel_with_a_table_asks_and_takes_what_it_is_told(timed: list[fl
     rest = (None, None, None, None, 0.0, 0, 0.25, -1, -1, True, 0, 0.0)
     out, stats = run(attention_ops.attention, q, k, v, *rest)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    exact = torch.nn.functional.scaled_dot_product_attention(*leaves, scale=0.25)
+    exact = torch.nn.functional.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=0.25)
     torch.testing.assert_close(out, exact.detach(), rtol=1e-5, atol=1e-5)
     found = run(attention_ops.attention_backward, g, q, k, v, *rest[:4], out, stats, None, False, *rest[4:])
     for mine, theirs in zip(found, torch.autograd.grad(exact, leaves, g), strict=False):

@@ -125,7 +125,8 @@ class Call:
         block = self.blocks(table)
         if not tune.ON:
             return block
-        few = [block, block._replace(warps=12 - block.warps), *(block._replace(stages=n) for n in (1, 2, 3) if n != block.stages)]
+        few = [block, block._replace(warps=12 - block.warps)]
+        few += [block._replace(stages=n) for n in (1, 2, 3) if n != block.stages]
         few += [block._replace(rows=block.rows // 2)] if block.rows > 16 else []
         sizes = (self.items * self.heads, self.group, self.lq, self.lk, self.d, self.dv)
         return tune.choose(kernel, launch.chip(self.query.device), (self.query.dtype, self.precision, kind), sizes, block, few, run)

@@ -272,9 +272,10 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     positions = out.shape[0] * math.prod(-(-n // step) if transposed else n for n, step in zip(size, s))
     columns = o * groups if depthwise else o
     few = [
-        t._replace(n=power_of_two(columns, 1 if depthwise else 16, t.n), m=power_of_two(positions, 16, min(t.m, 64) if flat else t.m))
+        t._replace(n=power_of_two(columns, 1 if depthwise else 16, t.n),
+                   m=power_of_two(positions, 16, min(t.m, 64) if flat else t.m))
         for t in ((_DEPTHWISE,) if depthwise else _tiles(_TILES, input))
-    ]
+    ]  # fmt: skip
     common = [math.gcd(a, b) for a, b in zip(s, d)]
     inverse = [pow(b // g, -1, a // g) if a > g else 0 for a, b, g in zip(s, d, common)]
     how = precision(input, torch.backends.cudnn.allow_tf32)

@@ -1,9 +1,9 @@
 """Which of the few configurations of a kernel a call gets: by default the one that the family's own table says.
 
-With FASTNN_TUNE=1 they are timed, by CUDA events, at the first call of each kind: a kernel, a dtype, options, and sizes rounded up
-to powers of two. The fastest is kept, in the process and in the cache folder, in a file for the chip and these sources. Nothing
-is timed while a CUDA graph is captured, and where torch is asked for deterministic algorithms the table decides: what is fastest
-may be another one in another process, and with it the order of a sum.
+With FASTNN_TUNE=1 they are timed, by CUDA events, at the first call of each kind: a kernel, a dtype, options, and sizes rounded
+up to powers of two. The fastest is kept, in the process and in the cache folder, in a file for the chip and these sources.
+Nothing is timed while a CUDA graph is captured, and where torch is asked for deterministic algorithms the table decides: what
+is fastest may be another one in another process, and with it the order of a sum.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -86,7 +86,7 @@ def _seconds(run: Callable[[Config], object], config: Config) -> float:
         return float("inf")
 
 
-def choose(kernel: str, chip: Chip, options: Sequence[Hashable], sizes: Sequence[int], shipped: Config, few: Sequence[Config],
+def choose(kernel: str, chip: Chip, options: Sequence[object], sizes: Sequence[int], shipped: Config, few: Sequence[Config],
            run: Callable[[Config], object]) -> Config:  # fmt: skip
     """A configuration, of the ``few``, for calls of this kind; ``shipped`` is the table's.
 
