@@ -77,6 +77,7 @@ BUILDS += [
     Build(softmax.softmax, (t(4096, 4096), -1)),
     Build(softmax.softmax, (t(16, 128000), -1)),
     Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(softmax.cross_entropy, (t(8, 1 << 20), t(8, 1 << 20), None, -100, "mean", 0.1), chips=("sm_90",), note=" in parts"),
     Build(
         softmax.cross_entropy_backward,
         (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
@@ -161,7 +162,8 @@ BUILDS += [
 # Recurrent layers step by step; at once they are CUDA C.
 STATE, WIDE = t(32, 2048, dtype=F32), t(8192, 2048, dtype=F32)
 BUILDS += [
-    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True), chips=("sm_90", "gfx942")),
+    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True),
+          chips=("sm_90", "gfx942")),
     Build(
         rnn.recurrent_backward,
         (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:6144], WIDE[:6144], None, None, None, STATE,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
@@ -157,7 +158,7 @@ def test_every_kernel_with_a_table_asks_and_takes_what_it_is_told(timed: list[fl
     y = run(conv_ops.conv, x, w, None, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, None)
     torch.testing.assert_close(y, torch.conv2d(x, w, padding=1), rtol=1e-5, atol=1e-4)
     dw = run(conv_ops.conv_weight, y, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    torch.testing.assert_close(dw, torch.nn.grad.conv2d_weight(x, w.shape, y, padding=1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dw, conv2d_weight(x, w.shape, y, padding=1), rtol=1e-5, atol=1e-4)
     q, k, v, g = (randn(1, 2, 20, 16, seed=n).to(DEVICE) for n in range(4))
     rest = (None, None, None, None, 0.0, 0, 0.25, -1, -1, True, 0, 0.0)
     out, stats = run(attention_ops.attention, q, k, v, *rest)

@@ -129,7 +129,8 @@ class Call:
         few += [block._replace(stages=n) for n in (1, 2, 3) if n != block.stages]
         few += [block._replace(rows=block.rows // 2)] if block.rows > 16 else []
         sizes = (self.items * self.heads, self.group, self.lq, self.lk, self.d, self.dv)
-        return tune.choose(kernel, launch.chip(self.query.device), (self.query.dtype, self.precision, kind), sizes, block, few, run)
+        options = self.query.dtype, self.precision, kind
+        return tune.choose(kernel, launch.chip(self.query.device), options, sizes, block, few, run)
 
     def constants(self, block: Blocks) -> dict[str, Any]:
         return {"PRECISION": self.precision, "BD": self.bd, "BV": self.bv, "num_warps": block.warps, "num_stages": block.stages}
