@@ -81,6 +81,21 @@ def end_if_the_gpu_is_lost() -> None:
         os._exit(3)
 
 
+def watched(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any, dict[str, Any]], Any]) -> list[Any]:
+    """what(kernel, options) of each launch to come"""
+    from fastnn.kernels.gpu.engine import launch
+
+    seen: list[Any] = []
+    right = launch.run
+
+    def run(kernel: Any, *args: Any, **options: Any) -> None:
+        seen.append(what(kernel, options))
+        right(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "run", run)
+    return seen
+
+
 def filled(shape: Sequence[int], value: float) -> Tensor:
     """A scale that is the same everywhere."""
     return torch.full(tuple(shape), value, dtype=torch.float64)

@@ -17,17 +17,20 @@ class Build:
     """A call of an operator. Tensors are written as their shape and dtype: ``t(4096, 4096)``.
 
     matrix: names of the kernels launched that must use the matrix instruction; best: it must be the newest one of each chip
-    (wgmma, tcgen05). spills: bytes that are allowed. chips: what to compile for.
+    (wgmma, tcgen05). copied: kernels that must read by tensor maps (TMA) where the chip has them. spills: bytes that are allowed.
+    chips: what to compile for.
     """
 
     op: Operator
     args: tuple[Any, ...]
     matrix: tuple[str, ...] = ()
     best: bool = False
+    copied: tuple[str, ...] = ()
     spills: int = 0
     chips: tuple[str, ...] = ALL
     note: str = ""
     float32: str | None = None  # what set_float32_precision is told
+    plain: bool = False  # convolutions by columns
 
     @property
     def family(self) -> str:
@@ -62,8 +65,9 @@ BUILDS += [
 
 # Products: the large tile with its epilogue, a transposed operand, few tiles and a long sum, plain float32.
 BUILDS += [
-    Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True),
-    Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
+    Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True,
+          copied=("product",)),
+    Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True, copied=("product",)),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
@@ -121,6 +125,7 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
     return q, q, k, v, mask, *rest[:3], q, t(2, *q.shape[:-1], dtype=F32), None, mask is not None, *rest[3:]
 
 
+SPILLS_64 = SPILLS_256 = 0
 ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
@@ -137,6 +142,16 @@ BUILDS += [
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
         ("backward_queries", "backward_keys", "backward_mask"), spills=192, chips=("sm_90",), note=" everything",
     ),
+    Build(attention.attention, attend(4, 12, 12, 512, 512, 64), ("forward",), best=True, chips=("sm_100", "gfx942")),
+    Build(
+        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
+        chips=("sm_90", "sm_100"), spills=SPILLS_64,
+    ),
+    Build(attention.attention, attend(2, 8, 8, 1024, 1024, 256), ("forward",), chips=("sm_90", "sm_100"), spills=SPILLS_256),
+    Build(
+        attention.attention_backward, attend_backward(2, 8, 8, 1024, 1024, 256), ("backward_queries", "backward_keys"),
+        chips=("sm_90", "sm_100"), spills=SPILLS_256,
+    ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
@@ -152,7 +167,15 @@ BUILDS += [
         ("convolution",), chips=("sm_80",),
     ),
     Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
-    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",), chips=("sm_80", "sm_90", "gfx942")),
+    Build(
+        conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "relu"), ("product",), best=True, copied=("product",), plain=True,
+        chips=("sm_90",), note=" by columns",
+    ),
+    Build(
+        conv.conv, (X, W3, None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), ("product",), plain=True,
+        chips=("gfx942",), note=" by columns",
+    ),
+    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
     Build(
         conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
         chips=("sm_90",),

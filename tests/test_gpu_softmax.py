@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'fast
 from fastnn.kernels import linear_loss
 from fastnn.kernels.gpu import softmax as kernels
 from fastnn.ops import softmax as ops
-from gpu import DEVICE, DTYPES, check, filled, run
+from gpu import DEVICE, DTYPES, check, filled, run, watched
 from rule import LAYOUTS, randn
 
 pytestmark = [
@@ -164,10 +164,7 @@ def test_losses_of_many_classes_are_taken_in_steps(whole: int, monkeypatch: pyte
     """By one program or, few lines with more classes than ``whole``, by several"""
     monkeypatch.setattr(kernels, "_STEP", 32)
     monkeypatch.setattr(kernels, "_WHOLE", whole)
-    cut: list[str] = []
-    right = kernels.launch.run
-    monkeypatch.setattr(kernels.launch, "run", lambda kernel, *args, **options: (cut.append(kernel.__name__),
-                                                                              right(kernel, *args, **options)))  # fmt: skip
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
     x, target, p, weight = losses_of(torch.float32, (3, 100))
     for q, smoothing in ((target, 0.0), (target, 0.2), (p, 0.1)):
         rest = (-100, "none", smoothing)
@@ -175,7 +172,7 @@ def test_losses_of_many_classes_are_taken_in_steps(whole: int, monkeypatch: pyte
         g = randn(3, seed=8)
         check(ops.cross_entropy_backward, g, x, q, weight, lse, *rest, scale=lambda *_: [filled((3, 100), 10.0)])
     check(ops.nll_loss_backward, randn(3, seed=8), x, target, weight, -100, "none")
-    assert ("line_sums" in cut) == (whole == 64)
+    assert ("line_sums" in launched) == (whole == 64)
 
 
 # A linear layer and its cross-entropy

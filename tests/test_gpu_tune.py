@@ -139,7 +139,7 @@ def test_every_kernel_with_a_table_asks_and_takes_what_it_is_told(timed: list[fl
     def last(kernel: str, chip: Any, options: Any, sizes: Any, shipped: Any, few: Any, run: Any) -> Any:
         assert shipped in few
         assert len(set(few)) == len(few)
-        hash(tuple(map(str, options)))
+        few = [f for f in few if f != conv._COLUMNS]
         run(few[0])
         seen[kernel] = few[-1]
         return few[-1]

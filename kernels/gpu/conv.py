@@ -4,6 +4,9 @@ Everything is three-dimensional here: a missing dimension has size 1. A transpos
 input, falls into *phases*: outputs that are alike modulo the strides meet the same taps, so nothing is multiplied by zeros (Shi
 et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Either way output x of a dimension meets in tap
 a what lies at x · move + base + a · delta. Depthwise convolutions are sums of products without a matrix instruction.
+
+``conv_columns`` is the plain path, with an explicit im2col or col2im. A tuner may find it faster; otherwise it is taken only
+where PLAIN says so.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import three
+from . import conv_columns
 from .engine import functions, launch, tune
 from .engine.launch import power_of_two
 from .matmul import precision
@@ -242,6 +246,8 @@ _TILES = {2: (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32
           4: (Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2))}
 _WEIGHT_TILES = {2: (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)), 4: (Tile(32, 32, 16, 4, 2),)}
 _DEPTHWISE = Tile(64, 32, 1, 4, 1)
+_COLUMNS = Tile(0, 0, 0, 0, 0)  # stands for the plain path
+PLAIN = False
 _FEW = 16  # channels below which a step takes several taps
 _PARTS = 64  # parts of a sum over positions at most
 
@@ -280,7 +286,12 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     inverse = [pow(b // g, -1, a // g) if a > g else 0 for a, b, g in zip(s, d, common)]
     how = precision(input, torch.backends.cudnn.allow_tf32)
 
+    window = conv_columns.Window(weight.shape[2:], stride, padding, dilation)
+
     def run(tile: Tile, out: Tensor) -> None:
+        if tile is _COLUMNS:
+            conv_columns.conv(out, input, weight, bias, residual, window, transposed, activation)
+            return
         programs = -(-columns // tile.n) * phases * -(-positions // tile.m) * (1 if depthwise else groups)
         launch.run(
             convolution, programs, out.device, out, input, weight, bias, residual, out.shape[0], groups, c, columns,
@@ -292,6 +303,10 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         )  # fmt: skip
 
     tile = few[0]
+    both = bias is not None and residual is not None
+    if (PLAIN or tune.ON) and conv_columns.refuses(out, input, window.kernel, groups, transposed, both) is None:
+        few.append(_COLUMNS)
+        tile = _COLUMNS if PLAIN else tile
     if tune.ON:
         options = (input.dtype, how, transposed, flat, activation, weight.shape[2:], stride, dilation, input.stride(1) == 1)
         tile = tune.choose("convolution", launch.chip(out.device), options, (positions, columns, c, groups), tile, few,
@@ -319,8 +334,12 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         for t in _tiles(_WEIGHT_TILES, input)[: 1 if depthwise else None]
     ]  # fmt: skip
 
+    window = conv_columns.Window(kernel_size, stride, padding, dilation)
+
     def run(tile: Tile) -> Tensor:
         """The sum's parts"""
+        if tile is _COLUMNS:
+            return conv_columns.conv_weight(grad, input, window)
         tiles = -(-rows // tile.m) * (taps if depthwise else -(-c * taps // tile.n) * groups)
         parts = max(1, min(_PARTS, 2 * launch.chip(out.device).processors // tiles, positions // (4 * tile.k)))
         chunk = -(-positions // parts // tile.k) * tile.k if parts > 1 else positions
@@ -335,6 +354,9 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         return sums
 
     tile = few[0]
+    if (PLAIN or tune.ON) and conv_columns.refuses(grad, input, kernel_size, groups, False, False) is None:
+        few.append(_COLUMNS)
+        tile = _COLUMNS if PLAIN else tile
     if tune.ON:
         options = (input.dtype, how, kernel, stride, dilation, input.stride(1) == 1, grad.stride(1) == 1)
         tile = tune.choose("weight_gradient", launch.chip(out.device), options, (positions, rows, c, groups), tile, few, run)
