@@ -125,7 +125,6 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
     return q, q, k, v, mask, *rest[:3], q, t(2, *q.shape[:-1], dtype=F32), None, mask is not None, *rest[3:]
 
 
-SPILLS_64 = SPILLS_256 = 0
 ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
@@ -145,12 +144,12 @@ BUILDS += [
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64), ("forward",), best=True, chips=("sm_100", "gfx942")),
     Build(
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
-        chips=("sm_90", "sm_100"), spills=SPILLS_64,
+        chips=("sm_90", "sm_100"),
     ),
-    Build(attention.attention, attend(2, 8, 8, 1024, 1024, 256), ("forward",), chips=("sm_90", "sm_100"), spills=SPILLS_256),
+    Build(attention.attention, attend(2, 8, 8, 1024, 1024, 256), ("forward",), chips=("sm_90", "sm_100")),
     Build(
         attention.attention_backward, attend_backward(2, 8, 8, 1024, 1024, 256), ("backward_queries", "backward_keys"),
-        chips=("sm_90", "sm_100"), spills=SPILLS_256,
+        chips=("sm_90", "sm_100"),
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),

@@ -197,7 +197,7 @@ def weight_gradient(
     else:
         sums = tl.zeros((M, N), tl.float32)
     for begin in tl.range(part * chunk, tl.minimum(positions, (part + 1) * chunk), K):
-        z = begin + tl.arange(0, K)
+        z = (begin + tl.arange(0, K)).to(tl.int64)
         m_z = z < positions
         z2 = z % o2
         z = z // o2
