@@ -69,7 +69,7 @@ BUILDS += [
           copied=("product",)),
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True, copied=("product",)),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
-    Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+    Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32).mT)),  # as recurrences and columns have it
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
           chips=("sm_90",)),
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3",
@@ -141,15 +141,13 @@ BUILDS += [
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
         ("backward_queries", "backward_keys", "backward_mask"), spills=192, chips=("sm_90",), note=" everything",
     ),
-    Build(attention.attention, attend(4, 12, 12, 512, 512, 64), ("forward",), best=True, chips=("sm_100", "gfx942")),
     Build(
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
-        chips=("sm_90", "sm_100"),
+        chips=("sm_100",),
     ),
-    Build(attention.attention, attend(2, 8, 8, 1024, 1024, 256), ("forward",), chips=("sm_90", "sm_100")),
     Build(
         attention.attention_backward, attend_backward(2, 8, 8, 1024, 1024, 256), ("backward_queries", "backward_keys"),
-        chips=("sm_90", "sm_100"),
+        chips=("sm_90",),
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
@@ -166,13 +164,10 @@ BUILDS += [
         ("convolution",), chips=("sm_80",),
     ),
     Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
+    Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
     Build(
-        conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "relu"), ("product",), best=True, copied=("product",), plain=True,
-        chips=("sm_90",), note=" by columns",
-    ),
-    Build(
-        conv.conv, (X, W3, None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), ("product",), plain=True,
-        chips=("gfx942",), note=" by columns",
+        conv.conv, (X.float(), W3.float(), None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), plain=True,
+        chips=("sm_90", "gfx942"), note=" by columns",
     ),
     Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
     Build(
@@ -182,14 +177,13 @@ BUILDS += [
 ]
 
 # Recurrent layers step by step; at once they are CUDA C.
-STATE, WIDE = t(32, 2048, dtype=F32), t(8192, 2048, dtype=F32)
+STATE, WIDE = t(1024, 1024, dtype=F32), t(4096, 1024, dtype=F32)
 BUILDS += [
-    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True),
-          chips=("sm_90", "gfx942")),
+    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True)),
     Build(
         rnn.recurrent_backward,
-        (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:6144], WIDE[:6144], None, None, None, STATE,
-         t(32, 8192, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
+        (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:3072], WIDE[:3072], None, None, None, STATE,
+         t(1024, 4096, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
         chips=("sm_90", "gfx942"),
     ),
 ]  # fmt: skip
