@@ -33,7 +33,7 @@ bench-quick: $(INSTALLED)  ## the benchmark's short form, kept in report/bench.j
 	$(RUN) -m fastnn bench --quick --json report/bench.json
 
 # With the machine's own Python, torch, Triton and CuPy: nothing is installed.
-gpu:  ## on a machine with a GPU: tests of the GPU kernels, then the benchmark of every family; 9 minutes
+gpu:  ## on a machine with a GPU: tests of its kernels, compute-sanitizer, the benchmark of every family; 9 minutes
 	PYTHONPATH=. $(PYTHON) -m fastnn.bench.gpu_session $(GPU)
 
 clean:  ## remove the environment and everything that was made

@@ -142,9 +142,10 @@ def html(headers: Sequence[Header], records: Sequence[Record], images: Mapping[s
     parts += [f"<style>{_STYLE}</style></head><body>", _tag("h1", f"fastnn bench: {processor(headers[0]['machine'])}")]
     for header in headers:
         parts += _header(header)
-        for family in dict.fromkeys(r.family for r in records if r.threads == header["threads"]):
+        mine = [r for r in records if r.threads == header["threads"] and r.run in ("", header["started"])]
+        for family in dict.fromkeys(r.family for r in mine):
             parts.append(_tag("h3", f"{family}, {header['threads']} threads"))
-            parts += _table([r for r in records if (r.family, r.threads) == (family, header["threads"])])
+            parts += _table([r for r in mine if r.family == family])
             if family == "models":
                 for name, rows in header.get("layers", {}).items():
                     parts += _layers(name, rows)

@@ -122,7 +122,8 @@ def select(
     quick: bool = False,
     device: str = "cpu",
 ) -> list[tuple[Case, torch.dtype]]:
-    """The cases to run on a device. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``.
+    """The cases to run on a device. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``. On a GPU the
+    quick ones are those that are for a GPU alone.
 
     Raises:
         ValueError: an unknown family, or no case is left.
@@ -130,9 +131,8 @@ def select(
     chosen: dict[tuple[str, str, str, torch.dtype], tuple[Case, torch.dtype]] = {}
     for family in families:
         for case in cases(family):
-            wanted = (
-                (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else case.quick or not quick
-            )
+            short = case.quick and (device == "cpu" or case.devices == (device,))
+            wanted = (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else short or not quick
             if wanted and device in case.devices:
                 lower = (torch.bfloat16,) if device == gpu.DEVICE and family in _LOWER else ()
                 for kind in (dtype,) if dtype else (*case.dtypes, *lower):

@@ -63,6 +63,16 @@ def kernels_themselves() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def lost_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a kernel does wrong is its own test's failure, and not that of all after it."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        from gpu import end_if_the_gpu_is_lost
+
+        end_if_the_gpu_is_lost()
+
+
 @pytest.fixture
 def calls() -> Iterator[list[backends.Call]]:
     """The calls that the test makes, as fastnn.trace() lists them."""

@@ -2,10 +2,13 @@
 interpreter and those in CUDA C on a shim, both on CPU tensors and below the operator: kernels and host code are the same.
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -61,6 +64,36 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
         assert our.specials <= their.specials, f"{our.specials} special values lost, torch loses {their.specials}"
         assert our.worst <= 2 * their.worst + FLOOR[narrow.dtype] + floor, f"{our.worst:.3g} ulp, torch's own {their.worst:.3g}"
     return mine if len(mine) > 1 else mine[0]
+
+
+def end_if_the_gpu_is_lost() -> None:
+    """After a test: a kernel that wrote where it may not takes the process's GPU along, and each test after it would fail.
+
+    Its process ends here, so that the failure is this test's: xdist begins another one, pytest alone says where it stopped.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as problem:
+        reason = f"the GPU is lost to this process: {str(problem).splitlines()[0]}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(reason, returncode=3)
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(3)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any, dict[str, Any]], Any]) -> list[Any]:
+    """what(kernel, options) of each launch to come"""
+    from fastnn.kernels.gpu.engine import launch
+
+    seen: list[Any] = []
+    right = launch.run
+
+    def run(kernel: Any, *args: Any, **options: Any) -> None:
+        seen.append(what(kernel, options))
+        right(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "run", run)
+    return seen
 
 
 def filled(shape: Sequence[int], value: float) -> Tensor:

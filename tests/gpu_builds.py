@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops import activation, attention, conv, embedding, matmul, norm, softmax
+from fastnn.ops import activation, attention, conv, embedding, matmul, norm, rnn, softmax
 from fastnn.ops._operator import Operator
 
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -17,17 +17,20 @@ class Build:
     """A call of an operator. Tensors are written as their shape and dtype: ``t(4096, 4096)``.
 
     matrix: names of the kernels launched that must use the matrix instruction; best: it must be the newest one of each chip
-    (wgmma, tcgen05). spills: bytes that are allowed. chips: what to compile for.
+    (wgmma, tcgen05). copied: kernels that must read by tensor maps (TMA) where the chip has them. spills: bytes that are allowed.
+    chips: what to compile for.
     """
 
     op: Operator
     args: tuple[Any, ...]
     matrix: tuple[str, ...] = ()
     best: bool = False
+    copied: tuple[str, ...] = ()
     spills: int = 0
     chips: tuple[str, ...] = ALL
     note: str = ""
     float32: str | None = None  # what set_float32_precision is told
+    plain: bool = False  # convolutions by columns
 
     @property
     def family(self) -> str:
@@ -62,10 +65,11 @@ BUILDS += [
 
 # Products: the large tile with its epilogue, a transposed operand, few tiles and a long sum, plain float32.
 BUILDS += [
-    Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True),
-    Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True),
+    Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True,
+          copied=("product",)),
+    Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True, copied=("product",)),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
-    Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32))),
+    Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32).mT)),  # as recurrences and columns have it
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
           chips=("sm_90",)),
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="bf16x3", note=" bf16x3",
@@ -77,6 +81,7 @@ BUILDS += [
     Build(softmax.softmax, (t(4096, 4096), -1)),
     Build(softmax.softmax, (t(16, 128000), -1)),
     Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(softmax.cross_entropy, (t(8, 1 << 20), t(8, 1 << 20), None, -100, "mean", 0.1), chips=("sm_90",), note=" in parts"),
     Build(
         softmax.cross_entropy_backward,
         (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
@@ -136,6 +141,14 @@ BUILDS += [
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
         ("backward_queries", "backward_keys", "backward_mask"), spills=208, chips=("sm_90",), note=" everything",
     ),
+    Build(
+        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
+        chips=("sm_100",),
+    ),
+    Build(
+        attention.attention_backward, attend_backward(2, 8, 8, 1024, 1024, 256), ("backward_queries", "backward_keys"),
+        chips=("sm_90",),
+    ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
@@ -151,9 +164,26 @@ BUILDS += [
         ("convolution",), chips=("sm_80",),
     ),
     Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
-    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",), chips=("sm_80", "sm_90", "gfx942")),
+    Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
+    Build(
+        conv.conv, (X.float(), W3.float(), None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), plain=True,
+        chips=("sm_90", "gfx942"), note=" by columns",
+    ),
+    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
     Build(
         conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
         chips=("sm_90",),
     ),
 ]
+
+# Recurrent layers step by step; at once they are CUDA C.
+STATE, WIDE = t(1024, 1024, dtype=F32), t(4096, 1024, dtype=F32)
+BUILDS += [
+    Build(rnn.recurrent, (STATE, STATE, STATE, WIDE, WIDE, None, None, None, None, "lstm", False, True)),
+    Build(
+        rnn.recurrent_backward,
+        (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:3072], WIDE[:3072], None, None, None, STATE,
+         t(1024, 4096, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
+        chips=("sm_90", "gfx942"),
+    ),
+]  # fmt: skip

@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from fastnn import backends
-from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu import conv
+from fastnn.kernels.gpu.engine import cuda, launch
 from fastnn.kernels.gpu.engine.launch import Chip
 from gpu_builds import BUILDS, Build
 
@@ -94,6 +95,8 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
         found.append((kernel, values, options))
 
     launch.run, launch.chip, backends.float32_precision = record, lambda device: chip, build.float32
+    conv.PLAIN = build.plain
+    cuda.refusal = lambda: "kernels in CUDA C are compiled elsewhere"
     op, args = build.call()
     kernel, supports, _ = backends.load("gpu", op)
     assert kernel is not None, supports and supports(op.name, *args)
@@ -106,7 +109,7 @@ def facts(compiled: Any, chip: str) -> dict[str, Any]:
     """What a kernel uses, and whether matrix instructions are in its code."""
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found = {key: bool(re.search(by[chip], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
-    return {**used(compiled), **found}
+    return {**used(compiled), **found, "copied": "cp.async.bulk.tensor" in code}
 
 
 def main() -> None:

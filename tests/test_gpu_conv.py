@@ -9,9 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
+from fastnn.kernels.gpu import conv as kernels
 from fastnn.kernels.reference import conv as plain
 from fastnn.ops import conv as ops
-from gpu import DEVICE, run
+from gpu import DEVICE, run, watched
 from rule import LAYOUTS, randn
 from test_conv import FORMATS
 
@@ -135,6 +136,38 @@ def test_long_sums_are_cut() -> None:
     x, g = randn(1, 2, 700, seed=1).to(DEVICE), randn(1, 3, 698, seed=2).to(DEVICE)
     args = [3], [1], [0], [1], 1
     close(run(ops.conv_weight, g, x, *args), lambda g, x: plain.conv_weight(g, x, *args), g, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "transposed", "form"),
+    [("stride 3, uneven", False, "last"), ("1d", False, "first"), ("3d", False, "last"), ("stride 2", True, "first")],
+)
+def test_columns(name: str, transposed: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain path, with everything that is added at its end"""
+    x, w, options = problem(name, transposed, form, torch.float32)
+    expected = run(ops.conv, x, w, None, None, *options, None)
+    bias, residual = randn(expected.shape[1], seed=7).to(DEVICE), randn(*expected.shape, seed=8).to(DEVICE)
+    added = [(bias, None, None), (None, residual, "silu"), (bias, residual, None)]
+    epilogues = [run(ops.conv, x, w, b, r, *options, act) for b, r, act in added]
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    check(x, w, options)
+    for (b, r, act), exact in zip(added, epilogues, strict=True):
+        torch.testing.assert_close(run(ops.conv, x, w, b, r, *options, act), exact, rtol=1e-5, atol=1e-5)
+    assert ("convolution" in launched) == (form == "first" and not transposed)  # a bias and a residual, channels first
+    assert ("col2im" in launched) == transposed
+    assert "im2col" in launched  # of the weight's gradient, too
+    assert kernels.conv_columns.refuses(expected, x, w.shape[2:], 2, transposed, False) == "columns are for one group"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_columns_of_16_bits_are_rounded_once(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    check(*problem("stride 2" if transposed else "3x3", transposed, "last", torch.bfloat16))
+    monkeypatch.setattr(kernels.conv_columns, "_MOST", 10)
+    x, w, options = problem("3x3", False, "last", torch.float32)
+    monkeypatch.setattr(kernels.conv_columns, "conv", lambda *args: pytest.fail("too large"))
+    run(ops.conv, x, w, None, None, *options, None)
 
 
 def test_empty_and_refused() -> None:

@@ -1,5 +1,6 @@
 """What stands between a call and a GPU kernel: autocast, the words when something is missing, the device."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import fastnn.functional as F
 from fastnn import backends, ops
 from fastnn.kernels.gpu.engine import launch
 from fastnn.ops._operator import Operator
-from gpu import HERE
+from gpu import HERE, end_if_the_gpu_is_lost, run
 
 pytestmark = pytest.mark.gpu
 
@@ -130,6 +131,67 @@ def test_capture_in_a_graph(stream: bool) -> None:
         graph.replay()
         torch.cuda.synchronize()
         torch.testing.assert_close(y, step())
+
+
+def test_a_lost_gpu_ends_its_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under xdist so that another one begins; the first line of CUDA's words is the reason."""
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
+
+    ended: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lost)
+        patch.setattr(os, "_exit", ended.append)
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        with pytest.raises(pytest.exit.Exception, match="lost to this process: CUDA error: an illegal memory access"):
+            end_if_the_gpu_is_lost()
+        patch.setenv("PYTEST_XDIST_WORKER", "gw0")
+        patch.setattr(pytest, "exit", lambda *args, **options: None)
+        end_if_the_gpu_is_lost()
+    assert ended == [3]
+    assert "illegal memory access" in capsys.readouterr().err
+
+
+FAR = (1 << 30) + 16  # elements: the third of what lies so far apart is beyond 2³¹
+
+
+def far(t: torch.Tensor) -> torch.Tensor:
+    """The same, the rows, or whatever the first dimension counts, far apart: most of the memory between is never touched."""
+    room = torch.empty(FAR * (len(t) - 1) + t[0].numel(), dtype=t.dtype, device=t.device)
+    return room.as_strided(t.shape, (FAR, *t[0].contiguous().stride())).copy_(t)
+
+
+_X = torch.randn(3, 20, generator=torch.Generator().manual_seed(1)).bfloat16()
+_IMAGE = torch.randn(3, 17, 4, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
+_FILTER = torch.randn(3, 17, 3, 3, generator=torch.Generator().manual_seed(3)).bfloat16()
+_HEADS = torch.randn(3, 2, 5, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
+_WINDOW: tuple[Any, ...] = ([1, 1], [1, 1], [1, 1])
+
+
+@pytest.mark.skipif(HERE, reason="a GPU's memory is not for the asking")
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (ops.matmul.matmul, (_X, _X.mT.contiguous())),
+        (ops.matmul.linear, (_X, _X, None, torch.ones(3, 3).bfloat16(), "relu")),
+        (ops.activation.activation, (_X, "gelu", [])),
+        (ops.softmax.softmax, (_X, 1)),
+        (ops.softmax.cross_entropy, (_X, torch.tensor([3, 0, 19]), None, -100, "none", 0.1)),
+        (ops.norm.layer_norm, (_X, None, None, [20], 1e-5)),
+        (ops.norm.batch_norm, (_IMAGE, None, None, None, None, 1e-5)),
+        (ops.conv.conv, (_IMAGE, _FILTER, None, None, *_WINDOW, False, [0, 0], 1, None)),
+        (ops.conv.conv_weight, (_IMAGE[:, :3], _IMAGE, [3, 3], *_WINDOW, 1)),
+        (ops.embedding.embedding, (_X, torch.tensor([2, 1]), -1, False)),
+        (ops.attention.attention, (_HEADS, _HEADS, _HEADS, None, None, None, None, 0.0, 0, 0.25, -1, -1, True, 0, 0.0)),
+    ],
+    ids=lambda x: x.name if isinstance(x, Operator) else "",
+)
+def test_addresses_have_64_bits(op: Operator, args: tuple[Any, ...]) -> None:
+    """The same numbers more than 2³¹ elements from the first are the same result."""
+    apart = [far(a) if isinstance(a, torch.Tensor) and a.is_floating_point() and len(a) == 3 else a for a in args]
+    near, distant = run(op, *args), run(op, *apart)
+    for a, b in zip(near, distant, strict=True) if isinstance(near, tuple) else [(near, distant)]:
+        assert torch.equal(a, b)
 
 
 def test_importing_fastnn_imports_no_triton() -> None:

@@ -1,6 +1,5 @@
 """Matrix products on the GPU, or in Triton's interpreter, against float64, beside torch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from fastnn.kernels.gpu import matmul as kernels
 from fastnn.kernels.gpu.engine import launch
 from fastnn.kernels.gpu.engine.launch import Chip
 from fastnn.ops import matmul as ops
-from gpu import DEVICE, DTYPES, HERE, check, run
+from gpu import DEVICE, DTYPES, HERE, check, run, watched
 from rule import LAYOUTS, randn
 
 pytestmark = [
@@ -22,19 +21,6 @@ pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of NaN and Inf, where it is the interpreter
 ]
-
-
-def watched(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any, dict[str, Any]], Any]) -> list[Any]:
-    """what(kernel, options) of each launch to come"""
-    seen: list[Any] = []
-    right = launch.run
-
-    def run(kernel: Any, *args: Any, **options: Any) -> None:
-        seen.append(what(kernel, options))
-        right(kernel, *args, **options)
-
-    monkeypatch.setattr(launch, "run", run)
-    return seen
 
 
 def terms(a: Tensor, b: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from fastnn.ops import pool as ops
 from gpu import DEVICE, HERE, run
 from rule import randn
 
-pytestmark = [] if HERE else [needs_compiler]
+pytestmark = [pytest.mark.gpu] if HERE else [pytest.mark.gpu, needs_compiler]
 INF, NAN = float("inf"), float("nan")
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import fastnn
 from cuda_shim import needs_compiler, shim
 from fastnn.functional import _rnn as layers
+from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
 from gpu import DEVICE, HERE, run
 
-pytestmark = [] if HERE else [needs_compiler]
+pytestmark = [pytest.mark.gpu] if HERE else [pytest.mark.gpu, needs_compiler]
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 PACKED = torch.tensor([5, 5, 3, 1])
 
@@ -87,6 +88,26 @@ def both(
     same(back, reference.recurrent_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), dtype, 64)
 
 
+def stack(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, sizes: Tensor | None, batch: int = 5,
+          units: int = 8, steps: int = 3) -> None:  # fmt: skip
+    """Layers on layers, and their backward, are the reference's in float64."""
+    inputs, directions = 6, 2 if bidirectional else 1
+    batch = batch if sizes is None else int(sizes[0])
+    rows = steps * batch if sizes is None else int(sizes.sum())
+    wide = reference.GATES[mode] * units
+    count = sum((inputs if layer == 0 else directions * units) + units + 2 * bias for layer in range(layers)) * wide * directions
+    states = (layers * directions, batch, units)
+    given = [randn(rows, inputs), randn(*states), randn(*states) if mode == "lstm" else None, randn(count, scale=0.3)]
+    rest = [sizes, mode, layers, bidirectional, bias]
+    found = run(ops.recurrent_stack, *there(given), *rest, keep)
+    exact = reference.recurrent_stack(*double(given), *rest, keep)
+    same(found, exact)
+    grads = [randn(*t.shape) for t in exact[:3]]
+    needs = [t is not None for t in given]
+    back = run(ops.recurrent_stack_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
+    same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), times=64)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_layer(mode: str, reverse: bool) -> None:
@@ -113,21 +134,8 @@ def test_wide_and_many(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
 def test_layers_side_by_side(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, sizes: Tensor | None) -> None:
     """All jobs of a launch wait for each other; the gradients of one vector of weights"""
-    units, batch, inputs, directions = 8, 5, 6, 2 if bidirectional else 1
-    rows = 3 * batch if sizes is None else int(sizes.sum())
-    wide = reference.GATES[mode] * units
-    count = sum((inputs if layer == 0 else directions * units) + units + 2 * bias for layer in range(layers)) * wide * directions
-    states = (layers * directions, batch, units)
-    given = [randn(rows, inputs), randn(*states), randn(*states) if mode == "lstm" else None, randn(count, scale=0.3)]
-    rest = [sizes, mode, layers, bidirectional, bias]
-    with shim(multiprocessors=2 * layers * directions) if not HERE else nullcontext():
-        found = run(ops.recurrent_stack, *there(given), *rest, keep)
-        exact = reference.recurrent_stack(*double(given), *rest, keep)
-        same(found, exact)
-        grads = [randn(*t.shape) for t in exact[:3]]
-        needs = [t is not None for t in given]
-        back = run(ops.recurrent_stack_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
-        same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), times=64)
+    with shim(multiprocessors=2 * layers * (2 if bidirectional else 1)) if not HERE else nullcontext():
+        stack(mode, layers, bidirectional, bias, keep, sizes)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,12 +203,11 @@ def test_staged_in_pieces() -> None:
             both(mode, units, sizes=torch.tensor([11, 9, 2]))
 
 
-def test_what_does_not_fit() -> None:
-    cpu, big = torch.device("cpu"), randn(4, 2000)
+def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    big = randn(4, 2000)
     with shim(multiprocessors=132, shared=227 << 10):
-        def asked(mode: str, units: int, layers: int = 1, directions: int = 1, batch: int = 10, projected: bool = False,
-                  dtype: torch.dtype = torch.float32) -> str | None:  # fmt: skip
-            return gpu.refusal(mode, dtype, cpu, layers, directions, batch, units, projected)
+        def asked(mode: str, units: int, layers: int = 1) -> str | None:
+            return gpu._too_large(mode, torch.device("cpu"), layers, 10, units, 1 if layers > 1 else 0)
 
         for mode in ("lstm", "gru"):
             assert asked(mode, 256, 6) is None  # the case that the docs count
@@ -208,10 +215,45 @@ def test_what_does_not_fit() -> None:
             assert "do not fit in the registers of 132" in str(asked(mode, 2048))
             assert "do not fit" in str(asked(mode, 1024, 6))
         assert "13 layers" in str(asked("lstm", 16, 13))
-        assert "projection" in str(asked("lstm", 16, projected=True))
-        assert "float32" in str(asked("lstm", 16, dtype=torch.float64))
+        assert "projection" in str(gpu.refusal(big, True, None))
+        assert "float32" in str(gpu.refusal(big.double(), False, None))
         w = torch.zeros(1).expand(8000, 2000)
-        assert "do not fit" in str(gpu.supports("recurrent", big, big, big, w, w, None, None, None, None, "lstm", False, True))
+        call = "recurrent", big, big, big, w, w, None, None, None, None, "lstm", False, True
+        assert gpu.supports(*call) is None  # step by step, if that is asked for
+        assert gpu.TORCH_IS_FASTER["recurrent"](*call[1:]) is None  # which tests do
+        monkeypatch.setattr(overhead, "RULES", True)
+        assert "do not fit" in str(gpu.TORCH_IS_FASTER["recurrent"](*call[1:]))
+        input, hx = randn(6, 2, 2000), randn(1, 2, 2000)
+        assert "taken to be faster" in str(ops.gpu_refusal(input, hx, "gru", 1, 1, "auto"))
+        assert ops.gpu_refusal(input, hx, "gru", 1, 1, "gpu") is None
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+        assert "do not fit" in str(gpu.supports(*call))
+        assert "pip install triton" in str(gpu.supports(*call))
+
+
+@pytest.fixture
+def no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes step by step, as it does where something does not fit."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+    monkeypatch.setattr(gpu.cuda, "refusal", lambda: "there is no CuPy")
+    monkeypatch.setattr(gpu, "_launch", lambda *args: pytest.fail("launched at once"))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_step_by_step(mode: str, reverse: bool, no_cupy: None) -> None:
+    both(mode, 13, batch=2, steps=2, reverse=reverse)
+    both(mode, 8, sizes=PACKED, reverse=reverse, bias=False)
+
+
+def test_layers_step_by_step(no_cupy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More numbers than a program takes; layers on layers in both directions; 16 bits; nothing kept"""
+    from fastnn.kernels.gpu import rnn_steps
+
+    monkeypatch.setattr(rnn_steps, "_BLOCK", 16)
+    for mode, sizes, keep in (("lstm", PACKED, True), ("gru", None, False)):
+        stack(mode, 2, True, True, keep, sizes, batch=3, units=6, steps=2)
+    both("lstm", 12, batch=2, steps=2, dtype=torch.bfloat16)
 
 
 def test_budget_of_the_documented_case() -> None:

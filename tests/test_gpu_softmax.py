@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'fast
 from fastnn.kernels import linear_loss
 from fastnn.kernels.gpu import softmax as kernels
 from fastnn.ops import softmax as ops
-from gpu import DEVICE, DTYPES, check, filled, run
+from gpu import DEVICE, DTYPES, check, filled, run, watched
 from rule import LAYOUTS, randn
 
 pytestmark = [
@@ -159,14 +159,20 @@ def test_mse(dtype: torch.dtype) -> None:
     check(ops.mse_loss, randn(6, 7).mT, randn(7, 6, seed=1), "mean")
 
 
-def test_losses_of_many_classes_are_taken_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [64, 1 << 14])
+def test_losses_of_many_classes_are_taken_in_steps(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one program or, few lines with more classes than ``whole``, by several"""
     monkeypatch.setattr(kernels, "_STEP", 32)
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
     x, target, p, weight = losses_of(torch.float32, (3, 100))
     for q, smoothing in ((target, 0.0), (target, 0.2), (p, 0.1)):
         rest = (-100, "none", smoothing)
         _, lse = check(ops.cross_entropy, x, q, weight, *rest, scale=lambda x, *_: [filled((3,), 20.0), filled((2, 3), 20.0)])
         g = randn(3, seed=8)
         check(ops.cross_entropy_backward, g, x, q, weight, lse, *rest, scale=lambda *_: [filled((3, 100), 10.0)])
+    check(ops.nll_loss_backward, randn(3, seed=8), x, target, weight, -100, "none")
+    assert ("line_sums" in launched) == (whole == 64)
 
 
 # A linear layer and its cross-entropy

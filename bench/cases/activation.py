@@ -19,6 +19,7 @@ SIZES = BERT | {
     "llama_gate": (512, 14336),
     "mobilenet_v2": (768, 12544),  # 8 images, 96 channels of 112 × 112
     "mnist_hidden": (64, 512),
+    "llama_batch": (8192, 4096),
 }
 #: The activation that a model really has.
 _OF_MODELS = [
@@ -124,4 +125,12 @@ CASES = [
     *(make(name, model, goals=_goals(name)) for name, model in _OF_MODELS for make in (forward, backward)),
     dropout("bert_base", goals=_goals("")),
     *(make("bert_base", mode, goals=_goals("")) for make in (prelu, glu) for mode in ("forward", "backward")),
+]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.float32, torch.bfloat16)}
+CASES += [
+    forward("gelu", "llama_batch", goals={"limit": 0.8}, **_GPU),
+    backward("gelu", "llama_batch", goals={"limit": 0.8}, **_GPU),
+    dropout("llama_batch", goals={"limit": 0.8}, **_GPU),
 ]

@@ -26,6 +26,8 @@ SHAPES = {
     "long_16k": (1, 4, 4, 16384, 16384, 64),
     "window_8k": (1, 8, 8, 8192, 8192, 64),
 }
+SHAPES |= {f"llama_{n // 1024}k": (8192 // n, 16, 16, n, n, 128) for n in (1024, 4096, 8192)}
+SHAPES["llama_decode"] = (8, 32, 8, 1, 8192, 128)
 DECODE = {f"decode_{keys}": (1, 32, 8, 1, keys, 128) for keys in (128, 1024, 4096, 8192)}
 SHAPES |= DECODE
 
@@ -145,4 +147,15 @@ CASES = [
     attention("attention_causal", "bert_base", causal=True, dtypes=_LOWER, goals={"torch": 1.0}),
     attention("attention_train", "bert_base", "train", dtypes=_LOWER, goals={"torch": 1.0}),
     attention("decode", "decode_4096", dtypes=_LOWER, goals={"torch": 1.0}),
+]
+
+# What `make gpu` measures; the goals are 450 TFLOP/s forward and 350 backward, of the 790 that a product reaches on an H200
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": _LOWER}
+CASES += [
+    attention("attention_causal", "llama_4k", causal=True, goals={"limit": 0.57, "best": 1.0}, **_GPU),
+    attention("attention_train", "llama_4k", "train", causal=True, goals={"limit": 0.47, "best": 1.0}, **_GPU),
+    attention("decode", "llama_decode", goals={"limit": 0.8}, **_GPU),
+    attention("attention", "llama_8k", goals={"limit": 0.57, "best": 1.0}, **_GPU),
+    attention("attention_causal", "llama_1k", causal=True, goals={"limit": 0.57, "best": 1.0}, **_GPU),
+    attention("attention_causal", "gpt2_2k", causal=True, goals={"best": 1.0}, **_GPU | {"dtypes": (torch.float32,)}),
 ]

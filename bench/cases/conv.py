@@ -217,3 +217,14 @@ CASES = [
     changing("hifigan_32", 32, 512, 32, 3),
     conv("train/dcgan_256", (8, 256, 8, 8), 128, 4, stride=2, padding=1, transposed=True, mode="train", goals={"best": 2.0}),
 ]  # fmt: skip
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.bfloat16,)}
+CASES += [
+    conv("3x3/resnet50_64_64", (32, 64, 56, 56), 64, 3, padding=1, goals={"torch": 1.5}, **_GPU),
+    conv("3x3/resnet50_64_64", (32, 64, 56, 56), 64, 3, padding=1, last=True, goals={"best": 1.0}, **_GPU),
+    conv("1x1/resnet50_256_64", (32, 256, 56, 56), 64, 1, goals={"torch": 1.5}, **_GPU),
+    conv("3x3/resnet50_256_256", (32, 256, 14, 14), 256, 3, padding=1, mode="train", goals={"torch": 1.5}, **_GPU),
+    conv("stem/resnet50_3_64", (32, 3, 224, 224), 64, 7, stride=2, padding=3, goals={"torch": 1.5}, **_GPU),
+    conv("depthwise/mobilenetv2_144", (32, 144, 56, 56), 144, 3, padding=1, groups=144, goals={"torch": 1.5}, **_GPU),
+]

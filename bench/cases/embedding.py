@@ -10,6 +10,8 @@ from torch import Tensor
 from . import Case, random, together
 
 TABLES = {"bert_base": (30522, 768, 4096), "minilm": (30522, 384, 2048), "characters": (1000, 64, 4096)}
+_CPU = list(TABLES)
+TABLES["llama"] = (32000, 4096, 16384)
 
 
 def taken(model: str, mode: str = "forward", **extra: Any) -> Case:
@@ -36,6 +38,10 @@ def taken(model: str, mode: str = "forward", **extra: Any) -> Case:
 
 
 CASES = [
-    *(taken(model, goals={"best": 1.0}, quick=model == "minilm") for model in TABLES),
-    *(taken(model, "train", goals={"best": 1.0}) for model in TABLES),
+    *(taken(model, goals={"best": 1.0}, quick=model == "minilm") for model in _CPU),
+    *(taken(model, "train", goals={"best": 1.0}) for model in _CPU),
 ]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.float32, torch.bfloat16)}
+CASES += [taken("llama", mode, goals={"limit": 0.8}, **_GPU) for mode in ("forward", "train")]

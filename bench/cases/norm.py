@@ -75,7 +75,11 @@ def norm(kind: str, model: str, last: bool, mode: str = "forward", **extra: Any)
     )
 
 
+_CPU_SHAPES = list(SHAPES)
+SHAPES["resnet50_b64"] = (64, 256, 56, 56)
 ROWS = {"bert_base": (4096, 768), "gpt2": (1024, 768), "minilm": (2048, 384), "llama": (512, 4096), "bert_base_one": (128, 768)}
+_CPU_ROWS = list(ROWS)
+ROWS |= {"llama_batch": (8192, 4096), "long_rows": (64, 1 << 19)}
 
 
 def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtypes: Any = (torch.float32,), **extra: Any) -> Case:
@@ -119,11 +123,11 @@ def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtyp
     )
 
 
-_IMAGES = [(model, last) for model in SHAPES for last in (False, True) if len(SHAPES[model]) > 2 or not last]
+_IMAGES = [(model, last) for model in _CPU_SHAPES for last in (False, True) if len(SHAPES[model]) > 2 or not last]
 
 CASES = [
-    *(rows("layer_norm", m, goals={"best": 3.5, "limit": 0.8}, quick=m == "bert_base") for m in ROWS),
-    *(rows("layer_norm", m, "train", goals={"best": 2.5}) for m in ROWS),
+    *(rows("layer_norm", m, goals={"best": 3.5, "limit": 0.8}, quick=m == "bert_base") for m in _CPU_ROWS),
+    *(rows("layer_norm", m, "train", goals={"best": 2.5}) for m in _CPU_ROWS),
     *(rows("rms_norm", m, goals={"limit": 0.8}) for m in ("bert_base", "llama")),
     *(rows("rms_norm", m, "train", goals={"torch": 2.5}) for m in ("bert_base", "llama")),
     *(rows(name, "bert_base", added=True, goals={"best": 1.0}) for name in ("layer_norm", "rms_norm")),
@@ -133,4 +137,15 @@ CASES = [
     *(norm("batch", *which, "train", goals={"best": 2.5}) for which in _IMAGES),
     *(norm("group", *which, goals={"best": 1.0}) for which in _IMAGES),
     *(norm("group", *which, "train", goals={"best": 1.0}) for which in _IMAGES),
+]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.float32, torch.bfloat16)}
+CASES += [
+    rows("layer_norm", "llama_batch", goals={"limit": 0.8}, **_GPU),
+    rows("rms_norm", "llama_batch", "train", goals={"limit": 0.8}, **_GPU),
+    rows("layer_norm", "long_rows", goals={"limit": 0.8, "torch": 10.0}, **_GPU),
+    norm("batch", "resnet50_b64", False, "train", goals={"limit": 0.8}, **_GPU),
+    norm("group", "resnet50_b64", False, goals={"limit": 0.8}, **_GPU),
+    rows("layer_norm", "llama_batch", added=True, goals={"limit": 0.8}, **_GPU),
 ]

@@ -23,7 +23,12 @@ LAYERS: dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor], Tensor]]] = {
     "avg_inception": ((8, 192, 35, 35), lambda F, x: F.avg_pool2d(x, 3, 1, 1)),
     "avg_global_resnet50": ((8, 2048, 7, 7), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
     "avg_adaptive_vgg16": ((8, 512, 14, 14), lambda F, x: F.adaptive_avg_pool2d(x, 7)),
+    # those that a GPU is asked for
+    "max_resnet50_b64": ((64, 64, 112, 112), lambda F, x: F.max_pool2d(x, 3, 2, 1)),
+    "max_vgg16_b32": ((32, 64, 224, 224), lambda F, x: F.max_pool2d(x, 2)),
+    "avg_densenet_b64": ((64, 256, 56, 56), lambda F, x: F.avg_pool2d(x, 2)),
 }
+_CPU = [name for name, (shape, _) in LAYERS.items() if not name.endswith(("_b32", "_b64"))]
 
 
 def _random(shape: tuple[int, ...], last: bool, grad: bool) -> Callable[[torch.dtype], tuple[Tensor]]:
@@ -60,8 +65,18 @@ def layer(name: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
 _NCHW, _NHWC = {"torch": 10.0, "best": 1.3, "limit": 0.8}, {"best": 1.0}
 
 CASES = [
-    *(layer(name, False, goals=_NCHW, quick=name == "max_resnet50") for name in LAYERS),
-    *(layer(name, True, goals=_NHWC) for name in LAYERS),
-    *(layer(name, last, "train", goals={"best": 1.0}) for name in LAYERS for last in (False, True)),
-    *(layer(name, last, "backward", goals={"best": 1.0}) for name in LAYERS if "max" in name for last in (False, True)),
+    *(layer(name, False, goals=_NCHW, quick=name == "max_resnet50") for name in _CPU),
+    *(layer(name, True, goals=_NHWC) for name in _CPU),
+    *(layer(name, last, "train", goals={"best": 1.0}) for name in _CPU for last in (False, True)),
+    *(layer(name, last, "backward", goals={"best": 1.0}) for name in _CPU if "max" in name for last in (False, True)),
+]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.float32, torch.bfloat16)}
+CASES += [
+    layer("max_resnet50_b64", False, goals={"torch": 4.0, "limit": 0.7}, **_GPU),
+    layer("max_resnet50_b64", True, goals={"torch": 4.0, "limit": 0.7}, **_GPU),
+    layer("max_resnet50_b64", False, "train", goals={"torch": 1.0}, **_GPU),
+    layer("max_vgg16_b32", False, goals={"torch": 4.0, "limit": 0.7}, **_GPU),
+    layer("avg_densenet_b64", False, goals={"torch": 1.0, "limit": 0.7}, **_GPU),
 ]

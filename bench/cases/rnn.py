@@ -27,9 +27,10 @@ def _of_the_largest(run: Callable[..., Tensor]) -> Scale:
 
 def layers(
     mode: str, model: str, steps: int, batch: int, inputs: int, units: int, number: int = 1, directions: int = 1,
-    kind: str = "forward", lengths: tuple[int, ...] = (), **extra: Any,
+    kind: str = "forward", lengths: tuple[int, ...] = (), backend: str | None = None, **extra: Any,
 ) -> Case:  # fmt: skip
-    """Layers over a batch of sequences; ``lengths``: a packed batch of so long ones."""
+    """Layers over a batch of sequences; ``lengths``: a packed batch of so long ones; ``backend``: ours, where torch's is the
+    automatic choice."""
     grad, wide = kind == "train", GATES[mode] * units
     shapes = [
         shape
@@ -50,7 +51,7 @@ def layers(
         hx: Any = tuple(rest[:2]) if states == 2 else rest[0]
         options = (list(rest[states:]), True, number, 0.0, grad, directions == 2)
         if not lengths:
-            return getattr(F, mode)(x, hx, *options, False)[0]
+            return getattr(F, mode)(x, hx, *options, False, **({"backend": backend} if ours and backend else {}))[0]
         if ours:
             return getattr(F, mode)(x, hx, *options, batch_sizes=torch.tensor(sizes))[0]
         return getattr(F, mode)(x, torch.tensor(sizes), hx, *options)[0]
@@ -184,4 +185,15 @@ CASES = [
     layers("lstm", "tiny", 50, 8, 32, 32, goals={"best": 1.5}),
     layers("gru", "tiny", 50, 8, 64, 64, goals={"best": 1.5}),
     *(cell(mode, 1, units, goals={"best": 6.0 if units == 64 else 2.5}) for mode in GATES for units in (64, 256)),
+]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True}
+CASES += [
+    layers("lstm", "deep", 512, 10, 256, 256, 6, goals={"torch": 4.0}, **_GPU),
+    layers("gru", "deep", 512, 10, 256, 256, 6, goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "deep", 512, 10, 256, 256, 6, kind="train", goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "deep_both_ways", 512, 10, 256, 256, 3, 2, goals={"torch": 4.0}, **_GPU),
+    layers("lstm", "wide", 128, 32, 2048, 2048, backend="gpu", goals={"torch": 1.0}, **_GPU),  # too large for the chip
+    qrnn(512, 20, 640, goals={"torch": 4.0}, **_GPU),
 ]

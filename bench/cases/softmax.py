@@ -18,7 +18,11 @@ SHAPES = {
     "vit_b_scores": (96, 197, 197),
     "llama_scores": (32, 512, 512),
     "gpt2_vocabulary": (512, 50257),
+    "llama_rows": (32768, 1024),
+    "llama_vocabulary": (256, 131072),
+    "long_rows": (8, 1 << 20),
 }
+_CPU = list(SHAPES)[:6]
 
 
 def rows(function: str, model: str, mode: str = "forward", dim: int = -1, **extra: Any) -> Case:
@@ -89,8 +93,8 @@ _GOALS = {"limit": 0.85, "torch": 2.5}
 _BOTH = {"limit": 0.85, "best": 1.0}
 
 CASES = [
-    *(rows("softmax", model, goals=_GOALS, quick=model == "bert_base") for model in SHAPES),
-    *(rows("softmax", model, "backward", goals=_BOTH) for model in SHAPES),
+    *(rows("softmax", model, goals=_GOALS, quick=model == "bert_base") for model in _CPU),
+    *(rows("softmax", model, "backward", goals=_BOTH) for model in _CPU),
     rows("softmax", "bert_base", dim=0, goals=_BOTH),
     *(rows("log_softmax", model, goals=_BOTH) for model in ("bert_base", "gpt2_vocabulary")),
     *(rows("log_softmax", model, "backward", goals=_BOTH) for model in ("bert_base", "gpt2_vocabulary")),
@@ -106,4 +110,17 @@ CASES = [
         for mode in ("forward", "train")
     ),
     *(cross_entropy("gpt2", 4096, 50257, mode, goals={"best": 2.0}) for mode in ("forward", "backward", "train")),
+]
+
+# What `make gpu` measures
+_GPU: dict[str, Any] = {"devices": ("cuda",), "quick": True, "dtypes": (torch.float32, torch.bfloat16)}
+_COPY = {"limit": 0.8}
+CASES += [
+    rows("softmax", "llama_rows", goals=_COPY, **_GPU),
+    cross_entropy("llama3", 1024, 131072, "forward", goals=_COPY, **_GPU),
+    linear_cross_entropy("llama2", 2048, 4096, 32000, "train", goals={"torch": 1.0}, **_GPU | {"dtypes": (torch.bfloat16,)}),
+    rows("softmax", "llama_vocabulary", "backward", goals=_COPY, **_GPU),
+    rows("log_softmax", "long_rows", goals=_COPY, **_GPU),
+    cross_entropy("llama3", 1024, 131072, "train", goals=_COPY, **_GPU),
+    cross_entropy("long_rows", 8, 1 << 20, "forward", goals=_COPY, **_GPU),
 ]

@@ -110,7 +110,7 @@ def _no_stack(
         return "the recurrent kernels for the GPU have no projection"
     if dropping:
         return "dropout between layers keeps the GPU's kernels from running them side by side"
-    return _rnn.gpu_refusal(input, hx, mode, num_layers, directions)
+    return _rnn.gpu_refusal(input, hx, mode, num_layers, directions, named)
 
 
 def _states_rule(mode: str, input: Tensor) -> bool:

@@ -362,10 +362,12 @@ def flat_weights(input: Tensor, params: Sequence[Tensor], mode: str, units: int,
     return torch.cat([p.reshape(-1) for p in params])
 
 
-def gpu_refusal(input: Tensor, hx: Tensor, mode: str, layers: int, directions: int) -> str | None:
-    """Why the GPU's kernels do not take such layers; None if they do."""
-    _, supports, _ = backends.tables["gpu"].get("recurrent_stack") or backends.load("gpu", recurrent_stack)
-    return supports("recurrent_stack", input, hx, None, None, None, mode, layers, directions == 2) if supports else None
+def gpu_refusal(input: Tensor, hx: Tensor, mode: str, layers: int, directions: int, named: str) -> str | None:
+    """Why the GPU's kernels do not take such layers, or, where nobody named them, leave them to torch; None if they do."""
+    _, supports, rule = backends.tables["gpu"].get("recurrent_stack") or backends.load("gpu", recurrent_stack)
+    args = input, hx, None, None, None, mode, layers, directions == 2
+    reason = supports("recurrent_stack", *args) if supports else None
+    return rule(*args) if reason is None and rule is not None and named == "auto" else reason
 
 
 # The pooling of a QRNN

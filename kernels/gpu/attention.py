@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layout import dropout_keys
 from ..reference.attention import Options
 from . import attention_code as code
-from .engine import launch
+from .engine import launch, tune
 from .engine.launch import power_of_two, signed
 from .matmul import precision
 
@@ -120,6 +120,18 @@ class Call:
                 return _KEYS_AMD[which]
         return table[itemsize][which]._replace(warps=8) if heavy else table[itemsize][which]
 
+    def tuned(self, kernel: str, table: Mapping[int, tuple[Blocks, ...]], kind: int, run: Callable[[Blocks], object]) -> Blocks:
+        """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
+        block = self.blocks(table)
+        if not tune.ON:
+            return block
+        few = [block, block._replace(warps=12 - block.warps)]
+        few += [block._replace(stages=n) for n in (1, 2, 3) if n != block.stages]
+        few += [block._replace(rows=block.rows // 2)] if block.rows > 16 else []
+        sizes = (self.items * self.heads, self.group, self.lq, self.lk, self.d, self.dv)
+        options = self.query.dtype, self.precision, kind
+        return tune.choose(kernel, launch.chip(self.query.device), options, sizes, block, few, run)
+
     def constants(self, block: Blocks) -> dict[str, Any]:
         return {"PRECISION": self.precision, "BD": self.bd, "BV": self.bv, "num_warps": block.warps, "num_stages": block.stages}
 
@@ -152,8 +164,16 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, *args: Any) -> None:
         if lse is not None:
             lse.fill_(-torch.inf)
         return
+    kind = c.kind | (code.LSE.value if lse is not None else 0)
+
+    def other(block: Blocks) -> None:
+        _forward(c, torch.empty_like(out), lse if lse is None else torch.empty_like(lse), torch.empty_like(stats), kind, block)
+
+    _forward(c, out, lse, stats, kind, c.tuned("attention", _FORWARD, kind, other))
+
+
+def _forward(c: Call, out: Tensor, lse: Tensor | None, stats: Tensor, kind: int, table: Blocks) -> None:
     to = _four(out, c.batch)
-    kind, table = c.kind | (code.LSE.value if lse is not None else 0), c.blocks(_FORWARD)
     length, heads, splits = c.lq, c.heads, 1
     packed = c.group * c.lq
     if c.offsets[0] is None and packed <= _FEW:
@@ -203,20 +223,25 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
     delta = torch.empty_like(stats[0])
-    block = c.blocks(_QUERIES)
-    tasks, blocks = c.tasks(0, block.rows, c.lq)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     kind = c.kind | (code.LSE.value if grad_lse is not None else 0)
-    launch.run(code.backward_queries, c.items * c.heads * blocks, device, c.query, c.key, c.value, c.mask, c.slopes, output, grad,
-               grad_lse, stats, delta, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(), *dq.stride()[:3],
-               *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=kind, BM=block.rows, BN=block.keys,
-               **c.constants(block))
-    block = c.blocks(_KEYS)
-    tasks, blocks = c.tasks(1, block.keys, c.lk)
-    launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
-               grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
-               *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
-               **c.constants(block))
+
+    def queries(block: Blocks) -> None:
+        tasks, blocks = c.tasks(0, block.rows, c.lq)
+        launch.run(code.backward_queries, c.items * c.heads * blocks, device, c.query, c.key, c.value, c.mask, c.slopes, output,
+                   grad, grad_lse, stats, delta, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(),
+                   *dq.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=kind, BM=block.rows,
+                   BN=block.keys, **c.constants(block))
+
+    def keys(block: Blocks) -> None:
+        tasks, blocks = c.tasks(1, block.keys, c.lk)
+        launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
+                   grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
+                   *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
+                   **c.constants(block))
+
+    queries(c.tuned("attention backward, queries", _QUERIES, kind, queries))
+    keys(c.tuned("attention backward, keys", _KEYS, c.kind, keys))
     for t, each in ((out[1], dk), (out[2], dv)):
         if each.data_ptr() != t.data_ptr():
             t.copy_(each.reshape(*c.batch, *each.shape[1:]).sum_to_size((1,) * (3 - t.dim()) + tuple(t.shape)).reshape(t.shape))

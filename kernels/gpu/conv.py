@@ -4,6 +4,9 @@ Everything is three-dimensional here: a missing dimension has size 1. A transpos
 input, falls into *phases*: outputs that are alike modulo the strides meet the same taps, so nothing is multiplied by zeros (Shi
 et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Either way output x of a dimension meets in tap
 a what lies at x · move + base + a · delta. Depthwise convolutions are sums of products without a matrix instruction.
+
+``conv_columns`` is the plain path, with an explicit im2col or col2im. A tuner may find it faster; otherwise it is taken only
+where PLAIN says so.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import three
-from .engine import functions, launch
+from . import conv_columns
+from .engine import functions, launch, tune
 from .engine.launch import power_of_two
 from .matmul import precision
 
@@ -193,7 +197,7 @@ def weight_gradient(
     else:
         sums = tl.zeros((M, N), tl.float32)
     for begin in tl.range(part * chunk, tl.minimum(positions, (part + 1) * chunk), K):
-        z = begin + tl.arange(0, K)
+        z = (begin + tl.arange(0, K)).to(tl.int64)
         m_z = z < positions
         z2 = z % o2
         z = z // o2
@@ -237,15 +241,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-_TILES = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 32, 16, 4, 2)}  # by the bytes of a number
-_WEIGHT_TILES = {2: Tile(64, 128, 32, 8, 3), 4: Tile(32, 32, 16, 4, 2)}
+#: By the bytes of a number. The first is what a call gets; the others are what a tuner may find better.
+_TILES = {2: (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+          4: (Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2))}
+_WEIGHT_TILES = {2: (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)), 4: (Tile(32, 32, 16, 4, 2),)}
 _DEPTHWISE = Tile(64, 32, 1, 4, 1)
+_COLUMNS = Tile(0, 0, 0, 0, 0)  # stands for the plain path
+PLAIN = False
 _FEW = 16  # channels below which a step takes several taps
 _PARTS = 64  # parts of a sum over positions at most
 
 
-def _tile(tiles: Mapping[int, Tile], t: Tensor) -> Tile:
-    return Tile(32, 32, 32, 4, 1) if launch.chip(t.device) is launch.STAND_IN else tiles[t.itemsize]
+def _tiles(tiles: Mapping[int, tuple[Tile, ...]], t: Tensor) -> tuple[Tile, ...]:
+    return (Tile(32, 32, 32, 4, 1),) if launch.chip(t.device) is launch.STAND_IN else tiles[t.itemsize]
 
 
 def _strides(t: Tensor) -> list[int]:
@@ -264,28 +272,46 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     w = weight.stride()
     wg, wo, wc = (c * w[0], w[1], w[0]) if transposed else (o * w[0], w[0], w[1])
     depthwise = c == 1 and o <= 4
-    tile = _tile(_TILES, input)
     flat = c < _FEW
-    tile = tile._replace(m=min(tile.m, 64)) if flat else tile
     size = three(out.shape[2:], 1)
     phases = math.prod(s) if transposed else 1
     positions = out.shape[0] * math.prod(-(-n // step) if transposed else n for n, step in zip(size, s))
-    if depthwise:
-        tile = _DEPTHWISE
     columns = o * groups if depthwise else o
-    tile = tile._replace(n=power_of_two(columns, 1 if depthwise else 16, tile.n), m=power_of_two(positions, 16, tile.m))
-    programs = -(-columns // tile.n) * phases * -(-positions // tile.m) * (1 if depthwise else groups)
+    few = [
+        t._replace(n=power_of_two(columns, 1 if depthwise else 16, t.n),
+                   m=power_of_two(positions, 16, min(t.m, 64) if flat else t.m))
+        for t in ((_DEPTHWISE,) if depthwise else _tiles(_TILES, input))
+    ]  # fmt: skip
     common = [math.gcd(a, b) for a, b in zip(s, d)]
     inverse = [pow(b // g, -1, a // g) if a > g else 0 for a, b, g in zip(s, d, common)]
-    launch.run(
-        convolution, programs, out.device, out, input, weight, bias, residual, out.shape[0], groups, c, columns,
-        *three(input.shape[2:], 1), *size, *three(weight.shape[2:], 1), *s, *p, *d, *common, *inverse,
-        *_strides(input), wg, wo, wc, *three(w[2:], 0), *_strides(out),
-        *(_strides(residual) if residual is not None else [0] * 5),
-        ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=flat,
-        PRECISION=precision(input, torch.backends.cudnn.allow_tf32), M=tile.m,
-        N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    how = precision(input, torch.backends.cudnn.allow_tf32)
+
+    window = conv_columns.Window(weight.shape[2:], stride, padding, dilation)
+
+    def run(tile: Tile, out: Tensor) -> None:
+        if tile is _COLUMNS:
+            conv_columns.conv(out, input, weight, bias, residual, window, transposed, activation)
+            return
+        programs = -(-columns // tile.n) * phases * -(-positions // tile.m) * (1 if depthwise else groups)
+        launch.run(
+            convolution, programs, out.device, out, input, weight, bias, residual, out.shape[0], groups, c, columns,
+            *three(input.shape[2:], 1), *size, *three(weight.shape[2:], 1), *s, *p, *d, *common, *inverse,
+            *_strides(input), wg, wo, wc, *three(w[2:], 0), *_strides(out),
+            *(_strides(residual) if residual is not None else [0] * 5),
+            ACT=activation, TRANSPOSED=transposed, DEPTHWISE=depthwise, FLAT=flat, PRECISION=how, M=tile.m,
+            N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    tile = few[0]
+    both = bias is not None and residual is not None
+    if (PLAIN or tune.ON) and conv_columns.refuses(out, input, window.kernel, groups, transposed, both) is None:
+        few.append(_COLUMNS)
+        tile = _COLUMNS if PLAIN else tile
+    if tune.ON:
+        options = (input.dtype, how, transposed, flat, activation, weight.shape[2:], stride, dilation, input.stride(1) == 1)
+        tile = tune.choose("convolution", launch.chip(out.device), options, (positions, columns, c, groups), tile, few,
+                           lambda t: run(t, torch.empty_like(out)))  # fmt: skip
+    run(tile, out)
 
 
 def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
@@ -300,23 +326,42 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     c, o, taps = input.shape[1] // groups, grad.shape[1] // groups, math.prod(kernel)
     positions = grad.shape[0] * math.prod(size)
     depthwise = c == 1 and o <= 4
-    tile = _tile(_WEIGHT_TILES, input)
-    tile = tile._replace(k=power_of_two(positions, 16, 64)) if depthwise else tile
     rows = o * groups if depthwise else o
-    tile = tile._replace(m=power_of_two(rows, 16, 32 if depthwise else tile.m), n=power_of_two(c * taps, 16, tile.n))
-    tiles = -(-rows // tile.m) * (taps if depthwise else -(-c * taps // tile.n) * groups)
-    parts = max(1, min(_PARTS, 2 * launch.chip(out.device).processors // tiles, positions // (4 * tile.k)))
-    chunk = -(-positions // parts // tile.k) * tile.k if parts > 1 else positions
-    parts = -(-positions // chunk)
-    sums = torch.empty(parts, out.shape[0], c * taps, dtype=torch.float32, device=out.device)
-    launch.run(
-        weight_gradient, tiles * parts, out.device, sums, grad, input, grad.shape[0], 1 if depthwise else groups,
-        groups if depthwise else c, rows, chunk, *three(input.shape[2:], 1), *size, *kernel, *three(stride, 1),
-        *three(padding, 0), *three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise,
-        PRECISION=precision(input, torch.backends.cudnn.allow_tf32), M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-    out.copy_((sums[0] if parts == 1 else sums.sum(0)).view(out.shape))
+    how = precision(input, torch.backends.cudnn.allow_tf32)
+    few = [
+        t._replace(k=power_of_two(positions, 16, 64) if depthwise else t.k, m=power_of_two(rows, 16, 32 if depthwise else t.m),
+                   n=power_of_two(c * taps, 16, t.n))
+        for t in _tiles(_WEIGHT_TILES, input)[: 1 if depthwise else None]
+    ]  # fmt: skip
+
+    window = conv_columns.Window(kernel_size, stride, padding, dilation)
+
+    def run(tile: Tile) -> Tensor:
+        """The sum's parts"""
+        if tile is _COLUMNS:
+            return conv_columns.conv_weight(grad, input, window)
+        tiles = -(-rows // tile.m) * (taps if depthwise else -(-c * taps // tile.n) * groups)
+        parts = max(1, min(_PARTS, 2 * launch.chip(out.device).processors // tiles, positions // (4 * tile.k)))
+        chunk = -(-positions // parts // tile.k) * tile.k if parts > 1 else positions
+        parts = -(-positions // chunk)
+        sums = torch.empty(parts, out.shape[0], c * taps, dtype=torch.float32, device=out.device)
+        launch.run(
+            weight_gradient, tiles * parts, out.device, sums, grad, input, grad.shape[0], 1 if depthwise else groups,
+            groups if depthwise else c, rows, chunk, *three(input.shape[2:], 1), *size, *kernel, *three(stride, 1),
+            *three(padding, 0), *three(dilation, 1), *_strides(grad), *_strides(input), DEPTHWISE=depthwise,
+            PRECISION=how, M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return sums
+
+    tile = few[0]
+    if (PLAIN or tune.ON) and conv_columns.refuses(grad, input, kernel_size, groups, False, False) is None:
+        few.append(_COLUMNS)
+        tile = _COLUMNS if PLAIN else tile
+    if tune.ON:
+        options = (input.dtype, how, kernel, stride, dilation, input.stride(1) == 1, grad.stride(1) == 1)
+        tile = tune.choose("weight_gradient", launch.chip(out.device), options, (positions, rows, c, groups), tile, few, run)
+    sums = run(tile)
+    out.copy_((sums[0] if len(sums) == 1 else sums.sum(0)).view(out.shape))
 
 
 def supports(op: str, *args: Any) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastnn import backends
 
-from .engine import functions, launch
+from .engine import functions, launch, tune
 from .engine.launch import Chip, power_of_two
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
@@ -165,15 +165,18 @@ def _tiles(kind: str, chip: Chip) -> list[Tile]:
     return _TILES[kind, "sm_90" if chip.nvidia >= 90 else "sm_80" if chip.nvidia else "gfx"]
 
 
-def _choose(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> tuple[Tile, int]:
-    """A tile, and the number of parts that its sum is cut into."""
-    tiles = _tiles(kind, chip)
+def _few(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> list[tuple[Tile, int]]:
+    """The chip's tiles, and for each the number of parts that its sum is cut into."""
     # A tile is cut down to what there is of it, and not below what the matrix instruction takes.
-    cut = [t._replace(m=power_of_two(m, 16, t.m), n=power_of_two(n, 16, t.n)) for t in tiles]
+    cut = [t._replace(m=power_of_two(m, 16, t.m), n=power_of_two(n, 16, t.n)) for t in _tiles(kind, chip)]
     numbers = [count * -(-m // t.m) * -(-n // t.n) for t in cut]
-    at = next((i for i, number in enumerate(numbers) if number >= chip.processors), len(tiles) - 1)
-    parts = min(_PARTS, chip.processors // numbers[at], k // _PART)
-    return cut[at], max(1, parts)
+    return [(t, max(1, min(_PARTS, chip.processors // number, k // _PART))) for t, number in zip(cut, numbers)]
+
+
+def _choose(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> tuple[Tile, int]:
+    """The largest tile of which there is one for each processor, or the smallest."""
+    few = _few(kind, chip, count, m, n, k)
+    return next((f for f in few if count * -(-m // f[0].m) * -(-n // f[0].n) >= chip.processors), few[-1])
 
 
 def tf32() -> bool:
@@ -240,28 +243,36 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     chip = launch.chip(out.device)
     how = precision(a)
     kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
-    tile, parts = _choose(kind, chip, count, m, n, k)
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
     described = chip.descriptors and count == 1 and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
     if described:
         launch.allow_descriptors()
-    tiles = count * parts * -(-m // tile.m) * -(-n // tile.n)
     r_strides = (0, 0, 0, 0) if r is None else r.stride()
-    target = out if parts == 1 else out.new_empty((count * parts, m, n), dtype=torch.float32)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    launch.run(
-        product, min(tiles, _programs(chip, tile)), out.device,
-        target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
-        m * n, *a.stride(), *b.stride(), *r_strides, e.alpha, e.beta,
-        ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
-        DESCRIPTORS=described, M=tile.m, N=tile.n, K=tile.k, GROUP=_GROUP, **options,
-    )  # fmt: skip
-    if parts > 1:
-        high, wide = power_of_two(m, most=16), power_of_two(n, most=128)
+
+    def run(tile: Tile, parts: int, out: Tensor) -> None:
+        tiles = count * parts * -(-m // tile.m) * -(-n // tile.n)
+        target = out if parts == 1 else out.new_empty((count * parts, m, n), dtype=torch.float32)
         launch.run(
-            add_parts, count * -(-m // high) * -(-n // wide), out.device, out, target, e.bias, r, inner, m, n, *r_strides,
-            e.alpha, e.beta, ACT=e.act, PARTS=parts, M=high, N=wide, num_warps=4,
+            product, min(tiles, _programs(chip, tile)), out.device,
+            target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
+            m * n, *a.stride(), *b.stride(), *r_strides, e.alpha, e.beta,
+            ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
+            DESCRIPTORS=described, M=tile.m, N=tile.n, K=tile.k, GROUP=_GROUP, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        if parts > 1:
+            high, wide = power_of_two(m, most=16), power_of_two(n, most=128)
+            launch.run(
+                add_parts, count * -(-m // high) * -(-n // wide), out.device, out, target, e.bias, r, inner, m, n, *r_strides,
+                e.alpha, e.beta, ACT=e.act, PARTS=parts, M=high, N=wide, num_warps=4,
+            )  # fmt: skip
+
+    sizes = (kind, chip, count, m, n, k)
+    chosen = _choose(*sizes)
+    if tune.ON:
+        options = (a.dtype, out.dtype, how, a_rows, b_rows, described, e.act, e.bias is None, r is None)
+        # Into another output: the residual may be this one itself.
+        chosen = tune.choose("product", chip, options, sizes[2:], chosen, _few(*sizes), lambda f: run(*f, torch.empty_like(out)))
+    run(*chosen, out)
 
 
 def _programs(chip: Chip, tile: Tile) -> int:

@@ -114,7 +114,7 @@ def norm_rows_backward(
     by_weight = tl.zeros((R, C), tl.float32)
     by_bias = tl.zeros((R, C), tl.float32)
     for block in tl.range(pid * each, (pid + 1) * each):
-        row = block * R + tl.arange(0, R)
+        row = (block * R + tl.arange(0, R)).to(tl.int64)
         there = row < rows
         mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
         vg, gw, unit, inside = _gradient_tile(g, x, weight, row, there, j, n, g_r, x_r, mean, rstd)
@@ -199,7 +199,7 @@ def column_sums(
     by_weight = tl.zeros((R, C), tl.float32)
     by_bias = tl.zeros((R, C), tl.float32)
     for block in tl.range(part * each, (part + 1) * each):
-        row = block * R + tl.arange(0, R)
+        row = (block * R + tl.arange(0, R)).to(tl.int64)
         there = row < rows
         mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
         vg, _, unit, _ = _gradient_tile(g, x, None, row, there, j, n, g_r, x_r, mean, rstd)
@@ -233,7 +233,7 @@ def moments(
     mean = tl.zeros((R,), tl.float64)
     square = tl.zeros((R,), tl.float64)
     for at in tl.range(first, last, C):
-        i = at + tl.arange(0, C)
+        i = (at + tl.arange(0, C)).to(tl.int64)
         inside = (line < lines)[:, None] & (i < last)[None, :]
         v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i), mask=inside, other=0.0).to(tl.float32)
         more = tl.minimum(C, last - at).to(tl.float32)
@@ -312,7 +312,7 @@ def line_products(
     plain = tl.zeros((R, C), tl.float32)
     product = tl.zeros((R, C), tl.float32)
     for at in tl.range(first, last, C):
-        i = at + tl.arange(0, C)
+        i = (at + tl.arange(0, C)).to(tl.int64)
         inside = there[:, None] & (i < last)[None, :]
         vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)

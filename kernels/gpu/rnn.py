@@ -2,19 +2,23 @@
 kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
 
 The first layer's input product is one matrix product beforehand, the weights' gradients are products afterwards, by torch.
-Kernels compute in float32; 16-bit arguments are widened, and the results rounded once.
+What does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels were asked for by
+name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Kernels compute in
+float32; 16-bit arguments are widened, and the results rounded once.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from array import array
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.reference.rnn import GATES, KEPT, unpack
 
 from .engine import cuda
@@ -165,6 +169,9 @@ def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
 def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
             h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
     """All layers. hx, cx, h_n, c_n (L·D, B, H); ys (L, rows, D·H); kept (L·D, rows, 5·H or 4·H); all float32 and dense."""
+    if _too_large(s.mode, input.device, len(params), s.batch, s.units, s.directions if s.layers > 1 else 0) is not None:
+        _forward_steps(s, input, hx, cx, params, ys, h_n, c_n, kept)
+        return
     d, wide = s.directions, s.directions * s.units
     done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
     first = [_input_product(s, input, p) for p in params[:d]]
@@ -186,6 +193,52 @@ def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequ
     _launch("forward", s, input.device, wide if s.layers > 1 else 0, jobs)
 
 
+def _columns(s: Stack, k: int) -> slice:
+    """A job's own in its layer's output"""
+    at = k % s.directions * s.units
+    return slice(at, at + s.units)
+
+
+def _forward_steps(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
+                   h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
+    """The same, one job after the other, step by step"""
+    from . import rnn_steps
+
+    h_n.copy_(hx)
+    if cx is not None and c_n is not None:
+        c_n.copy_(cx)
+    for k, p in enumerate(params):
+        layer, reverse = k // s.directions, s.reversed[k % s.directions]
+        x = _input_product(s, ys[layer - 1] if layer else input, p)
+        bias = p[3][2 * s.units :] if s.mode == "gru" and p[3] is not None else None
+        assert p[1] is not None
+        rnn_steps.forward(s.mode, x, p[1], bias, s.batch_sizes, reverse, ys[layer][:, _columns(s, k)], h_n[k],
+                          None if c_n is None or cx is None else c_n[k], None if kept is None else kept[k])  # fmt: skip
+
+
+def _backward_steps(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, hx: Tensor, cx: Tensor | None,
+                    params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, gates_x: Tensor, gates_h: Tensor,
+                    d_hx: Tensor, d_cx: Tensor | None) -> None:
+    """gates_x, gates_h, d_hx and d_cx of all jobs, from the last layer to the first"""
+    from . import rnn_steps
+
+    d_hx.copy_(grad_h)
+    if d_cx is not None and grad_c is not None:
+        d_cx.copy_(grad_c)
+    for layer in reversed(range(s.layers)):
+        jobs = range(layer * s.directions, (layer + 1) * s.directions)
+        for k in jobs:
+            w_hh, reverse, y = params[k][1], s.reversed[k % s.directions], ys[layer][:, _columns(s, k)]
+            cell = _before(s, cx[k], kept[k][:, 4 * s.units :], reverse) if cx is not None and kept is not None else None
+            assert w_hh is not None
+            rnn_steps.backward(s.mode, grad_y[:, _columns(s, k)], w_hh, s.batch_sizes, reverse, y,
+                               None if kept is None else kept[k], _before(s, hx[k], y, reverse), cell, gates_x[k], gates_h[k],
+                               d_hx[k], None if d_cx is None else d_cx[k])  # fmt: skip
+        if layer:
+            pairs = [(gates_x[k], params[k][0]) for k in jobs]
+            grad_y = sum(gates @ w for gates, w in pairs if w is not None)  # type: ignore[assignment]
+
+
 def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
     """The state that each row's step started from."""
     if s.batch_sizes is None:
@@ -201,16 +254,13 @@ def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
     return torch.cat([y, h0]).index_select(0, torch.where(inside, starts[near] + row, s.rows + row).to(y.device))
 
 
-def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
-             params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, needs_input: bool,
-             ) -> tuple[Tensor | None, Tensor, Tensor | None, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:  # fmt: skip
-    """The gradients of input, hx, cx and each job's parameters (biases too), all float32."""
-    d, wide, gates = s.directions, s.directions * s.units, GATES[s.mode] * s.units
-    done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
-    gates_x = input.new_empty(len(params), s.rows, gates)
-    gates_h = torch.empty_like(gates_x) if s.mode == "gru" else gates_x
-    between = input.new_empty(len(params), s.rows, wide) if s.layers > 1 else None  # what jobs make for the layer below
-    d_hx, d_cx = torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
+def _backward_at_once(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, hx: Tensor, cx: Tensor | None,
+                      params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, gates_x: Tensor, gates_h: Tensor,
+                      d_hx: Tensor, d_cx: Tensor | None) -> None:
+    """gates_x, gates_h, d_hx and d_cx of all jobs, by one launch"""
+    d, wide = s.directions, s.directions * s.units
+    done = torch.zeros(len(params), dtype=torch.int32, device=hx.device)
+    between = hx.new_empty(len(params), s.rows, wide) if s.layers > 1 else None  # what jobs make for the layer below
     jobs = []
     for k, p in enumerate(params):
         layer, at = k // d, k % d * s.units
@@ -229,7 +279,21 @@ def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, in
             if d > 1:
                 job = job._replace(grad_y1=made[1], above1=counters[1])
         jobs.append(job)
-    _launch("backward", s, input.device, wide if s.layers > 1 else 0, jobs)
+    _launch("backward", s, hx.device, wide if s.layers > 1 else 0, jobs)
+
+
+def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
+             params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, needs_input: bool,
+             ) -> tuple[Tensor | None, Tensor, Tensor | None, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:  # fmt: skip
+    """The gradients of input, hx, cx and each job's parameters (biases too), all float32."""
+    d, gates = s.directions, GATES[s.mode] * s.units
+    gates_x = input.new_empty(len(params), s.rows, gates)
+    gates_h = torch.empty_like(gates_x) if s.mode == "gru" else gates_x
+    d_hx, d_cx = torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
+    if _too_large(s.mode, input.device, len(params), s.batch, s.units, d if s.layers > 1 else 0) is not None:
+        _backward_steps(s, grad_y, grad_h, grad_c, hx, cx, params, ys, kept, gates_x, gates_h, d_hx, d_cx)
+    else:
+        _backward_at_once(s, grad_y, grad_h, grad_c, hx, cx, params, ys, kept, gates_x, gates_h, d_hx, d_cx)
     d_input, found = None, []
     for k, p in enumerate(params):
         layer, at = k // d, k % d * s.units
@@ -362,37 +426,62 @@ def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
     SOURCE.threads(f"scan<{TYPES[out.dtype]}>", out.device, c0.numel(), words, 64)
 
 
-def refusal(mode: str, dtype: torch.dtype, device: torch.device, layers: int, directions: int, batch: int, units: int,
-            projected: bool) -> str | None:
-    """Why there is no kernel for such layers; None if there is one."""
+def _too_large(mode: str, device: torch.device, jobs: int, batch: int, units: int, directions: int) -> str | None:
+    """Why a launch cannot hold the layers; directions: of the layer below one of them, 0 without one."""
     reason = cuda.refusal()
-    if reason is not None:
-        return reason
-    if dtype == torch.float64:
+    for back in (False, True):
+        if reason is None:
+            how = cut(KINDS[mode], back, device, jobs, max(batch, 1), units, directions * units)
+            reason = how if isinstance(how, str) else None
+    return reason
+
+
+def refusal(input: Tensor, projected: bool, at_once: str | None) -> str | None:
+    """Why there is no kernel for such layers; None if there is one. at_once: why one launch does not do."""
+    if input.dtype == torch.float64:
         return "the recurrent kernels compute in float32"
     if projected:
         return "the recurrent kernels have no projection"
-    below = directions * units if layers > 1 else 0
-    for back in (False, True):
-        how = cut(KINDS[mode], back, device, layers * directions, max(batch, 1), units, below)
-        if isinstance(how, str):
-            return how
-    return None
+    if at_once is None:
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return f"{at_once}; step by step it would need Triton: pip install triton"
+    from .engine import launch
+
+    return launch.refuses(input)
+
+
+def _call(op: str, args: Sequence[Any]) -> tuple[Tensor, bool, str | None]:
+    """Of a call of an operator: its input, whether there is a projection, and why one launch does not do"""
+    if op.startswith("recurrent_stack"):
+        input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
+        mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
+        directions = 2 if bidirectional else 1
+        below = directions if layers > 1 else 0
+        reason = _too_large(mode, input.device, layers * directions, hx.shape[1], hx.shape[2], below)
+        return input, False, reason
+    input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
+    mode = args[14] if op == "recurrent_backward" else args[9]
+    return input, w_hr is not None, _too_large(mode, input.device, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], 0)
 
 
 def supports(op: str, *args: Any) -> str | None:
     """None if a kernel serves the call, else the reason why not."""
     if op == "scan":
         return cuda.refusal()
-    if op.startswith("recurrent_stack"):
-        input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
-        mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
-        return refusal(mode, input.dtype, input.device, layers, 2 if bidirectional else 1, hx.shape[1], hx.shape[2], False)
-    input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
-    mode = args[14] if op == "recurrent_backward" else args[9]
-    return refusal(mode, input.dtype, input.device, 1, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], w_hr is not None)
+    return refusal(*_call(op, args))
 
 
+def _steps_are_slow(op: str, *args: Any) -> str | None:
+    """Two launches a step and layer are taken to be slower than torch's library. Unmeasured: a debt."""
+    reason = _call(op, args)[2]
+    return f"{reason}, and step by step torch's library is taken to be faster" if reason and overhead.RULES else None
+
+
+TORCH_IS_FASTER = {
+    op: partial(_steps_are_slow, op)
+    for op in ("recurrent", "recurrent_backward", "recurrent_stack", "recurrent_stack_backward")
+}
 KERNELS: dict[str, Callable[..., None]] = {
     "recurrent": recurrent, "recurrent_backward": recurrent_backward,
     "recurrent_stack": recurrent_stack, "recurrent_stack_backward": recurrent_stack_backward, "scan": scan,

@@ -2,7 +2,8 @@
 
 A line lies along the class dimension; a program takes R of them, whole, where they fit into its registers. Longer lines are cut
 into parts: ``line_sums`` takes each part's maximum and sum, ``softmax_lines`` joins them, in their order, and finishes a part.
-The losses go through a line in steps, by one program: they have many lines, and write nothing of their size forward.
+The losses go through a line in steps, by one program, as they have many lines and write nothing of their size forward; long
+lines that are too few for the GPU are cut into parts as well.
 
 A class index out of range gives NaN: to raise an error, the call would have to wait for the GPU.
 """
@@ -88,6 +89,23 @@ def line_sums(
 
 
 @triton.jit
+def _joined(sums, line, lines, parts, OP: tl.constexpr, P: tl.constexpr):
+    """What `line_sums` made of the parts of each line, as that of the line"""
+    k = tl.arange(0, P)[None, :]
+    there = (line < lines)[:, None] & (k < parts)
+    ms = tl.load(sums + line[:, None] * parts + k, mask=there, other=float("-inf"))
+    ss = tl.load(sums + (functions.wide(lines) + line[:, None]) * parts + k, mask=there, other=0.0)
+    if OP == "softmax" or OP == "log_softmax":
+        m = tl.max(ms, 1)
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        s = tl.sum(tl.where(there, ss * functions.exp(ms - shift[:, None]), 0.0), 1)
+    else:
+        s = tl.sum(ss, 1)
+        m = s * 0.0
+    return m, s
+
+
+@triton.jit
 def softmax_lines(
     y, x, g, sums, lines, inner, n, y_o, y_i, y_n, x_o, x_i, x_n, g_o, g_i, g_n, part, parts,
     OP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -98,17 +116,7 @@ def softmax_lines(
     first = pid % parts * part
     last = tl.minimum(n, first + part)
     if sums is not None:
-        k = tl.arange(0, P)[None, :]
-        there = (line < lines)[:, None] & (k < parts)
-        ms = tl.load(sums + line[:, None] * parts + k, mask=there, other=float("-inf"))
-        ss = tl.load(sums + (functions.wide(lines) + line[:, None]) * parts + k, mask=there, other=0.0)
-        if OP == "softmax" or OP == "log_softmax":
-            m = tl.max(ms, 1)
-            shift = tl.where(m == float("-inf"), 0.0, m)
-            s = tl.sum(tl.where(there, ss * functions.exp(ms - shift[:, None]), 0.0), 1)
-        else:
-            s = tl.sum(ss, 1)
-            m = s * 0.0
+        m, s = _joined(sums, line, lines, parts, OP, P)
     for at in tl.range(first, last, C):
         j = (at + tl.arange(0, C))[None, :]
         inside = (line < lines)[:, None] & (j < last)
@@ -158,15 +166,20 @@ def _target(q, w, line, there, n, ignore):
 
 @triton.jit
 def losses(
-    loss, total, lse, x, q, w, lines, inner, n, x_o, x_i, x_n, q_o, q_i, q_n, ignore, smoothing,
-    KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    loss, total, lse, sums, x, q, w, lines, inner, n, x_o, x_i, x_n, q_o, q_i, q_n, ignore, smoothing, pieces, part, parts,
+    KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Each line's loss, the weight of its class, and (2, lines) its maximum and log Σ exp(x - maximum).
 
     KIND: "nll" (x are logarithms), "indices", "smoothed", "probabilities". q: classes, one a line, or probabilities.
+    sums: None, or of `pieces` of each line; then the loss may be in `parts` (lines, parts) that are yet to be added up.
     """
-    line = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // parts * R + tl.arange(0, R)
+    begin = pid % parts * part
+    last = tl.minimum(n, begin + part)
     there = line < lines
+    once = there & (pid % parts == 0)
     row = x + _place(line, inner, x_o, x_i)
     target = tl.zeros((R,), tl.int64)
     weight = tl.where(there, 1.0, 0.0)
@@ -179,40 +192,46 @@ def losses(
     if KIND == "nll":
         value = -at * weight
     else:
-        m = tl.full((R,), float("-inf"), tl.float32)
-        s = tl.zeros((R,), tl.float32)
-        for first in tl.range(0, n, C):
-            j = (first + tl.arange(0, C)).to(tl.int64)[None, :]
-            inside = there[:, None] & (j < n)
-            vx = tl.load(row + j * x_n, mask=inside, other=0.0).to(tl.float32)
-            m2, s2 = _sums(vx, vx, inside, "softmax")
-            m, s = _join(m, s, m2, s2, "softmax")
+        if sums is not None:
+            m, s = _joined(sums, line, lines, pieces, "softmax", P)
+        else:
+            m = tl.full((R,), float("-inf"), tl.float32)
+            s = tl.zeros((R,), tl.float32)
+            for first in tl.range(0, n, C):
+                j = (first + tl.arange(0, C)).to(tl.int64)[None, :]
+                inside = there[:, None] & (j < n)
+                vx = tl.load(row + j * x_n, mask=inside, other=0.0).to(tl.float32)
+                m2, s2 = _sums(vx, vx, inside, "softmax")
+                m, s = _join(m, s, m2, s2, "softmax")
         logs = tl.log(s)
-        tl.store(lse + line, m.to(tl.float64), mask=there)
-        tl.store(lse + functions.wide(lines) + line, logs.to(tl.float64), mask=there)
+        tl.store(lse + line, m.to(tl.float64), mask=once)
+        tl.store(lse + functions.wide(lines) + line, logs.to(tl.float64), mask=once)
         if KIND == "indices":
             value = (logs - (at - m)) * weight
         else:
             value = tl.zeros((R,), tl.float32)
-            for first in tl.range(0, n, C):
+            for first in tl.range(begin, last, C):
                 j = (first + tl.arange(0, C)).to(tl.int64)[None, :]
-                inside = there[:, None] & (j < n)
+                inside = there[:, None] & (j < last)
                 vx = tl.load(row + j * x_n, mask=inside, other=0.0).to(tl.float32)
                 share = _weights(q, w, j, line, inside, n, inner, q_o, q_i, q_n, smoothing, target, KIND)
                 terms = share * (logs[:, None] - (vx - m[:, None]))
                 value += tl.sum(tl.where(share == 0.0, 0.0, terms), 1)
     value = tl.where(wrong, float("nan"), tl.where(kept, value, 0.0))
-    tl.store(loss + line, value.to(loss.dtype.element_ty), mask=there)
-    tl.store(total + line, weight, mask=there)
+    tl.store(loss + line * parts + pid % parts, value.to(loss.dtype.element_ty), mask=there)
+    tl.store(total + line, weight, mask=once)
 
 
 @triton.jit
 def losses_backward(
     y, grad, lse, x, q, w, sum_w, lines, inner, n, y_o, y_i, y_n, x_o, x_i, x_n, q_o, q_i, q_n, grad_step, ignore, smoothing,
-    KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    part, parts, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """grad (p Σ share - share), p the probabilities; for "nll" -grad share. sum_w: the sum of all weights."""
-    line = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    """A part of each line of grad (p Σ share - share), p the probabilities; for "nll" -grad share. sum_w: all weights' sum."""
+    pid = tl.program_id(0).to(tl.int64)
+    line = pid // parts * R + tl.arange(0, R)
+    begin = pid % parts * part
+    last = tl.minimum(n, begin + part)
     there = line < lines
     target = tl.zeros((R,), tl.int64)
     weight = tl.where(there, 1.0, 0.0)
@@ -234,9 +253,9 @@ def losses_backward(
     if KIND != "nll":
         m = tl.load(lse + line, mask=there, other=0.0).to(tl.float32)
         logs = tl.load(lse + functions.wide(lines) + line, mask=there, other=0.0).to(tl.float32)
-    for first in tl.range(0, n, C):
+    for first in tl.range(begin, last, C):
         j = (first + tl.arange(0, C)).to(tl.int64)[None, :]
-        inside = there[:, None] & (j < n)
+        inside = there[:, None] & (j < last)
         if KIND == "nll" or KIND == "indices":
             share = tl.where(j == target[:, None], weight[:, None], 0.0)
         else:
@@ -299,6 +318,13 @@ def _warps(elements: int) -> int:
     return max(4, min(16, elements // 1024))
 
 
+def _parts(lines: Lines, r: int, c: int, device: torch.device) -> tuple[int, int]:
+    """(elements of a part, parts of a line) so that a program of r lines by c, each, has some work and the GPU enough programs"""
+    wanted = max(1, 4 * launch.chip(device).processors // -(-lines.number // r))
+    part = -(-lines.n // min(wanted, 64, -(-lines.n // c)) // c) * c or c
+    return part, -(-lines.n // part)
+
+
 def _softmax(op: str, out: Tensor, x: Tensor, g: Tensor | None, dim: int) -> None:
     if not out.numel():
         return
@@ -314,9 +340,7 @@ def _softmax(op: str, out: Tensor, x: Tensor, g: Tensor | None, dim: int) -> Non
                    *steps[:6], *g_steps, c, 1, OP=op, R=r, C=c, P=1, num_warps=_warps(r * c))  # fmt: skip
     else:
         c = _STEP // r
-        wanted = max(1, 4 * launch.chip(out.device).processors // -(-lines.number // r))
-        part = -(-n // min(wanted, 64, -(-n // c)) // c) * c or c
-        parts = -(-n // part)
+        part, parts = _parts(lines, r, c, out.device)
         sums = torch.empty((2, lines.number, parts), dtype=torch.float32, device=out.device)
         programs = -(-lines.number // r) * parts
         launch.run(line_sums, programs, out.device, sums, x, x if g is None else g, lines.number, lines.inner, n, *steps[3:6],
@@ -372,10 +396,22 @@ def _loss(kind: str, out: Tensor, lse: Tensor | None, input: Tensor, target: Ten
     each = out if reduction == "none" else torch.empty(lines.number, dtype=torch.float32, device=out.device)
     total = torch.empty(lines.number, dtype=torch.float32, device=out.device)
     r, c = _tile(lines)
-    launch.run(losses, -(-lines.number // r), out.device, each, total, lse, input, target,
+    part, parts = _parts(lines, r, c, out.device) if lines.n > _WHOLE and kind != "nll" else (lines.n, 1)
+    sums, pieces, values = None, parts, each
+    if parts > 1:
+        sums = torch.empty((2, lines.number, parts), dtype=torch.float32, device=out.device)
+        launch.run(line_sums, -(-lines.number // r) * parts, out.device, sums, input, input, lines.number, lines.inner, lines.n,
+                   *lines.steps[0], *lines.steps[0], part, parts, OP="softmax", R=r, C=c, num_warps=4)  # fmt: skip
+        if kind == "indices":  # nothing but the class itself is left to read
+            part, parts = lines.n, 1
+        else:
+            values = torch.empty((lines.number, parts), dtype=torch.float32, device=out.device)
+    launch.run(losses, -(-lines.number // r) * parts, out.device, values, total, lse, sums, input, target,
                None if weight is None else weight.contiguous(), lines.number, lines.inner, lines.n, *lines.steps[0],
-               *(lines.steps[1] if q else (0, 0, 0)), ignore_index, float(smoothing), KIND=kind, R=r, C=c,
-               num_warps=4)  # fmt: skip
+               *(lines.steps[1] if q else (0, 0, 0)), ignore_index, float(smoothing), pieces, part, parts, KIND=kind, R=r, C=c,
+               P=power_of_two(pieces), num_warps=4)  # fmt: skip
+    if values is not each:
+        each.copy_(values.sum(1).view(each.shape))
     if reduction == "sum":
         out.copy_(each.sum())
     elif reduction == "mean":
@@ -402,10 +438,12 @@ def _loss_backward(kind: str, out: Tensor, grad: Tensor, lse: Tensor | None, inp
             each = kept if weight is None else weight.float()[target.clamp(0, lines.n - 1)] * kept
             factor = grad.float() / each.sum()
     r, c = _tile(lines)
-    launch.run(losses_backward, -(-lines.number // r), out.device, y, factor, lse, input, target,
+    # A program goes through all of a line's probabilities: only without parts is that once.
+    part, parts = _parts(lines, r, c, out.device) if lines.n > _WHOLE and kind != "probabilities" else (lines.n, 1)
+    launch.run(losses_backward, -(-lines.number // r) * parts, out.device, y, factor, lse, input, target,
                None if weight is None else weight.contiguous(), sum_w, lines.number, lines.inner, lines.n, *lines.steps[0],
                *lines.steps[1], *(lines.steps[2] if q else (0, 0, 0)), int(reduction == "none"), ignore_index, float(smoothing),
-               KIND=kind, R=r, C=c, num_warps=4)  # fmt: skip
+               part, parts, KIND=kind, R=r, C=c, num_warps=4)  # fmt: skip
     if y.data_ptr() != out.data_ptr():
         out.copy_(y)
 
