@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from . import functional
 from .nn import REPLACEMENTS
-from .nn._epilogue import with_dims
+from .nn._epilogue import WithDims
 from .replace import Entry, summary, why_left
 
 _THEIRS = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {theirs: theirs for theirs in REPLACEMENTS}
@@ -64,10 +64,10 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
     takes no residual); these layers are fastnn's then. `fastnn.replace` switches the others of the copy.
 
     The copy is what torch.fx makes of the model; its state_dict has no entries for what was folded. Layers with hooks and
-    what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and what is inside them is
-    fused by itself: the report says why. Arguments of the model's forward whose default is None, a bool or a string are
-    fixed to it, because control flow may depend on them: another value raises AssertionError. As always in torch.fx, side
-    effects of a forward happen once, when it is traced.
+    what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and the modules inside them
+    are fused by themselves, but for the layers of a Sequential, which may be called one by one: the report says why. Arguments
+    of the model's forward whose default is None, a bool or a string are fixed to it, because control flow may depend on them:
+    another value raises AssertionError. As always in torch.fx, side effects of a forward happen once, when it is traced.
 
     Raises RuntimeError if a module is in training mode, TypeError if `model` is no module.
     """
@@ -85,34 +85,47 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
     return fused, report
 
 
-def _fuse(module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module of that name with everything fused that can be; what is shared is done once."""
+def _fuse(module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module], whole: bool = True) -> nn.Module:
+    """The module of that name with everything fused that can be; what is shared is done once. ``whole``: it is known to be
+    called as it is, and no part of it by itself."""
     if module not in done:
         done[module] = module
         if _is_entered(module):
-            done[module] = _fuse_inside(module, name, report, done)
+            done[module] = _fuse_inside(module, name, report, done, whole)
     return done[module]
 
 
-def _fuse_inside(module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _fuse_inside(
+    module: nn.Module, name: str, report: Fusion, done: dict[nn.Module, nn.Module], whole: bool
+) -> nn.Module:
     inner = (name + "." if name else "").__add__
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         try:
             graph, opaque = _trace(module, root=not name)
             for path in opaque:
-                module.set_submodule(path, _fuse(module.get_submodule(path), inner(path), report, done))
+                alone = not any(node.op == "call_module" and str(node.target).startswith(path + ".") for node in graph.nodes)
+                module.set_submodule(path, _fuse(module.get_submodule(path), inner(path), report, done, alone))
             if not isinstance(module, nn.Sequential) or not (name or _hooked(module)):
                 return _rewritten(module, graph, inner, report)
-            if _is_chain(graph):  # its owner may index it, or hooks hang on it: the layers stay where they are
-                rewritten = _rewritten(module, graph, inner, report)
+            if _is_chain(graph):  # hooks hang on it: the layers stay where they are
+                found = Fusion()
+                rewritten = _rewritten(module, graph, inner, found)
+                if found.fused and not whole and type(module) is nn.Sequential:
+                    reason = "the module that it is in cannot be traced, and may call its layers one by one"
+                    report.left.append(Entry(name, type(module).__name__, reason))
+                    return module
+                report.fused += found.fused
+                report.left += found.left
                 kept = {str(node.target) for node in rewritten.graph.nodes if node.op == "call_module"}
                 for path in [str(node.target) for node in graph.nodes if node.op == "call_module"]:
-                    module.set_submodule(path, rewritten.get_submodule(path) if path in kept else nn.Identity())
+                    module.set_submodule(path, rewritten.get_submodule(path) if path in kept else nn.Identity().eval())
                 return module
-        except _Untraceable as found:
-            report.left.append(Entry(name, type(module).__name__, found.reason))
+        except _Untraceable as error:
+            report.left.append(Entry(name, type(module).__name__, error.reason))
+            whole = False
+    whole = whole and type(module) is nn.Sequential  # which calls each of its modules as it is
     for child, inside in list(module.named_children()):
-        module.set_submodule(child, _fuse(inside, inner(child), report, done))
+        module.set_submodule(child, _fuse(inside, inner(child), report, done, whole))
     return module
 
 
@@ -151,7 +164,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in _THEIRS or super().is_leaf_module(m, module_qualified_name):
+        if type(m) in _THEIRS or type(m) is WithDims or super().is_leaf_module(m, module_qualified_name):
             return True
         if _hooked(m):
             self.opaque.add(module_qualified_name)
@@ -272,11 +285,11 @@ def _fuse_layer(
     traced: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module], inner: Callable[[str], str], report: Fusion
 ) -> None:
     """Let the layer that `node` calls take over the steps that follow."""
-    if len(node.args) != 1 or node.kwargs:
-        return
     graph, layer = traced.graph, modules[str(node.target)]
+    if len(node.args) != 1 or node.kwargs or getattr(layer, "activation", None) is not None:
+        return
     kind = _THEIRS[type(layer)]
-    taken, parts = [node], []
+    taken, parts, place = [node], [], node
     norm = residual = activation = None
     after = _only_user(node)
     if after is not None and after.op == "call_module" and after.args == (node,) and _why_apart(after, modules) is None:
@@ -285,7 +298,7 @@ def _fuse_layer(
         parts.append(type(norm).__name__)
         after = _only_user(after)
     if after is not None and kind not in _TRANSPOSED and (residual := _residual(after, taken, modules)) is not None:
-        taken.append(after)
+        taken.append(place := after)
         parts.append("residual")
         after = _only_user(after)
     if after is not None and (activation := _activation(after, taken[-1], modules)) is not None:
@@ -302,23 +315,32 @@ def _fuse_layer(
     if norm is not None:
         _fold(fused, norm)
     path = str(node.target)
-    while path in modules and (path != node.target or traced.get_submodule(path) is not layer or _calls(graph, path) > 1):
+    while path in modules and (path != node.target or traced.get_submodule(path) is not layer or _uses(graph, path) > 1):
         path += "_again"
     traced.add_submodule(path, fused)
     modules[path] = fused
-    with graph.inserting_before(taken[-1] if residual is not None else node):
-        input = node.args[0]
-        if isinstance(norm, nn.BatchNorm1d):
-            input = graph.call_function(with_dims, (input, 2 if kind is nn.Linear else 3, path))
-        new = graph.call_module(path, (input,) if residual is None else (input, residual))
+    with graph.inserting_before(place):
+        new = graph.call_module(path, node.args if residual is None else (*node.args, residual))
+    if isinstance(norm, nn.BatchNorm1d):
+        check = str(taken[1].target)
+        while _uses(graph, check) > (check == taken[1].target):
+            check += "_again"
+        modules[check] = WithDims(2 if kind is nn.Linear else 3, path)
+        traced.add_submodule(check, modules[check])
+        with graph.inserting_after(new):
+            new = graph.call_module(check, (new,))
     taken[-1].replace_all_uses_with(new)
     for step in reversed(taken):
         graph.erase_node(step)
     report.fused.insert(0, Entry(inner(str(node.target)), kind.__name__, "with " + ", ".join(parts)))
 
 
-def _calls(graph: fx.Graph, path: str) -> int:
-    return sum(node.op == "call_module" and node.target == path for node in graph.nodes)
+def _uses(graph: fx.Graph, path: str) -> int:
+    """Calls of the module at that path, and looks at its parameters."""
+    return sum(
+        node.target == path if node.op == "call_module" else node.op == "get_attr" and str(node.target).startswith(path + ".")
+        for node in graph.nodes
+    )
 
 
 def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
@@ -338,6 +360,8 @@ def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
         return "no convolution or linear layer is directly before it"
     if not _is_layer(layer):
         return "the layer before it has hooks" if _hooked(layer) else f"the layer before it: {why_left(layer)}"
+    if len(before.args) != 1 or before.kwargs:
+        return "the layer before it is called with more than an input"
     if len(before.users) > 1:
         return "the output of the layer before it is used elsewhere"
     if getattr(layer, "activation", None) is not None:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -322,6 +323,7 @@ ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("padding", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), padding=-1), r"padding must be at least 0, got \(-1"),
     ("dilation", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), dilation=0), r"dilation must be at least 1"),
     ("rank", lambda s: s.conv2d(randn(5, 5), randn(4, 3, 3, 3)), r"\(5, 5\)"),
+    ("one dimension", lambda s: s.conv1d(randn(1, 3, 5), randn(4, 3)), r"\(4, 3\)"),
     ("weight's rank", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3)), r"\(4, 3, 3\)"),
     ("list", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=(1, 2, 3)), r"stride.*2 values.*\(1, 2, 3\)"),
     ("groups", lambda s: s.conv2d(randn(1, 4, 5, 5), randn(3, 2, 3, 3), groups=2), r"multiple of groups, 2"),
@@ -331,6 +333,9 @@ ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("empty", lambda s: s.conv2d(randn(1, 3, 0, 5), randn(4, 3, 3, 3)), r"\(0, 5\)"),
     ("no outputs", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(0, 3, 3, 3)), r"weight \(0, 3, 3, 3\)"),
     ("same and a stride", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=2, padding="same"), r"\(2, 2\)"),
+    ("transposed, padding's name", lambda s: s.conv_transpose1d(randn(1, 3, 5), randn(3, 4, 3), padding="same"), r"int.*'same'"),
+    ("a bool", lambda s: s.conv1d(randn(1, 3, 5), randn(4, 3, 3), dilation=True), r"dilation must be int.*True"),
+    ("groups' type", lambda s: s.conv1d(randn(1, 3, 5), randn(4, 3, 3), groups=1.0), r"groups must be int.*1\.0"),
     ("padding's name", lambda s: s.conv1d(randn(1, 3, 5), randn(4, 3, 3), padding="full"), r"'full'"),
     ("no tensor", lambda s: s.conv2d([1.0], randn(4, 3, 3, 3)), r"Tensor, not list"),
     ("no int", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 3, 3), stride=1.5), r"stride must be int.*1\.5"),
@@ -339,12 +344,24 @@ ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("rules", [False, True])
 @pytest.mark.parametrize(("call", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
-def test_errors(call: Callable[[Any], Any], message: str) -> None:
+def test_errors(call: Callable[[Any], Any], message: str, rules: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", rules)
     with pytest.raises(Exception) as theirs:  # torch's own type is the question
         call(F)
     with pytest.raises(type(theirs.value), match=message):
         call(ours)
+
+
+def test_integers_and_numbers_that_torch_takes() -> None:
+    """NumPy's integers, tensors of one; complex numbers, which torch serves."""
+    x, w, two = randn(1, 4, 7, 7), randn(4, 2, 3, 3, seed=1), np.int64(2)
+    for options in ({"stride": two, "groups": two}, {"stride": (np.int32(1), two), "padding": torch.tensor(1), "groups": 2}):
+        torch.testing.assert_close(ours.conv2d(x, w, **options), F.conv2d(x, w, **options), rtol=1e-4, atol=1e-5)
+    z, v = torch.complex(x, x.flip(3)), torch.complex(w, -w)
+    for op in ("conv2d", "conv_transpose2d"):
+        torch.testing.assert_close(getattr(ours, op)(z, v, groups=2), getattr(F, op)(z, v, groups=2))
 
 
 def test_unknown_activation_and_residual_of_another_shape() -> None:

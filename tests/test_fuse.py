@@ -161,6 +161,7 @@ class Reads(nn.Module):
         super().__init__()
         self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
         self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+        self.up = nn.ConvTranspose2d(3, 3, 3, 2)
         self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,6 +179,14 @@ class Reads(nn.Module):
             y = self.conv(x)
             x.mul_(0.5)
             return y + x
+        if self.way == "changed later":
+            y = self.conv(x) + x
+            x.mul_(0.5)
+            return y.relu()
+        if self.way == "activated before":
+            return (self.conv(x).relu() + x).tanh()
+        if self.way == "weight read":
+            return self.norm(self.conv(x)) * self.conv.weight.sum()
         if self.way == "changed other":
             x += self.conv(x)
             return x * 2
@@ -186,6 +195,8 @@ class Reads(nn.Module):
             return y + y
         if self.way == "scaled":
             return torch.add(self.conv(x), x, alpha=3)
+        if self.way == "more than an input":
+            return self.norm(self.up(x, output_size=[11, 9]))
         return self.norm(x).relu()
 
 
@@ -194,11 +205,15 @@ APART = "the output of the layer before it is used elsewhere"
 
 @pytest.mark.parametrize(("way", "fused", "left"), [
     ("twice", [], [f"norm: {APART}"]), ("broadcast", ["conv: residual"], []), ("larger", ["conv: residual"], []),
-    ("wider", ["conv: residual"], []), ("changed input", [], []), ("changed other", [], []), ("doubled", [], []),
+    ("wider", ["conv: residual"], []), ("changed later", ["conv: residual, relu"], []), ("activated before", ["conv: relu"], []),
+    ("weight read", ["conv: BatchNorm2d"], []), ("changed input", [], []), ("changed other", [], []), ("doubled", [], []),
     ("scaled", [], []), ("first", [], ["norm: no convolution or linear layer is directly before it"]),
+    ("more than an input", [], ["norm: the layer before it is called with more than an input"]),
 ])  # fmt: skip
 def test_what_stays_apart(way: str, fused: list[str], left: list[str]) -> None:
-    check(settled(Reads(way)), randn(2, 3, 5, 4), fused=fused, left=left)
+    other = check(settled(Reads(way)), randn(2, 3, 5, 4), fused=fused, left=left)
+    again, _ = fastnn.fuse(other)
+    torch.testing.assert_close(again(x := randn(2, 3, 5, 4)), other(x.clone()), msg="fused a second time")
 
 
 def test_hooks_stay_and_see_what_they_saw() -> None:
@@ -253,11 +268,12 @@ def test_what_cannot_be_traced_is_left_and_its_parts_are_fused() -> None:
     model = settled(Owner())
     x = randn(2, 3, 5, 6)
     other = check(model, x, fused=[
-        "inside.block.a: BatchNorm2d, relu", "inside.block.b: BatchNorm2d, residual, relu", "inside.row.0: BatchNorm2d, tanh",
-        "inside.blocks.0.0: relu", "inside.blocks.1.a: BatchNorm2d, relu", "inside.blocks.1.b: BatchNorm2d, residual, relu",
-        "last: sigmoid",
+        "inside.block.a: BatchNorm2d, relu", "inside.block.b: BatchNorm2d, residual, relu",
+        "inside.blocks.1.a: BatchNorm2d, relu", "inside.blocks.1.b: BatchNorm2d, residual, relu", "last: sigmoid",
     ], left=[
-        "inside: torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to control flow"
+        "inside: torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to control flow",
+        *(f"inside.{row}: the module that it is in cannot be traced, and may call its layers one by one"
+          for row in ("row", "blocks.0")),
     ])  # fmt: skip
     assert type(other.get_submodule("inside")) is Branching
     assert len(list(other.get_submodule("inside.row").children())) == 3
@@ -285,10 +301,17 @@ def test_made_tensors_are_not_frozen() -> None:
     assert not torch.equal(other(x := torch.zeros(3)), other(x))
 
 
-def test_a_vector_norm_after_a_linear_layer_of_sequences_is_an_error() -> None:
-    other, _ = fastnn.fuse(settled(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))))
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_vector_norm_after_a_linear_layer_of_sequences_is_an_error(hooked: bool) -> None:
+    model = settled(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()))
+    if hooked:  # then the layers keep their places
+        model.register_forward_hook(lambda *_: None)
+    other = check(model, randn(3, 4), fused=["0: BatchNorm1d, relu"])
     with pytest.raises(RuntimeError, match=r"0: a batch norm was folded into this layer .* 2 dimensions, got 3"):
         other(randn(2, 5, 4))
+    again, report = fastnn.fuse(other)
+    assert report.left == []
+    torch.testing.assert_close(again(x := randn(2, 4)), other(x))
 
 
 def test_training_mode_is_refused() -> None:

@@ -225,6 +225,12 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s.batch_norm(X, W, W, eps=-1.0), "-1.0"),
     (lambda s: s.batch_norm(X, None, None, W.double(), W.double(), True), "dtype"),
     (lambda s: s.batch_norm(X.long(), W, W), "Long"),
+    (lambda s: s.batch_norm(X, W, None), "running_var"),
+    (lambda s: s.batch_norm(X, W.clone().requires_grad_(), W), "running_mean"),
+    (lambda s: s.instance_norm(X, W, W.clone().requires_grad_()), "running_var"),
+    (lambda s: s.instance_norm(X, W, None), "both be None"),
+    (lambda s: s.group_norm(X, 0), "got 0"),
+    (lambda s: s.group_norm(X, -2), "-2"),
     (lambda s: s.group_norm(X, 3), "3"),
     (lambda s: s.group_norm(X, 2, torch.ones(5)), "5"),
     (lambda s: s.group_norm(torch.ones(3), 1), "3"),
@@ -254,4 +260,5 @@ def test_empty_is_torchs(calls: list[Any]) -> None:
         assert f.group_norm(x, 2).shape == x.shape
         mean = W.clone()
         assert f.batch_norm(x, mean, W.clone(), training=True).shape == x.shape
+    assert f.batch_norm(X[:, :0], W[:0], W[:0], training=True).shape == (2, 0, 3, 3)
     assert {c.backend for c in calls} == {"torch"}

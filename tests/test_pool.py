@@ -306,7 +306,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     ),
     *(
         (lambda s, k=kind, x=x: getattr(s, f"{k}_pool{x.dim() - 2}d")(x[0, 0], 2), "[0-9]D")
-        for kind, x in itertools.product(("max", "adaptive_max"), (X1, X3))
+        for kind, x in itertools.product(("max", "avg", "adaptive_max", "adaptive_avg"), (X1, X2, X3))
     ),
     (lambda s: s.max_pool2d(X2, 2, dilation=0), "dilation.*0"),
     (lambda s: s.max_pool2d(X3, 2), "5D"),
@@ -321,6 +321,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s.max_unpool2d(X2, X2.long(), 2, output_size=(30, 7)), "30"),
     (lambda s: s.max_unpool1d(X1[0, 0], X1[0, 0].long(), 2), "1D"),
     (lambda s: s.max_pool2d(3, 2), "Tensor"),
+    (lambda s: s.max_pool2d(X2, True), "kernel_size.*True"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What several families ask of their arguments."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -13,13 +14,22 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(getattr(t, "requires_grad", False) for t in tensors)  # what is no tensor is refused where it is used
 
 
+def integer(value: Any) -> Any:
+    """`value` as torch takes it for an int: NumPy's integers and tensors of one integer too, but no bool. Raises TypeError."""
+    if isinstance(value, bool):
+        raise TypeError("a bool is no int")
+    return value if type(value) is int or isinstance(value, torch.SymInt) else index(value)
+
+
 def ints(op: str, name: str, value: Any, dims: int) -> list[int]:
     """`value` for each dimension: an int for all, or a sequence of one or of as many as there are dimensions."""
     if type(value) is int:
         return [value] * dims
     values = list(value) if isinstance(value, (tuple, list)) else [value]
-    if not all(isinstance(v, (int, torch.SymInt)) for v in values):
-        raise TypeError(f"{op}(): {name} must be int or a tuple of {dims} ints, got {value!r}")
+    try:
+        values = [integer(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{op}(): {name} must be int or a tuple of {dims} ints, got {value!r}") from None
     if len(values) not in (1, dims):
         raise RuntimeError(
             f"{op}(): expected {name} to be a single integer value or {dims} values, got {len(values)}: {tuple(values)}"

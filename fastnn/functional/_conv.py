@@ -33,10 +33,12 @@ def _convolve(
         return _convolve(op, dims, transposed, input.unsqueeze(0), weight, bias, stride, padding, dilation, output_padding,
                          groups, activation, more, backend).squeeze(0)
     strides, dilations = ints(op, "stride", stride, dims), ints(op, "dilation", dilation, dims)
-    if isinstance(padding, str):
+    if isinstance(padding, str) and not transposed:
         input, paddings = _padded(op, dims, input, weight, strides, padding, dilations)
     else:
         paddings = ints(op, "padding", padding, dims)
+    if type(groups) is not int:
+        (groups,) = ints(op, "groups", groups, 1)
     fixed = (strides, paddings, dilations, transposed, ints(op, "output_padding", output_padding, dims), groups)
     if activation is not None and torch.is_grad_enabled() and any_requires_grad(input, weight, bias, residual):
         if activation not in _activation.PARAMETERLESS:

@@ -17,6 +17,14 @@ def _update(running: Tensor, value: Tensor, momentum: float) -> None:
     running.mul_(1 - momentum).add_(value.to(running.dtype), alpha=momentum)
 
 
+def _check_running(op: str, mean: Tensor | None, var: Tensor | None) -> None:
+    if (mean is None) != (var is None):
+        raise ValueError(f"{op}(): running_mean and running_var must either both be None or neither be None")
+    for name, running in (("running_mean", mean), ("running_var", var)):
+        if getattr(running, "requires_grad", False) and torch.is_grad_enabled():
+            raise RuntimeError(f"{op}(): is not differentiable with respect to {name}, which must not require a gradient")
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -35,7 +43,7 @@ def batch_norm(
     has a single value in training, or eps is not positive; RuntimeError for parameters of another size.
     """
     if training:
-        if isinstance(input, Tensor) and input.dim() > 1 and input.numel() == input.shape[1]:
+        if isinstance(input, Tensor) and input.dim() > 1 and input.shape[0] * input.shape[2:].numel() == 1:
             raise ValueError(
                 f"batch_norm(): Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
             )
@@ -43,10 +51,10 @@ def batch_norm(
             raise ValueError(f"batch_norm(): eps must be positive during training, but got {eps}")
     elif eps < 0:
         raise ValueError(f"batch_norm(): eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
-    if not training and running_mean is None:
-        raise RuntimeError("batch_norm(): running_mean must be defined in evaluation mode, got None")
+    if not training and (running_mean is None or running_var is None):
+        name = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"batch_norm(): {name} must be defined in evaluation mode, got None")
+    _check_running("batch_norm", running_mean, running_var)
     if not training:
         return _norm.batch_norm.call(input, weight, bias, running_mean, running_var, eps, backend)[0]
     out, stats = _norm.batch_norm.call(input, weight, bias, None, None, eps, backend)
@@ -103,6 +111,7 @@ def instance_norm(
     Running statistics that are given take the mean over the batch of each image's. ValueError where an image has a
     single pixel, RuntimeError for parameters of another size.
     """
+    _check_running("instance_norm", running_mean, running_var)
     named = backend if is_dynamo_compiling() else backend or backends.context()
     if named == "torch":  # whose group_norm is not its instance_norm: less exact for large means
         backends.torch_serves("instance_norm", (input,), backend, "backend 'torch' was named")

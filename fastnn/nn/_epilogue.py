@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import activation as _activation
 
@@ -35,11 +35,18 @@ def apart(out: Tensor, residual: Any, activation: str | None, backend: str | Non
     return out if activation is None else _activation.activation.call(out, activation, (), backend)
 
 
-def with_dims(input: Tensor, dims: int, layer: str) -> Tensor:
-    """A BatchNorm1d also takes inputs whose second dimension is not what the layer before it makes."""
-    if input.dim() != dims:
-        raise RuntimeError(
-            f"{layer}: a batch norm was folded into this layer by fastnn.fuse, so its input must have {dims} dimensions, got "
-            f"{input.dim()}"
-        )
-    return input
+class WithDims(nn.Module):
+    """In a folded BatchNorm1d's place, which also took inputs whose second dimension is not what the layer before it makes."""
+
+    def __init__(self, dims: int, layer: str) -> None:
+        super().__init__()
+        self.dims, self.layer = dims, layer
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != self.dims:
+            raise RuntimeError(
+                f"{self.layer}: a batch norm was folded into this layer by fastnn.fuse, so its input must have {self.dims} "
+                f"dimensions, got {input.dim()}"
+            )
+        return input

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._operator import FLOATING, PLAIN, Operator, empty_matrix
@@ -186,7 +187,10 @@ def _torch_conv(
     groups: int,
     activation: str | None,
 ) -> Tensor:
-    z = torch.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    if transposed:
+        z = getattr(F, f"conv_transpose{len(stride)}d")(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    else:
+        z = getattr(F, f"conv{len(stride)}d")(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         z = z + residual
     return z if activation is None else apply_torch(z, activation, [])

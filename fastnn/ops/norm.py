@@ -130,7 +130,7 @@ def _check_group_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> str | None:
     if groups <= 0:
-        raise ValueError(f"group_norm(): num_groups must be greater than zero, got {groups}")
+        raise (RuntimeError if groups else ZeroDivisionError)(f"group_norm(): num_groups must be greater than zero, got {groups}")
     reason = _check_channels("group_norm", input, weight=weight, bias=bias)
     if input.shape[1] % groups:
         raise RuntimeError(

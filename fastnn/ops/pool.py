@@ -30,7 +30,7 @@ def _name(kind: str, adaptive: bool, dims: int) -> str:
 def check_planes(op: str, shape: Sizes, dims: int, channels: bool = True) -> None:
     """input must be (N, C, …) or (C, …) with `dims` more, none of them empty but the batch (and C unless `channels`)."""
     if len(shape) not in (dims + 1, dims + 2):
-        raise RuntimeError(
+        raise (IndexError if op == "avg_pool2d" and len(shape) <= dims else RuntimeError)(  # as torch has it
             f"{op}(): Expected {dims + 1}D or {dims + 2}D (batch mode) input, but got {len(shape)}D: {tuple(shape)}"
         )
     if 0 in shape[-dims - channels :]:

@@ -556,7 +556,7 @@ _SMALL, _SMALL_PRODUCT = 1 << 22, 1 << 20  # multiplications
 def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
             dilation: Sequence[int], transposed: bool, groups: int) -> str | None:
     """Why torch is faster for a convolution of these operands; None if it is not. (In a forked child torch might hang.)"""
-    if not overhead.RULES or dtype != torch.float32 or x.dim() < 3 or threads.forked():
+    if not overhead.RULES or dtype != torch.float32 or not 3 <= x.dim() == weight.dim() or threads.forked():
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:

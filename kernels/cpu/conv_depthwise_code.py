@@ -103,6 +103,20 @@ def inside(geo, x, d, h, valid):
 
 
 @inline
+def inside_row(geo, i, valid, number, here):
+    """Of these taps those that meet the image at the row's position i: (address at w = 0, tap's number); their number"""
+    count = 0
+    for t in range(number):
+        at = valid + t * 24
+        place = i * get(geo, _SW) + get(at, 16)
+        if place >= 0 and place < get(geo, _W):
+            put(here, count * 24, get(at, 0))
+            put(here, count * 24 + 8, get(at, 8))
+            count += 1
+    return count
+
+
+@inline
 def bounds(geo, tap):
     """The positions along w at which a tap lies within the image"""
     sw = get(geo, _SW)
@@ -359,15 +373,8 @@ def depthwise(elem_name: str) -> Any:
                 count, table = number, valid
                 if four:
                     i = min(i, high - FOUR)  # the last four overlap those before
-                else:  # the taps that meet the image
-                    count, table = 0, here
-                    for t in range(number):
-                        at = valid + t * 24
-                        place = i * get(geo, _SW) + get(at, 16)
-                        if place >= 0 and place < get(geo, _W):
-                            put(here, count * 24, get(at, 0))
-                            put(here, count * 24 + 8, get(at, 8))
-                            count += 1
+                else:
+                    count, table = inside_row(geo, i, valid, number, here), here
                 offset = image * get(geo, _YN) + d * get(geo, _YD) + h * get(geo, _YH) + i * get(geo, _YW)
                 done = pairs if four else quads
                 for c in range(0, done, 2 * lanes if four else 4 * lanes):

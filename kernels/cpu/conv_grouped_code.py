@@ -21,7 +21,6 @@ from .conv_code import (
     _OW,
     _SW,
     _TAPS,
-    _W,
     _XC,
     _XN,
     _XW,
@@ -32,9 +31,8 @@ from .conv_code import (
     _YW,
     finisher,
     get,
-    put,
 )
-from .conv_depthwise_code import RELU, RELU6, bounds, extent, inside, putter
+from .conv_depthwise_code import RELU, RELU6, bounds, extent, inside, inside_row, putter
 from .engine.region import parallel
 from .engine.simd import ELEMS, compute_elem, fma, inline, load, load_scalar, outline, spread
 
@@ -106,15 +104,8 @@ def grouped(elem_name: str) -> Any:
             count, table = many, valid
             if whole:
                 i = min(i, high - EIGHT)
-            else:  # the taps that meet the image
-                count, table = 0, here
-                for t in range(many):
-                    at = valid + t * 24
-                    place = i * get(geo, _SW) + get(at, 16)
-                    if place >= 0 and place < get(geo, _W):
-                        put(here, count * 24, get(at, 0))
-                        put(here, count * 24 + 8, get(at, 8))
-                        count += 1
+            else:
+                count, table = inside_row(geo, i, valid, many, here), here
             positions = EIGHT if whole else 1
             for o in range(0, outputs, lanes):
                 offset = i * y_step + o * size
