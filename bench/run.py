@@ -450,7 +450,8 @@ def header(
         "environment": {
             k: v
             for k, v in os.environ.items()
-            if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")) and k != "FASTNN_CACHE_DIR"  # a private path
+            if k.startswith(("FASTNN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"))
+            and k != "FASTNN_CACHE_DIR"  # where files lie is nobody's business
         },
         "providers": {p.name: p.version for p in providers},
         "missing": missing,
