@@ -105,6 +105,21 @@ def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch: pytest.MonkeyPa
     assert current == [0]
 
 
+def test_a_kernel_that_does_not_fit_says_what_to_do() -> None:
+    """Of Triton's own words the numbers stay, and not the advice on block sizes, which are not the user's."""
+    from triton.runtime.errors import OutOfResources
+
+    class Greedy:
+        __name__ = "product"
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+    words = r"product does not fit on cpu \(shared memory: 300000, .* 232448\); use backend='torch'"
+    with pytest.raises(RuntimeError, match=words):
+        launch.run(Greedy(), 1, torch.device("cpu"))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current_one() -> None:
     x = torch.randn(64, 64, device="cuda:1")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fastnn import backends
 
@@ -78,11 +79,15 @@ def run(kernel: Any, programs: int, device: torch.device, *args: Any, **options:
     """
     if programs == 0:
         return
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        kernel[(programs,)](*args, **options)
-    else:
-        with torch.cuda.device(device):
+    try:
+        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
             kernel[(programs,)](*args, **options)
+        else:
+            with torch.cuda.device(device):
+                kernel[(programs,)](*args, **options)
+    except OutOfResources as error:
+        needs = f"{error.name}: {error.required}, there are {error.limit}"
+        raise RuntimeError(f"fastnn: {kernel.__name__} does not fit on {device} ({needs}); use backend='torch'") from error
 
 
 def allow_descriptors() -> None:
