@@ -214,7 +214,8 @@ class QRNN(nn.Module):
     def stream(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """A piece of longer sequences, (T, B, I) or (B, T, I): its output, and what to call this with for the next piece.
 
-        All pieces together give what ``forward`` gives for the whole, but for the rounding of products. Raises ValueError for layers in both directions.
+        All pieces together give what ``forward`` gives for the whole, but for the rounding of products. Raises ValueError for
+        layers in both directions.
         """
         if self.bidirectional:
             raise ValueError("QRNN.stream(): bidirectional is True, and a backward direction starts at the end")
