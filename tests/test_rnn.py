@@ -870,7 +870,8 @@ def test_streaming_of_qrnn(window: int) -> None:
     x = torch.randn(3, 23, 5)
     whole, end = module(x)
     for pieces in ([1] * 23, [2, 1, 9, 3, 8]):
-        state, parts = None, []
+        state: Any = None
+        parts = []
         for piece in x.split(pieces, 1):
             y, state = module.stream(piece, state)
             parts.append(y)
