@@ -88,6 +88,13 @@ def test_error_rule(problem: str, form: str, dtype: torch.dtype) -> None:
     agree(op, image, randn(*w, dtype=dtype, seed=1), **options)
 
 
+@pytest.mark.parametrize("problem", ["1d", "1d depthwise", "transposed 1d"])
+def test_sequences_with_neighbouring_channels(problem: str) -> None:
+    """As x.transpose(1, 2) of a sequence of vectors has them."""
+    op, x, w, options = PROBLEMS[problem]
+    agree(op, FORMATS["last"](randn(*x)), randn(*w, seed=1), **options)
+
+
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 25])
 
 

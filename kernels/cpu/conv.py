@@ -529,8 +529,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         turned = not last and out.shape[0] == groups and grad.shape[-1] <= _SHORT_ROWS and input.itemsize >= 4
         kind = WEIGHTS_LAST if last or turned else WEIGHTS
         if grad.stride(1 if last else -1) != 1:
-            form = torch.channels_last if grad.dim() == 4 else torch.channels_last_3d
-            grad = grad.contiguous(memory_format=form if last else torch.contiguous_format)
+            grad = grad.movedim(1, -1).contiguous().movedim(-1, 1) if last else grad.contiguous()
     (p,) = _plan(kind, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
     at = p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr()
