@@ -41,6 +41,7 @@ def agree(op: str, x: Tensor, w: Tensor, b: Tensor | None = None, **options: Any
 PROBLEMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3x3": ("conv2d", (2, 5, 9, 13), (11, 5, 3, 3), {"padding": 1}),
     "wide rows": ("conv2d", (1, 3, 4, 131), (5, 3, 3, 3), {"padding": 1}),
+    "whole vectors of few channels": ("conv2d", (1, 3, 8, 104), (7, 3, 3, 3), {"padding": 1}),
     "narrow rows": ("conv2d", (3, 5, 40, 1), (7, 5, 3, 1), {"padding": (1, 0)}),
     "deep": ("conv2d", (2, 150, 5, 6), (9, 150, 3, 3), {"padding": 1}),
     "many outputs": ("conv2d", (1, 3, 5, 6), (131, 3, 2, 2), {}),
@@ -86,6 +87,13 @@ def test_error_rule(problem: str, form: str, dtype: torch.dtype) -> None:
     image = place(randn(*x, dtype=dtype))
     agree(op, image, place(randn(*w, dtype=dtype, seed=1)), randn(outputs, dtype=dtype, seed=2), **options)
     agree(op, image, randn(*w, dtype=dtype, seed=1), **options)
+
+
+@pytest.mark.parametrize("problem", ["1d", "1d depthwise", "transposed 1d"])
+def test_sequences_with_neighbouring_channels(problem: str) -> None:
+    """As x.transpose(1, 2) of a sequence of vectors has them."""
+    op, x, w, options = PROBLEMS[problem]
+    agree(op, FORMATS["last"](randn(*x)), randn(*w, seed=1), **options)
 
 
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 25])
@@ -147,7 +155,7 @@ def test_epilogue(form: str) -> None:
     for op, w, groups, x_shape in (
         ("conv2d", (9, 5, 3, 3), 1, (2, 5, 7, 11)), ("conv2d", (5, 1, 3, 3), 5, (2, 5, 7, 11)),
         ("conv2d", (35, 1, 3, 3), 35, (1, 35, 21, 43)), ("conv2d", (32, 5, 3, 3), 2, (2, 10, 7, 19)),
-        ("conv_transpose2d", (5, 9, 3, 3), 1, (2, 5, 7, 11)),
+        ("conv_transpose2d", (5, 9, 3, 3), 1, (2, 5, 7, 11)), ("conv2d", (6, 5, 3, 3), 1, (1, 5, 17, 65)),
     ):  # fmt: skip
         x, weight = place(randn(*x_shape)), place(randn(*w, seed=1))
         plain = getattr(F, op)(x, weight, stride=2, groups=groups)

@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
             "scaled_dot_product_attention(): Explicit attn_mask should not be set when is_causal=True, got a mask of "
             f"shape {tuple(attn_mask.shape)}"
         )
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "scaled_dot_product_attention(): alibi_slopes have no gradient: detach() them, or pass what they add as attn_mask"
         )

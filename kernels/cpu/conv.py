@@ -38,6 +38,7 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _SMALL_WEIGHT = 4096  # elements below which arranging anew is cheaper than looking the arranged weight up
 _RUN, _MEETING, _OUT = 48, 32, 24  # as in conv_code
+_FEW, _SHORT = 16, 8  # channels below which, positions of a row from which on a block is packed at once, not panel by panel
 PLANES, PIXELS, WEIGHTS, WEIGHTS_LAST = range(4)
 
 
@@ -204,18 +205,22 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
     def runs(n: int) -> int:
         return min(n, (n + row - 2) // row + 1) if n else 1
 
-    panels = at_outs = at_meet = meet = 0
+    panels = at_outs = at_meet = meet = at_bias = 0
     if kind == PLANES:
         parts, cuts = _divide(nt, groups, -(-outputs // f.rows), vectors // (2 * f.vecs))
-        width = min(4 * f.vecs, max(1, -(-vectors // cuts)))
+        fit = l2 // 8 // (max(1, depth_all) * f.vecs * lanes * unit)  # panels
+        few = channels < _FEW and fit >= 4 and row >= _SHORT and not f.half  # for ``shallow`` in conv_code
+        width = min((min(32, fit) if few else 4) * f.vecs, max(1, -(-vectors // cuts)))
         depth = _cut(depth_all, max(64, l2 // 4 // (width * lanes * unit)))
         block = width * lanes
-        sums_row, packing = block * unit, depth * block * unit
+        sums_row = (-(-block * unit // 64) | 1) * 64 if few else block * unit
+        packing = depth * sums_row
         rows = min(outputs, _up(-(-outputs // parts), f.rows) + f.rows) if depth_all > depth else f.rows
         at_outs = 4096 + runs(block) * _RUN
         at_meet = at_outs + runs(block) * _OUT
-        meet = taps * runs(f.vecs * lanes) * _MEETING
-        at_sums = _up(at_meet + 4 * meet, 64)
+        meet = 0 if few else taps * runs(f.vecs * lanes) * _MEETING
+        at_bias = _up(at_meet + (taps * runs(block) * _MEETING if few else 4 * meet), 64)
+        at_sums = at_bias + (outputs * f.vecs * lanes * unit if few else 0)
     elif kind == PIXELS:
         panels = -(-out_vectors // f.vecs)
         cuts, parts = _divide(nt, groups, panels, total // 32)
@@ -237,7 +242,7 @@ def _layout(kind: int, f: Any, nt: int, groups: int, channels: int, outputs: int
         at_sums = _up(at_outs + width * sums_row + 64, 64)
     at_pack = _up(at_sums + rows * sums_row + 64, 64)
     return {"parts": parts, "cuts": cuts, "width": width, "depth": depth, "panels": panels, "at_runs": 4096, "at_outs": at_outs,
-            "at_meet": at_meet, "meet": meet, "at_sums": at_sums, "sums": sums_row, "at_pack": at_pack,
+            "at_meet": at_meet, "meet": meet, "at_bias": at_bias, "at_sums": at_sums, "sums": sums_row, "at_pack": at_pack,
             "scratch": _up(at_pack + packing + 256, 4096)}
 
 
@@ -529,8 +534,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         turned = not last and out.shape[0] == groups and grad.shape[-1] <= _SHORT_ROWS and input.itemsize >= 4
         kind = WEIGHTS_LAST if last or turned else WEIGHTS
         if grad.stride(1 if last else -1) != 1:
-            form = torch.channels_last if grad.dim() == 4 else torch.channels_last_3d
-            grad = grad.contiguous(memory_format=form if last else torch.contiguous_format)
+            grad = grad.movedim(1, -1).contiguous().movedim(-1, 1) if last else grad.contiguous()
     (p,) = _plan(kind, dtype, threads.count(), input.shape, input.stride(), out.shape, out.stride(),
                  grad.shape, _steps(grad), tuple(stride), tuple(padding), tuple(dilation), False, groups)
     at = p.fields.buffer_info()[0], input.data_ptr(), out.data_ptr(), grad.data_ptr()

@@ -8,6 +8,7 @@ is a stretch of them within one row. For each run and tap it is computed once wh
 the explicit im2col do not exist anywhere (Anderson et al. 2020 survey such schemes; cuDNN's is Chetlur et al. 2014, section 3).
 
 * ``planes`` (channels first): rows of the tile are output channels, columns are positions; weights are read as they are.
+  ``shallow``: the same for few channels, where what counts is not the products but packing and writing.
 * ``pixels`` (channels last): rows are positions, columns are output channels; weights are packed in panels.
 * ``weights``: rows are k, columns are output channels, summed over positions: the gradient of the weight.
 
@@ -42,8 +43,8 @@ from .matmul_code import tiles
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _G, _OD, _OH, _OW, _D, _H, _W, _SD, _SH, _SW, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _WG, _WR, _WK,
- _TAPS, _TAP, _SPAN, _PARTS, _CUTS, _WIDTH, _DEPTH, _PANELS, _DIRECT, _AT_RUNS, _AT_OUTS, _AT_MEET, _MEET, _AT_SUMS, _SUMS,
- _AT_PACK) = (8 * i for i in range(len(FIELDS)))
+ _TAPS, _TAP, _SPAN, _PARTS, _CUTS, _WIDTH, _DEPTH, _PANELS, _DIRECT, _AT_RUNS, _AT_OUTS, _AT_MEET, _MEET, _AT_BIAS,
+ _AT_SUMS, _SUMS, _AT_PACK) = (8 * i for i in range(len(FIELDS)))
 RUN, MEETING, OUT = 48, 32, 24  # bytes of an entry of each table
 
 
@@ -389,6 +390,44 @@ def convolution(elem_name: str) -> Any:
                     break
 
     @outline
+    def shallow(geo, m0, m1, v0, v1, x, w, y, bias, res, act, p0, p1, ws):
+        """As planes, k undivided: a block's positions are packed at once, a row of k in one piece, and where the output's lie
+        next to each other too the tiles write them there, starting from the bias"""
+        total = get(geo, _N) * get(geo, _OD) * get(geo, _OH) * get(geo, _OW)
+        k, width = get(geo, _C) * get(geo, _TAPS), get(geo, _WIDTH)
+        wr, wk, yo, yw = get(geo, _WR), get(geo, _WK), get(geo, _YO), get(geo, _YW)
+        runs, outs, table = ws + get(geo, _AT_RUNS), ws + get(geo, _AT_OUTS), ws + get(geo, _AT_MEET)
+        sums, row, packed = ws + get(geo, _AT_SUMS), get(geo, _SUMS), ws + get(geo, _AT_PACK)
+        biases, bias_row = ws + get(geo, _AT_BIAS), VECS * lanes * ps
+        for i in range(m1 - m0 if bias != 0 else 0):
+            for j in range(VECS):
+                store(p, biases + i * bias_row + j * p.bytes, spread(p, load_scalar(p, bias + (m0 + i) * ps)))
+        for v in range(v0, v1, width):
+            vectors = min(width, v1 - v)
+            panels = (vectors + VECS - 1) // VECS
+            n = min(vectors * lanes, total - v * lanes)
+            count = find_runs(geo, v * lanes, n, runs)
+            outputs = find_outputs(geo, runs, count, outs)
+            find_meetings(geo, runs, count, table)
+            pack_columns(geo, x, table, count, 0, k, packed, row)
+            whole = outputs == 1 and yw == size and n == vectors * lanes
+            i = m0
+            while i < m1:
+                rows = tile_rows(m1 - i)
+                at, at_row = (y + i * yo + get(outs, 16), yo) if whole else (sums, row)
+                for q in range(panels):
+                    c0, c1 = vectors * q // panels * lanes, vectors * (q + 1) // panels * lanes
+                    run_tiles(rows, (c1 - c0) // lanes, 0, 1, k, w + i * wr, wr, wk, packed + c0 * ps, row,
+                              biases + (i - m0) * bias_row if bias != 0 else 0, bias_row, at + c0 * ps, at_row, packed, 0)
+                for r in range(rows if not whole or act != 0 or res != 0 else 0):
+                    for out in range(outputs):
+                        run = outs + out * OUT
+                        offset = (i + r) * yo + get(run, 16)
+                        finish(get(run, 8), at + r * at_row + get(run, 0) * ps, y + offset, yw, 0, 0,
+                               res + offset if res != 0 else 0, act, p0, p1)
+                i += rows
+
+    @outline
     def pixels(geo, p_first, p_end, q0, q1, x, w, y, bias, res, act, p0, p1, ws):
         """Panels q0 … q1 of a group's output channels at positions p_first … p_end"""
         k, depth, width, channels = get(geo, _C) * get(geo, _TAPS), get(geo, _DEPTH), get(geo, _WIDTH), get(geo, _O)
@@ -507,8 +546,12 @@ def convolution(elem_name: str) -> Any:
             rg = res + g * channels * get(geo, _YO) if res != 0 else 0
             if kind == 0:
                 units, vectors = (channels + ROWS - 1) // ROWS, (total + lanes - 1) // lanes
-                planes(geo, units * i // parts * ROWS, min(channels, units * (i + 1) // parts * ROWS),
-                       vectors * j // cuts, vectors * (j + 1) // cuts, xg, wg, yg, bg, rg, act, p0, p1, mine)
+                m0, m1 = units * i // parts * ROWS, min(channels, units * (i + 1) // parts * ROWS)
+                v0, v1 = vectors * j // cuts, vectors * (j + 1) // cuts
+                if ps == size and get(geo, _AT_BIAS) < get(geo, _AT_SUMS):  # there is room for biases
+                    shallow(geo, m0, m1, v0, v1, xg, wg, yg, bg, rg, act, p0, p1, mine)
+                else:
+                    planes(geo, m0, m1, v0, v1, xg, wg, yg, bg, rg, act, p0, p1, mine)
             elif kind == 1:
                 units, panels = (total + ROWS - 1) // ROWS, get(geo, _PANELS)
                 pixels(geo, units * i // parts * ROWS, min(total, units * (i + 1) // parts * ROWS),

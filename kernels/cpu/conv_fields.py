@@ -10,7 +10,7 @@ FIELDS = [
     "taps", "tap", "span",  # taps, the address of their (d, h, w), and how many of the filter's taps along w each is
     "parts", "cuts",  # how rows and columns of the product are divided among threads
     "width", "depth", "panels", "direct",  # a block's size; panels of a packed weight; whether pixels are read in place
-    "at_runs", "at_outs", "at_meet", "meet", "at_sums", "sums", "at_pack",  # a thread's tables in its memory, their strides
+    "at_runs", "at_outs", "at_meet", "meet", "at_bias", "at_sums", "sums", "at_pack",  # a thread's memory
 ]
 
 #: The same for Winograd's kernel.
