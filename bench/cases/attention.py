@@ -27,7 +27,7 @@ SHAPES = {
     "window_8k": (1, 8, 8, 8192, 8192, 64),
 }
 SHAPES |= {f"llama_{n // 1024}k": (8192 // n, 16, 16, n, n, 128) for n in (1024, 4096, 8192)}
-SHAPES["llama_decode"] = (8, 32, 8, 1, 8192, 128)
+SHAPES |= {"llama_decode": (8, 32, 8, 1, 8192, 128), "gpt2_b4": (4, 12, 12, 1024, 1024, 64)}
 DECODE = {f"decode_{keys}": (1, 32, 8, 1, keys, 128) for keys in (128, 1024, 4096, 8192)}
 SHAPES |= DECODE
 
@@ -157,5 +157,5 @@ CASES += [
     attention("decode", "llama_decode", goals={"limit": 0.8}, **_GPU),
     attention("attention", "llama_8k", goals={"limit": 0.57, "best": 1.0}, **_GPU),
     attention("attention_causal", "llama_1k", causal=True, goals={"limit": 0.57, "best": 1.0}, **_GPU),
-    attention("attention_causal", "gpt2_2k", causal=True, goals={"best": 1.0}, **_GPU | {"dtypes": (torch.float32,)}),
+    attention("attention_causal", "gpt2_b4", causal=True, goals={"best": 1.0}, **_GPU | {"dtypes": (torch.float32,)}),
 ]

@@ -243,7 +243,7 @@ CASES += [
     square(8192, goals={"torch": 0.9}, **_GPU),
     linear("llama_projection", 4096, "gelu", "linear_gelu", goals={"torch": 1.1}, **_GPU),
     linear("bert_up", 4096, "gelu", "linear_gelu", goals={"torch": 1.1}, **_GPU),
-    square(4096, goals={"torch": 0.9}, **_GPU | {"dtypes": (torch.float32,)}),
+    square(6144, goals={"torch": 0.9}, **_GPU | {"dtypes": (torch.float32,)}),
     linear("bert_up", 4096, None, "linear_train", mode="train", goals={"torch": 1.0}, **_GPU),
     row("llama_projection", 4096, 4096, goals={"limit": 0.8}, **_GPU),
     bmm("gpt2_scores", 96, 1024, 64, 1024, transposed=True, goals={"torch": 1.0}, **_GPU),

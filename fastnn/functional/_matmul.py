@@ -24,12 +24,13 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, backend: 
 
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """input (M, K) @ mat2 (K, N) → (M, N)."""
-    if (
-        type(input) not in PLAIN or type(mat2) not in PLAIN or input.dim() != 2 or mat2.dim() != 2
-        or input.shape[1] != mat2.shape[0] or input.dtype is not mat2.dtype or input.is_cpu is not mat2.is_cpu
-    ):  # fmt: skip
+    if type(input) not in PLAIN or type(mat2) not in PLAIN or input.dim() != 2 or mat2.dim() != 2:
         _need_factors("mm", input=(input, 2), mat2=(mat2, 2))
-    return matmul(input, mat2, out=out, backend=backend)
+    try:
+        return matmul(input, mat2, out=out, backend=backend)
+    except RuntimeError:  # asked only now, as torch.jit.trace would keep every look at a size
+        _need_factors("mm", input=(input, 2), mat2=(mat2, 2))
+        raise
 
 
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -130,13 +131,12 @@ def _need_factors(op: str, **factors: tuple[Tensor, int]) -> None:
             kind = ("", "a vector", "a matrix", "a batch of matrices (3 dimensions)")[dims]
             raise RuntimeError(f"{op}(): {name} must be {kind}, got shape {tuple(tensor.shape)}")
     (left, (a, _)), (right, (b, dims)) = factors.items()
-    if a.shape[-1] != b.shape[-2 if dims > 1 else 0]:
-        raise RuntimeError(
-            f"{op}(): shapes of {left} and {right} cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)}): "
-            f"{right} must have {a.shape[-1]} {'rows' if dims > 1 else 'elements'}, got {b.shape[-2 if dims > 1 else 0]}"
-        )
+    shapes = f"{op}(): shapes of {left} and {right} cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)}): {right} must have"
+    inner = -2 if dims > 1 else 0
+    if a.shape[-1] != b.shape[inner]:
+        raise RuntimeError(f"{shapes} {a.shape[-1]} {'rows' if dims > 1 else 'elements'}, got {b.shape[inner]}")
     if dims == 3 and a.shape[0] != b.shape[0]:
-        raise RuntimeError(f"{op}(): {right} must have {left}'s batch size {a.shape[0]}, got shape {tuple(b.shape)}")
+        raise RuntimeError(f"{shapes} {left}'s batch size {a.shape[0]}, got {b.shape[0]}")
     if a.device != b.device:
         raise RuntimeError(f"{op}(): {right} must be on {left}'s device, {a.device}, got {b.device}")
     if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
