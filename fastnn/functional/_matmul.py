@@ -131,7 +131,8 @@ def _need_factors(op: str, **factors: tuple[Tensor, int]) -> None:
             kind = ("", "a vector", "a matrix", "a batch of matrices (3 dimensions)")[dims]
             raise RuntimeError(f"{op}(): {name} must be {kind}, got shape {tuple(tensor.shape)}")
     (left, (a, _)), (right, (b, dims)) = factors.items()
-    shapes = f"{op}(): shapes of {left} and {right} cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)}): {right} must have"
+    both = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    shapes = f"{op}(): shapes of {left} and {right} cannot be multiplied ({both}): {right} must have"
     inner = -2 if dims > 1 else 0
     if a.shape[-1] != b.shape[inner]:
         raise RuntimeError(f"{shapes} {a.shape[-1]} {'rows' if dims > 1 else 'elements'}, got {b.shape[inner]}")
