@@ -145,10 +145,6 @@ BUILDS += [
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
         chips=("sm_100",),
     ),
-    Build(
-        attention.attention_backward, attend_backward(2, 8, 8, 1024, 1024, 256), ("backward_queries", "backward_keys"),
-        chips=("sm_90",),
-    ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
