@@ -135,6 +135,7 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
 
     run1, run2, run4, gates3, gates4 = of_rows(1), of_rows(2), of_rows(4), of_gates(3), of_gates(4)
     run8 = of_rows(8) if ROWS == 8 else run4
+    tall, tile = ROWS * 3 // 2, Tile(e, ROWS * 3 // 2, 2)  # two vectors leave room for more rows, and need them
 
     @inline
     def place(q, cut, units):
@@ -167,7 +168,13 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
                 i = 0
                 while i < several:
                     left, blocks = several - i, 1
-                    if ROWS == 8 and left >= 8:
+                    tall_blocks = left // tall - (left % tall == 2) if vecs == 2 else 0  # rather twice four rows than two alone
+                    if tall_blocks > 0:
+                        r, blocks = tall, tall_blocks
+                        b_k, init_step = 2 * vb, tall * start_row if start != 0 else 0
+                        multiply_blocks(tile, blocks, kn, kn, ap, a_row, size, tall * a_row, bp, b_k, start, start_row, init_step,
+                                        to, c_row, tall * c_row, 0, bp + kn * b_k, b_k // blocks)
+                    elif ROWS == 8 and left >= 8:
                         r, blocks = 8, left // 8
                         run8(blocks, vecs, kn, ap, a_row, bp, start, start_row, to, c_row)
                     elif left >= 4:
@@ -191,9 +198,12 @@ def _panels(e: Elem) -> tuple[Any, Any, Any]:
     return pack, product, place
 
 
-def _memory(e: Elem) -> tuple[Any, Any]:
-    """get(address, n) and put(address, v, n): n lanes. Few vectors are cut short, and masks are slow to store through."""
-    lanes = e.lanes
+def _memory(e: Elem) -> tuple[Any, Any, Any]:
+    """get(address, n) and put(address, v, n): n lanes. Few vectors are cut short, and masks are slow to store through.
+
+    fetch(rows, vecs, parts, part, src, src_row): what the cells will read or write, into the cache while the product is made.
+    """
+    lanes, vb = e.lanes, e.bytes
 
     @inline
     def get(address, n):
@@ -207,7 +217,14 @@ def _memory(e: Elem) -> tuple[Any, Any]:
             store(e, address, v)
         else:
             store_n(e, address, v, n)
-    return get, put
+
+    @outline
+    def fetch(rows, vecs, parts, part, src, src_row):
+        for b in range(rows):
+            for p in range(parts):
+                for j in range(vecs):
+                    prefetch(src + b * src_row + p * part + j * vb)
+    return get, put, fetch
 
 
 @inline
@@ -267,7 +284,7 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
     e = ELEMS[elem_name]
     lanes, vb, size = e.lanes, e.bytes, e.size
     pack, product, place = _panels(e)
-    get, put = _memory(e)
+    get, put, fetch = _memory(e)
 
     if e.name == "float32":
         @inline
@@ -282,73 +299,96 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         def rounded(v, rounding):
             return v
 
+    # The cells' arithmetic is done in place, by loops so short that the processor works at several vectors at once: from one vector's
+    # gates to its cell and its output each step waits for the one before.
+
     @inline
-    def publish(h, n, b, until, y, y_row, h_next, h_n, h_row, col):
-        """A new state: into the output, the next step's input and, where a row ends, the last state"""
-        put(y + b * y_row + col, h, n)
-        if h_next != 0:
-            at = b * h_row + col
-            put(h_next + at, h, n)
-            if b >= until:
-                put(h_n + at, h, n)
+    def sigmoids(at, vectors):
+        for j in range(vectors):
+            store(e, at + j * vb, sigmoid(load(e, at + j * vb)))
+
+    @inline
+    def tanhs(at, vectors):
+        for j in range(vectors):
+            store(e, at + j * vb, tanh(load(e, at + j * vb)))
+
+    @inline
+    def keep_vectors(vecs, cols, at, to):
+        for j in range(vecs):
+            put(to + j * vb, load(e, at + j * vb), min(lanes, cols - j * lanes))
 
     @outline
-    def lstm_cells(rows, until, vecs, cols, src, src_row, rounding, c, c_row, y, y_row, h_next, h_n, h_row, keep, keep_row):
-        gate, kept = vecs * vb, c_row  # a gate of the panel; of a row of the reserve
+    def lstm_cells(rows, vecs, cols, src, src_row, rounding, c, c_row, keep, keep_row):
+        """The new states, where the gates i were"""
+        gate = vecs * vb
         for b in range(rows):
+            i = src + b * src_row
+            sigmoids(i, 2 * vecs)
+            tanhs(i + 2 * gate, vecs)
+            sigmoids(i + 3 * gate, vecs)
+            if keep != 0:
+                for g in range(4):
+                    keep_vectors(vecs, cols, i + g * gate, keep + b * keep_row + g * c_row)
+        for b in range(rows):
+            i = src + b * src_row
             for j in range(vecs):
-                n = min(lanes, cols - j * lanes)
-                s, ca = src + b * src_row + j * vb, c + b * c_row + j * vb
-                i, f, o = sigmoid(load(e, s)), sigmoid(load(e, s + gate)), sigmoid(load(e, s + 3 * gate))
-                g = tanh(load(e, s + 2 * gate))
-                cell = rounded(fma(f, get(ca, n), i * g), rounding)
-                h = o * tanh(cell)
+                n, s, ca = min(lanes, cols - j * lanes), i + j * vb, c + b * c_row + j * vb
+                cell = rounded(fma(load(e, s + gate), get(ca, n), load(e, s) * load(e, s + 2 * gate)), rounding)
                 put(ca, cell, n)
-                if keep != 0:
-                    k = keep + b * keep_row + j * vb
-                    put(k, i, n)
-                    put(k + kept, f, n)
-                    put(k + 2 * kept, g, n)
-                    put(k + 3 * kept, o, n)
-                    put(k + 4 * kept, cell, n)
-                publish(rounded(h, rounding), n, b, until, y, y_row, h_next, h_n, h_row, j * vb)
+                store(e, s, cell)
+            if keep != 0:
+                keep_vectors(vecs, cols, i, keep + b * keep_row + 4 * c_row)
+            tanhs(i, vecs)
+        for b in range(rows):
+            i = src + b * src_row
+            for j in range(vecs):
+                store(e, i + j * vb, load(e, i + j * vb) * load(e, i + 3 * gate + j * vb))
 
     @outline
-    def gru_cells(rows, until, vecs, cols, src, src_row, rounding, h_last, y, y_row, h_next, h_n, h_row, keep,
-                  keep_row):
-        gate = vecs * vb  # in order: the new state's input part, r, z, the new state's recurrent part
+    def gru_cells(rows, vecs, cols, src, src_row, h_last, h_row, keep, keep_row):
+        """The new states, where the new gates' input part was; behind it r, z and the new gates' recurrent part"""
+        gate = vecs * vb
         for b in range(rows):
+            new = src + b * src_row
+            sigmoids(new + gate, 2 * vecs)
+            if keep != 0:
+                for g in range(3):
+                    keep_vectors(vecs, cols, new + (g + 1) * gate, keep + b * keep_row + (g + g // 2) * h_row)
             for j in range(vecs):
-                n = min(lanes, cols - j * lanes)
-                s = src + b * src_row + j * vb
-                r, z, part = sigmoid(load(e, s + gate)), sigmoid(load(e, s + 2 * gate)), load(e, s + 3 * gate)
-                new = tanh(fma(r, part, load(e, s)))
-                before = get(h_last + b * h_row + j * vb, n)
-                if keep != 0:
-                    k = keep + b * keep_row + j * vb
-                    put(k, r, n)
-                    put(k + h_row, z, n)
-                    put(k + 2 * h_row, new, n)
-                    put(k + 3 * h_row, part, n)
-                publish(rounded(fma(z, before - new, new), rounding), n, b, until, y, y_row, h_next, h_n, h_row, j * vb)
+                s = new + j * vb
+                store(e, s, fma(load(e, s + gate), load(e, s + 3 * gate), load(e, s)))
+            tanhs(new, vecs)
+        for b in range(rows):
+            new = src + b * src_row
+            if keep != 0:
+                keep_vectors(vecs, cols, new, keep + b * keep_row + 2 * h_row)
+            for j in range(vecs):
+                v = load(e, new + j * vb)
+                before = get(h_last + b * h_row + j * vb, min(lanes, cols - j * lanes))
+                store(e, new + j * vb, fma(load(e, new + 2 * gate + j * vb), before - v, v))
 
     @outline
-    def plain_cells(rows, until, vecs, cols, src, src_row, rounding, relu, y, y_row, h_next, h_n, h_row):
+    def plain_cells(rows, vecs, src, src_row, relu):
         for b in range(rows):
-            for j in range(vecs):
-                v = load(e, src + b * src_row + j * vb)
-                if relu:
-                    v = maximum(v, 0.0)
-                else:
-                    v = tanh(v)
-                publish(rounded(v, rounding), min(lanes, cols - j * lanes), b, until, y, y_row, h_next, h_n, h_row, j * vb)
+            if relu:
+                for j in range(vecs):
+                    at = src + b * src_row + j * vb
+                    store(e, at, maximum(load(e, at), 0.0))
+            else:
+                tanhs(src + b * src_row, vecs)
 
     @outline
-    def projected(rows, until, vecs, cols, src, src_row, rounding, y, y_row, h_next, h_n, h_row):
+    def publish(rows, until, vecs, cols, src, src_row, rounding, y, y_row, h_next, h_n, h_row):
+        """New states: into the output, the next step's input and, where a row ends, the last state"""
         for b in range(rows):
             for j in range(vecs):
-                v = rounded(load(e, src + b * src_row + j * vb), rounding)
-                publish(v, min(lanes, cols - j * lanes), b, until, y, y_row, h_next, h_n, h_row, j * vb)
+                n, at = min(lanes, cols - j * lanes), b * h_row + j * vb
+                h = rounded(load(e, src + b * src_row + j * vb), rounding)
+                put(y + b * y_row + j * vb, h, n)
+                if h_next != 0:
+                    put(h_next + at, h, n)
+                    if b >= until:
+                        put(h_n + at, h, n)
 
     @outline
     def pack_bias(first, vecs, cols, mode, units, b_ih, b_hh, dst):
@@ -447,23 +487,26 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                             bp if b_ih != 0 else 0, 0, xp, row)
                     if mode == GRU:
                         fill(count, vecs, bp + 3 * vecs * vb if b_ih != 0 else 0, xp + 3 * vecs * vb, row)
+                col = first * vb
+                kp = keep_at + col if keep != 0 else 0
+                if cut_p == 0:
+                    fetch(rows, vecs, 1, 0, y_out + col, y_row)
+                    fetch(rows, vecs, 1, 0, following + col, h_row)
+                    if keep != 0:
+                        fetch(rows, vecs, 5 if mode == LSTM else 4 if mode == GRU else 0, units * size, kp, keep_row)
                 sp = xp + (start - row0) * row
                 gp = sp + first_slot * vecs * vb
                 product(rows, vecs, gates, out, last, h_row, ph + first * gates * out * vb, gp, row, gp, row)
-                col = first * vb
-                kp = keep_at + col if keep != 0 else 0
-                if mode == LSTM and cut_p > 0:
-                    lstm_cells(rows, 0, vecs, cols, sp, row, rounding, c_n + col, units * size, hidden + col,
-                               units * size, 0, 0, units * size, kp, keep_row)
-                elif mode == LSTM:
-                    lstm_cells(rows, until, vecs, cols, sp, row, rounding, c_n + col, units * size, y_out + col, y_row,
-                               following + col, h_n + col, h_row, kp, keep_row)
+                if mode == LSTM:
+                    lstm_cells(rows, vecs, cols, sp, row, rounding, c_n + col, units * size, kp, keep_row)
                 elif mode == GRU:
-                    gru_cells(rows, until, vecs, cols, sp, row, rounding, last + col, y_out + col, y_row, following + col,
-                              h_n + col, h_row, kp, keep_row)
+                    gru_cells(rows, vecs, cols, sp, row, last + col, h_row, kp, keep_row)
                 else:
-                    plain_cells(rows, until, vecs, cols, sp, row, rounding, mode == RELU, y_out + col, y_row, following + col,
-                                h_n + col, h_row)
+                    plain_cells(rows, vecs, sp, row, mode == RELU)
+                if cut_p > 0:
+                    publish(rows, 0, vecs, cols, sp, row, rounding, hidden + col, units * size, 0, 0, 0)
+                else:
+                    publish(rows, until, vecs, cols, sp, row, rounding, y_out + col, y_row, following + col, h_n + col, h_row)
                 q, whose = _take(queue, t, nt, whose, cut)
             met += 1
             barrier(counter, nt, met)
@@ -475,8 +518,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
                     first, vecs, cols = place(q, cut_p, out)
                     sp, col = sums + first * vb * batch, first * vb
                     product(rows, vecs, 1, units, hidden, units * size, pp + first * units * vb, 0, 0, sp, vecs * vb)
-                    projected(rows, until, vecs, cols, sp, vecs * vb, rounding, y_out + col, y_row, following + col,
-                              h_n + col, h_row)
+                    publish(rows, until, vecs, cols, sp, vecs * vb, rounding, y_out + col, y_row, following + col, h_n + col,
+                            h_row)
                     q, whose = _take(queue, t, nt, whose, cut_p)
                 met += 1
                 barrier(counter, nt, met)
@@ -514,7 +557,7 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
     e = ELEMS[elem_name]
     lanes, vb, size = e.lanes, e.bytes, e.size
     pack, product, place = _panels(e)
-    get, put = _memory(e)
+    get, put, fetch = _memory(e)
 
     @outline
     def gather(rows, more, vecs, cols, src, src_row, grad, dh, h_row, kept):
@@ -535,14 +578,6 @@ def recurrent_backward(elem_name: str) -> Callable[..., Any]:
                         put(kept + at, v, n)
                     v = spread(e, 0.0)
                 put(dh + at, v, n)
-
-    @outline
-    def fetch(rows, vecs, parts, part, src, src_row):
-        """What the cells will read or write, into the cache while the product is made: their rows lie far apart"""
-        for b in range(rows):
-            for p in range(parts):
-                for j in range(vecs):
-                    prefetch(src + b * src_row + p * part + j * vb)
 
     @outline
     def lstm_cells(rows, vecs, cols, src, src_row, keep, keep_row, before, before_row, known, initial, dc, c_row,

@@ -206,6 +206,10 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
         """The kernel with all its helpers. Its loops are vectors already, and it counts no references."""
 
         def _optimize_final_module(self) -> None:
+            if self.name == name:  # and not Numba's runtime, of which kernels use nothing
+                for fn in self.get_defined_functions():
+                    if fn.name != name:
+                        fn.linkage = "internal"
             tuning = llvm.create_pipeline_tuning_options(speed_level=2)
             tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_interleaving = False
             builder = llvm.create_pass_builder(self._codegen._tm, tuning)
@@ -269,9 +273,6 @@ def _compile(name: str, function: Callable[[], Callable[..., Any]], signature: s
             builder.ret(none)
         library.add_ir_module(module)
         library.finalize()
-        for fn in library.get_defined_functions():
-            if fn.name != name:
-                fn.linkage = "internal"
         final = library._final_module
         return codegen._tm.emit_object(final), lambda: codegen._tm.emit_assembly(final)
 
