@@ -56,7 +56,7 @@ def _cores() -> int:
 
 
 def main(arguments: Namespace) -> int:
-    """Compile what the operators of the named families, or of all, need: each kernel once, in as many processes as there are cores.
+    """Compile what the operators of the named families, or of all, need: each kernel once, in a process a core.
 
     Every operator is called once a dtype. A call that meets a kernel which is not there has it compiled in another process, and
     is made again when that is done.
@@ -70,10 +70,10 @@ def main(arguments: Namespace) -> int:
     from .kernels.cpu.engine.build import Kernel, Missing, compiled_elsewhere
     from .kernels.cpu.engine.overhead import no_rules
 
-    jobs = _jobs(arguments.family, verify.dtypes(arguments.dtype))
     before, begin = cache(), time.perf_counter()
     if not before["folder"]:
-        raise ValueError("there is no folder to keep kernels in; FASTNN_CACHE_DIR names one")
+        raise ValueError("there is no cache to fill; set FASTNN_CACHE_DIR to a folder")
+    jobs = _jobs(arguments.family, verify.dtypes(arguments.dtype))
     console = Console()
     bar = Progress(TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     task = bar.add_task("", total=len(jobs))
@@ -104,7 +104,7 @@ def main(arguments: Namespace) -> int:
                         future.result()
                         kernel.load()
                     except Exception as problem:
-                        problem.add_note(f"Compiling {kernel.name} failed.")
+                        problem.add_note(f"{kernel.name} could not be compiled, or not be kept.")
                         raise
                     for job in waiting[kernel.name]:
                         attempt(job)

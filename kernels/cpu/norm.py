@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import isqrt, prod
-from typing import Any
 
 import torch
 from torch import Tensor
