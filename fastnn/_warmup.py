@@ -9,7 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _end_with_the_parent() -> None:
+    """In a process that compiles: if the one that it compiles for is killed, nobody else would end it."""
+    parent = parent_process()
+    assert parent
+
+    def wait_for_the_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait_for_the_end, daemon=True).start()
+
+
 def main(arguments: Namespace) -> int:
     """Compile what the operators of the named families, or of all, need: each kernel once, in a process a core.
 
@@ -77,7 +90,7 @@ def main(arguments: Namespace) -> int:
     console = Console()
     bar = Progress(TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     task = bar.add_task("", total=len(jobs))
-    pool = ProcessPoolExecutor(_cores(), get_context("spawn"))  # a process starts when there is work for it
+    pool = ProcessPoolExecutor(_cores(), get_context("spawn"), _end_with_the_parent)  # started when there is work for them
     running: dict[Future[bytes], Kernel] = {}
     waiting: dict[str, list[Callable[[], object]]] = {}  # calls, by the kernel that they were ended by
 

@@ -347,7 +347,7 @@ def _make(module: str, kind: str, *args: Any) -> Callable[..., Any]:
 
 
 def made_by(module: str, kind: str, *args: Any) -> Callable[[], Callable[..., Any]]:
-    """A Kernel's ``make`` that another process can be sent: it returns what ``kind(*args)`` of that module of kernels.cpu does."""
+    """A Kernel's ``make`` that another process can be sent: it returns what ``kind(*args)`` of a module of kernels.cpu does."""
     return partial(_make, f"{__package__.rpartition('.')[0]}.{module}", kind, *args)
 
 
