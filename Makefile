@@ -18,11 +18,15 @@ demo: $(INSTALLED)  ## real models before and after fastnn.replace(): a table, a
 
 # A process a core; OMP_WAIT_POLICY keeps the threads of one from spinning on the core of another.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
+# Before them the kernels, each compiled once: processes of tests would compile many of them at the same time. The folder is conftest.py's.
+WARMUP := FASTNN_CACHE_DIR="$(or $(FASTNN_CACHE_DIR),$(CURDIR)/.pytest_cache/kernels)" $(RUN) -m fastnn warmup
 
 test: $(INSTALLED)  ## every test
+	$(WARMUP)
 	$(PYTEST)
 
 test-quick: $(INSTALLED)  ## the tests that are not slow
+	$(WARMUP) --dtype float32
 	$(PYTEST) -m 'not slow'
 
 lint: $(INSTALLED)  ## ruff and mypy

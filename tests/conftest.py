@@ -21,11 +21,8 @@ hypothesis.settings.load_profile("fastnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels are compiled once for all tests and all runs, away from the user's own cache."""
-    if "FASTNN_CACHE_DIR" not in os.environ:
-        folder = config.cache.mkdir("kernels")
-        folder.chmod(0o700)
-        os.environ["FASTNN_CACHE_DIR"] = str(folder)
+    """Kernels are compiled once for all tests and all runs, away from the user's own cache; the Makefile knows the folder."""
+    os.environ.setdefault("FASTNN_CACHE_DIR", str(config.rootpath / ".pytest_cache/kernels"))
 
 
 def pytest_collection_finish() -> None:
@@ -40,9 +37,12 @@ SLOW_FILES = re.compile(
     r"test_(bench|bench_gpu|cache|cli|compile|examples|gpu_\w+|guard|models|outsider|packaging|peers|style|threads|verify)\.py"
 )
 OTHER_DTYPES = re.compile("float64|float16|gradcheck|autocast|half|sixteen")
+#: Single tests that take long. They come first, so that at the end no process is left alone with one of them.
+LONG = re.compile("test_(every_kernel_compiles|nothing_outside_is|style|narrower_vectors|more_than_two_to_the_31_outputs)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.match(item.name) is None)
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         others = any(OTHER_DTYPES.search(text) for text in (item.name, *map(str, parameters)))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import fastnn
 from fastnn import _info
 from fastnn.__main__ import main
+from fastnn.kernels.cpu.engine.build import Kernel
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -100,6 +102,7 @@ def test_a_missing_package_is_named() -> None:
 import sys
 sys.modules["rich"] = None
 from fastnn.__main__ import main
+from fastnn.kernels.cpu.engine.build import Kernel
 print(*(main([command]) for command in ("verify", "warmup", "bench")))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
@@ -121,6 +124,20 @@ def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
     used = _run("verify", "embedding", "--dtype", "float32", "--failures", FASTNN_CACHE_DIR=str(tmp_path))
     assert used.returncode == 0, used.stdout + used.stderr
     assert sum(1 for _ in tmp_path.rglob("*.o")) == int(found[2])
+
+
+def test_warmup_names_a_kernel_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Kernel("test_broken_float32", "i", partial(divmod, 1, 0))  # what another process is to call
+    monkeypatch.setattr(Kernel, "registry", {"test_broken_float32": broken})
+    with pytest.raises(ZeroDivisionError) as caught:
+        main(["warmup", "embedding", "--dtype", "float32"])
+    assert caught.value.__notes__ == ["fastnn_test_broken_float32 could not be compiled, or not be kept."]
+
+
+def test_warmup_needs_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTNN_CACHE_DIR", "")
+    assert main(["warmup"]) == 2
+    assert "set FASTNN_CACHE_DIR to a folder" in capsys.readouterr().err
 
 
 def test_warmup_names_a_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from ..layout import (
     sum_by_channel,
 )
 from .engine import threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.overhead import torch_is_shorter
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -36,13 +35,8 @@ _BLOCK = 4096  # elements, at least, that a thread takes at once
 
 @cache
 def _kernel(kind: str, dtype: torch.dtype, option: str | bool | None = None) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import activation_code
-
-        args = (_NAMES[dtype],) if option is None else (_NAMES[dtype], option)
-        return getattr(activation_code, kind)(*args)
-    suffix = "" if option is None else f"_{option}"
-    return Kernel(f"{kind}_{_NAMES[dtype]}{suffix}", SIGNATURE, make).load()
+    args = (_NAMES[dtype],) if option is None else (_NAMES[dtype], option)
+    return Kernel("_".join([kind, *map(str, args)]), SIGNATURE, made_by("activation_code", kind, *args)).load()
 
 
 def _run(kernel: Callable[..., None], dims: Dims, inputs: Sequence[Tensor], outputs: Sequence[Tensor],

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..layout import dropout_keys
 from .attention_fields import BOOLEAN, COMPUTE, FIELDS, SAME, TABLE
 from .engine import threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.host import caches, simd
 from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
@@ -38,11 +38,7 @@ _KEY0, _KEY1, _LK = FIELDS.index("key0"), FIELDS.index("key1"), TABLE.index("lk"
 
 @cache
 def _kernel(kind: str, signature: str, dtype: torch.dtype) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import attention_code
-
-        return getattr(attention_code, kind)(_NAMES[dtype])
-    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make).load()
+    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, made_by("attention_code", kind, _NAMES[dtype])).load()
 
 
 # A plan: all that follows from where the tensors lie and what the options are, made once for calls that are alike. ------------

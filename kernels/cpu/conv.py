@@ -19,7 +19,6 @@ import os
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from .conv_fields import FIELDS, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.host import caches
 from .engine.workspace import workspace
 from .matmul import _format, multiply
@@ -43,9 +42,7 @@ PLANES, PIXELS, WEIGHTS, WEIGHTS_LAST = range(4)
 
 
 def _kernel(module: str, kind: str, dtype: torch.dtype, signature: str) -> Kernel:
-    def make() -> Callable[..., Any]:
-        return getattr(import_module(f".{module}", __package__), kind)(_NAMES[dtype])
-    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
+    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, made_by(module, kind, _NAMES[dtype]))
 
 
 _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d in _NAMES}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .engine import overhead, threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 64 << 10  # bytes below which a second thread costs more than it brings
@@ -19,11 +19,7 @@ SMALL = 8 << 20  # bytes up to which torch, whose call is the shorter one, copie
 
 @cache
 def _kernel(kind: str, integers: int, *names: str) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import embedding_code
-
-        return getattr(embedding_code, kind)(*names)
-    return Kernel("_".join(["embedding", kind, *names]), "i" * integers, make).load()
+    return Kernel("_".join(["embedding", kind, *names]), "i" * integers, made_by("embedding_code", kind, *names)).load()
 
 
 def _threads(t: Tensor) -> int:

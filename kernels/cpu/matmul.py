@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.host import caches, simd
 from .engine.workspace import workspace
 
@@ -53,12 +53,8 @@ def _format(dtype: torch.dtype) -> Format:
 
 
 def _kernel(kind: str, dtype: torch.dtype, signature: str, *flags: str) -> Kernel:
-    def make() -> Callable[..., Any]:
-        from . import matmul_code
-
-        f = _format(dtype)
-        return getattr(matmul_code, kind)(f.name, *(getattr(f, flag) for flag in flags))
-    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, make)
+    f = _format(dtype)
+    return Kernel(f"{kind}_{f.name}", signature, made_by("matmul_code", kind, f.name, *(getattr(f, flag) for flag in flags)))
 
 
 _PRODUCT = {d: _kernel("product", d, "i" * 37 + "f" * 4, "pairs") for d in _NAMES}

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import isqrt, prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .engine import threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
@@ -26,11 +25,7 @@ _SERIAL = 32 << 10  # bytes below which a second thread costs more than it bring
 
 @cache
 def _kernel(kind: str, integers: int, dtype: torch.dtype) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import norm_code
-
-        return getattr(norm_code, kind)(_NAMES[dtype])
-    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", make).load()
+    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", made_by("norm_code", kind, _NAMES[dtype])).load()
 
 
 def _across(out: Tensor, like: Tensor) -> bool:
@@ -146,11 +141,8 @@ def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor,
 
 @cache
 def _rows_kernel(kind: str, signature: str, dtype: torch.dtype, *options: bool) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import norm_rows_code
-
-        return getattr(norm_rows_code, kind)(_NAMES[dtype], *options)
-    return Kernel("_".join(["norm", kind, _NAMES[dtype], *map(str, options)]), signature, make).load()
+    name = "_".join(["norm", kind, _NAMES[dtype], *map(str, options)])
+    return Kernel(name, signature, made_by("norm_rows_code", kind, _NAMES[dtype], *options)).load()
 
 
 def _lay(t: Tensor, n: int) -> tuple[Tensor, int, int]:

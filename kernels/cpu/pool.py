@@ -18,7 +18,7 @@ from torch import Tensor
 from ..layout import Sizes, image, windows
 from ..reference.pool import largest_window
 from .engine import threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.host import simd
 from .engine.workspace import workspace
 from .pool_slots import OWN
@@ -30,12 +30,8 @@ _FAR = 2**30 - 1  # argmax kernels count the pixels of an image in 32 bits
 
 @cache
 def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: int) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import pool_code
-
-        return getattr(pool_code, kind)(_NAMES[dtype], *options)
     name = "_".join([kind, _NAMES[dtype], *(str(o) for o in options)])
-    return Kernel(name, signature, make).load()
+    return Kernel(name, signature, made_by("pool_code", kind, _NAMES[dtype], *options)).load()
 
 
 def _across(out: Tensor, like: Tensor, dims: int) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _get_deterministic_algorithms
 
 from .engine import packed, threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.host import simd
 from .engine.workspace import workspace
 from .matmul import matmul
@@ -38,11 +38,7 @@ _SERIAL = 1 << 16  # multiplications of a step below which a second thread costs
 
 
 def _kernel(kind: str, name: str, signature: str) -> Kernel:
-    def make() -> Callable[..., Any]:
-        from . import rnn_code
-
-        return getattr(rnn_code, kind)(name)
-    return Kernel(f"{kind}_{name}", signature, make)
+    return Kernel(f"{kind}_{name}", signature, made_by("rnn_code", kind, name))
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}

@@ -20,7 +20,7 @@ from ..layout import outer_and_inner
 from . import matmul
 from .activation import SIGNATURE, run_elementwise
 from .engine import threads
-from .engine.build import Kernel
+from .engine.build import Kernel, made_by
 from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
@@ -33,12 +33,8 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 @cache
 def _kernel(kind: str, signature: str, dtype: torch.dtype, *options: str | bool) -> Callable[..., None]:
-    def make() -> Callable[..., Any]:
-        from . import softmax_code
-
-        return getattr(softmax_code, kind)(_NAMES[dtype], *options)
     name = "_".join([kind, _NAMES[dtype], *(str(o) for o in options)])
-    return Kernel(name, signature, make).load()
+    return Kernel(name, signature, made_by("softmax_code", kind, _NAMES[dtype], *options)).load()
 
 
 class Lines(NamedTuple):

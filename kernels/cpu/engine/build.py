@@ -23,7 +23,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -320,6 +321,37 @@ def _load(name: str, code: bytes) -> Callable[..., Any]:
     return new(ctypes.addressof(definition), None, None)
 
 
+class Missing(Exception):
+    """A kernel is not in the cache, and who called it said that it is to be compiled elsewhere."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        super().__init__(f"{kernel.name} is not compiled")
+
+
+_elsewhere = False
+
+
+@contextmanager
+def compiled_elsewhere() -> Iterator[None]:
+    """Inside, a kernel that would have to be compiled raises Missing instead."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, True
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def _make(module: str, kind: str, *args: Any) -> Callable[..., Any]:
+    return getattr(import_module(module), kind)(*args)
+
+
+def made_by(module: str, kind: str, *args: Any) -> Callable[[], Callable[..., Any]]:
+    """A Kernel's ``make`` that another process can be sent: it returns what ``kind(*args)`` of a module of kernels.cpu does."""
+    return partial(_make, f"{__package__.rpartition('.')[0]}.{module}", kind, *args)
+
+
 class Kernel:
     """A kernel that is built, or loaded from the cache, at its first call.
 
@@ -339,6 +371,10 @@ class Kernel:
         self.run: Callable[..., Any] = self._load_and_run
         Kernel.registry[name] = self
 
+    def __reduce__(self) -> Any:
+        """As another process gets it, to compile it there."""
+        return Kernel, (self.name.removeprefix("fastnn_"), self.signature, self.make)
+
     def __call__(self, *args: Any) -> None:
         self.run(*args)
 
@@ -346,15 +382,26 @@ class Kernel:
         """Build the kernel or read it from the cache, unless it is there already; the machine code as a Python builtin."""
         with _lock:
             if self._function is None:
-                folder = _folder(cache_dir())
-                path = folder / f"{self.name}.o" if folder else None
+                path = self._path()
                 code = _read(path) if path else None
                 if code is None:
-                    code, _ = _compile(self.name, self.make, self.signature)
-                    if path:
-                        _write(path, code)
+                    if _elsewhere:
+                        raise Missing(self)
+                    code = self.compile()
                 self._function = self.run = _load(self.name, code)
         return self._function
+
+    def _path(self) -> Path | None:
+        folder = _folder(cache_dir())
+        return folder / f"{self.name}.o" if folder else None
+
+    def compile(self) -> bytes:
+        """The kernel's object file, compiled and kept in the cache."""
+        code, _ = _compile(self.name, self.make, self.signature)
+        path = self._path()
+        if path:
+            _write(path, code)
+        return code
 
     def _load_and_run(self, *args: Any) -> Any:
         return self.load()(*args)
