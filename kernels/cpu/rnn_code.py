@@ -299,8 +299,8 @@ def recurrent(elem_name: str) -> Callable[..., Any]:
         def rounded(v, rounding):
             return v
 
-    # The cells' arithmetic is done in place, by loops so short that the processor works at several vectors at once: from one vector's
-    # gates to its cell and its output each step waits for the one before.
+    # The cells' arithmetic is done in place, by loops so short that the processor works at several vectors at once: from one
+    # vector's gates to its cell and its output each step waits for the one before.
 
     @inline
     def sigmoids(at, vectors):

@@ -191,8 +191,8 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         pa, *acc = (builder.extract_value(same, k) for k in range(n))
         return [count, pa, pb, pf, *acc]
 
-    # Four k at a time: fewer steps of pointers, branches and prefetches, and so up to a fifth faster where another hyper-thread takes
-    # every second slot of the core. Small tiles are edges; large ones have few such instructions, and no addresses to spare.
+    # Four k at a time: fewer steps of pointers, branches and prefetches, and so up to a fifth faster where another hyper-thread
+    # takes every second slot of the core. Small tiles are edges; large ones have few such instructions, and no addresses to spare.
     several = 8 <= len(slots) < 16 and simd().name == "avx2"
     builder.cbranch(builder.icmp_signed(">=", length, i64(4)), fours, between) if several else builder.branch(between)
     ends = [(part, state)]
