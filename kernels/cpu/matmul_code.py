@@ -162,7 +162,7 @@ def product(elem_name: str, pairs: bool) -> Any:
                 ahead_m = mb + mc if mb + mc < m1 else m2
                 lines = (min(mc, m - ahead_m) * a_m + 63) // 64 if a_m == e.size else 0
                 if pack_a:
-                    piece = kn if a_k == e.size else 8  # columns: along all panels, as pack_rows
+                    piece = kn if a_k == e.size else 32  # columns: along all panels, see pack_rows
                     for j in range(0, kn, piece):
                         ks = min(min(piece, kn - j) * b_step, k - (k0 + j) * b_step)
                         for i in range(0, mn, a_width):
@@ -245,7 +245,7 @@ def product(elem_name: str, pairs: bool) -> Any:
     def body(t, task, nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
              c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
              pack_a, ws, ws_size):
-        step = max(a_width, 64 // e.size) if pack_a else ROWS  # whole lines of A's columns
+        step = 64 // e.size if pack_a and a_k != e.size else ROWS  # whole lines of A's columns
         units = (m + step - 1) // step
         batch = task // (tm * tn)
         rest = task - batch * (tm * tn)
@@ -257,7 +257,7 @@ def product(elem_name: str, pairs: bool) -> Any:
         else:
             ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
         m0, m1 = units * mi // tm * step, min(m, units * (mi + 1) // tm * step)
-        m2 = units * min(tm, mi + nt) // tm * step  # a thread's next rows, more often than not
+        m2 = units * min(tm, (rest + nt) // tn) // tm * step  # a thread's next rows, more often than not
         ri = res + ro if res != 0 else 0
         q0, end = cut * ni // tn, cut * (ni + 1) // tn
         while True:  # once, or a group of panels at a time
