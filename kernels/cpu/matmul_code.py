@@ -132,9 +132,10 @@ def product(elem_name: str, pairs: bool) -> Any:
     @outline
     def block(m, m0, m1, m2, q0, q1, q2, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
               c, c_m, bias, bias_m, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
-        """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1 of
-        the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows, or,
-        if panels q1 … q2 come next, at once, and meanwhile the rows of those are fetched into L2.
+        """Rows m0 … m1 of m and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1
+        of the sum. Where A is packed, the block's next rows are fetched into L2 meanwhile, or those from m2 on, with which the
+        thread probably goes on. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the
+        first rows, or, if panels q1 … q2 come next, at once, and meanwhile the rows of those are fetched into L2.
         """
         vectors = (n + lanes - 1) // lanes
         v0 = q0 * vectors // cut
@@ -242,8 +243,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                 pack_part(q, n, k, k0, i, min(kn, i + 8), kn, b, b_k, b_n, cut, dst)
 
     @inline
-    def body(t, task, nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
-             c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+    def body(t, task, nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut,
+             direct, c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
              pack_a, ws, ws_size):
         step = 64 // e.size if pack_a and a_k != e.size else ROWS  # whole lines of A's columns
         units = (m + step - 1) // step
@@ -284,8 +285,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                 else:
                     parallel_tasks(nt, cut, pack_columns, (n, k, k0, deep, b, b_k, b_n, cut, shared))
             parallel_tasks(nt, tasks, body, (
-                nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
-                c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+                nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut,
+                direct, c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
                 pack_a, ws, ws_size))
             k0 = k1
             if k0 >= depth:
