@@ -163,7 +163,7 @@ def product(elem_name: str, pairs: bool) -> Any:
                 ahead_m = mb + mc if mb + mc < m1 else m2
                 lines = (min(mc, m - ahead_m) * a_m + 63) // 64 if a_m == e.size else 0
                 if pack_a:
-                    piece = kn if a_k == e.size else 32  # columns: along all panels, see pack_rows
+                    piece = 32 if a_k != e.size else max(1, kn)  # columns: along all panels, see pack_rows
                     for j in range(0, kn, piece):
                         ks = min(min(piece, kn - j) * b_step, k - (k0 + j) * b_step)
                         for i in range(0, mn, a_width):
