@@ -77,7 +77,8 @@ def _panels(f: Format, n: int, parts: int) -> int:
     return min(vectors, -(-max(1, -(-vectors // f.vecs)) // parts) * parts)
 
 
-def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int, pack_a: bool) -> tuple[int, int]:
+def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int, pack_a: bool,
+          step: int) -> tuple[int, int]:
     """Parts that the rows and the ``cut`` panels of each product are divided into: the tasks that nt threads take.
 
     Many, so that a thread that is slowed down leaves more of them to the others, and a multiple of nt if they are few.
@@ -86,7 +87,7 @@ def _grid(f: Format, batch: int, m: int, k: int, cut: int, mc: int, nt: int, pac
         return 1, 1
     most = 4 if pack_a else _TASKS  # each task packs its A
     tasks = -(-min(most * nt, max(nt, m * cut * f.vecs * f.lanes * k // _TASK)) // nt) * nt
-    rows = -(-m // f.rows)
+    rows = -(-m // step)
     tm = min(rows, max(-(-m // mc), -(-tasks // cut)))
     tn = next((d for d in range(1, cut + 1) if cut % d == 0 and tm * d >= tasks), cut)
     if tm * tn % nt:
@@ -228,7 +229,8 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
         kc, group = _columns(f, k)
         direct, tm, tn = False, 1, min(max(1, cut // group), 1 if count % nt == 0 else 2 * nt)
     else:
-        tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a)
+        tm, tn = _grid(f, count, m, kc if not (kept or direct) else depth, cut, mc, nt, pack_a,
+                       64 // f.size if pack_a and not a_rows else f.rows)
     need, share = _SCRATCH, 0
     if pack_a:
         need += (mc + 2 * f.lanes) * kc * f.unit

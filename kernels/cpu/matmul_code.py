@@ -130,11 +130,12 @@ def product(elem_name: str, pairs: bool) -> Any:
              dst + (col * kn + i0 * vecs * lanes) * unit, vecs * lanes)
 
     @outline
-    def block(m0, m1, q0, q1, q2, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
+    def block(m, m0, m1, m2, q0, q1, q2, cut, n, k, k0, k1, a, a_m, a_k, b, b_k, b_n, packed, base, deep, direct,
               c, c_m, bias, bias_m, alpha, beta, res, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws):
-        """Rows m0 … m1 and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1 of
-        the sum. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the first rows, or,
-        if panels q1 … q2 come next, at once, and meanwhile the rows of those are fetched into L2.
+        """Rows m0 … m1 of m and panels q0 … q1 of the ``cut`` that the columns are cut into, as evenly as vectors can be; k0 … k1
+        of the sum. Where A is packed, the block's next rows are fetched into L2 meanwhile, or those from m2 on, with which the
+        thread probably goes on. ``packed`` are B's panels from k = ``base`` on, ``deep`` long; 0: they are packed here, for the
+        first rows, or, if panels q1 … q2 come next, at once, and meanwhile the rows of those are fetched into L2.
         """
         vectors = (n + lanes - 1) // lanes
         v0 = q0 * vectors // cut
@@ -159,11 +160,15 @@ def product(elem_name: str, pairs: bool) -> Any:
                     fetch_end = b + min(n, q2 * vectors // cut * lanes) * e.size
             for mb in range(m0, m1, mc):
                 mn = min(mc, m1 - mb)
+                ahead_m = mb + mc if mb + mc < m1 else m2
+                lines = (min(mc, m - ahead_m) * a_m + 63) // 64 if a_m == e.size else 0
                 if pack_a:
-                    for i in range(0, mn, a_width):
-                        ks = min(kn * b_step, k - k0 * b_step)
-                        pack(a + (mb + i) * a_m + k0 * b_step * a_k, a_m, a_k, min(a_width, mn - i), ks,
-                             a_block + i * kn * unit, a_width)
+                    piece = 32 if a_k != e.size else max(1, kn)  # columns: along all panels, see pack_rows
+                    for j in range(0, kn, piece):
+                        ks = min(min(piece, kn - j) * b_step, k - (k0 + j) * b_step)
+                        for i in range(0, mn, a_width):
+                            pack(a + (mb + i) * a_m + (k0 + j) * b_step * a_k, a_m, a_k, min(a_width, mn - i), ks,
+                                 a_block + (i * kn + j * a_width) * unit, a_width)
                 for q in range(q0, q1):
                     first = q * vectors // cut
                     vecs = (q + 1) * vectors // cut - first
@@ -203,6 +208,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                         else:
                             init, init_row = (bias + col * p.size if bias != 0 else 0), 0
                         ahead, ahead_step = bp + kn * bk + i // ROWS * kn * ahead_k, ahead_k
+                        if pack_a and i == 0 and q - q0 < lines:  # a line of each of A's columns
+                            ahead, ahead_step = a + ahead_m * a_m + k0 * b_step * a_k + (q - q0) * 64, a_k * b_step
                         if fetch < fetch_end:  # a line of each row
                             blocks, ahead, ahead_step = 1, fetch, b_k
                             fetch += 64
@@ -236,10 +243,11 @@ def product(elem_name: str, pairs: bool) -> Any:
                 pack_part(q, n, k, k0, i, min(kn, i + 8), kn, b, b_k, b_n, cut, dst)
 
     @inline
-    def body(t, task, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut, direct,
-             c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+    def body(t, task, nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed, base, deep, cut,
+             direct, c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
              pack_a, ws, ws_size):
-        units = (m + ROWS - 1) // ROWS
+        step = 64 // e.size if pack_a and a_k != e.size else ROWS  # whole lines of A's columns
+        units = (m + step - 1) // step
         batch = task // (tm * tn)
         rest = task - batch * (tm * tn)
         mi = rest // tn
@@ -249,13 +257,14 @@ def product(elem_name: str, pairs: bool) -> Any:
             ro = load_scalar(INT64, table + batch * 24 + 16)
         else:
             ao, bo, ro = batch * a_b, batch * b_b, batch * res_b
-        m0, m1 = units * mi // tm * ROWS, min(m, units * (mi + 1) // tm * ROWS)
+        m0, m1 = units * mi // tm * step, min(m, units * (mi + 1) // tm * step)
+        m2 = units * min(tm, (rest + nt) // tn) // tm * step  # a thread's next rows, more often than not
         ri = res + ro if res != 0 else 0
         q0, end = cut * ni // tn, cut * (ni + 1) // tn
         while True:  # once, or a group of panels at a time
             q1 = min(end, q0 + group) if group > 0 else end
             q2 = min(end, q1 + group) if group > 0 else 0
-            block(m0, m1, q0, q1, q2, cut, n, k, k0, k1,
+            block(m, m0, m1, m2, q0, q1, q2, cut, n, k, k0, k1,
                   a + ao, a_m, a_k, b + bo, b_k, b_n, packed, base, deep, direct, c + batch * c_b, c_m, bias, bias_m, alpha, beta,
                   ri, res_m, res_n, act, p0, p1, epilogue, mc, kc, pack_a, ws + t * ws_size)
             q0 = q1
@@ -276,8 +285,8 @@ def product(elem_name: str, pairs: bool) -> Any:
                 else:
                     parallel_tasks(nt, cut, pack_columns, (n, k, k0, deep, b, b_k, b_n, cut, shared))
             parallel_tasks(nt, tasks, body, (
-                tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut, direct,
-                c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
+                nt, tm, tn, group, table, m, n, k, k0, k1, a, a_b, a_m, a_k, b, b_b, b_k, b_n, packed + shared, k0, deep, cut,
+                direct, c, c_b, c_m, bias, bias_m, alpha, beta, res, res_b, res_m, res_n, act, p0, p1, epilogue, mc, kc,
                 pack_a, ws, ws_size))
             k0 = k1
             if k0 >= depth:
