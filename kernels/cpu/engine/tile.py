@@ -161,12 +161,11 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         for node, value in zip(nodes, values, strict=True):
             node.add_incoming(value, source)
 
-    def step(values: list[Any], fetch: bool = True) -> list[Any]:
+    def step(values: list[Any]) -> list[Any]:
         """One k: the count, the pointers and the accumulators after it"""
         count, pa, pb, pf, *acc = values
-        if fetch:
-            llvm_call(builder, "llvm.prefetch", ir.VoidType(),
-                      [builder.inttoptr(pf, i8.as_pointer()), i32(0), i32(2), i32(1)], "p0")
+        llvm_call(builder, "llvm.prefetch", ir.VoidType(),
+                  [builder.inttoptr(pf, i8.as_pointer()), i32(0), i32(2), i32(1)], "p0")
         row = builder.add(b0, builder.load(builder.inttoptr(pb, i64.as_pointer()))) if t.table else pb
         exist = last
         if mask is not None:
@@ -191,8 +190,8 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         pa, *acc = (builder.extract_value(same, k) for k in range(n))
         return [count, pa, pb, pf, *acc]
 
-    # Four k at a time: fewer steps of pointers, branches and prefetches, and so up to a fifth faster where another hyper-thread
-    # takes every second slot of the core. Small tiles are edges; large ones have few such instructions, and no addresses to spare.
+    # Four k at a time: fewer steps of pointers and branches, and so a sixth faster where another hyper-thread takes every second
+    # slot of the core. Small tiles are edges; large ones have few such instructions, and no addresses to spare.
     several = 8 <= len(slots) < 16 and simd().name == "avx2"
     builder.cbranch(builder.icmp_signed(">=", length, i64(4)), fours, between) if several else builder.branch(between)
     ends = [(part, state)]
@@ -200,8 +199,8 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
     if several:
         first = phis((part, state))
         values = step(first)
-        for k in range(1, 4):
-            values = step(keep_apart(values), fetch=k == 2)
+        for _ in range(3):
+            values = step(keep_apart(values))
         again(first, values, builder.block)
         ends.append((builder.block, values))
         builder.cbranch(builder.icmp_signed(">=", values[0], i64(4)), fours, between)
