@@ -137,8 +137,14 @@ def test_only_needed_gradients(name: str) -> None:
 def test_large_results_go_past_the_caches(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnn.kernels.cpu import norm
 
-    went, real = [], norm._past
-    monkeypatch.setattr(norm, "_past", lambda *args: went.append(real(*args)) or went[-1])
+    went: list[bool] = []
+    real = norm._past
+
+    def past(*args: int) -> bool:
+        went.append(real(*args))
+        return went[-1]
+
+    monkeypatch.setattr(norm, "_past", past)
     x, grad, weight = randn(37, 165).to(dtype)[:, :160], randn(37, 160).to(dtype), randn(160).to(dtype)
     parameters, results = [weight, weight + 1][: 2 if name == "layer_norm" else 1], []
     for kept in (0.5, 0.0):
@@ -146,8 +152,8 @@ def test_large_results_go_past_the_caches(name: str, dtype: torch.dtype, monkeyp
         with fastnn.backend("cpu"):
             results.append(run(f, name, x, parameters, grad))
     assert went == [False, False, True, True]
-    for usual, past in zip(*results, strict=True):
-        assert torch.equal(usual, past)
+    for usual, large in zip(*results, strict=True):
+        assert torch.equal(usual, large)
 
 
 def test_same_bits_again() -> None:
