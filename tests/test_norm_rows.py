@@ -132,6 +132,30 @@ def test_only_needed_gradients(name: str) -> None:
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_large_results_go_past_the_caches(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnn.kernels.cpu import norm
+
+    went: list[bool] = []
+    real = norm._past
+
+    def past(*args: int) -> bool:
+        went.append(real(*args))
+        return went[-1]
+
+    monkeypatch.setattr(norm, "_past", past)
+    x, grad, weight = randn(37, 165).to(dtype)[:, :160], randn(37, 160).to(dtype), randn(160).to(dtype)
+    parameters, results = [weight, weight + 1][: 2 if name == "layer_norm" else 1], []
+    for kept in (0.5, 0.0):
+        monkeypatch.setattr(norm, "_KEPT", kept)
+        with fastnn.backend("cpu"):
+            results.append(run(f, name, x, parameters, grad))
+    assert went == [False, False, True, True]
+    for usual, large in zip(*results, strict=True):
+        assert torch.equal(usual, large)
+
+
 def test_same_bits_again() -> None:
     x, w, b, g = randn(333, 129), randn(129, seed=1), randn(129, seed=2), randn(333, 129, seed=3)
     for a, again in zip(run(f, "layer_norm", x, [w, b], g), run(f, "layer_norm", x, [w, b], g), strict=True):

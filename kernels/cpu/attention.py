@@ -27,7 +27,7 @@ from .engine.workspace import workspace
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _BLOCK_Q, _BLOCK_K = 96, 512  # rows and keys of a block of scores
 _WINDOW_Q = 48  # rows, where a window moves on with them
-_READ_K = 128  # keys of a block that are read where they lie
+_READ_K = 64  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
 _FEW = 8  # rows of queries that read keys and values where they lie: packing them would cost more
 _SERIAL = 1 << 18  # products below which a second thread costs more than it brings

@@ -54,6 +54,7 @@ from .engine.vecmath import exp2_below, tanh
 from .engine.vecmath import log as natural_log
 
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
+FEW = 4  # rows of a tile where all queries are few
 CHAIN = 256  # products that one accumulator sums up, as matmul_code's
 LOG2_E, LN_2 = 1 / log(2), log(2)
 LOWEST = {4: -2e38, 8: -1e308}  # by size: what a mask adds at least, if it is not -Inf; times LOG2_E it is finite
@@ -100,29 +101,40 @@ def rounder(p: Elem) -> Any:
     return p_of
 
 
-def product(p: Elem) -> Any:
-    """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row): C (+)= A B, ``tiles`` tiles of ROWS rows; B in
-    panels of two vectors ``b_panel`` bytes apart, rows of a panel b_k apart."""
-    two, one = Tile(p, ROWS, 2), Tile(p, ROWS, 1)
+def fetching_product(p: Elem, height: int) -> Any:
+    """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row, ahead, ahead_k, ahead_panel): C (+)= A B, tiles of
+    ``height`` rows; B in panels of two vectors ``b_panel`` bytes apart, rows of a panel b_k apart. With each k of a panel what
+    lies at ``ahead`` is fetched, which moves on by ahead_k, from panel to panel by ahead_panel."""
+    two, one = Tile(p, height, 2), Tile(p, height, 1)
     panel = 2 * p.bytes
 
     @outline
-    def multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row):
+    def multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row, ahead, ahead_k, ahead_panel):
         if tiles <= 0 or k <= 0:
             return
         parts = (k + CHAIN - 1) // CHAIN
         stretch = (k + parts - 1) // parts
-        step = c_row * ROWS
-        ahead_k = 2 * p.bytes // tiles
+        step = c_row * height
         for j in range((vecs + 1) // 2):
             cj, bj = c + j * panel, b + j * b_panel
             init, init_row, init_step = (cj, c_row, step) if add else (0, 0, 0)
             if vecs - 2 * j >= 2:
-                multiply_blocks(two, tiles, k, stretch, a, a_row, a_k, ROWS * a_row, bj, b_k, init, init_row, init_step, cj,
-                                c_row, step, p.lanes, bj + b_panel, ahead_k)
+                multiply_blocks(two, tiles, k, stretch, a, a_row, a_k, height * a_row, bj, b_k, init, init_row, init_step, cj,
+                                c_row, step, p.lanes, ahead + j * ahead_panel, ahead_k)
             else:
-                multiply_blocks(one, tiles, k, stretch, a, a_row, a_k, ROWS * a_row, bj, b_k, init, init_row, init_step, cj,
+                multiply_blocks(one, tiles, k, stretch, a, a_row, a_k, height * a_row, bj, b_k, init, init_row, init_step, cj,
                                 c_row, step, p.lanes, bj, 0)
+    return multiply
+
+
+def product(p: Elem) -> Any:
+    """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row): the same with tiles of ROWS rows, which fetch the
+    next panel of B."""
+    fetching, panel = fetching_product(p, ROWS), 2 * p.bytes
+
+    @inline
+    def multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row):
+        fetching(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row, b + b_panel, panel // max(1, tiles), b_panel)
     return multiply
 
 
@@ -218,13 +230,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
+    multiply_few = fetching_product(p, FEW)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
     bits, sign = random_bits(size == 8), SIGN[size == 8]
     add_rows, part_vectors = row_adder(e, p), e.size != p.size
-    d1, d2, one1, one2, one4 = Dot(e, 4, 1, 2), Dot(e, 4, 2), Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
-    both = 4 if simd().registers == 32 else 2  # keys that meet four queries at once: their sums have to fit the registers
-    d4 = Dot(e, both, 4)
+    d1, d2, d4 = Dot(e, 2, 1, 2), Dot(e, 2, 2), Dot(e, 2, 4)
+    one1, one2, one4 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
 
     @outline
     def largest(s, n):
@@ -357,38 +369,52 @@ def attention(elem_name: str) -> Callable[..., Any]:
                 drop_some(f, sr, here, load_scalar(INT64, row + INDEX) + j0)
 
     @inline
-    def dots(n, d, k, k_row, x, x_row, count, s, s_row, dv, v_at, v_row):
-        """Products of n keys as they lie with ``count`` queries as they lie. Their values are fetched meanwhile, and keys to
-        come: rows that are read side by side, or a part at a time, are streams that the hardware does not follow."""
+    def dots(n, d, k, k_row, x, x_row, count, s, s_row):
+        """Products of n keys as they lie with ``count`` queries as they lie, two keys at a time, as four or eight rows side by
+        side are read slower. The next n are fetched meanwhile."""
         v = 0
         while v < count:
             many = 4 if count - v >= 4 else 2 if count - v >= 2 else 1
-            j = 0
-            while j < n:
-                step = both if many == 4 else 4
-                if n - j < step:
-                    step = 1
-                if v == 0:
-                    for i in range(j, j + step):
-                        fetch(v_at + i * v_row, dv)
-                        fetch(k + (i + 16) * k_row, d)
+            for j in range(0, n, 2):
                 rest = (d, k + j * k_row, k_row, x + v * x_row, x_row, s + v * s_row + j * size, s_row)
+                if v == 0:
+                    fetch(k + (n + j) * k_row, d)
+                    fetch(k + (n + j + 1) * k_row, d)
                 if many == 4:
-                    if step > 1:
+                    if n - j > 1:
                         dot(d4, *rest)
                     else:
                         dot(one4, *rest)
                 elif many == 2:
-                    if step > 1:
+                    if n - j > 1:
                         dot(d2, *rest)
                     else:
                         dot(one2, *rest)
-                elif step > 1:
+                elif n - j > 1:
                     dot(d1, *rest)
                 else:
                     dot(one1, *rest)
-                j += step
             v += many
+
+    @outline
+    def add_values(n, dv, v, v_row, s, o, start):
+        """o (+)= n values as they lie times their weights, two at a time, while the next n are fetched"""
+        if start:
+            for j in range(0, dv, L):
+                store(p, o + j * size, spread(p, 0.0))
+        for i in range(0, n, 2):
+            fetch(v + (n + i) * v_row, dv)
+            fetch(v + (n + i + 1) * v_row, dv)
+            row, x, y, next_ = v + i * v_row, spread(p, load_scalar(p, s + i * size)), spread(p, 0.0), 0
+            if i + 1 < n:
+                y, next_ = spread(p, load_scalar(p, s + (i + 1) * size)), v_row
+            for j in range(0, dv // L * L, L):
+                at_v, at_o = row + j * e.size, o + j * size
+                store(p, at_o, fma(load(e, at_v), x, fma(load(e, at_v + next_), y, load(p, at_o))))
+            j = dv // L * L
+            if j < dv:
+                at_v, at_o = row + j * e.size, o + j * size
+                store(p, at_o, fma(load_n(e, at_v, dv - j), x, fma(load_n(e, at_v + next_, dv - j), y, load(p, at_o))))
 
     @outline
     def finish(f, entry, st, h0, nh, i0, nq, o, o_row, out, lse, stats, keep):
@@ -508,7 +534,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
                         for h in range(nh if at(f, BQ) > 1 else 1):
                             count, x_row = (nq, at(f, QL)) if at(f, BQ) > 1 else (nh, at(f, QH))
                             dots(n, d, kp + j0 * at(f, KL), at(f, KL), qp + h * at(f, QH), x_row, count,
-                                 s + h * nq * s_row, s_row, dv, vp + j0 * at(f, VL), at(f, VL))
+                                 s + h * nq * s_row, s_row)
                     else:
                         for j in range(j0, j0 + n, panel):
                             # Rows whose window ends before this panel are skipped, a tile at a time.
@@ -518,17 +544,25 @@ def attention(elem_name: str) -> Callable[..., Any]:
                             multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
                                      0, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
                     weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, next_q, next_k, next_v, scale, softcap)
-                    if direct and (rows == 1 or part_vectors or dv % L != 0):
-                        for r in range(rows):
-                            o_at = o + r * o_row
-                            if nothing:
-                                for j in range(vecs):
-                                    store(p, o_at + j * p.bytes, spread(p, 0.0))
-                            add_rows(n, dv, vp + j0 * at(f, VL), at(f, VL), s + r * s_row, size, o_at)
+                    if direct:
+                        v_at, v_row = vp + j0 * at(f, VL), at(f, VL)
+                        if rows == 1:
+                            add_values(n, dv, v_at, v_row, s, o, nothing)
+                        elif part_vectors or dv % L != 0:
+                            for r in range(rows):
+                                for i in range(n * r // rows, n * (r + 1) // rows):
+                                    fetch(v_at + (n + i) * v_row, dv)
+                                if nothing:
+                                    for j in range(vecs):
+                                        store(p, o + r * o_row + j * p.bytes, spread(p, 0.0))
+                                add_rows(n, dv, v_at, v_row, s + r * s_row, size, o + r * o_row)
+                        else:  # the next n are fetched row by row, or, where they do not lie in line, column by column
+                            in_line = v_row == dv * size
+                            multiply_few((rows + FEW - 1) // FEW, vecs, n, s, s_row, size, v_at, v_row, panel * size,
+                                         not nothing, o, o_row, v_at + n * v_row, panel * size if in_line else v_row,
+                                         (n if in_line else 1) * panel * size)
                     else:
                         v_at, v_row, v_panel, whole = to_v + j0 * panel * size, panel * size, panel * at(f, PACK_V), tiles
-                        if direct:
-                            v_at, v_row, v_panel = vp + j0 * at(f, VL), at(f, VL), panel * size
                         if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1):
                             whole = 0
                             for tile in range(tiles):  # as many keys as its last row sees, or one of weight 0

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .engine import threads
 from .engine.build import Kernel, made_by
+from .engine.host import caches, simd
 from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
+_KEPT = 0.5  # of L3: larger results of rows, of which the next reader would find little there, are stored past the caches
 
 
 @cache
@@ -155,6 +157,11 @@ def _lay(t: Tensor, n: int) -> tuple[Tensor, int, int]:
     return t, t.data_ptr(), n * t.itemsize
 
 
+def _past(size: int, address: int, step: int) -> bool:
+    """Whether rows of a result of so many bytes are stored past the caches, which they can be if they are aligned"""
+    return size > _KEPT * max(caches().l3, caches().l2) and (address | step) % simd().width == 0
+
+
 def _parameter(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
     """In the compute type; ``usual`` where there is none"""
     compute = torch.float32 if input.itemsize == 2 else input.dtype
@@ -174,8 +181,9 @@ def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tenso
     weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)
     size = y.numel()
     count = 1 if size * y.itemsize < _SERIAL else threads.count()
-    _rows_kernel("rows", "i" * 14 + "f", y.dtype, centred, residual is not None)(
-        count, size // n, n, *x_rows, *r_rows, *s_rows, *y_rows, weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(), eps)
+    _rows_kernel("rows", "i" * 15 + "f", y.dtype, centred, residual is not None)(
+        count, size // n, n, *x_rows, *r_rows, *s_rows, *y_rows, weight.data_ptr(), bias.data_ptr(), out[-1].data_ptr(),
+        _past(size * y.itemsize, *y_rows), eps)
 
 
 def _norm_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -195,9 +203,9 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
     weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
     size = y.numel()
     count = 1 if size * y.itemsize < _SERIAL else threads.count()
-    _rows_kernel("rows_backward", "i" * 16, y.dtype, centred)(
+    _rows_kernel("rows_backward", "i" * 17, y.dtype, centred)(
         count, size // n, n, *g_rows, *x_rows, *m_rows, *y_rows, weight.data_ptr(), stats.data_ptr(), out[1].data_ptr(),
-        workspace(4 * n * count * weight.itemsize), max(32, isqrt(size // n // count)))
+        workspace(4 * n * count * weight.itemsize), max(32, isqrt(size // n // count)), _past(size * y.itemsize, *y_rows))
 
 
 KERNELS: dict[str, Callable[..., None]] = {

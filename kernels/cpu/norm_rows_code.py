@@ -32,6 +32,8 @@ from .engine.simd import (
     store,
     store_n,
     store_scalar,
+    stream,
+    streamed,
     wide,
 )
 from .norm_code import BLOCK, WIDTH, inverse_deviation, over_elements
@@ -97,11 +99,11 @@ def _fetch(address, bytes):
 
 
 def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
-    """kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps)
+    """kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, past, eps)
 
-    y: the rows of x normalised, times weight, plus bias. ``added``: r is first added to x, and the sum goes to s. stats: each
-    row's mean if ``centred``, then for each what it was multiplied by. A row is read from memory, and its numbers or their
-    squares are summed, while the row before is written.
+    y: the rows of x normalised, times weight, plus bias; ``past``: stored past the caches, and aligned. ``added``: r is first
+    added to x, and the sum goes to s. stats: each row's mean if ``centred``, then for each what it was multiplied by. A row is
+    read from memory, and its numbers or their squares are summed, while the row before is written.
     """
     elem = ELEMS[elem_name]
     c, size, c_size = compute_elem(elem), elem.size, compute_elem(elem).size
@@ -126,15 +128,20 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
 
         @inline
         def term(i, n, args, a, b):
-            x, y, weight, bias, high, scale, shift, next_, ahead = args
+            x, y, weight, bias, high, scale, shift, next_, ahead, past = args
             if not masked:
                 _fetch(ahead[0] + i * size, n * size)
-                _fetch(ahead[1] + i * size, n * size)
+                if not past:
+                    _fetch(ahead[1] + i * size, n * size)
                 if added:
                     _fetch(ahead[2] + i * size, n * size)
                     _fetch(ahead[3] + i * size, n * size)
             v = fma(get(x + i * size, n) - high, scale, shift)
-            put(y + i * size, fma(v, get_c(weight + i * c_size, n), get_c(bias + i * c_size, n)), n)
+            v = fma(v, get_c(weight + i * c_size, n), get_c(bias + i * c_size, n))
+            if past and not masked:
+                stream(source, y + i * size, v)
+            else:
+                put(y + i * size, v, n)
             return read(i, n, next_, a, b)
         return term
 
@@ -151,7 +158,7 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
     read, write, squares = _fold(elem, reading), _fold(elem, writing), _fold(elem, deviation, True)
 
     @inline
-    def body(thread, threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps):
+    def body(thread, threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, past, eps):
         first, end = rows * thread // threads, rows * (thread + 1) // threads
         if first < end:
             total = read(n, (x + first * xr, r + first * rr, s + first * sr))[0]
@@ -171,19 +178,22 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
             into = y + row * yr
             next_row = (x + next_ * xr, r + next_ * rr, s + next_ * sr)
             ahead = (next_row[0] + xr, into + yr, next_row[1] + rr, next_row[2] + sr)
-            total = write(n, (here, into, weight, bias, first_lane(spread(c, about)), scale, -d * scale, next_row, ahead))[0]
+            total = write(n, (here, into, weight, bias, first_lane(spread(c, about)), scale, -d * scale, next_row, ahead,
+                              past))[0]
+        if past:
+            streamed()
 
-    def kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps):
-        parallel(threads, body, (rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, eps))
+    def kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, past, eps):
+        parallel(threads, body, (rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, past, eps))
     return kernel
 
 
 def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
-    """kernel(threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, sums, work, stretch)
+    """kernel(threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, sums, work, stretch, past)
 
-    y: the gradient of x, from g, that of the output; m: if not 0, what is added to it. sums: the gradients of weight, then of
-    bias. work: a thread's room for 4 · n numbers: such sums over ``stretch`` rows, and over all of them: an error grows more
-    slowly in two steps.
+    y: the gradient of x, from g, that of the output; m: if not 0, what is added to it; past: as above. sums: the gradients of
+    weight, then of bias. work: a thread's room for 4 · n numbers: such sums over ``stretch`` rows, and over all of them: an error
+    grows more slowly in two steps.
     """
     elem = ELEMS[elem_name]
     c, size, c_size = compute_elem(elem), elem.size, compute_elem(elem).size
@@ -206,11 +216,12 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
 
         @inline
         def step(i, n, args):
-            g, x, m, y, gr, xr, yr, weight, sums, size_sums, high, scale, shift, slope, base = args
+            g, x, m, y, gr, xr, yr, weight, sums, size_sums, high, scale, shift, slope, base, past = args
             if not masked:
                 _fetch(g + gr + i * size, n * size)
                 _fetch(x + xr + i * size, n * size)
-                _fetch(y + yr + i * size, n * size)
+                if not past:
+                    _fetch(y + yr + i * size, n * size)
             d, h = get(x + i * size, n) - high, get(g + i * size, n)
             at = sums + i * c_size
             put_c(at, fma(h, fma(d, scale, shift), get_c(at, n)), n)
@@ -218,7 +229,10 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
             v = fma(h * get_c(weight + i * c_size, n), scale, fma(d, slope, base))
             if m:
                 v = v + get(m + i * size, n)
-            put(y + i * size, v, n)
+            if past and not masked:
+                stream(source, y + i * size, v)
+            else:
+                put(y + i * size, v, n)
         return step
     differentiate = over_elements(elem, result)
 
@@ -234,7 +248,7 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
     move = over_elements(c, moved)
 
     @inline
-    def body(thread, threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, work, stretch):
+    def body(thread, threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, work, stretch, past):
         own, line = work + thread * 4 * n * c_size, n * c_size
         done = 0
         for row in range(rows * thread // threads, rows * (thread + 1) // threads):
@@ -249,19 +263,21 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
             slope = -scale * scale * across / n
             base = -scale * along / n - slope * low
             differentiate(n, (grad, here, m + row * mr if m else 0, y + row * yr, gr, xr, yr, weight, own, line, high, scale,
-                                 -low * scale, slope, base))
+                                 -low * scale, slope, base, past))
             done += 1
             if done == stretch:
                 move(2 * n, (own, own + 2 * line))
                 done = 0
         move(2 * n, (own, own + 2 * line))
+        if past:
+            streamed()
 
-    def kernel(threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, sums, work, stretch):
+    def kernel(threads, rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, sums, work, stretch, past):
         for i in range(4 * n * threads):
             store_scalar(c, work + i * c_size, 0.0)
         for i in range(2 * n):
             store_scalar(c, sums + i * c_size, 0.0)
-        parallel(threads, body, (rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, work, stretch))
+        parallel(threads, body, (rows, n, g, gr, x, xr, m, mr, y, yr, weight, stats, work, stretch, past))
         for thread in range(threads):
             move(2 * n, (work + (thread * 4 + 2) * n * c_size, sums))
     return kernel

@@ -46,14 +46,22 @@ class Dot(Static):
         return f"{self.elem}:{self.rows}x{self.vectors}x{self.unroll}"
 
 
-def _sum_lanes(builder: ir.IRBuilder, value: Any) -> Any:
-    lanes = value.type.count
-    while lanes > 1:
-        lanes //= 2
-        low, high = (ir.Constant(ir.VectorType(i32, lanes), list(range(o, o + lanes))) for o in (0, lanes))
-        undefined = ir.Constant(value.type, ir.Undefined)
-        value = builder.fadd(builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high))
-    return builder.extract_element(value, i32(0))
+def _sums_of_lanes(builder: ir.IRBuilder, vectors: list[Any]) -> list[Any]:
+    """Each vector's sum, two vectors' halves by one addition: a fixed tree, and half the instructions of one after the other"""
+    lanes = vectors[0].type.count
+    items = [(v, [i]) for i, v in enumerate(vectors)]  # a vector, and whose parts it has, one after the other
+    part = lanes
+    while part > 1:
+        half, joined = part // 2, []
+        for i in range(0, len(items), 2):
+            (x, xs), (y, ys) = items[i], items[min(i + 1, len(items) - 1)]
+            low = [base + start + lane for start in range(0, lanes, part) for base in (0, lanes) for lane in range(half)]
+            index = ir.VectorType(i32, lanes)
+            ends = (builder.shuffle_vector(x, y, ir.Constant(index, [lane + up for lane in low])) for up in (0, half))
+            joined.append((builder.fadd(*ends), [owner for pair in zip(xs, ys, strict=True) for owner in pair]))
+        items, part = joined, half
+    places = {owner: (v, lane) for v, owners in items for lane, owner in enumerate(owners)}
+    return [builder.extract_element(v, i32(lane)) for v, lane in map(places.__getitem__, range(len(vectors)))]
 
 
 def _define(module: ir.Module, d: Dot) -> ir.Function:
@@ -126,9 +134,9 @@ def _define(module: ir.Module, d: Dot) -> ir.Function:
         phi.add_incoming(a, tail)
         phi.add_incoming(b, masked)
         so_far[r * d.vectors + v] = phi
-    for (r, v), total in zip(grid, so_far, strict=True):
+    for (r, v), total in zip(grid, _sums_of_lanes(builder, so_far), strict=True):
         address = builder.add(y, builder.add(builder.mul(y_row, i64(v)), i64(r * p.size)))
-        builder.store(_sum_lanes(builder, total), builder.inttoptr(address, p.memory.as_pointer()))
+        builder.store(total, builder.inttoptr(address, p.memory.as_pointer()))
     builder.ret_void()
     return function
 

@@ -304,7 +304,7 @@ def store_vector(builder: ir.IRBuilder, elem: Elem, address: Any, value: Any, n:
     raw = narrow(builder, elem, value)
     if n is None:
         st = builder.store(raw, pointer)
-        st.align = elem.bytes if stream else elem.size
+        st.align = min(elem.bytes, simd().width) if stream else elem.size
         if stream:
             st.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
     else:
@@ -389,13 +389,22 @@ def store_n(typingctx, elem, address, value, n):
 
 @intrinsic
 def stream(typingctx, elem, address, value):
-    """stream(elem, address, vector): a store past the caches; the address is aligned to the vector."""
+    """stream(elem, address, vector): a store past the caches, aligned to a register's width. ``streamed`` ends them."""
     e = elem.value
 
     def codegen(context, builder, sig, args):
         store_vector(builder, e, args[1], args[2], stream=True)
         return context.get_dummy_value()
     return types.none(elem, types.int64, e.vector), codegen
+
+
+@intrinsic
+def streamed(typingctx):
+    """streamed(): what was stored past the caches is there for other threads before anything that follows"""
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+    return types.none(), codegen
 
 
 @intrinsic
