@@ -339,7 +339,7 @@ SCATTERED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = 
     "one tap each": ((1, 128, 40, 17), (128, 7, 2, 2), {"stride": 2}),
     "uneven": ((3, 300, 9, 23), (300, 5, 3, 5), {"stride": (2, 3), "padding": (1, 2), "output_padding": (1, 2)}),
     "gaps": ((1, 11, 4, 18), (11, 3, 1, 2), {"stride": (3, 1)}),
-    "many": ((1, 530, 21, 40), (530, 41, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "many": ((1, 530, 21, 40), (530, 41, 3, 2), {"stride": (3, 2), "padding": (1, 0), "output_padding": 1}),
     "all padding": ((1, 7, 1, 16), (7, 2, 5, 2), {"stride": (2, 4), "padding": (2, 0), "output_padding": (0, 1)}),
 }  # fmt: skip
 

@@ -515,7 +515,8 @@ def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tens
 
 # Transposed convolutions as a product and a sum -----------------------------------------------------------------------
 
-_LEAST_ROW = 16  # positions of an image's row
+# Positions of an image's row; outputs up to which taps may overlap: with more the phases' products are faster (Zen 3).
+_LEAST_ROW, _MOST_OVERLAPPING = 16, 8
 
 
 class Scatter(NamedTuple):
@@ -563,7 +564,7 @@ def _run_scatter(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
             or x.shape[3] < _LEAST_ROW or out.stride(3) != 1 or x.stride(3) != 1 or x.stride(2) != x.shape[3]):
         return False
     (channels, outputs, kh, kw), steps = weight.shape, weight.stride()
-    if steps[3] != 1 or steps[2] != kw:
+    if steps[3] != 1 or steps[2] != kw or (outputs > _MOST_OVERLAPPING and (kh > stride[0] or kw > stride[1])):
         return False
     p = _scatter(threads.count(), x.shape, x.stride(), (kh, kw), out.shape, out.stride(), tuple(stride), tuple(padding))
 
