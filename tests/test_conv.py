@@ -373,6 +373,43 @@ def test_transposed_as_a_product_and_a_sum(problem: str, monkeypatch: pytest.Mon
     assert all(taken)
 
 
+# input, weight, groups, options: several bands of rows, a margin on one side only, dilation, uneven filters
+GROUPED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
+    "even": ((2, 12, 9, 7), (16, 3, 3, 3), 4, {"padding": 1}), "wide": ((1, 64, 7, 9), (64, 32, 3, 3), 2, {"padding": (2, 0)}),
+    "bands": ((1, 8, 400, 70), (8, 4, 5, 2), 2, {"padding": (0, 3), "dilation": (1, 3)}),
+    "one row": ((3, 6, 1, 21), (12, 2, 1, 4), 3, {"dilation": (1, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", GROUPED)
+def test_small_groups(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
+    x_shape, w_shape, groups, options = GROUPED[problem]
+    taken: list[bool] = []
+    run = host._run_direct
+
+    def counting(*args: Any) -> bool:
+        taken.append(run(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(host, "_run_direct", counting)
+    x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
+    agree("conv2d", x, w, bias, groups=groups, **options)
+    plain = F.conv2d(x, w, groups=groups, **options)
+    residual, every = randn(*plain.shape, seed=3), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with fastnn.backend("cpu"):
+            every.append(ours.conv2d(x, w, bias, groups=groups, **options, residual=residual, activation="relu"))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, every[0]) for a in every)
+    x[0, 1, 0, 5], x[-1, -1, -1, -1] = float("inf"), float("nan")
+    mine, theirs = ours.conv2d(x, w, groups=groups, **options, backend="cpu"), F.conv2d(x, w, groups=groups, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert len(taken) >= 5
+    assert all(taken)
+
+
 ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("kernel", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 3, 7, 7)), r"\(7, 7\).*\(5, 5\)"),
     ("channels", lambda s: s.conv2d(randn(1, 3, 5, 5), randn(4, 2, 3, 3)), r"must have 2 channels.*got 3"),

@@ -4,9 +4,10 @@ Everything is three-dimensional here: a missing dimension has size 1. A convolut
 one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
 
-Two ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, and filters
-of one tap as a plain product. Which one is taken depends on shapes and strides alone, so a call has the same bits each time;
-only an image with an Inf or NaN is computed anew in the general way.
+Four ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, filters of
+one tap as a plain product, transposed ones of long rows as a product for all taps and a sum, small groups from padded planes.
+Which one is taken depends on shapes and strides alone, so a call has the same bits each time; only an image with an Inf or NaN is
+computed anew where Winograd's way met it.
 
 Environment: ``FASTNN_WINOGRAD``, 0 to do without (default 1).
 """
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import FIELDS, SCATTER, WINOGRAD
+from .conv_fields import DIRECT, FIELDS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel
@@ -55,6 +56,7 @@ _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
+_DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
@@ -586,6 +588,60 @@ def _run_scatter(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
 _NOWHERE = array("q", [0])  # the offset of a tap that is alone
 
 
+# Small groups in planes -------------------------------------------------------------------------------------------------
+
+_MOST_IN_GROUP = 32  # channels
+
+
+class Direct(NamedTuple):
+    """A problem for the kernel ``direct``."""
+
+    fields: array[int]
+    table: array[int]
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
+            y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Direct:
+    f = _format(torch.float32)
+    (n, _, h, w), (_, channels, kh, kw), (_, outputs, oh, ow) = x_shape, w_shape, y_shape
+    outputs //= groups
+    pitch, deep, k = w + 2 * padding[1], dilation[0] * (kh - 1), channels * kh * kw
+    bands = -(-oh // max(1, caches().l2 // 2 // ((channels + outputs) * pitch * f.size) - deep))
+    band = -(-oh // bands)
+    plane = (-(-(band + deep) * pitch * f.size // 64) | 1) * 64
+    sums = (-(-(band * pitch + f.lanes) * f.size // 64) | 1) * 64
+    at_sums = _up(channels * plane + (dilation[1] * kw + 4 * f.lanes) * f.size, 64)
+    table = array("q", [c * plane + (i * dilation[0] * pitch + j * dilation[1]) * f.size
+                        for c in range(channels) for i in range(kh) for j in range(kw)])
+    values = {
+        "images": n, "groups": groups, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow,
+        "ph": padding[0], "pw": padding[1], "deep": deep, "xn": x_stride[0] * f.size, "xc": x_stride[1] * f.size,
+        "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yo": y_stride[1] * f.size, "yh": y_stride[2] * f.size,
+        "k": k, "table": table.buffer_info()[0], "chain": _cut(k, 256), "band": band, "bands": -(-oh // band), "pitch": pitch,
+        "plane": plane, "sums": sums, "at_sums": at_sums}
+    return Direct(array("q", [values[name] for name in DIRECT]), table, _up(at_sums + outputs * sums + 256, 4096),
+                  1 if n * groups * outputs * k * oh * ow < _SERIAL else nt)
+
+
+def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """Small groups of planes in float32, stride 1, a filter of several taps. False where this is not so."""
+    if (groups == 1 or x.dtype != torch.float32 or x.dim() != 4 or max(stride) > 1 or weight.shape[2:].numel() == 1
+            or not 1 < weight.shape[1] <= _MOST_IN_GROUP or weight.shape[0] // groups % 4 or not weight.is_contiguous()
+            or out.stride(3) != 1 or x.stride(3) != 1):
+        return False
+    p = _direct(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation),
+                groups)
+    ws = workspace(p.threads * p.scratch)
+    _DIRECT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+                0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
+                0.0, 0.0)
+    return True
+
+
 # The operators -------------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +665,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+        return
+    if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 

@@ -31,3 +31,12 @@ SCATTER = [
     "chain",  # the most products that one accumulator sums up
     "line", "at_strip", "at_columns", "at_pack",  # a thread's memory
 ]
+
+#: The same for small groups in planes.
+DIRECT = [
+    "images", "groups", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw",  # channels and outputs of one group
+    "deep",  # the rows that a filter reaches beyond its first
+    "xn", "xc", "xh", "yn", "yo", "yh",  # byte strides
+    "k", "table", "chain",  # products a sum; their offsets; the most that one accumulator sums up
+    "band", "bands", "pitch", "plane", "sums", "at_sums",  # the division of rows; a thread's memory
+]
