@@ -256,30 +256,38 @@ WINOGRAD: dict[str, tuple[tuple[int, ...], int, Any]] = {
     "even": ((2, 64, 8, 12), 64, 1), "uneven": ((3, 67, 9, 7), 35, (1, 0)), "one tile": ((2, 64, 3, 4), 37, 1),
     "long rows": ((1, 33, 3, 301), 9, (0, 1)), "many outputs": ((1, 64, 7, 7), 203, 1), "many": ((5, 130, 14, 13), 50, 1),
 }  # fmt: skip
+# the same dilated, and by how much: images of several sizes in one, blocks that end within a row, one way only, another padding
+DILATED: dict[str, tuple[tuple[int, ...], int, Any, Any]] = {
+    "dilated": ((2, 67, 14, 23), 11, 2, 2), "dilated far": ((1, 64, 36, 47), 20, 5, 5),
+    "in long rows": ((1, 65, 22, 73), 9, 3, 3),
+    "along rows": ((3, 64, 5, 32), 65, (1, 0), (1, 4)), "down": ((1, 67, 36, 9), 64, (2, 1), (5, 1)),
+    "with another padding": ((1, 70, 15, 22), 64, (1, 2), (2, 3)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("shape", WINOGRAD)
+@pytest.mark.parametrize("shape", [*WINOGRAD, *DILATED])
 def test_winograd(shape: str, form: str, winograd: list[bool]) -> None:
     """The error rule for output and gradients, in images of one sign too; epilogues; the same bits by any number of threads."""
-    x, outputs, padding = WINOGRAD[shape]
+    x, outputs, padding, dilation = DILATED[shape] if shape in DILATED else (*WINOGRAD[shape], 1)
     place = FORMATS[form]
     for positive in (False, True):
         image, w = randn(*x), randn(outputs, x[1], 3, 3, seed=1)
         if positive:
             image, w = image.relu(), w.abs()
-        agree("conv2d", place(image), place(w), randn(outputs, seed=2), padding=padding)
-        agree("conv_transpose2d", place(image), place(w).transpose(0, 1).contiguous(), padding=1)
+        agree("conv2d", place(image), place(w), randn(outputs, seed=2), padding=padding, dilation=dilation)
+        agree("conv_transpose2d", place(image), place(w).transpose(0, 1).contiguous(), padding=dilation, dilation=dilation)
     assert len(winograd) >= 6
     assert all(winograd)
-    plain = F.conv2d(image, w, padding=padding)
+    options = {"padding": padding, "dilation": dilation}
+    plain = F.conv2d(image, w, **options)
     residual, bias = place(randn(*plain.shape, seed=3)), randn(outputs, seed=2)
     every = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with fastnn.backend("cpu"):
-            every.append(ours.conv2d(place(image), place(w), bias, padding=padding, residual=residual, activation="relu"))
-            every.append(ours.conv2d(place(image), place(w), padding=padding))
+            every.append(ours.conv2d(place(image), place(w), bias, **options, residual=residual, activation="relu"))
+            every.append(ours.conv2d(place(image), place(w), **options))
     torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(every[2:], every))
 
@@ -296,7 +304,8 @@ def test_winograd_gives_way(form: str, winograd: list[bool], monkeypatch: pytest
                                    rtol=1e-4, atol=1e-3)  # fmt: skip
     assert winograd == [False] * 4
     x = FORMATS[form](x)
-    others: list[dict[str, Any]] = [{"stride": 2}, {"dilation": 2}, {"padding": 2}, {"groups": 2}]
+    others: list[dict[str, Any]] = [
+        {"stride": 2}, {"dilation": 5, "padding": 5}, {"dilation": 2, "padding": 3}, {"padding": 2}, {"groups": 2}]
     for options in others:
         part = w[:, :32] if "groups" in options else w
         torch.testing.assert_close(ours.conv2d(x, part, **options, backend="cpu"), F.conv2d(x, part, **options),
@@ -322,6 +331,83 @@ def test_winograd_keeps_its_weights_by_version(winograd: list[bool]) -> None:
         assert packed.held() >= 4 * w.nbytes
     assert len(winograd) == 21
     packed.clear()
+
+
+# input, weight, options: overlapping taps and none, several bands of rows, groups of outputs, channels in parts, gaps
+SCATTERED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "few outputs": ((2, 35, 19, 33), (35, 3, 4, 4), {"stride": 2, "padding": 1}),
+    "one tap each": ((1, 128, 40, 17), (128, 7, 2, 2), {"stride": 2}),
+    "uneven": ((3, 300, 9, 23), (300, 5, 3, 5), {"stride": (2, 3), "padding": (1, 2), "output_padding": (1, 2)}),
+    "gaps": ((1, 11, 4, 18), (11, 3, 1, 2), {"stride": (3, 1)}),
+    "many": ((1, 530, 21, 40), (530, 41, 3, 2), {"stride": (3, 2), "padding": (1, 0), "output_padding": 1}),
+    "all padding": ((1, 7, 1, 16), (7, 2, 5, 2), {"stride": (2, 4), "padding": (2, 0), "output_padding": (0, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", SCATTERED)
+def test_transposed_as_a_product_and_a_sum(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
+    x_shape, w_shape, options = SCATTERED[problem]
+    taken: list[bool] = []
+    run = host._run_scatter
+
+    def counting(*args: Any) -> bool:
+        taken.append(run(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(host, "_run_scatter", counting)
+    x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[1], seed=2)
+    agree("conv_transpose2d", x, w, bias, **options)
+    plain = F.conv_transpose2d(x, w, **options)
+    residual, every = randn(*plain.shape, seed=3), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with fastnn.backend("cpu"):
+            every.append(ours.conv_transpose2d(x, w, bias, **options, residual=residual, activation="relu"))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, every[0]) for a in every)
+    x[0, 2, 0, 5], x[-1, 1, -1, 15] = float("inf"), float("nan")
+    mine, theirs = ours.conv_transpose2d(x, w, **options, backend="cpu"), F.conv_transpose2d(x, w, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert len(taken) >= 5
+    assert all(taken)
+
+
+# input, weight, groups, options: several bands of rows, a margin on one side only, dilation, uneven filters
+GROUPED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
+    "even": ((2, 12, 9, 7), (16, 3, 3, 3), 4, {"padding": 1}), "wide": ((1, 64, 7, 9), (64, 32, 3, 3), 2, {"padding": (2, 0)}),
+    "bands": ((1, 8, 400, 70), (8, 4, 5, 2), 2, {"padding": (0, 3), "dilation": (1, 3)}),
+    "one row": ((3, 6, 1, 21), (12, 2, 1, 4), 3, {"dilation": (1, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", GROUPED)
+def test_small_groups(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
+    x_shape, w_shape, groups, options = GROUPED[problem]
+    taken: list[bool] = []
+    run = host._run_direct
+
+    def counting(*args: Any) -> bool:
+        taken.append(run(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(host, "_run_direct", counting)
+    x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
+    agree("conv2d", x, w, bias, groups=groups, **options)
+    plain = F.conv2d(x, w, groups=groups, **options)
+    residual, every = randn(*plain.shape, seed=3), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with fastnn.backend("cpu"):
+            every.append(ours.conv2d(x, w, bias, groups=groups, **options, residual=residual, activation="relu"))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, every[0]) for a in every)
+    x[0, 1, 0, 5], x[-1, -1, -1, -1] = float("inf"), float("nan")
+    mine, theirs = ours.conv2d(x, w, groups=groups, **options, backend="cpu"), F.conv2d(x, w, groups=groups, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert len(taken) >= 5
+    assert all(taken)
 
 
 ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [

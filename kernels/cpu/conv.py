@@ -4,9 +4,10 @@ Everything is three-dimensional here: a missing dimension has size 1. A convolut
 one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
 
-Two ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, and filters
-of one tap as a plain product. Which one is taken depends on shapes and strides alone, so a call has the same bits each time;
-only an image with an Inf or NaN is computed anew in the general way.
+Four ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, filters of
+one tap as a plain product, transposed ones of long rows as a product for all taps and a sum, small groups from padded planes.
+Which one is taken depends on shapes and strides alone, so a call has the same bits each time; only an image with an Inf or NaN is
+computed anew where Winograd's way met it.
 
 Environment: ``FASTNN_WINOGRAD``, 0 to do without (default 1).
 """
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import FIELDS, WINOGRAD
+from .conv_fields import DIRECT, FIELDS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -51,6 +52,8 @@ _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight"
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
+_SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
+_DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
@@ -400,26 +403,33 @@ def _spread(size: int) -> int:
     return _up(size, 4096) + 64 * 5
 
 
+def _tile_count(size: int, n: int, dilation: int) -> int:
+    """Tiles of n outputs along a dimension: as many for each of the interleaved images as for the largest."""
+    return -(-size // (n * dilation)) * dilation
+
+
 @lru_cache(1024)
 def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...],
-           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], transposed: bool) -> Tiles:
+           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int],
+           transposed: bool) -> Tiles:
     """The description of a problem that ``_by_winograd`` accepts."""
     f = _format(torch.float32)
     n, channels, h, w = x_shape
     _, outputs, oh, ow = y_shape
-    th, tw = -(-oh // 3), -(-ow // 4)
+    dh, dw = dilation
+    th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
     total, vectors = n * th * tw, -(-outputs // f.lanes)
     cuts = 1 if total >= 16 * nt else nt  # few tiles: each thread transforms them all and computes some of the outputs
     blocks = -(-total // 32)
     if cuts == 1:
         blocks = _up(blocks, nt)
-    block = _up(-(-total // blocks), f.rows)
+    block = _up(_up(-(-total // blocks), f.rows), dw)
     panels = -(-vectors // f.vecs)
     groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
     cuts = min(cuts, groups)
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
-    width = _up(4 * block + segments * (2 + f.lanes) + 2 * f.lanes, f.lanes)
+    width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
     place = _spread(_up(block, f.lanes) * channels * f.unit)
     m_place = _spread(block * row)
     at_segments = _up(8 * (block + f.lanes), 64)
@@ -429,11 +439,11 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     at_v = _up(max(at_lines + 6 * width * f.unit, f.lanes * 12 * block * f.unit, 12 * row), 4096)
     at_m = _up(at_v + 30 * place, 64)
     steps = [s * f.size for s in (*x_stride, *y_stride)]
-    pads = [2 - p for p in padding] if transposed else padding
+    pads = [2 * d - p for p, d in zip(padding, dilation, strict=True)] if transposed else padding
     values = {
         "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
-        "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5], "yh": steps[6],
-        "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
+        "dh": dh, "dw": dw, "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5],
+        "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
         "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
         "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
@@ -447,26 +457,42 @@ WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
 # Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
 # what is allowed at 32 channels, 0.7 at 64. Outputs a channel from which on it is faster, on a Zen 3.
 _LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
+# Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
+# corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
+# pixels 1.7, six 1.3, seven and eight 0.8, ten 1.07 in one draw of 16. The share of the tiles' outputs that has to be within the
+# image, channels first and last. A block of tiles is at least as wide as the dilation.
+_LEAST_CHANNELS_DILATED = 64
+_LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 7, (0.45, 0.6), 64
 
 
 def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
                  transposed: bool, groups: int) -> bool:
     """Whether Winograd's way can and is to be taken: 3 × 3 filters, stride 1, enough channels, a margin of one pixel at most
-    (beyond, a corner meets one tap alone, and its error is that of a whole tile).
+    (beyond, a corner meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels. Dilated, the
+    images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
-    shape = x.shape
-    if (x.dtype != torch.float32 or len(shape) != 4 or groups != 1 or shape[1] < _LEAST_CHANNELS or weight.shape[2:] != (3, 3)
-            or max(*stride, *dilation) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
+    shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
+    if (x.dtype != torch.float32 or len(shape) != 4 or groups != 1 or shape[1] < least or weight.shape[2:] != (3, 3)
+            or max(stride) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
         return False
-    top, left = (2 - p for p in padding) if transposed else padding
-    outputs = shape[0] * (shape[2] + 2 * top - 2) * (shape[3] + 2 * left - 2)
-    return 0 <= top <= 1 and 0 <= left <= 1 and (outputs >= _LEAST_OUTPUTS or not overhead.RULES)
+    sizes, tiles = [], 1
+    for n, p, d, outputs in zip(shape[2:], padding, dilation, (3, 4), strict=True):
+        p = 2 * d - p if transposed else p
+        if not 0 <= p <= d or (d > 1 and p > 0 and n < _LEAST_PIXELS * d):
+            return False
+        sizes.append(n + 2 * (p - d))
+        tiles *= _tile_count(sizes[-1], outputs, d)
+    outputs = shape[0] * sizes[0] * sizes[1]
+    if max(dilation) > 1 and (outputs < _LEAST_FILLED[last] * 12 * tiles * shape[0] or max(dilation) > _MOST_DILATION):
+        return False
+    return outputs >= _LEAST_OUTPUTS or not overhead.RULES
 
 
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-                  padding: Sequence[int], transposed: bool, act: int) -> bool:
+                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, act: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
-    p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding), transposed)
+    p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding),
+               tuple(dilation), transposed)
 
     def transform(address: int) -> int:
         s_o, s_c = weight.stride(0) * 4, weight.stride(1) * 4
@@ -484,6 +510,133 @@ def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tens
                   0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws + 64, p.scratch,
                   ws, 0.0, 0.0)
     return ctypes.c_int64.from_address(ws).value == 0
+
+
+# Transposed convolutions as a product and a sum -----------------------------------------------------------------------
+
+# Positions of an image's row; outputs up to which taps may overlap: with more the phases' products are faster (Zen 3).
+_LEAST_ROW, _MOST_OVERLAPPING = 16, 8
+
+
+class Scatter(NamedTuple):
+    """A problem for the kernel ``scatter``."""
+
+    fields: array[int]
+    arranged: int
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _scatter(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], kernel: tuple[int, ...], y_shape: tuple[int, ...],
+             y_stride: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Scatter:
+    f, l2 = _format(torch.float32), caches().l2
+    (n, channels, h, w), (_, outputs, oh, ow), (kh, kw) = x_shape, y_shape, kernel
+    depth, more, taps = _cut(channels, 256), (kh - 1) // stride[0], kh * kw
+    bands = -(-h // max(1, l2 * 3 // 8 // (depth * f.size * w) - more))
+    if n < nt:
+        bands = max(bands, min(h // (4 * more + 1), -(-nt // n)))
+    most = _up((-(-h // bands) + more) * w, f.lanes)
+    parts = nt if n * bands < nt <= outputs else 1
+    group = _cut(-(-outputs // parts), max(1, l2 // 4 // (taps * most * f.size)))
+    line = _up(-(-ow // stride[1]) + 2 * f.lanes, f.lanes) * f.size
+    at_strip = _up(stride[1] * line, 64)
+    at_columns = _up(at_strip + (ow + 4 * f.lanes) * f.size, 64)
+    at_pack = _up(at_columns + _up(group * taps, f.rows) * most * f.size + 64, 64)
+    values = {
+        "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "kh": kh, "kw": kw,
+        "sh": stride[0], "sw": stride[1], "ph": padding[0], "pw": padding[1], "xn": x_stride[0] * f.size,
+        "xc": x_stride[1] * f.size, "yn": y_stride[0] * f.size, "yo": y_stride[1] * f.size, "yh": y_stride[2] * f.size,
+        "bands": bands, "parts": parts, "group": group, "depth": depth, "chain": _cut(depth, 256), "line": line,
+        "at_strip": at_strip, "at_columns": at_columns, "at_pack": at_pack}
+    serial = n * h * w * channels * outputs * taps < _SERIAL
+    return Scatter(array("q", [values[name] for name in SCATTER]), (outputs * taps + f.rows) * channels * f.size,
+                   _up(at_pack + most * depth * f.size + 256, 4096), 1 if serial else nt)
+
+
+def _run_scatter(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """A transposed convolution in float32 of images of dense planes, in which a product for all taps is worth while. False where
+    this is not so.
+    """
+    if (x.dtype != torch.float32 or x.dim() != 4 or groups != 1 or max(stride) < 2 or max(dilation) > 1
+            or x.shape[3] < _LEAST_ROW or out.stride(3) != 1 or x.stride(3) != 1 or x.stride(2) != x.shape[3]):
+        return False
+    (channels, outputs, kh, kw), steps = weight.shape, weight.stride()
+    if steps[3] != 1 or steps[2] != kw or (outputs > _MOST_OVERLAPPING and (kh > stride[0] or kw > stride[1])):
+        return False
+    p = _scatter(threads.count(), x.shape, x.stride(), (kh, kw), out.shape, out.stride(), tuple(stride), tuple(padding))
+
+    def pack(address: int) -> int:
+        _ARRANGE[x.dtype].run(p.threads, outputs, kh * kw, channels, 1, 0, weight.data_ptr(), 4 * steps[1], 4, 4 * steps[0],
+                              _NOWHERE.buffer_info()[0], address)
+        return 0
+    keep = _keep(weight, p.arranged, pack, ("scatter",)) if weight.numel() >= _SMALL_WEIGHT else None
+    scratch = p.threads * p.scratch
+    ws = workspace(scratch + (0 if keep else p.arranged))
+    if keep is None:
+        pack(ws + scratch)
+    _SCATTER.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
+                 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
+                 0.0, 0.0)
+    return True
+
+
+_NOWHERE = array("q", [0])  # the offset of a tap that is alone
+
+
+# Small groups in planes -------------------------------------------------------------------------------------------------
+
+_MOST_IN_GROUP = 32  # channels
+
+
+class Direct(NamedTuple):
+    """A problem for the kernel ``direct``."""
+
+    fields: array[int]
+    table: array[int]
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
+            y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Direct:
+    f = _format(torch.float32)
+    (n, _, h, w), (_, channels, kh, kw), (_, outputs, oh, ow) = x_shape, w_shape, y_shape
+    outputs //= groups
+    pitch, deep, k = w + 2 * padding[1], dilation[0] * (kh - 1), channels * kh * kw
+    bands = -(-oh // max(1, caches().l2 // 2 // ((channels + outputs) * pitch * f.size) - deep))
+    band = -(-oh // bands)
+    plane = (-(-(band + deep) * pitch * f.size // 64) | 1) * 64
+    sums = (-(-(band * pitch + f.lanes) * f.size // 64) | 1) * 64
+    at_sums = _up(channels * plane + (dilation[1] * kw + 4 * f.lanes) * f.size, 64)
+    table = array("q", [c * plane + (i * dilation[0] * pitch + j * dilation[1]) * f.size
+                        for c in range(channels) for i in range(kh) for j in range(kw)])
+    values = {
+        "images": n, "groups": groups, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow,
+        "ph": padding[0], "pw": padding[1], "deep": deep, "xn": x_stride[0] * f.size, "xc": x_stride[1] * f.size,
+        "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yo": y_stride[1] * f.size, "yh": y_stride[2] * f.size,
+        "k": k, "table": table.buffer_info()[0], "chain": _cut(k, 256), "band": band, "bands": -(-oh // band), "pitch": pitch,
+        "plane": plane, "sums": sums, "at_sums": at_sums}
+    return Direct(array("q", [values[name] for name in DIRECT]), table, _up(at_sums + outputs * sums + 256, 4096),
+                  1 if n * groups * outputs * k * oh * ow < _SERIAL else nt)
+
+
+def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """Small groups of planes in float32, stride 1, a filter of several taps. False where this is not so."""
+    if (groups == 1 or x.dtype != torch.float32 or x.dim() != 4 or max(stride) > 1 or weight.shape[2:].numel() == 1
+            or not 1 < weight.shape[1] <= _MOST_IN_GROUP or weight.shape[0] // groups % 4 or not weight.is_contiguous()
+            or out.stride(3) != 1 or x.stride(3) != 1):
+        return False
+    p = _direct(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation),
+                groups)
+    ws = workspace(p.threads * p.scratch)
+    _DIRECT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+                0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
+                0.0, 0.0)
+    return True
 
 
 # The operators -------------------------------------------------------------------------------------------------------
@@ -506,7 +659,11 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
-            and _run_winograd(last, out, input, weight, bias, residual, padding, transposed, act)):
+            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
+        return
+    if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+        return
+    if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
@@ -570,9 +727,9 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
     if groups > 1 and last:
         return "groups with channels last: oneDNN's kernel is faster"
-    if (last and not transposed and weight.dim() == 4 and weight.shape[0] <= 128
+    if (last and not transposed and weight.dim() == 4 and (weight.shape[0] <= 128 or max(dilation) > 1)
             and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups)):
-        return "channels last and few outputs: oneDNN's tile wastes less of its width"
+        return "channels last and few outputs, or dilated: oneDNN's tile wastes less of its width and leaves out taps of zeros"
     return None
 
 

@@ -15,10 +15,28 @@ FIELDS = [
 
 #: The same for Winograd's kernel.
 WINOGRAD = [
-    "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw",  # sizes; the padding in front
+    "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw", "dh", "dw",  # sizes; the padding in front; the dilation
     "xn", "xc", "xh", "xw", "yn", "yo", "yh", "yw",  # byte strides
     "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
     "width", "place", "m_place", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
+]
+
+#: The same for the transposed convolution as a product and a sum.
+SCATTER = [
+    "images", "channels", "outputs", "h", "w", "oh", "ow", "kh", "kw", "sh", "sw", "ph", "pw",
+    "xn", "xc", "yn", "yo", "yh",  # byte strides
+    "bands", "parts", "group", "depth",  # the division of rows and outputs; outputs and channels at once
+    "chain",  # the most products that one accumulator sums up
+    "line", "at_strip", "at_columns", "at_pack",  # a thread's memory
+]
+
+#: The same for small groups in planes.
+DIRECT = [
+    "images", "groups", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw",  # channels and outputs of one group
+    "deep",  # the rows that a filter reaches beyond its first
+    "xn", "xc", "xh", "yn", "yo", "yh",  # byte strides
+    "k", "table", "chain",  # products a sum; their offsets; the most that one accumulator sums up
+    "band", "bands", "pitch", "plane", "sums", "at_sums",  # the division of rows; a thread's memory
 ]

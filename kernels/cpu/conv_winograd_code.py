@@ -5,6 +5,9 @@ networks", section 4). Over the channels, each of the 30 *places* of a transform
 columns are output channels, and the register tile computes it. A block of tiles at a time is transformed into a thread's own
 memory, multiplied, and transformed back.
 
+A dilated convolution of step d falls apart into d · d dense ones, of every d-th row and pixel, which share nothing: their tiles
+are numbered so that neighbours begin at neighbouring pixels, and a row is still read and written in one piece.
+
 What is lost to rounding, and how it is kept as low as the plain sum's (Barabasz et al. 2020, "Error analysis and improving the
 accuracy of Winograd convolution for deep neural networks"): the points of evaluation are those where Σ Aᵢ² |Bᵢ|² |Gᵢ|², by which
 variances grow, is least: 7.1 for four outputs, 3.2 for three, 1.7 for two; with the textbook's 0, ±1, ±2 it is 31 for four. The
@@ -47,8 +50,8 @@ from .engine.simd import (
 from .engine.tile import Tile, multiply_blocks, tile_size
 
 ROWS, VECS = tile_size()
-(_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS, _GROUPS,
- _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (
+(_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _DH, _DW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS,
+ _GROUPS, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (
     8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
@@ -150,6 +153,15 @@ def _quads(builder: ir.IRBuilder, tiles: list[Any], offset: int) -> list[Any]:
     return _transpose_quads(builder, rows)
 
 
+def _gathered(builder: ir.IRBuilder, tiles: list[Any], offset: Any) -> Any:
+    """Lane t is the float at tiles[t] + offset."""
+    v = ir.Constant(FLOAT32.vector.llvm, ir.Undefined)
+    for k, tile in enumerate(tiles):
+        address = builder.inttoptr(builder.add(tile, offset), FLOAT32.memory.as_pointer())
+        v = builder.insert_element(v, builder.load(address), i32(k))
+    return v
+
+
 def _transpose_quads(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
     """4 × 4 squares of four vectors, each square transposed"""
     lanes = rows[0].type.count
@@ -188,18 +200,27 @@ def transform_rows(typingctx, rows, offset, dst, dst_row):
     return types.none(*(types.int64,) * 4), codegen
 
 
-@intrinsic
-def transform_columns(typingctx, line, tiles, dst, dst_place, dst_group):
-    """transform_columns(line, tiles, dst, dst_place, dst_group): Bᵀ along a row, for as many tiles as lanes, whose offsets are at
-    ``tiles``; place j goes to dst + j · dst_place, in groups of the register tile's rows, dst_group apart"""
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        line, tiles, dst, dst_place, dst_group = args
-        first = builder.inttoptr(tiles, i64.as_pointer())
-        each = [builder.add(line, builder.load(builder.gep(first, [i64(t)]))) for t in range(FLOAT32.lanes)]
-        for j, v in enumerate(ALONG.into(builder, _quads(builder, each, 0) + _quads(builder, each, 16)[:2])):
-            _store_parts(builder, builder.add(dst, builder.mul(dst_place, i64(j))), v, ROWS, dst_group)
-        return context.get_dummy_value()
-    return types.none(*(types.int64,) * 5), codegen
+def _transform_columns(dense: bool) -> Any:
+    def fn(typingctx, line, tiles, step, dst, dst_place, dst_group):
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            line, tiles, step, dst, dst_place, dst_group = args
+            first = builder.inttoptr(tiles, i64.as_pointer())
+            each = [builder.add(line, builder.load(builder.gep(first, [i64(t)]))) for t in range(FLOAT32.lanes)]
+            if dense:
+                d = _quads(builder, each, 0) + _quads(builder, each, 16)[:2]
+            else:
+                d = [_gathered(builder, each, builder.mul(step, i64(j))) for j in range(ALONG.taps)]
+            for j, v in enumerate(ALONG.into(builder, d)):
+                _store_parts(builder, builder.add(dst, builder.mul(dst_place, i64(j))), v, ROWS, dst_group)
+            return context.get_dummy_value()
+        return types.none(*(types.int64,) * 6), codegen
+    fn.__doc__ = """transform_columns(line, tiles, step, dst, dst_place, dst_group): Bᵀ along a row, for as many tiles as
+    lanes, whose offsets are at ``tiles``, their pixels ``step`` bytes apart; place j goes to dst + j · dst_place, in groups of
+    the register tile's rows, dst_group apart"""
+    return intrinsic(fn)
+
+
+transform_columns, transform_columns_stepped = _transform_columns(True), _transform_columns(False)
 
 
 @intrinsic
@@ -220,10 +241,10 @@ def transform_pixels(typingctx, pixels, offset, dst, dst_place):
     return types.none(*(types.int64,) * 4), codegen
 
 
-def _transform_back(last: bool) -> Any:
-    def fn(typingctx, seen, src, src_place, dst, dst_row, dst_channel):
+def _transform_back(last: bool, dense: bool) -> Any:
+    def fn(typingctx, seen, src, src_place, dst, dst_row, dst_pixel, dst_channel):
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            seen, src, src_place, dst, dst_row, dst_channel = args
+            seen, src, src_place, dst, dst_row, dst_pixel, dst_channel = args
             columns = [DOWN.back(builder, [
                 _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * ALONG.taps + j)))) for i in range(DOWN.taps)])
                 for j in range(ALONG.taps)]
@@ -232,25 +253,30 @@ def _transform_back(last: bool) -> Any:
                 row = ALONG.back(builder, [column[r] for column in columns])
                 for v in row:
                     seen = multiply_add(builder, v, zero, seen)
-                if not last:
+                if dense and not last:
                     row = _transpose_quads(builder, row)
                 at = builder.add(dst, builder.mul(dst_row, i64(r)))
                 for j, v in enumerate(row):
-                    place = builder.add(at, builder.mul(dst_channel, i64(j)))
                     if last:
-                        store_vector(builder, FLOAT32, place, v)
-                    else:
+                        store_vector(builder, FLOAT32, builder.add(at, builder.mul(dst_pixel, i64(j))), v)
+                    elif dense:
+                        place = builder.add(at, builder.mul(dst_channel, i64(j)))
                         _store_parts(builder, place, v, 4, builder.mul(dst_channel, i64(4)))
+                    else:
+                        place = builder.add(at, builder.mul(dst_pixel, i64(j)))
+                        _store_parts(builder, place, v, 1, dst_channel)
             return seen
-        return FLOAT32.vector(FLOAT32.vector, *(types.int64,) * 5), codegen
-    fn.__doc__ = """transform_back(seen, src, src_place, dst, dst_row, dst_channel) -> seen, NaN where an output was not finite.
+        return FLOAT32.vector(FLOAT32.vector, *(types.int64,) * 6), codegen
+    fn.__doc__ = """transform_back(seen, src, src_place, dst, dst_row, dst_pixel, dst_channel) -> seen, NaN where an output was
+    not finite.
 
-    Aᵀ m A of a vector of channels of one tile. Row r goes to dst + r · dst_row: as four floats of each channel, dst_channel
-    apart, or, for channels last, as channels of each of four pixels."""
+    Aᵀ m A of a vector of channels of one tile. Row r goes to dst + r · dst_row; for channels last as a vector for each of four
+    pixels, dst_pixel apart; else as four floats of each channel, dst_channel apart, which are neighbours if ``dense``."""
     return intrinsic(fn)
 
 
-transform_back, transform_back_last = _transform_back(False), _transform_back(True)
+transform_back, transform_back_stepped, transform_back_last = (
+    _transform_back(last, dense) for last, dense in ((False, True), (False, False), (True, True)))
 
 
 @intrinsic
@@ -270,11 +296,7 @@ def transform_filter(typingctx, src, o, last, s_o, taps, dst, dst_place):
         g = []
         for tap in range(9):
             offset = builder.load(builder.gep(offsets, [i64(tap)]))
-            v = ir.Constant(FLOAT32.vector.llvm, ir.Undefined)
-            for k, start in enumerate(starts):
-                place = builder.inttoptr(builder.add(start, offset), FLOAT32.memory.as_pointer())
-                v = builder.insert_element(v, builder.load(place), i32(k))
-            g.append(builder.fpext(v, wide))
+            g.append(builder.fpext(_gathered(builder, starts, offset), wide))
         columns = [[_sum(builder, list(zip(row, g[j::3], strict=True))) for row in DOWN.g] for j in range(3)]
         for i in range(DOWN.taps):
             for j, row in enumerate(ALONG.g):
@@ -298,6 +320,12 @@ def first_vector(panel, vectors, panels):
     return vectors * panel // panels
 
 
+@inline
+def start(tile, n, d):
+    """The first output of a tile of n outputs, d apart: d tiles next to each other fill a stretch of n · d"""
+    return tile * n if d == 1 else tile // d * (n * d) + tile % d
+
+
 def winograd(elem_name: str) -> Any:
     """A convolution of stride 1; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What ``flag`` points to becomes 1 where
     an output is not finite."""
@@ -318,7 +346,8 @@ def winograd(elem_name: str) -> Any:
         A *segment* is a stretch of tiles next to each other: their rows are transformed into lines, with the padding, and
         the tiles found there.
         """
-        tw, th, channels, w = get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W)
+        tw, th, channels, w, dh, dw = (
+            get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W), get(geo, _DH), get(geo, _DW))
         width, group, place = get(geo, _WIDTH), channels * unit, get(geo, _PLACE)
         tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
         zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
@@ -329,20 +358,22 @@ def winograd(elem_name: str) -> Any:
             line = (t0 + done) // tw
             j = t0 + done - line * tw
             i = line // th
-            y, left = (line - i * th) * DOWN_N - get(geo, _PH), j * ALONG_N - get(geo, _PW)
+            y, left = start(line - i * th, DOWN_N, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW)
             many = min(n - done, tw - j)
+            length = ALONG_N * many + 2 * dw
             at = segments + count * SEGMENT
             store_scalar(INT64, at, max(0, -left))
-            store_scalar(INT64, at + 8, max(max(0, -left), min(ALONG_N * many + 2, w - left)))
+            store_scalar(INT64, at + 8, max(max(0, -left), min(length, w - left)))
             store_scalar(INT64, at + 16, lines + column * size)
             for r in range(DOWN_TAPS):
-                inside = y + r >= 0 and y + r < get(geo, _H)
+                row = y + r * dh
+                inside = row >= 0 and row < get(geo, _H)
                 store_scalar(INT64, at + 24 + 8 * r,
-                             x + i * get(geo, _XN) + (y + r) * get(geo, _XH) + left * size if inside else zeros)
+                             x + i * get(geo, _XN) + row * get(geo, _XH) + left * size if inside else zeros)
                 store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
             for t in range(many):
-                store_scalar(INT64, tiles + (done + t) * 8, (column + t * ALONG_N) * size)
-            column += ALONG_N * many + 2 + lanes
+                store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, ALONG_N, dw)) * size)
+            column += length + lanes
             done += many
             count += 1
         for t in range(n, n + lanes):
@@ -369,23 +400,30 @@ def winograd(elem_name: str) -> Any:
             for t in range(0, n, lanes):
                 to = v + t // ROWS * group + k * unit + t % ROWS * size
                 for r in range(DOWN_TAPS):
-                    transform_columns(lines + r * width * size, tiles + t * 8, to + r * ALONG_TAPS * place, place, group)
+                    rest = lines + r * width * size, tiles + t * 8, dw * size, to + r * ALONG_TAPS * place, place, group
+                    if dw == 1:
+                        transform_columns(*rest)
+                    else:
+                        transform_columns_stepped(*rest)
 
     @outline
     def into_pixels(geo, x, t0, n, v, ws):
         """Tiles t0 … t0 + n of an image whose channels are dense, as V[place][tile][channel]"""
-        tw, th, channels, place = get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE)
+        tw, th, channels, place, dh, dw = (
+            get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE), get(geo, _DH), get(geo, _DW))
         zeros = ws + get(geo, _AT_ZEROS)
         clear(zeros, channels)
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            y, left = (line - i * th) * DOWN_N - get(geo, _PH), (t0 + t - line * tw) * ALONG_N - get(geo, _PW)
+            top = start(line - i * th, DOWN_N, dh) - get(geo, _PH)
+            left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW)
             for r in range(DOWN_TAPS):
                 for s in range(ALONG_TAPS):
-                    inside = y + r >= 0 and y + r < get(geo, _H) and left + s >= 0 and left + s < get(geo, _W)
-                    store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8, x + i * get(geo, _XN) + (y + r) * get(geo, _XH)
-                                 + (left + s) * get(geo, _XW) if inside else zeros)
+                    h, w = top + r * dh, left + s * dw
+                    inside = h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
+                    store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8,
+                                 x + i * get(geo, _XN) + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
             k = 0
             while k < channels:
                 k = min(k, channels - lanes)
@@ -421,7 +459,7 @@ def winograd(elem_name: str) -> Any:
     @outline
     def out_of_planes(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
         """From M to an output whose rows are dense; whether all that came was finite"""
-        tw, th, h, w = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW)
+        tw, th, h, w, dh, dw = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW), get(geo, _DH), get(geo, _DW)
         place = get(geo, _M_PLACE)
         seen = spread(e, 0.0)
         done = 0
@@ -429,16 +467,20 @@ def winograd(elem_name: str) -> Any:
             line = (t0 + done) // tw
             j = t0 + done - line * tw
             i = line // th
-            many, first = min(n - done, tw - j), (line - i * th) * DOWN_N
+            many, first = min(n - done, tw - j), start(line - i * th, DOWN_N, dh)
             length = ALONG_N * many * size
             at = i * get(geo, _YN) + first * get(geo, _YH) + j * ALONG_N * size
             for o in range(o0, o1, lanes):
                 for t in range(many):
-                    seen = transform_back(seen, m + (done + t) * row + (o - o0) * size, place, strip + t * ALONG_N * size,
-                                          length, DOWN_N * length)
+                    rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, ALONG_N, dw) * size, length,
+                            dw * size, DOWN_N * length)
+                    if dw == 1:
+                        seen = transform_back(seen, *rest)
+                    else:
+                        seen = transform_back_stepped(seen, *rest)
                 for k in range(min(lanes, o1 - o)):
-                    for r in range(min(DOWN_N, h - first)):
-                        to = at + (o + k) * get(geo, _YO) + r * get(geo, _YH)
+                    for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
+                        to = at + (o + k) * get(geo, _YO) + r * dh * get(geo, _YH)
                         finish(min(ALONG_N * many, w - j * ALONG_N), strip + (k * DOWN_N + r) * length, y + to, size,
                                bias + (o + k) * size if bias != 0 else 0, 0, res + to if res != 0 else 0, act, p0, p1)
             done += many
@@ -447,19 +489,19 @@ def winograd(elem_name: str) -> Any:
     @outline
     def out_of_pixels(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
         """From M to an output whose channels are dense"""
-        tw, th, h, w = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW)
+        tw, th, h, w, dh, dw = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW), get(geo, _DH), get(geo, _DW)
         place = get(geo, _M_PLACE)
         seen = spread(e, 0.0)
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            first, left = (line - i * th) * DOWN_N, (t0 + t - line * tw) * ALONG_N
+            first, left = start(line - i * th, DOWN_N, dh), start(t0 + t - line * tw, ALONG_N, dw)
             for o in range(0, o1 - o0, lanes):
                 seen = transform_back_last(seen, m + t * row + o * size, place, strip + o * size,
-                                           ALONG_N * row, row)
-            for r in range(min(DOWN_N, h - first)):
-                for s in range(min(ALONG_N, w - left)):
-                    to = i * get(geo, _YN) + (first + r) * get(geo, _YH) + (left + s) * get(geo, _YW) + o0 * size
+                                           ALONG_N * row, row, 0)
+            for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
+                for s in range(min(ALONG_N, (w - left + dw - 1) // dw)):
+                    to = i * get(geo, _YN) + (first + r * dh) * get(geo, _YH) + (left + s * dw) * get(geo, _YW) + o0 * size
                     finish(o1 - o0, strip + (r * ALONG_N + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
                            res + to if res != 0 else 0, act, p0, p1)
         return any_lane(seen != seen)

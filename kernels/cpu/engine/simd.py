@@ -666,6 +666,20 @@ def even_lanes(typingctx, a, b):
     return a(a, b), codegen
 
 
+def _interleave(half: int) -> Any:
+    def fn(typingctx, a, b):
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            lanes = a.lanes
+            index = [(lanes if k % 2 else 0) + (k + half * lanes) // 2 for k in range(lanes)]
+            return builder.shuffle_vector(*args, ir.Constant(ir.VectorType(i32, lanes), index))
+        return a(a, b), codegen
+    fn.__doc__ = "interleave_low(a, b), interleave_high(a, b) -> a₀ b₀ a₁ b₁ … of the lower, of the upper half of the lanes"
+    return intrinsic(fn)
+
+
+interleave_low, interleave_high = _interleave(0), _interleave(1)
+
+
 @intrinsic
 def iota(typingctx, elem):
     """iota(elem) -> 0, 1, 2, … in the lanes of an integer element type"""
