@@ -260,7 +260,7 @@ WINOGRAD: dict[str, tuple[tuple[int, ...], int, Any]] = {
 DILATED: dict[str, tuple[tuple[int, ...], int, Any, Any]] = {
     "dilated": ((2, 67, 26, 31), 11, 2, 2), "dilated far": ((1, 64, 61, 67), 20, 5, 5),
     "in long rows": ((1, 65, 38, 73), 9, 3, 3),
-    "along rows": ((3, 64, 5, 49), 65, (1, 0), (1, 4)), "down": ((1, 67, 61, 9), 64, (2, 1), (5, 1)),
+    "along rows": ((3, 64, 12, 49), 65, (1, 0), (1, 4)), "down": ((1, 67, 61, 12), 64, (2, 1), (5, 1)),
     "with another padding": ((1, 70, 25, 37), 64, (1, 2), (2, 3)),
 }  # fmt: skip
 
