@@ -459,8 +459,8 @@ WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
 _LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
 # Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
 # corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
-# pixels 1.7, five by twelve 1.11 in one draw, six 1.3, ten 1.07 in one, twelve 0.8. The share of the tiles' outputs that has to be
-# within the image, channels first and last. A block of tiles is at least as wide as the dilation.
+# pixels 1.7, five by twelve 1.11 in one draw, six 1.3, ten 1.07 in one, twelve 0.8. The share of the tiles' outputs that has to
+# be within the image, channels first and last. A block of tiles is at least as wide as the dilation.
 _LEAST_CHANNELS_DILATED = 64
 _LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 12, (0.45, 0.6), 64
 
