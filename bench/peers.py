@@ -227,6 +227,7 @@ class MaxAutotuneGPU(TorchCompile):
 
 def _compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # else the eighth case would silently fall back to eager
+    torch._dynamo.config.allow_rnn = True  # or it refuses LSTM, GRU and RNN by their class
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
