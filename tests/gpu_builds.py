@@ -68,6 +68,8 @@ BUILDS += [
     Build(matmul.linear, (t(4096, 4096), t(4096, 4096), t(4096), t(4096, 4096), "gelu"), ("product",), best=True,
           copied=("product",)),
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True, copied=("product",)),
+    Build(matmul.matmul, (t(16, 12, 512, 64), t(16, 12, 512, 64).mT), ("product",), best=True, copied=("product",),
+          chips=("sm_90", "sm_100")),
     Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32).mT)),  # as recurrences and columns have it
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",

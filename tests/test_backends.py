@@ -1,6 +1,5 @@
 """Which backend serves, how it is chosen, what is said when it cannot, and the trace."""
 
-import subprocess
 import sys
 import threading
 import types
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import fastnn
 import fastnn.functional as f
+import fresh
 from fastnn import backends
 from fastnn.ops.matmul import linear as linear_op
 
@@ -186,13 +186,8 @@ def test_environment(value: str, printed: str) -> None:
         "    try: fastnn.functional.matmul(x, x); print(calls[0].backend)\n"
         "    except ValueError as e: print(type(e).__name__, e)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(CHECKOUT), "FASTNN_BACKEND": value},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = fresh.python("-c", code, env={"PYTHONPATH": str(CHECKOUT), "FASTNN_BACKEND": value}, cwd=CHECKOUT)
+    assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(printed)
 
 

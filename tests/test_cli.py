@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastnn
+import fresh
 from fastnn import _info
 from fastnn.__main__ import main
 from fastnn.kernels.cpu.engine.build import Kernel
@@ -21,8 +22,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastnn", *arguments]
-    return subprocess.run(command, cwd=CHECKOUT, env=os.environ | environment, capture_output=True, text=True)
+    return fresh.python("-m", "fastnn", *arguments, cwd=CHECKOUT, env=os.environ | environment)
 
 
 def test_info_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ from fastnn.__main__ import main
 from fastnn.kernels.cpu.engine.build import Kernel
 print(*(main([command]) for command in ("verify", "warmup", "bench")))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    done = fresh.python("-c", program, cwd=CHECKOUT, env=os.environ)
     assert done.stdout.split() == ["2"] * 3
     assert done.stderr.splitlines() == ["rich is needed for this: pip install rich"] * 3
 

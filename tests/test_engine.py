@@ -4,8 +4,6 @@ import hashlib
 import itertools
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fresh
 from fastnn.kernels.cpu.engine import host
 from fastnn.kernels.cpu.engine.build import Kernel
 from fastnn.kernels.cpu.engine.host import simd
@@ -482,14 +481,8 @@ def test_reading_assembly_finds_spills() -> None:
 
 def under(width: str, *selection: str, timeout: float = 900) -> None:
     """Run tests again, in a process that is told to use less than this machine's best."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *selection],
-        cwd=HERE.parent,
-        env={**os.environ, "FASTNN_SIMD": width},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = ("-m", "pytest", "-q", "-x", "--no-header", *selection)
+    done = fresh.python(*command, cwd=HERE.parent, env={**os.environ, "FASTNN_SIMD": width}, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout
 
@@ -512,12 +505,7 @@ def test_narrower_vectors(width: str) -> None:
 
 
 def test_an_impossible_instruction_set_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from fastnn.kernels.cpu.engine.host import simd; simd()"],
-        cwd=HERE.parent,
-        env={**os.environ, "FASTNN_SIMD": "mmx"},
-        capture_output=True,
-        text=True,
-    )
+    code = "from fastnn.kernels.cpu.engine.host import simd; simd()"
+    done = fresh.python("-c", code, cwd=HERE.parent, env={**os.environ, "FASTNN_SIMD": "mmx"})
     assert done.returncode != 0
     assert "ValueError: FASTNN_SIMD is 'mmx', but this host allows only:" in done.stderr

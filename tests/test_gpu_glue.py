@@ -1,10 +1,10 @@
 """What stands between a call and a GPU kernel: autocast, the words when something is missing, the device."""
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
 import fastnn.functional as F
+import fresh
 from fastnn import backends, ops
 from fastnn.kernels.gpu.engine import launch
 from fastnn.ops._operator import Operator
@@ -210,12 +211,10 @@ def test_addresses_have_64_bits(op: Operator, args: tuple[Any, ...]) -> None:
 
 
 def test_importing_fastnn_imports_no_triton() -> None:
-    import subprocess
-
     code = "import sys, fastnn, fastnn.functional; sys.exit('triton' in sys.modules or 'cupy' in sys.modules)"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+        assert fresh.python("-c", code, env=os.environ, cwd=Path(__file__).parent).returncode == 0
 
 
 def test_offsets_on_a_gpu_are_not_waited_for() -> None:

@@ -111,11 +111,17 @@ def test_descriptors(a_rows: bool, b_rows: bool, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
         monkeypatch.setattr(kernels, "_tiles", lambda kind, chip: [kernels.Tile(32, 32, 32, 4, 2)])
     seen = watched(monkeypatch, lambda kernel, options: options["DESCRIPTORS"])
-    for dtype in (torch.bfloat16, torch.float16):
-        a, b = randn(40, 72, dtype=dtype), randn(72, 56, dtype=dtype, seed=1)
+    heads = randn(2, 40, 3, 72, seed=2, dtype=torch.bfloat16).transpose(1, 2)  # as attention has them
+    for a, b in (
+        (randn(40, 72, dtype=torch.bfloat16), randn(72, 56, dtype=torch.bfloat16, seed=1)),
+        (randn(40, 72, dtype=torch.float16), randn(72, 56, dtype=torch.float16, seed=1)),
+        (heads, randn(2, 3, 72, 56, dtype=torch.bfloat16, seed=1)),
+        (heads, randn(1, 3, 72, 56, dtype=torch.bfloat16, seed=1)),  # one for both: the copy engine cannot
+    ):
         a, b = a if a_rows else a.mT.contiguous().mT, b if b_rows else b.mT.contiguous().mT
         check(ops.matmul, a, b, scale=terms)
-    assert seen == [launch.chip(torch.device(DEVICE)).descriptors] * 2
+    has = launch.chip(torch.device(DEVICE)).descriptors
+    assert seen == [has, has, has, False]
 
 
 def test_float32_is_tf32_only_where_torch_asks(monkeypatch: pytest.MonkeyPatch) -> None:

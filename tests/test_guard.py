@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import fresh
 from guard import CASES, LAYOUTS, PAGE, Placed
 
 HERE = Path(__file__).resolve().parent
@@ -20,13 +19,8 @@ def guarded(family: str) -> list[str]:
     wrong: list[str] = []
     first = finished = 0
     while len(wrong) < 10:
-        done = subprocess.run(
-            [sys.executable, str(HERE / "guard.py"), family, str(first), *DTYPES],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-            timeout=900,
-        )
+        program = (str(HERE / "guard.py"), family, str(first), *DTYPES)
+        done = fresh.python(*program, env={**os.environ, "PYTHONPATH": str(HERE.parent)}, cwd=HERE, timeout=900)
         lines = done.stdout.splitlines()
         started = [line for line in lines if line.startswith("case ")]
         names = {line.split()[1]: line for line in started}
@@ -65,7 +59,7 @@ for end, offset in [("front", -1), ("front", 0), ("back", 20), ("back", 19)]:
 
 def test_the_pages_are_unreadable() -> None:
     """The number before each end of a tensor, and the first and last that are its own"""
-    done = subprocess.run([sys.executable, "-c", TOUCH.format(here=str(HERE))], capture_output=True, text=True)
+    done = fresh.python("-c", TOUCH.format(here=str(HERE)), env=os.environ, cwd=HERE)
     crashed = f"touching -{signal.SIGSEGV}"
     assert done.stdout.splitlines() == [crashed, "touching 0", crashed, "touching 0"], done.stderr
 

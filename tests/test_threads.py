@@ -1,8 +1,6 @@
 """Threads and processes: many callers at once, forked children, torch's number of threads, the fallback without libgomp."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastnn.functional as F
+import fresh
 from fastnn.kernels.cpu.engine import packed, threads
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -151,13 +150,7 @@ print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 
 
 def python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = fresh.python("-c", code, env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment}, cwd=CHECKOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -39,13 +39,23 @@ def _finish(c, sums, bias, r, rows, columns, m, n, r_m, r_n, alpha, beta, ACT: t
 
 
 @triton.jit
+def _descriptor(t, batch, inner, rows, columns, t_o, t_i, t_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of outer · inner matrices whose columns lie next to each other, ROWS × COLUMNS of one at a time"""
+    return tl.make_tensor_descriptor(
+        t, [batch // inner, inner, rows, columns], [functions.wide(t_o), functions.wide(t_i), functions.wide(t_rows), 1],
+        [1, 1, ROWS, COLUMNS],
+    )
+
+
+@triton.jit
 def product(
     c, a, b, bias, r,  # output or, with PARTS > 1, float32 parts; operands; bias and residual or None
     batch, inner, m, n, k,  # batch = outer · inner matrices
     c_b, a_o, a_i, a_m, a_k, b_o, b_i, b_k, b_n, r_o, r_i, r_m, r_n,  # strides; c's rows lie next to each other
     alpha, beta,
     ACT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,  # whether k, or n, has stride 1
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,  # whether k, or n, has stride 1
+    DESCRIPTORS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """c = epilogue(a @ b), a tile of M × N at a time"""
@@ -53,13 +63,13 @@ def product(
     steps = tl.cdiv(tl.cdiv(k, K), PARTS)  # of each part
     if DESCRIPTORS:
         if A_ROWS:
-            from_a = tl.make_tensor_descriptor(a, [m, k], [functions.wide(a_m), 1], [M, K])
+            from_a = _descriptor(a, batch, inner, m, k, a_o, a_i, a_m, M, K)
         else:
-            from_a = tl.make_tensor_descriptor(a, [k, m], [functions.wide(a_k), 1], [K, M])
+            from_a = _descriptor(a, batch, inner, k, m, a_o, a_i, a_k, K, M)
         if B_ROWS:
-            from_b = tl.make_tensor_descriptor(b, [k, n], [functions.wide(b_k), 1], [K, N])
+            from_b = _descriptor(b, batch, inner, k, n, b_o, b_i, b_k, K, N)
         else:
-            from_b = tl.make_tensor_descriptor(b, [n, k], [functions.wide(b_n), 1], [N, K])
+            from_b = _descriptor(b, batch, inner, n, k, b_o, b_i, b_n, N, K)
     for tile in tl.range(tl.program_id(0), batch * PARTS * down * across, tl.num_programs(0)):
         which = tile // (down * across)
         matrix, part = (which // PARTS).to(tl.int64), which % PARTS
@@ -72,15 +82,16 @@ def product(
         begin, end = part * steps * K, tl.minimum(k, (part + 1) * steps * K)
         sums = tl.zeros((M, N), tl.float32)
         if DESCRIPTORS:
+            outer_at, inner_at = which // PARTS // inner, which // PARTS % inner
             for depth in tl.range(begin, end, K):
                 if A_ROWS:
-                    va = from_a.load([top, depth])
+                    va = from_a.load([outer_at, inner_at, top, depth]).reshape(M, K)
                 else:
-                    va = from_a.load([depth, top]).T
+                    va = from_a.load([outer_at, inner_at, depth, top]).reshape(K, M).T
                 if B_ROWS:
-                    vb = from_b.load([depth, left])
+                    vb = from_b.load([outer_at, inner_at, depth, left]).reshape(K, N)
                 else:
-                    vb = from_b.load([left, depth]).T
+                    vb = from_b.load([outer_at, inner_at, left, depth]).reshape(N, K).T
                 sums = tl.dot(va, vb, sums, input_precision=PRECISION)
         else:
             along = tl.arange(0, K).to(tl.int64)
@@ -220,9 +231,15 @@ def _two_batches(batch: torch.Size, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _describable(t: Tensor, rows: bool) -> bool:
-    """Whether the copy engine reads a matrix, along its rows or its columns."""
+    """Whether the copy engine reads matrices (outer, inner, …), along their rows or their columns: nothing may be expanded."""
     step, one = (t.stride(-2), t.stride(-1)) if rows else (t.stride(-1), t.stride(-2))
-    return one == 1 and step > 0 and step * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    steps = [step, *(stride for size, stride in zip(t.shape[:2], t.stride()) if size > 1)]
+    return one == 1 and all(s > 0 and s * t.itemsize % 16 == 0 for s in steps) and t.data_ptr() % 16 == 0
+
+
+def _batch_strides(t: Tensor) -> tuple[int, int]:
+    """Of the two batch dimensions. A descriptor takes no stride of 0, not even where only 0 is multiplied by it."""
+    return t.stride(0) if t.shape[0] > 1 else 16, t.stride(1) if t.shape[1] > 1 else 16
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
@@ -244,7 +261,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     how = precision(a)
     kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
-    described = chip.descriptors and count == 1 and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
+    described = chip.descriptors and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
     if described:
         launch.allow_descriptors()
     r_strides = (0, 0, 0, 0) if r is None else r.stride()
@@ -255,7 +272,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
         launch.run(
             product, min(tiles, _programs(chip, tile)), out.device,
             target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
-            m * n, *a.stride(), *b.stride(), *r_strides, e.alpha, e.beta,
+            m * n, *_batch_strides(a), *a.stride()[2:], *_batch_strides(b), *b.stride()[2:], *r_strides, e.alpha, e.beta,
             ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
             DESCRIPTORS=described, M=tile.m, N=tile.n, K=tile.k, GROUP=_GROUP, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
