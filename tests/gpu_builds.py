@@ -70,7 +70,7 @@ BUILDS += [
     Build(matmul.matmul, (t(4096, 2048).mT, t(4096, 3072)), ("product",), best=True, copied=("product",)),
     Build(matmul.matmul, (t(16, 12, 512, 64), t(16, 12, 512, 64).mT), ("product",), best=True, copied=("product",),
           chips=("sm_90", "sm_100")),
-    Build(matmul.linear, (t(8, 4096), t(4096, 4096), t(4096), None, None), ("product",)),
+    Build(matmul.linear, (t(8, 4096), t(1024, 4096), t(1024), None, None), ("product",)),
     Build(matmul.matmul, (t(1024, 1024, dtype=F32), t(1024, 1024, dtype=F32).mT)),  # as recurrences and columns have it
     Build(matmul.matmul, (t(2048, 2048, dtype=F32), t(2048, 2048, dtype=F32)), ("product",), float32="tf32x3", note=" tf32x3",
           chips=("sm_90",)),
@@ -144,10 +144,10 @@ BUILDS += [
         ("backward_queries", "backward_keys", "backward_mask"), spills=208, chips=("sm_90",), note=" everything",
     ),
     Build(
-        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
-        chips=("sm_100",),
+        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64, causal=False, mask=t(12, 512, 512)),
+        ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_80", "sm_100", "gfx942"), note=" a mask's gradient",
     ),
-    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
+    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
 
@@ -165,7 +165,7 @@ BUILDS += [
     Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
     Build(
         conv.conv, (X.float(), W3.float(), None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), plain=True,
-        chips=("sm_90", "gfx942"), note=" by columns",
+        note=" by columns",
     ),
     Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
     Build(
@@ -182,6 +182,5 @@ BUILDS += [
         rnn.recurrent_backward,
         (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:3072], WIDE[:3072], None, None, None, STATE,
          t(1024, 4096, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
-        chips=("sm_90", "gfx942"),
     ),
 ]  # fmt: skip
