@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import inf, log
 from typing import Any
 
-from .activation_code import SIGN, random_bits
+from .activation_code import dropper
 from .attention_fields import BOOLEAN, FIELDS, NO_MASK, SAME, TABLE
 from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
@@ -233,7 +233,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
     multiply_few = fetching_product(p, FEW)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
-    bits, sign = random_bits(size == 8), SIGN[size == 8]
+    drop_keys, gone = dropper(size == 8)
     add_rows, part_vectors = row_adder(e, p), e.size != p.size
     d1, d2, d4 = Dot(e, 2, 1, 2), Dot(e, 2, 2), Dot(e, 2, 4)
     one1, one2, one4 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
@@ -312,10 +312,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
 
     @outline
     def drop_some(f, s, n, index):
-        key0, key1, least = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
+        low, key, next_key = drop_keys(index, at(f, KEY0))
+        key1, least = at(f, KEY1), at(f, DROP)
         for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
             x = load(several, s + j * size)
-            store(several, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
+            store(several, s + j * size, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
 
     @inline
     def fetch(address, n):
@@ -680,7 +681,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
-    bits, sign = random_bits(size == 8), SIGN[size == 8]
+    drop_keys, gone = dropper(size == 8)
 
     @inline
     def delta_task(t, task, f, table, out, g, g_lse, delta):
@@ -719,19 +720,20 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     @outline
     def slopes_dropped(f, s, g, here, n, factor, offset, inverse, delta, keep, index):
         """The same where weights are dropped"""
-        key0, key1, least, j = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign, 0
+        low, key, next_key = drop_keys(index, at(f, KEY0))
+        key1, least, j = at(f, KEY1), at(f, DROP), 0
         while j + W <= here:
             x = exp2_below(load(several, s + j * size) * factor - offset) * inverse
-            gone = bits(x, index + j, 1, key0, key1) < least
-            store(several, s + j * size, select(gone, 0.0, x))
-            store(several, g + j * size, (select(gone, 0.0, load(several, g + j * size) * keep) - delta) * x)
+            dropped = gone(x, low, j, 1, key, next_key, key1, least)
+            store(several, s + j * size, select(dropped, 0.0, x))
+            store(several, g + j * size, (select(dropped, 0.0, load(several, g + j * size) * keep) - delta) * x)
             j += W
         while j < n:
             seen = first_lanes(p, here - j)
             x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
-            gone = bits(x, index + j, 1, key0, key1) < least
-            store(p, s + j * size, select(gone, 0.0, x))
-            store(p, g + j * size, select(seen, (select(gone, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
+            dropped = gone(x, low, j, 1, key, next_key, key1, least)
+            store(p, s + j * size, select(dropped, 0.0, x))
+            store(p, g + j * size, select(seen, (select(dropped, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
             j += L
 
     @outline
@@ -764,8 +766,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     @outline
     def slopes_shaped(f, row, s, g, j0, n, scale, softcap, keep, offset, inverse, delta, bias):
         total, of_row = spread(p, 0.0), known(f, row)
-        drops, key0, key1, least = at(f, DROP) != 0, at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
-        index, each = load_scalar(INT64, row + INDEX) + j0, bias != 0 and at(f, BIAS_K) != 0
+        drops, key1, least, each = at(f, DROP) != 0, at(f, KEY1), at(f, DROP), bias != 0 and at(f, BIAS_K) != 0
+        low, key, next_key = drop_keys(load_scalar(INT64, row + INDEX) + j0, at(f, KEY0))
         for j in range(0, n, L):
             x, t = logits(of_row, s, j, j0, n, scale, softcap)
             weight = exp2_below(x - offset) * inverse
@@ -773,7 +775,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             dp = load(p, g + j * size) * keep
             left = weight
             if drops:
-                dropped = bits(x, index + j, 1, key0, key1) < least
+                dropped = gone(x, low, j, 1, key, next_key, key1, least)
                 left, dp = select(dropped, 0.0, left), select(dropped, 0.0, dp)
             store(p, s + j * size, left)
             ds = select(x == -inf, 0.0, (dp - delta) * weight)
