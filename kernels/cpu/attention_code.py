@@ -41,6 +41,7 @@ from .engine.simd import (
     prefetch,
     reduce_add,
     reduce_max,
+    reduce_max_fast,
     select,
     spread,
     store,
@@ -68,7 +69,7 @@ WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
     8 * i for i in range(len(TABLE)))
 TABLE_ROW = 8 * len(TABLE)
 # What is known of a row of a block: numbers of eight bytes each.
-LO, HI, MASK, INDEX, SLOPE, PLACE, OFFSET, SUM, DELTA = range(0, 72, 8)
+LO, HI, MASK, INDEX, SLOPE, PLACE, OFFSET, SUM = range(0, 64, 8)
 ROW = 72
 
 
@@ -154,12 +155,14 @@ def rows_of(e: Elem) -> Any:
                 store_scalar(INT64, row + LO, min(max(place - left, 0), lk) if left >= 0 else 0)
                 inside = right >= 0 and not 0 <= place < prefix
                 store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if inside else lk)
+                store_scalar(FLOAT64, row + SLOPE, 0.0)
+                if at(f, PLAIN) and at(f, DROP) == 0:
+                    continue
                 store_scalar(INT64, row + MASK, mask + at(entry, T_MASK) + (h0 + h) * at(f, MH) + (i0 + i) * at(f, MQ))
                 store_scalar(INT64, row + INDEX, at(entry, T_DROP) + (h0 + h) * at(f, DROP_H) + (i0 + i) * at(f, DROP_L))
-                slope = 0.0
                 if slopes != 0:
-                    slope = float(load_scalar(p, slopes + at(entry, T_SLOPE) + (h0 + h) * at(f, AH))) * LOG2_E
-                store_scalar(FLOAT64, row + SLOPE, slope)
+                    slope = float(load_scalar(p, slopes + at(entry, T_SLOPE) + (h0 + h) * at(f, AH)))
+                    store_scalar(FLOAT64, row + SLOPE, slope * LOG2_E)
                 store_scalar(FLOAT64, row + PLACE, float(place))
     return prepare
 
@@ -244,13 +247,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
         while j + W <= n:
             best = maximum_fast(load(several, s + j * size), best)
             j += W
-        top = reduce_max(best)
+        top = reduce_max_fast(best)
         if j < n:
-            rest = spread(p, -inf)
+            rest = spread(p, top)
             while j < n:
                 rest = maximum_fast(select(first_lanes(p, n - j), load(p, s + j * size), -inf), rest)
                 j += L
-            top = max(top, reduce_max(rest))
+            top = reduce_max_fast(rest)
         return top
 
     @outline
@@ -498,7 +501,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
             prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st)
             qp = q + at(entry, T_Q) + h0 * at(f, QH) + i0 * at(f, QL)
             direct = at(f, DIRECT)
-            if not direct:
+            if not (direct or part_vectors) and nh == 1 and nq % ROWS == 0 and at(f, QD) == size:
+                qs, q_row = qp, at(f, QL)  # whole tiles read them where they lie
+            elif not direct:
                 for h in range(nh):
                     pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
             to_v = to_k + at(f, PACK_K)
