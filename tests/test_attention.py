@@ -33,10 +33,10 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) 
     return [t.requires_grad_(grad) for t in made]
 
 
-# Shapes around the tile (6 or 12 rows, panels of 8 to 32 keys), the block (48 or 96 queries, 128 or 512 keys) and the rows that
-# are read in place (8).
+# Shapes around the tile (6 or 12 rows, panels of 8 to 32 keys), the block (48, 96 or 120 queries, 128 or 512 keys) and the rows
+# that are read in place (8).
 SHAPES = [
-    (1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 5, 5, 3), (1, 2, 2, 49, 33, 8, 17), (1, 2, 1, 97, 130, 64, 64), (2, 4, 2, 3, 67, 20, 40),
+    (1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 5, 5, 3), (1, 2, 2, 49, 33, 8, 17), (1, 2, 1, 121, 130, 64, 64), (2, 4, 2, 3, 67, 20, 40),
     (1, 2, 1, 13, 1301, 32, 16), (1, 8, 2, 1, 300, 16, 16), (1, 1, 1, 50, 61, 256, 129),
 ]
 

@@ -25,7 +25,7 @@ from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK_Q, _BLOCK_K = 96, 512  # rows and keys of a block of scores
+_BLOCK_Q, _BLOCK_K = 120, 512  # rows (of whole tiles) and keys of a block of scores
 _WINDOW_Q = 48  # rows, where a window moves on with them
 _READ_K = 64  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
