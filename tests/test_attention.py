@@ -1,6 +1,7 @@
 """Scaled dot-product attention on the CPU against float64, beside torch; what torch has no word for against the plain maths."""
 
 import itertools
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,10 @@ import fastnn
 import fastnn.functional as ours
 from fastnn import ops
 from fastnn._numerics import attention_scale
+from fastnn.kernels.cpu import attention as kernels
+from fastnn.kernels.cpu.attention_fields import TABLE
 from fastnn.kernels.reference import attention as plain
+from fastnn.kernels.reference.activation import _mix as mix
 from rule import DTYPES, LAYOUTS, check, randn
 
 F = torch.nn.functional
@@ -29,10 +33,10 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) 
     return [t.requires_grad_(grad) for t in made]
 
 
-# Shapes around the tile (6 or 12 rows, panels of 8 to 32 keys), the block (48 or 96 queries, 128 or 512 keys) and the rows that
-# are read in place (8).
+# Shapes around the tile (6 or 12 rows, panels of 8 to 32 keys), the block (48, 96 or 120 queries, 128 or 512 keys) and the rows
+# that are read in place (8).
 SHAPES = [
-    (1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 5, 5, 3), (1, 2, 2, 49, 33, 8, 17), (1, 2, 1, 97, 130, 64, 64), (2, 4, 2, 3, 67, 20, 40),
+    (1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 5, 5, 3), (1, 2, 2, 49, 33, 8, 17), (1, 2, 1, 121, 130, 64, 64), (2, 4, 2, 3, 67, 20, 40),
     (1, 2, 1, 13, 1301, 32, 16), (1, 8, 2, 1, 300, 16, 16), (1, 1, 1, 50, 61, 256, 129),
 ]
 
@@ -65,6 +69,11 @@ def test_masks(name: str, kind: str) -> None:
     def call(space: Any, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         return space.scaled_dot_product_attention(q, k, v, m if m.dim() > 1 else m[None])
     check(call, [*tensors(2, 2, 2, 50, 70, 16, 8), mask], attention_scale())
+
+
+def test_a_bias_whose_keys_threads_share() -> None:
+    check(lambda space, q, k, v, m: space.scaled_dot_product_attention(q, k, v, m),
+          [*tensors(1, 3, 3, 20, 301, 8, 8), randn(20, 301, seed=7).requires_grad_()], attention_scale())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -233,6 +242,28 @@ def test_dropout_keeps_its_share_and_repeats() -> None:
     drawn = attention(q, k, v, dropout_p=0.25, backend="cpu")
     torch.manual_seed(3)
     assert torch.equal(drawn, attention(q, k, v, dropout_p=0.25, backend="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_counts_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Of weights too many to make: the kernels are told that theirs start near a multiple of 2^32."""
+    start, seed, n, m = 2**33 - 1000, 2**40 + 5, 7, 203
+    memory, column = kernels.Plan.memory, TABLE.index("drop")
+
+    def moved(self: kernels.Plan, seed: int, keys: int) -> Any:
+        fields, rows = memory(self, seed, keys)
+        return fields, array("q", [*rows[:column], start, *rows[column + 1 :]])
+
+    monkeypatch.setattr(kernels.Plan, "memory", moved)
+    q, k = torch.zeros(1, n, 8, dtype=dtype), torch.zeros(1, m, 8, dtype=dtype)
+    v = torch.eye(m, dtype=dtype)[None].requires_grad_()
+    weights = attention(q, k, v, dropout_p=0.5, seed=seed, backend="cpu")
+    (grad,) = torch.autograd.grad(weights, v, torch.eye(n, m, dtype=dtype)[None])
+    i = start + torch.arange(n * m).reshape(n, m)
+    a, b = mix(seed & 0xFFFFFFFF ^ mix(i >> 32)), mix(torch.tensor((seed >> 32) + 0x9E3779B9))
+    kept = mix(mix((i & 0xFFFFFFFF) + a & 0xFFFFFFFF) ^ b) >= 2**31
+    assert torch.equal(weights[0] != 0, kept)
+    assert torch.equal(grad[0, :, :n].T != 0, kept)
 
 
 # Layouts, shapes, threads

@@ -180,11 +180,10 @@ MULTIPLY_1, MULTIPLY_2 = Constant(0x7FEB352D, 0x7FEB352D), Constant(0x846CA68B -
 
 
 @inline
-def mix(h):
-    """A hash of 32 bits in each lane (nullprogram.com/blog/2018/07/31)"""
-    h = ((h ^ shift_right_logical(h, 16)) * of(MULTIPLY_1, h)) & of(LOW, h)
-    h = ((h ^ shift_right_logical(h, 15)) * of(MULTIPLY_2, h)) & of(LOW, h)
-    return h ^ shift_right_logical(h, 16)
+def between(h):
+    """Wellons' hash but for its first step and its last, both h ^ h >> 16 (nullprogram.com/blog/2018/07/31)"""
+    h = (h * of(MULTIPLY_1, h)) & of(LOW, h)
+    return ((h ^ shift_right_logical(h, 15)) * of(MULTIPLY_2, h)) & of(LOW, h)
 
 
 @inline
@@ -194,33 +193,41 @@ def mix_scalar(h):
     return h ^ (h >> 16)
 
 
-def random_bits(double: bool) -> Callable[..., Any]:
-    """bits(like, i, step, key0, key1): 32 random bits for the indices i, i + step, … in like's lanes; key0, key1: the seed's
-    low half and the hash of its high half. They may compare signed: see ``SIGN``."""
-    sign = SIGN[double]
+def dropper(double: bool) -> Any:
+    """(keys, gone), by which the bits of a number i of 64 bits are hash(hash(i's low half + key) ^ key1).
+
+    keys(i, key0): (i's low half, what i's high half makes of key0, what the next high half does); key0, key1: the seed's low
+    half and the hash of its high half.
+    gone(like, low, j, step, key, next, key1, least): where the bits are below ``least``, for the numbers that are j, j + step,
+    … past the one whose keys these are, in like's lanes.
+    """
+    sign = 0 if double else 1 << 31  # lanes of 32 bits compare signed
 
     @inline
-    def bits(like, i, step, key0, key1):
-        number = iota_like(like)
-        low = (number * step + i) & of(LOW, number)
+    def keys(i, key0):
         high = i >> 32
-        key = (number & 0) + mix_scalar(key0 ^ mix_scalar(high))
-        if ((i & 0xFFFFFFFF) + MOST_LANES * step) >> 32 != 0:  # this vector may cross a multiple of 2^32
-            wrapped = (low ^ sign) < ((i & 0xFFFFFFFF) - sign)
-            key = select(wrapped, (number & 0) + mix_scalar(key0 ^ mix_scalar(high + 1)), key)
-        return mix(mix((low + key) & of(LOW, low)) ^ key1) ^ sign
-    return bits
+        return i & 0xFFFFFFFF, mix_scalar(key0 ^ mix_scalar(high)), mix_scalar(key0 ^ mix_scalar(high + 1))
 
-
-SIGN = {True: 0, False: 1 << 31}  # what makes random bits comparable: lanes of 32 bits compare signed
+    @inline
+    def gone(like, low, j, step, key, next_, key1, least):
+        ahead = iota_like(like) * step
+        h = (ahead + (low + j + key)) & of(LOW, ahead)
+        if low + j + MOST_LANES * step >= 1 << 32:  # some may be past a multiple of 2^32
+            wrapped = (((ahead + (low + j)) & of(LOW, ahead)) ^ sign) < (low - sign)
+            h = (h + select(wrapped, (ahead & 0) + (next_ - key), 0)) & of(LOW, h)
+        # One hash's last step and the next one's first undo each other, but for the key between them; and the last step leaves
+        # the high half as it is, so that the low half matters only where the high half is least's.
+        h = between(between(h ^ shift_right_logical(h, 16)) ^ (key1 ^ (key1 >> 16)))
+        return (h ^ ((least >> 16) ^ sign)) < (least - sign)
+    return keys, gone
 
 
 def dropout(elem: str) -> Callable[..., Any]:
-    """k0, k1: the keys of ``random_bits``; k2: what 32 bits have to reach to keep an element."""
-    double = elem == "float64"
-    sign, bits = SIGN[double], random_bits(double)
+    """k0, k1: the keys of ``dropper``; k2: what 32 bits have to reach to keep an element."""
+    keys, gone = dropper(elem == "float64")
 
     @inline
     def f(x, b, c, i, step, k0, k1, k2, p0, p1):
-        return select(bits(x, i, step, k0, k1) < (k2 - sign), 0.0, x * p0), x
+        low, key, next_key = keys(i, k0)
+        return select(gone(x, low, 0, step, key, next_key, k1, k2), 0.0, x * p0), x
     return elementwise(f, elem, elem)

@@ -25,7 +25,7 @@ from .engine.overhead import torch_is_shorter
 from .engine.workspace import workspace
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_BLOCK_Q, _BLOCK_K = 96, 512  # rows and keys of a block of scores
+_BLOCK_Q, _BLOCK_K = 120, 512  # rows (of whole tiles) and keys of a block of scores
 _WINDOW_Q = 48  # rows, where a window moves on with them
 _READ_K = 64  # keys of a block that are read where they lie
 _BACK_Q, _BACK_K = 96, 128  # of the backward, whose block needs ten arrays
@@ -98,6 +98,7 @@ class Plan:
     chains: array[int]  # of the backward: see `_chains`
     number: int
     copies: int
+    most_parts: int  # of a chain's keys, each for a thread
 
     def __init__(self, threads: int, query: Lie, key: Lie, value: Lie, mask: Lie | None, slopes: Lie | None,
                  starts: tuple[tuple[int, ...], tuple[int, ...]] | None, dropout: float, left: int, right: int, bottom: bool,
@@ -261,8 +262,8 @@ def attention_lse(out: tuple[Tensor, Tensor, Tensor], *args: Any) -> None:
 
 def _chains(c: Plan, bias: bool) -> tuple[array[int], int, int]:
     """(where each chain begins, and the pairs of all, one chain after the other; the number of chains; copies of the mask's
-    gradient). Pairs that add to the same elements of it are in one chain, or, where that would leave threads without work,
-    in chains that have a copy each.
+    gradient). Pairs that add to the same elements of it are in one chain, or, where that would leave threads without work
+    even if they share its keys, in chains that have a copy each.
     """
     heads = c.f["heads"] // c.f["group"]
     pairs = list(range(c.f["pairs"]))
@@ -272,7 +273,7 @@ def _chains(c: Plan, bias: bool) -> tuple[array[int], int, int]:
         places = [c.table["bias"][pair // heads] + pair % heads * step for pair in pairs]
         pairs.sort(key=places.__getitem__)  # stable
         starts = [i for i, pair in enumerate(pairs) if i == 0 or places[pair] != places[pairs[i - 1]]] + [len(pairs)]
-        if len(starts) <= min(c.threads, len(pairs)):
+        if (len(starts) - 1) * c.most_parts < c.threads and len(starts) <= len(pairs):
             copies = min(c.threads, len(pairs))
             starts = [len(pairs) * i // copies for i in range(copies + 1)]
     return array("q", [*(len(starts) + start for start in starts), *pairs]), len(starts) - 1, copies
@@ -298,6 +299,8 @@ def _backward(*args: Any) -> Plan:
         c.table["bias"] = one.starts(c.batch)
         if c.apart:
             c.table["bias"] = [c.table["bias"][0] + a * f["bias_q"] + b * f["bias_k"] for a, b in zip(c.first_q, c.first_k)]
+    alone = bias is not None and f["bias_k"] == 0  # all keys add to one element
+    c.most_parts = 1 if alone else max(1, c.longest_k // _BACK_K)
     c.chains, c.number, c.copies = _chains(c, bias is not None)
     f["bias_chain"] = prod(bias) * size if bias is not None and c.copies > 1 else 0
     panel = 2 * simd().width // size
@@ -307,8 +310,7 @@ def _backward(*args: Any) -> Plan:
     c.table["dq_row"] = [start * f["heads"] for start in accumulate(heads[:-1], initial=0)]
     f["dq_part"] = sum(heads) * f["heads"]
     f["bq"], f["bk"] = min(_BACK_Q, _up(c.longest_q, 12)), _BACK_K
-    alone = bias is not None and f["bias_k"] == 0  # all keys add to one element
-    f["parts"] = 1 if nt == 1 or c.number >= 2 * nt or alone else max(1, min(-(-2 * nt // c.number), c.longest_k // _BACK_K))
+    f["parts"] = 1 if nt == 1 or c.number >= 2 * nt else min(-(-2 * nt // c.number), c.most_parts)
     rows, keys = _up(f["bq"], 12), _up(f["bk"], 12)
     own = rows * (72 + q_row + g_row + 2 * (f["bk"] * size + 64))
     own += _up(f["bk"], panel) * (f["d"] + f["dv"]) * size + f["bk"] * dq_row + keys * (q_row + g_row)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import inf, log
 from typing import Any
 
-from .activation_code import SIGN, random_bits
+from .activation_code import dropper
 from .attention_fields import BOOLEAN, FIELDS, NO_MASK, SAME, TABLE
 from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
@@ -41,6 +41,7 @@ from .engine.simd import (
     prefetch,
     reduce_add,
     reduce_max,
+    reduce_max_fast,
     select,
     spread,
     store,
@@ -68,7 +69,7 @@ WIDTH, BACK_WIDTH = 4, 2  # vectors of a row that are computed as one
     8 * i for i in range(len(TABLE)))
 TABLE_ROW = 8 * len(TABLE)
 # What is known of a row of a block: numbers of eight bytes each.
-LO, HI, MASK, INDEX, SLOPE, PLACE, OFFSET, SUM, DELTA = range(0, 72, 8)
+LO, HI, MASK, INDEX, SLOPE, PLACE, OFFSET, SUM = range(0, 64, 8)
 ROW = 72
 
 
@@ -154,12 +155,14 @@ def rows_of(e: Elem) -> Any:
                 store_scalar(INT64, row + LO, min(max(place - left, 0), lk) if left >= 0 else 0)
                 inside = right >= 0 and not 0 <= place < prefix
                 store_scalar(INT64, row + HI, min(max(place + right + 1, 0), lk) if inside else lk)
+                store_scalar(FLOAT64, row + SLOPE, 0.0)
+                if at(f, PLAIN) and at(f, DROP) == 0:
+                    continue
                 store_scalar(INT64, row + MASK, mask + at(entry, T_MASK) + (h0 + h) * at(f, MH) + (i0 + i) * at(f, MQ))
                 store_scalar(INT64, row + INDEX, at(entry, T_DROP) + (h0 + h) * at(f, DROP_H) + (i0 + i) * at(f, DROP_L))
-                slope = 0.0
                 if slopes != 0:
-                    slope = float(load_scalar(p, slopes + at(entry, T_SLOPE) + (h0 + h) * at(f, AH))) * LOG2_E
-                store_scalar(FLOAT64, row + SLOPE, slope)
+                    slope = float(load_scalar(p, slopes + at(entry, T_SLOPE) + (h0 + h) * at(f, AH)))
+                    store_scalar(FLOAT64, row + SLOPE, slope * LOG2_E)
                 store_scalar(FLOAT64, row + PLACE, float(place))
     return prepare
 
@@ -233,7 +236,7 @@ def attention(elem_name: str) -> Callable[..., Any]:
     multiply_few = fetching_product(p, FEW)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
-    bits, sign = random_bits(size == 8), SIGN[size == 8]
+    drop_keys, gone = dropper(size == 8)
     add_rows, part_vectors = row_adder(e, p), e.size != p.size
     d1, d2, d4 = Dot(e, 2, 1, 2), Dot(e, 2, 2), Dot(e, 2, 4)
     one1, one2, one4 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
@@ -244,13 +247,13 @@ def attention(elem_name: str) -> Callable[..., Any]:
         while j + W <= n:
             best = maximum_fast(load(several, s + j * size), best)
             j += W
-        top = reduce_max(best)
+        top = reduce_max_fast(best)
         if j < n:
-            rest = spread(p, -inf)
+            rest = spread(p, top)
             while j < n:
                 rest = maximum_fast(select(first_lanes(p, n - j), load(p, s + j * size), -inf), rest)
                 j += L
-            top = max(top, reduce_max(rest))
+            top = reduce_max_fast(rest)
         return top
 
     @outline
@@ -312,10 +315,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
 
     @outline
     def drop_some(f, s, n, index):
-        key0, key1, least = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
+        low, key, next_key = drop_keys(index, at(f, KEY0))
+        key1, least = at(f, KEY1), at(f, DROP)
         for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
             x = load(several, s + j * size)
-            store(several, s + j * size, select(bits(x, index + j, 1, key0, key1) < least, 0.0, x))
+            store(several, s + j * size, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
 
     @inline
     def fetch(address, n):
@@ -497,7 +501,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
             prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st)
             qp = q + at(entry, T_Q) + h0 * at(f, QH) + i0 * at(f, QL)
             direct = at(f, DIRECT)
-            if not direct:
+            if not (direct or part_vectors) and nh == 1 and nq % ROWS == 0 and at(f, QD) == size:
+                qs, q_row = qp, at(f, QL)  # whole tiles read them where they lie
+            elif not direct:
                 for h in range(nh):
                     pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
             to_v = to_k + at(f, PACK_K)
@@ -680,7 +686,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     pack, multiply, prepare = packer(e), product(p), rows_of(e)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
-    bits, sign = random_bits(size == 8), SIGN[size == 8]
+    drop_keys, gone = dropper(size == 8)
 
     @inline
     def delta_task(t, task, f, table, out, g, g_lse, delta):
@@ -719,19 +725,20 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     @outline
     def slopes_dropped(f, s, g, here, n, factor, offset, inverse, delta, keep, index):
         """The same where weights are dropped"""
-        key0, key1, least, j = at(f, KEY0), at(f, KEY1), at(f, DROP) - sign, 0
+        low, key, next_key = drop_keys(index, at(f, KEY0))
+        key1, least, j = at(f, KEY1), at(f, DROP), 0
         while j + W <= here:
             x = exp2_below(load(several, s + j * size) * factor - offset) * inverse
-            gone = bits(x, index + j, 1, key0, key1) < least
-            store(several, s + j * size, select(gone, 0.0, x))
-            store(several, g + j * size, (select(gone, 0.0, load(several, g + j * size) * keep) - delta) * x)
+            dropped = gone(x, low, j, 1, key, next_key, key1, least)
+            store(several, s + j * size, select(dropped, 0.0, x))
+            store(several, g + j * size, (select(dropped, 0.0, load(several, g + j * size) * keep) - delta) * x)
             j += W
         while j < n:
             seen = first_lanes(p, here - j)
             x = select(seen, exp2_below(load(p, s + j * size) * factor - offset) * inverse, 0.0)
-            gone = bits(x, index + j, 1, key0, key1) < least
-            store(p, s + j * size, select(gone, 0.0, x))
-            store(p, g + j * size, select(seen, (select(gone, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
+            dropped = gone(x, low, j, 1, key, next_key, key1, least)
+            store(p, s + j * size, select(dropped, 0.0, x))
+            store(p, g + j * size, select(seen, (select(dropped, 0.0, load(p, g + j * size) * keep) - delta) * x, 0.0))
             j += L
 
     @outline
@@ -764,8 +771,8 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
     @outline
     def slopes_shaped(f, row, s, g, j0, n, scale, softcap, keep, offset, inverse, delta, bias):
         total, of_row = spread(p, 0.0), known(f, row)
-        drops, key0, key1, least = at(f, DROP) != 0, at(f, KEY0), at(f, KEY1), at(f, DROP) - sign
-        index, each = load_scalar(INT64, row + INDEX) + j0, bias != 0 and at(f, BIAS_K) != 0
+        drops, key1, least, each = at(f, DROP) != 0, at(f, KEY1), at(f, DROP), bias != 0 and at(f, BIAS_K) != 0
+        low, key, next_key = drop_keys(load_scalar(INT64, row + INDEX) + j0, at(f, KEY0))
         for j in range(0, n, L):
             x, t = logits(of_row, s, j, j0, n, scale, softcap)
             weight = exp2_below(x - offset) * inverse
@@ -773,7 +780,7 @@ def attention_backward(elem_name: str) -> Callable[..., Any]:
             dp = load(p, g + j * size) * keep
             left = weight
             if drops:
-                dropped = bits(x, index + j, 1, key0, key1) < least
+                dropped = gone(x, low, j, 1, key, next_key, key1, least)
                 left, dp = select(dropped, 0.0, left), select(dropped, 0.0, dp)
             store(p, s + j * size, left)
             ds = select(x == -inf, 0.0, (dp - delta) * weight)
