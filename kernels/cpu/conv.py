@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import DIRECT, FIELDS, SCATTER, WINOGRAD
+from .conv_fields import BETWEEN, DIRECT, FIELDS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -54,6 +54,7 @@ _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + 
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
+_BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
@@ -639,6 +640,63 @@ def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, res
     return True
 
 
+# Depthwise, transposed, stride 2, in planes -----------------------------------------------------------------------------
+
+
+class Between(NamedTuple):
+    """A problem for the kernel ``between``."""
+
+    fields: array[int]
+    table: array[int]
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _between(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...], kernel: tuple[int, ...],
+             y_shape: tuple[int, ...], y_stride: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Between:
+    f = _format(torch.float32)
+    (n, channels, h, w), (_, _, oh, ow) = x_shape, y_shape
+    # For each remainder of a row or column of the output: (its distance in the input, the tap)
+    rows, columns = ([[((r + p - i) // s, i) for i in range(k) if (r + p - i) % s == 0] for r in range(s)]
+                     for k, s, p in zip(kernel, stride, padding, strict=True))
+    (low, high), (left, right) = ((min(d), max(d)) for d in ([delta for part in parts for delta, _ in part]
+                                                             for parts in (rows, columns)))
+    left = max(0, -left)
+    pitch = _up(left + max(w, -(-ow // 2) + max(0, right)) + 2 * f.lanes, f.lanes)
+    high_rows = -(-oh // stride[0])
+    band = min(high_rows, max(8, caches().l1 // 2 // (pitch * f.size) - (high - low)))
+    table = array("q")
+    for part in rows:
+        taps = [[((a - low) * pitch + b + left) * f.size for a, _ in part for b, _ in column] for column in columns]
+        at = [[i * w_stride[2] + j * w_stride[3] for _, i in part for _, j in column] for column in columns]
+        table.extend([len(taps[0]), len(taps[1])])
+        for offset, place in zip(taps[0] + taps[1], at[0] + at[1], strict=True):
+            table.extend([offset, place * f.size])
+    values = {
+        "images": n, "channels": channels, "h": h, "w": w, "oh": oh, "ow": ow, "xn": x_stride[0] * f.size,
+        "xc": x_stride[1] * f.size, "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yc": y_stride[1] * f.size,
+        "yh": y_stride[2] * f.size, "wc": w_stride[0] * f.size, "sh": stride[0], "table": table.buffer_info()[0], "low": low,
+        "more": high - low, "left": left, "band": band, "pitch": pitch}
+    return Between(array("q", [values[name] for name in BETWEEN]), table,
+                   _up((band + high - low + 5) * pitch * f.size + 256, 4096),
+                   1 if 8 * n * channels * h * w * math.prod(kernel) < _SERIAL else nt)
+
+
+def _run_between(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """A depthwise transposed convolution of planes in float32 whose rows are twice as long. False where this is not so."""
+    if (x.dtype != torch.float32 or x.dim() != 4 or not groups == x.shape[1] == out.shape[1] or groups == 1 or stride[1] != 2
+            or max(dilation) > 1 or residual is not None or act or out.stride(3) != 1 or x.stride(3) != 1):
+        return False
+    p = _between(threads.count(), x.shape, x.stride(), weight.stride(), tuple(weight.shape[2:]), out.shape, out.stride(),
+                 tuple(stride), tuple(padding))
+    ws = workspace(p.threads * p.scratch)
+    _BETWEEN.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+                 0 if bias is None else bias.data_ptr(), ws, p.scratch)
+    return True
+
+
 # The operators -------------------------------------------------------------------------------------------------------
 
 
@@ -662,6 +720,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+        return
+    if transposed and not last and _run_between(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
@@ -718,7 +778,7 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if transposed and max(stride) > 1 and not last and x.shape[-1] < 32:
+        if transposed and max(stride) > 1 and stride[1] != 2 and not last and x.shape[-1] < 32:
             return "depthwise, short rows and a stride: torch's gradient of the input is faster"
         return None
     positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))
