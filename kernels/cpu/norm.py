@@ -26,8 +26,8 @@ _KEPT = 0.5  # of L3: larger results of rows, of which the next reader would fin
 
 
 @cache
-def _kernel(kind: str, integers: int, dtype: torch.dtype) -> Callable[..., None]:
-    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", made_by("norm_code", kind, _NAMES[dtype])).load()
+def _kernel(kind: str, integers: int, dtype: torch.dtype, module: str = "norm_code") -> Callable[..., None]:
+    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", made_by(module, kind, _NAMES[dtype])).load()
 
 
 def _across(out: Tensor, like: Tensor) -> bool:
@@ -136,10 +136,33 @@ def batch_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor,
         sums.copy_(each.sum(1))
 
 
+_LONG_VECTORS = 2048  # elements of a group from which on its sums have to be taken in parts
+
+
+def _vectors(tensors: list[Tensor], groups: int, parameters: list[Tensor], stats: list[Tensor], eps: float) -> bool:
+    """Group normalisation of (N, C), channels next to each other. stats: and, in the backward, sums. False where this is not so."""
+    x = tensors[0]
+    (n, channels), size = x.shape[:2], x.itemsize
+    each = channels // groups
+    if x.numel() != n * channels or each >= _LONG_VECTORS or any(t.stride(1) != 1 for t in tensors):
+        return False
+    count = 1 if x.numel() * size < _SERIAL else threads.count()
+    ints = [count, n, groups, each]
+    for t in tensors:
+        ints += [t.data_ptr(), t.stride(0) * size]
+    ints += [*map(_address, parameters), stats[0].data_ptr(), stats[0].data_ptr() + stats[0].stride(0) * 8,
+             *map(_address, stats[1:])]
+    _kernel("vectors_backward" if stats[1:] else "vectors", len(ints), x.dtype, "norm_vectors_code")(*ints, eps)
+    return True
+
+
 def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int,
                eps: float) -> None:
     """out = (the normalised input, each group's mean and variance)"""
     y, stats = out
+    if _vectors([input, y], groups, [_filled(weight, 1.0, input.shape[1], input), _filled(bias, 0.0, input.shape[1], input)],
+                [stats], eps):
+        return
     _run([input, y], groups, False, weight, bias, stats, None, eps)
 
 
@@ -147,6 +170,8 @@ def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor,
                         groups: int, eps: float) -> None:
     """out = (the gradient of input, for each image those of bias and weight)"""
     result, sums = out
+    if _vectors([input, grad, result], groups, [_filled(weight, 1.0, input.shape[1], input)], [stats, sums], eps):
+        return
     _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
 
 
