@@ -140,7 +140,7 @@ _LONG_VECTORS = 2048  # elements of a group from which on its sums have to be ta
 
 
 def _vectors(tensors: list[Tensor], groups: int, parameters: list[Tensor], stats: list[Tensor], eps: float) -> bool:
-    """Group normalisation of (N, C), channels next to each other. stats: and, in the backward, sums. False where this is not so."""
+    """Group normalisation of (N, C), channels next to each other. stats: in the backward sums too. False where it is another."""
     x = tensors[0]
     (n, channels), size = x.shape[:2], x.itemsize
     each = channels // groups
@@ -152,6 +152,8 @@ def _vectors(tensors: list[Tensor], groups: int, parameters: list[Tensor], stats
         ints += [t.data_ptr(), t.stride(0) * size]
     ints += [*map(_address, parameters), stats[0].data_ptr(), stats[0].data_ptr() + stats[0].stride(0) * 8,
              *map(_address, stats[1:])]
+    if stats[1:]:
+        ints.append(workspace(count * 2 * channels * (8 + max(4, size))))
     _kernel("vectors_backward" if stats[1:] else "vectors", len(ints), x.dtype, "norm_vectors_code")(*ints, eps)
     return True
 
@@ -168,11 +170,13 @@ def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None,
 
 def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
                         groups: int, eps: float) -> None:
-    """out = (the gradient of input, for each image those of bias and weight)"""
+    """out = (the gradient of input, those of bias and weight)"""
     result, sums = out
     if _vectors([input, grad, result], groups, [_filled(weight, 1.0, input.shape[1], input)], [stats, sums], eps):
         return
-    _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
+    each = sums.new_empty((2, *input.shape[:2]))
+    _run([input, grad, result], groups, False, weight, None, stats, each, eps)
+    sums.copy_(each.sum(1))
 
 
 # Rows

@@ -27,7 +27,7 @@ from .engine.simd import (
     spread,
     store_scalar,
 )
-from .norm_code import inverse_deviation
+from .norm_code import TERMS, inverse_deviation
 from .norm_rows_code import _access
 
 
@@ -98,7 +98,8 @@ def vectors(elem_name: str) -> Callable[..., Any]:
                 store_scalar(FLOAT64, mean + at, about + d)
                 store_scalar(FLOAT64, var + at, sigma2)
                 scale = inverse_deviation(sigma2, eps)
-                write(each, (place, y + image * yn + g * each * size, weight + parameter, bias + parameter, about, scale, -d * scale))
+                to = y + image * yn + g * each * size
+                write(each, (place, to, weight + parameter, bias + parameter, about, scale, -d * scale))
 
     def kernel(threads, images, groups, each, x, xn, y, yn, weight, bias, mean, var, eps):
         parallel(threads, body, (images, groups, each, x, xn, y, yn, weight, bias, mean, var, eps))
@@ -106,9 +107,10 @@ def vectors(elem_name: str) -> Callable[..., Any]:
 
 
 def vectors_backward(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, eps)
+    """kernel(threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, work, eps)
 
-    y: the gradient of x, from g, that of the output. sums: g of each image's channels, then g (x - mean) / deviation.
+    y: the gradient of x, from g, that of the output. sums: for each channel Σ g, then for each Σ g (x - mean) / deviation. work:
+    a thread's room for 2 · channels float64, then as many numbers of the compute type, sums over TERMS images.
     """
     elem = ELEMS[elem_name]
     c, size, c_size = compute_elem(elem), elem.size, compute_elem(elem).size
@@ -126,37 +128,55 @@ def vectors_backward(elem_name: str) -> Callable[..., Any]:
 
     def gradient(source: Elem, target: Elem, masked: bool) -> Any:
         get, put = _access(source, masked)
-        get_c, _ = _access(target, masked)
+        get_c, put_c = _access(target, masked)
 
         @inline
         def term(i, n, args, a, b):
-            x, g, y, weight, high, scale, slope, shift = args
-            h = get(g + i * size, n) * get_c(weight + i * c_size, n)
-            put(y + i * size, fma(h, scale, fma(get(x + i * size, n) - high, slope, shift)), n)
+            x, g, y, weight, own, line, high, scale, base, slope, shift = args
+            h, d, at = get(g + i * size, n), get(x + i * size, n) - high, own + i * c_size
+            put_c(at, get_c(at, n) + h, n)
+            put_c(at + line, fma(h, fma(d, scale, base), get_c(at + line, n)), n)
+            put(y + i * size, fma(h * get_c(weight + i * c_size, n), scale, fma(d, slope, shift)), n)
             return a, b
         return term
     products, write = _fold(elem, product), _fold(elem, gradient)
 
     @inline
-    def body(thread, threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, eps):
+    def flush(n, own, total):
+        for j in range(n):
+            store_scalar(FLOAT64, total + j * 8, load_scalar(FLOAT64, total + j * 8) + load_scalar(c, own + j * c_size))
+            store_scalar(c, own + j * c_size, 0.0)
+
+    @inline
+    def body(thread, threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, work, eps):
         channels, share = groups * each, 1.0 / each
-        for image in range(images * thread // threads, images * (thread + 1) // threads):
+        total = work + thread * 2 * channels * (8 + c_size)
+        own, line = total + 2 * channels * 8, channels * c_size
+        for j in range(2 * channels):
+            store_scalar(FLOAT64, total + j * 8, 0.0)
+            store_scalar(c, own + j * c_size, 0.0)
+        first, end = images * thread // threads, images * (thread + 1) // threads
+        for image in range(first, end):
             for group in range(groups):
-                offset, factors, at = group * each * size, weight + group * each * c_size, (image * groups + group) * 8
+                offset, k, at = group * each * size, group * each * c_size, (image * groups + group) * 8
                 here, grad = x + image * xn + offset, g + image * gn + offset
                 mu, rstd = load_scalar(FLOAT64, mean + at), inverse_deviation(load_scalar(FLOAT64, var + at), eps)
                 high = first_lane(spread(c, mu))
                 low = mu - high
-                along, across = products(each, (here, grad, factors, high))
+                along, across = products(each, (here, grad, weight + k, high))
                 slope = -rstd * rstd * rstd * (across - low * along) * share
                 shift = -rstd * along * share - slope * low
-                write(each, (here, grad, y + image * yn + offset, factors, high, rstd, slope, shift))
-                to = sums + (image * channels + group * each) * 8
-                for j in range(each):
-                    h = float64(load_scalar(elem, grad + j * size))
-                    store_scalar(FLOAT64, to + j * 8, h)
-                    store_scalar(FLOAT64, to + (images * channels + j) * 8, h * (load_scalar(elem, here + j * size) - mu) * rstd)
+                to = y + image * yn + offset
+                write(each, (here, grad, to, weight + k, own + k, line, high, rstd, -low * rstd, slope, shift))
+            if (image - first + 1) % TERMS == 0 or image == end - 1:
+                flush(2 * channels, own, total)
 
-    def kernel(threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, eps):
-        parallel(threads, body, (images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, eps))
+    def kernel(threads, images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, sums, work, eps):
+        n = 2 * groups * each
+        parallel(threads, body, (images, groups, each, x, xn, g, gn, y, yn, weight, mean, var, work, eps))
+        for j in range(n):
+            total = 0.0
+            for thread in range(threads):
+                total += load_scalar(FLOAT64, work + thread * n * (8 + c_size) + j * 8)
+            store_scalar(FLOAT64, sums + j * 8, total)
     return kernel
