@@ -20,7 +20,7 @@ import os
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -112,13 +112,18 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
     depthwise = _depthwise(channels, outputs, groups, kind)
     grouped = kind == PIXELS and groups > 1 and not depthwise and outputs % f.lanes == 0
-    axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
+    axes: list[list[_Along]] = []  # of each dimension and phase
     for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
         if transposed:
             axes.append([(r, -(-(n - r) // s), sorted(((r + p - i * d) // s, i) for i in range(k) if (r + p - i * d) % s == 0))
                          for r in range(min(s, n))])
         else:
             axes.append([(0, n, [(i * d - p, i) for i in range(k)])])
+    if kind == PLANES and not depthwise and channels * outputs >= _LEAST_IN_REGIONS and max(dil) > 1:
+        regions = [[part for whole in axis for part in _regions(*whole, 1 if transposed else s, n, s if transposed else 1)]
+                   for axis, s, n in zip(axes, step, in_size, strict=True)]
+        if math.prod(map(_products, regions)) <= _MOST_OF_PRODUCTS * math.prod(map(_products, axes)):
+            axes = regions
     phases = []
     for phase in product(*axes):
         first, positions, along = (list(v) for v in zip(*phase, strict=True))
@@ -176,10 +181,27 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             "yo": y_stride[1] * size, "yd": y_steps[0], "yh": y_steps[1], "yw": y_steps[2], "wg": rows[0], "wr": rows[1],
             "wk": rows[2], "taps": len(deltas), "tap": table.buffer_info()[0], "span": span, "direct": int(direct)}
         scratch = values.pop("scratch")
-        start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
+        start = sum(r * s for r, s in zip(first, ys, strict=True))
         phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, grouped, groups,
                             channels, outputs, values["panels"], arranged, scratch, threads_used))
     return phases
+
+
+_Along = tuple[int, int, list[tuple[int, int]]]  # along a dimension: (first output, positions, taps (delta, index))
+# Channels times outputs from which on positions that meet fewer taps are problems of their own, where that leaves so much to do.
+_LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 1 << 12, 0.9
+
+
+def _regions(first: int, positions: int, taps: list[tuple[int, int]], move: int, size: int, apart: int) -> list[_Along]:
+    """Stretches of positions, each with the taps that meet the input's ``size`` elements; outputs lie ``apart``."""
+    within = [(max(0, -(delta // move)), (size - 1 - delta) // move + 1) for delta, _ in taps]
+    ends = sorted({0, positions, *(n for pair in within for n in pair if 0 < n < positions)})
+    return [(first + a * apart, b - a, [(delta + a * move, i) for (delta, i), (low, high) in zip(taps, within, strict=True)
+                                        if low <= a and b <= high]) for a, b in pairwise(ends)]
+
+
+def _products(axis: Sequence[_Along]) -> int:
+    return sum(n * len(taps) for _, n, taps in axis)
 
 
 def _even(steps: Sequence[int], sizes: Sequence[int]) -> bool:
