@@ -373,6 +373,72 @@ def test_transposed_as_a_product_and_a_sum(problem: str, monkeypatch: pytest.Mon
     assert all(taken)
 
 
+# op, input, weight, options: all nine regions, some without a tap, a stride, phases, one dimension, three
+REGIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "nine": ("conv2d", (2, 3, 13, 11), (5, 3, 3, 3), {"padding": 4, "dilation": 4}),
+    "beyond": ("conv2d", (1, 3, 5, 4), (2, 3, 3, 3), {"padding": (9, 7), "dilation": (6, 3)}),
+    "stride": ("conv2d", (1, 3, 13, 17), (5, 3, 3, 3), {"padding": 5, "dilation": 5, "stride": 2}),
+    "phases": ("conv_transpose2d", (1, 3, 6, 7), (3, 5, 3, 3), {"padding": 5, "dilation": 5, "stride": 2, "output_padding": 1}),
+    "1d": ("conv1d", (2, 3, 29), (5, 3, 5), {"padding": 16, "dilation": 8}),
+    "3d": ("conv3d", (1, 3, 4, 5, 6), (2, 3, 2, 3, 2), {"padding": (3, 4, 5), "dilation": (3, 4, 5)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", REGIONS)
+def test_positions_that_meet_fewer_taps(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself, with the taps that it meets; forward, gradients, a residual."""
+    monkeypatch.setattr(host, "_LEAST_IN_REGIONS", 1)
+    host._plan.cache_clear()
+    found: list[Any] = []
+    regions = host._regions
+
+    def counting(*args: Any) -> Any:
+        found.append(regions(*args))
+        return found[-1]
+
+    monkeypatch.setattr(host, "_regions", counting)
+    op, x_shape, w_shape, options = REGIONS[problem]
+    x, w = randn(*x_shape), randn(*w_shape, seed=1)
+    agree(op, x, w, randn(w_shape["transpose" in op], seed=2), **options)
+    plain = getattr(F, op)(x, w, **options)
+    mine = getattr(ours, op)(x, w, **options, residual=plain, activation="relu", backend="cpu")
+    torch.testing.assert_close(mine, (2 * plain).relu(), rtol=1e-4, atol=1e-4)
+    assert any(len(parts) > 1 for parts in found)
+    host._plan.cache_clear()
+
+
+# input, weight, options: both phases of a row, uneven and short rows, several bands, phases without a tap, margins cut off
+BETWEEN: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "odd": ((2, 5, 13, 19), (5, 1, 3, 3), {"padding": 1}),
+    "even": ((1, 3, 6, 17), (3, 1, 5, 5), {"padding": 2, "output_padding": 1}),
+    "bands": ((1, 2, 70, 90), (2, 1, 7, 7), {"padding": 3, "output_padding": (1, 0)}),
+    "short": ((1, 3, 5, 3), (3, 1, 1, 1), {"output_padding": 1}), "uneven": ((1, 3, 6, 17), (3, 1, 3, 4), {"padding": (0, 5)}),
+    "rows apart": ((2, 2, 3, 9), (2, 1, 2, 7), {"padding": (0, 6), "stride": (4, 2), "output_padding": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", BETWEEN)
+def test_depthwise_between(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Depthwise, transposed, rows twice as long: the error rule, with and without a bias, by any number of threads."""
+    x_shape, w_shape, options = BETWEEN[problem]
+    taken: list[bool] = []
+    run = host._run_between
+
+    def counting(*args: Any) -> bool:
+        taken.append(run(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(host, "_run_between", counting)
+    options = {"stride": 2, **options, "groups": x_shape[1]}
+    x, w = randn(*x_shape), randn(*w_shape, seed=1)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        agree("conv_transpose2d", x, w, randn(x_shape[1], seed=2), **options)
+        agree("conv_transpose2d", x, w.transpose(2, 3).contiguous().transpose(2, 3), None, **options)
+    assert len(taken) >= 4
+    assert all(taken)
+
+
 # input, weight, groups, options: several bands of rows, a margin on one side only, dilation, uneven filters
 GROUPED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
     "even": ((2, 12, 9, 7), (16, 3, 3, 3), 4, {"padding": 1}), "wide": ((1, 64, 7, 9), (64, 32, 3, 3), 2, {"padding": (2, 0)}),
@@ -489,7 +555,7 @@ def test_rules_leave_to_torch_what_it_does_faster(monkeypatch: pytest.MonkeyPatc
     ours.conv2d(small, w, backend="cpu")
     ours.conv2d(small, randn(4, 3, 3, 3))
     ours.conv2d(big, deep, groups=64)
-    ours.conv_transpose2d(big[..., :20].contiguous(), deep, groups=64, stride=2)
+    ours.conv_transpose2d(big[..., :20].contiguous(), deep, groups=64, stride=3)
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 5, 5)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(64, 64, 3, 3)))
     ours.conv2d(FORMATS["last"](big), FORMATS["last"](randn(160, 64, 3, 3)))

@@ -199,7 +199,7 @@ def _torch_conv(
 def _save(ctx: Any, args: Any, out: Tensor) -> None:
     input, weight, bias, residual, *ctx.options, ctx.activation = args
     needs_input, needs_weight = ctx.needs_input_grad[:2]
-    ctx.shapes = input.shape, weight.shape
+    ctx.shapes, ctx.format = (input.shape, weight.shape), memory_format(input, weight)
     if ctx.activation is not None:  # the backward convolves again, for the activation's slope
         ctx.save_for_backward(input, weight, bias, residual)
     else:
@@ -212,6 +212,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation is not None:
         z = conv.call(*ctx.saved_tensors, *ctx.options, None, ctx.backend)
         grad = activation_backward.call(grad, z, ctx.activation, [], ctx.backend)
+    if memory_format(grad) != ctx.format:  # once for both products: reading across the format costs each more than the copy
+        grad = grad.contiguous(memory_format=ctx.format)
     needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     x, w = ctx.shapes
     grad_input = grad_weight = grad_bias = None

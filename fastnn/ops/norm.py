@@ -156,7 +156,7 @@ def _save_group_norm(ctx: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
 
 def _group_norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input, sums = group_norm_backward.call(grad, *ctx.saved_tensors, *ctx.rest, ctx.backend)
-    return grad_input, *_parameter_gradients(ctx, sums.sum(1)), None, None
+    return grad_input, *_parameter_gradients(ctx, sums), None, None
 
 
 group_norm: Operator = Operator(
@@ -182,7 +182,7 @@ group_norm_backward: Operator = Operator(
     ),
     allocate=lambda plan, grad, input, *_: (
         empty_like_format(input, input.shape),
-        input.new_empty((2, *input.shape[:2]), dtype=torch.float64),
+        input.new_empty((2, input.shape[1]), dtype=torch.float64),
     ),
     torch=reference.group_norm_backward,
 )

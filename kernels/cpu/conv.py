@@ -20,13 +20,13 @@ import os
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .conv_fields import DIRECT, FIELDS, SCATTER, WINOGRAD
+from .conv_fields import BETWEEN, DIRECT, FIELDS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -54,6 +54,7 @@ _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + 
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
+_BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
 
@@ -111,13 +112,18 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
     channels, outputs = x_shape[1] // groups, y_shape[1] // groups
     depthwise = _depthwise(channels, outputs, groups, kind)
     grouped = kind == PIXELS and groups > 1 and not depthwise and outputs % f.lanes == 0
-    axes: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # dimension: phase: (first, positions, taps (delta, index))
+    axes: list[list[_Along]] = []  # of each dimension and phase
     for n, k, s, p, d in zip(out_size, kernel, step, pad, dil, strict=True):
         if transposed:
             axes.append([(r, -(-(n - r) // s), sorted(((r + p - i * d) // s, i) for i in range(k) if (r + p - i * d) % s == 0))
                          for r in range(min(s, n))])
         else:
             axes.append([(0, n, [(i * d - p, i) for i in range(k)])])
+    if kind == PLANES and not depthwise and channels * outputs >= _LEAST_IN_REGIONS and max(dil) > 1:
+        regions = [[part for whole in axis for part in _regions(*whole, 1 if transposed else s, n, s if transposed else 1)]
+                   for axis, s, n in zip(axes, step, in_size, strict=True)]
+        if math.prod(map(_products, regions)) <= _MOST_OF_PRODUCTS * math.prod(map(_products, axes)):
+            axes = regions
     phases = []
     for phase in product(*axes):
         first, positions, along = (list(v) for v in zip(*phase, strict=True))
@@ -175,10 +181,27 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
             "yo": y_stride[1] * size, "yd": y_steps[0], "yh": y_steps[1], "yw": y_steps[2], "wg": rows[0], "wr": rows[1],
             "wk": rows[2], "taps": len(deltas), "tap": table.buffer_info()[0], "span": span, "direct": int(direct)}
         scratch = values.pop("scratch")
-        start = sum(r * s for r, s in zip(first, ys, strict=True)) if transposed else 0
+        start = sum(r * s for r, s in zip(first, ys, strict=True))
         phases.append(Phase(array("q", [values[name] for name in FIELDS]), table, offsets, start, depthwise, grouped, groups,
                             channels, outputs, values["panels"], arranged, scratch, threads_used))
     return phases
+
+
+_Along = tuple[int, int, list[tuple[int, int]]]  # along a dimension: (first output, positions, taps (delta, index))
+# Channels times outputs from which on positions that meet fewer taps are problems of their own, where that leaves so much to do.
+_LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 1 << 12, 0.9
+
+
+def _regions(first: int, positions: int, taps: list[tuple[int, int]], move: int, size: int, apart: int) -> list[_Along]:
+    """Stretches of positions, each with the taps that meet the input's ``size`` elements; outputs lie ``apart``."""
+    within = [(max(0, -(delta // move)), (size - 1 - delta) // move + 1) for delta, _ in taps]
+    ends = sorted({0, positions, *(n for pair in within for n in pair if 0 < n < positions)})
+    return [(first + a * apart, b - a, [(delta + a * move, i) for (delta, i), (low, high) in zip(taps, within, strict=True)
+                                        if low <= a and b <= high]) for a, b in pairwise(ends)]
+
+
+def _products(axis: Sequence[_Along]) -> int:
+    return sum(n * len(taps) for _, n, taps in axis)
 
 
 def _even(steps: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -639,6 +662,63 @@ def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, res
     return True
 
 
+# Depthwise, transposed, stride 2, in planes -----------------------------------------------------------------------------
+
+
+class Between(NamedTuple):
+    """A problem for the kernel ``between``."""
+
+    fields: array[int]
+    table: array[int]
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _between(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...], kernel: tuple[int, ...],
+             y_shape: tuple[int, ...], y_stride: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Between:
+    f = _format(torch.float32)
+    (n, channels, h, w), (_, _, oh, ow) = x_shape, y_shape
+    # For each remainder of a row or column of the output: (its distance in the input, the tap)
+    rows, columns = ([[((r + p - i) // s, i) for i in range(k) if (r + p - i) % s == 0] for r in range(s)]
+                     for k, s, p in zip(kernel, stride, padding, strict=True))
+    (low, high), (left, right) = ((min(d), max(d)) for d in ([delta for part in parts for delta, _ in part]
+                                                             for parts in (rows, columns)))
+    left = max(0, -left)
+    pitch = _up(left + max(w, -(-ow // 2) + max(0, right)) + 2 * f.lanes, f.lanes)
+    high_rows = -(-oh // stride[0])
+    band = min(high_rows, max(8, caches().l1 // 2 // (pitch * f.size) - (high - low)))
+    table = array("q")
+    for part in rows:
+        taps = [[((a - low) * pitch + b + left) * f.size for a, _ in part for b, _ in column] for column in columns]
+        at = [[i * w_stride[2] + j * w_stride[3] for _, i in part for _, j in column] for column in columns]
+        table.extend([len(taps[0]), len(taps[1])])
+        for offset, place in zip(taps[0] + taps[1], at[0] + at[1], strict=True):
+            table.extend([offset, place * f.size])
+    values = {
+        "images": n, "channels": channels, "h": h, "w": w, "oh": oh, "ow": ow, "xn": x_stride[0] * f.size,
+        "xc": x_stride[1] * f.size, "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yc": y_stride[1] * f.size,
+        "yh": y_stride[2] * f.size, "wc": w_stride[0] * f.size, "sh": stride[0], "table": table.buffer_info()[0], "low": low,
+        "more": high - low, "left": left, "band": band, "pitch": pitch}
+    return Between(array("q", [values[name] for name in BETWEEN]), table,
+                   _up((band + high - low + 5) * pitch * f.size + 256, 4096),
+                   1 if 8 * n * channels * h * w * math.prod(kernel) < _SERIAL else nt)
+
+
+def _run_between(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """A depthwise transposed convolution of planes in float32 whose rows are twice as long. False where this is not so."""
+    if (x.dtype != torch.float32 or x.dim() != 4 or not groups == x.shape[1] == out.shape[1] or groups == 1 or stride[1] != 2
+            or max(dilation) > 1 or residual is not None or act or out.stride(3) != 1 or x.stride(3) != 1):
+        return False
+    p = _between(threads.count(), x.shape, x.stride(), weight.stride(), tuple(weight.shape[2:]), out.shape, out.stride(),
+                 tuple(stride), tuple(padding))
+    ws = workspace(p.threads * p.scratch)
+    _BETWEEN.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+                 0 if bias is None else bias.data_ptr(), ws, p.scratch)
+    return True
+
+
 # The operators -------------------------------------------------------------------------------------------------------
 
 
@@ -662,6 +742,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+        return
+    if transposed and not last and _run_between(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
@@ -718,7 +800,7 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
         return None
     last = x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()
     if groups > 1 and x.shape[1] == groups and x.dim() == 4:
-        if transposed and max(stride) > 1 and not last and x.shape[-1] < 32:
+        if transposed and max(stride) > 1 and stride[1] != 2 and not last and x.shape[-1] < 32:
             return "depthwise, short rows and a stride: torch's gradient of the input is faster"
         return None
     positions = x.numel() // max(1, x.shape[1]) // (1 if transposed else max(1, math.prod(stride)))

@@ -40,3 +40,10 @@ DIRECT = [
     "k", "table", "chain",  # products a sum; their offsets; the most that one accumulator sums up
     "band", "bands", "pitch", "plane", "sums", "at_sums",  # the division of rows; a thread's memory
 ]
+
+#: The same for depthwise transposed convolutions of stride 2.
+BETWEEN = [
+    "images", "channels", "h", "w", "oh", "ow", "xn", "xc", "xh", "yn", "yc", "yh", "wc",  # sizes; byte strides
+    "sh", "table",  # the stride between rows; the address of the taps
+    "low", "more", "left", "band", "pitch",  # the padded plane's first row, rows beyond a band's, margin; rows a band; its pitch
+]

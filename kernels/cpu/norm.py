@@ -1,14 +1,14 @@
 """Normalisation on the CPU: how channels and pixels, or rows, lie, and which kernel takes them.
 
 Batch and group normalisation: where the pixels of a channel lie next to each other the kernels "along" serve, where the channels
-of a pixel do those "across" (see norm_code); another input is first copied. Parameters are handed over in float64, of which there
-are few. Layer and root-mean-square normalisation: rows (see norm_rows_code).
+of a pixel do those "across" (see norm_code); another input is first copied. Layer and root-mean-square normalisation: rows (see
+norm_rows_code).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from math import isqrt, prod
 
 import torch
@@ -26,8 +26,8 @@ _KEPT = 0.5  # of L3: larger results of rows, of which the next reader would fin
 
 
 @cache
-def _kernel(kind: str, integers: int, dtype: torch.dtype) -> Callable[..., None]:
-    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", made_by("norm_code", kind, _NAMES[dtype])).load()
+def _kernel(kind: str, integers: int, dtype: torch.dtype, module: str = "norm_code") -> Callable[..., None]:
+    return Kernel(f"{kind}_{_NAMES[dtype]}", "i" * integers + "f", made_by(module, kind, _NAMES[dtype])).load()
 
 
 def _across(out: Tensor, like: Tensor) -> bool:
@@ -35,68 +35,84 @@ def _across(out: Tensor, like: Tensor) -> bool:
     return out.dim() == 2 or (out.shape[1] > 1 and out.stride(1) == 1 and (not out.is_contiguous() or like.stride(1) == 1))
 
 
-def _flat(t: Tensor, across: bool) -> Tensor:
-    """(N, pixels, C) or (N, C, pixels), a copy where t does not lie so that its last dimension has stride 1"""
-    if t.dim() == 2:
-        t = t.unsqueeze(2)
-    flat = t.movedim(1, -1).flatten(1, -2) if across else t.flatten(2)
-    return flat if flat.stride(2) == 1 or flat.shape[2] == 1 else flat.contiguous()
+@lru_cache(4096)
+def _lie(shape: Sequence[int], stride: Sequence[int], across: bool) -> tuple[int, int] | None:
+    """The distances of images, and of pixels (``across``) or channels; None where channels, or pixels, are not neighbours, or
+    pixels not evenly apart"""
+    step = count = 1
+    for n, s in zip(shape[:1:-1], stride[:1:-1], strict=True):
+        if n > 1:
+            if count > 1 and s != step * count:
+                return None
+            step, count = (s if count == 1 else step), count * n
+    if across:
+        return (stride[0], step) if shape[1] == 1 or stride[1] == 1 else None
+    return (stride[0], stride[1]) if count == 1 or step == 1 else None
 
 
-def _wide(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().double().contiguous()
+def _compute(input: Tensor) -> torch.dtype:
+    return torch.float32 if input.itemsize == 2 else input.dtype
+
+
+def _parameter(t: Tensor | None, input: Tensor) -> Tensor | None:
+    """In the compute type, dense"""
+    if t is None:
+        return None
+    compute = _compute(input)
+    return t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _steps(t: Tensor, *dims: int) -> list[int]:
-    """The tensor's address and its strides in bytes"""
-    return [t.data_ptr(), *(t.stride(d) * t.itemsize for d in dims)]
-
-
-def _merged(tensors: list[Tensor]) -> list[Tensor]:
-    """(N, pixels, C) as (1, N · pixels, C), where all tensors lie so"""
-    n, rows, c = tensors[0].shape
-    if rows == 1:
-        return [t.transpose(0, 1) for t in tensors]
-    if all(t.stride(0) == rows * t.stride(1) for t in tensors):
-        return [t.as_strided((1, n * rows, c), (0, t.stride(1), t.stride(2))) for t in tensors]
-    return tensors
-
-
-def _run(tensors: list[Tensor], groups: int, given: bool, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
-         sums: Tensor | None, eps: float) -> None:
-    """tensors: input, [the output's gradient,] the result. groups: of an image; 0: the batch's channels are normalised"""
+def _run(tensors: list[Tensor], groups: int, given: Sequence[Tensor] | bool, weight: Tensor | None, bias: Tensor | None,
+         stats: Tensor, sums: Tensor | None, eps: float) -> None:
+    """tensors: input, [the output's gradient,] the result. groups: of an image; 0: the batch's channels are normalised. given:
+    the moments, or in the backward whether they were."""
     x, out = tensors[0], tensors[-1]
-    count = 1 if out.numel() * out.itemsize < _SERIAL else threads.count()
-    weight, bias = _wide(weight), _wide(bias)  # alive until the kernel has run
-    parameters = [_address(weight), _address(bias)] if sums is None else [_address(weight)]
-    moments = [stats.data_ptr(), stats[1].data_ptr()]
-    last = [] if sums is None else [sums.data_ptr()]
+    (n, channels), size = x.shape[:2], x.itemsize
+    pixels = x.numel() // (n * channels)
+    count = 1 if x.numel() * size < _SERIAL else threads.count()
     across = _across(out, x)
-    flat = [_flat(t, across) for t in tensors]
+    addresses, outer, inner, alive = [], [], [], []  # copies have to live until the kernel has run, parameters too
+    for t in tensors:
+        lie = _lie(t.shape, t.stride(), across)
+        if lie is None:
+            t = t.movedim(1, -1).contiguous().movedim(-1, 1) if across else t.contiguous()
+            lie = _lie(t.shape, t.stride(), across)
+            assert lie is not None
+        alive.append(t)
+        addresses.append(t.data_ptr())
+        outer.append(lie[0] * size)
+        inner.append(lie[1] * size)
+    parameters = [_parameter(t, x) for t in ((weight, bias) if sums is None else (weight,))]
+    moments = [_parameter(t, x) for t in given] if not isinstance(given, bool) else None
+    places = [_address(t) for t in parameters]
+    statistics = [stats.data_ptr(), stats.data_ptr() + stats.stride(0) * 8]
+    known = [int(bool(given))] if sums is not None else [0, 0] if moments is None else [_address(t) for t in moments]
+    last = [] if sums is None else [sums.data_ptr()]
+    past = _past(x.numel() * size, addresses[-1], outer[-1] | inner[-1] | (0 if across else pixels * size))
     if across:
-        flat = flat if groups else _merged(flat)
-        images, rows, channels = flat[0].shape
+        images, rows = n, pixels
+        if not groups and (rows == 1 or all(o == rows * i for o, i in zip(outer, inner, strict=True))):
+            images, rows, inner = 1, n * rows, outer if rows == 1 else inner
         parts = 1 if images >= 2 * count else count
         lines = 3 if sums is None else 4
-        room = 2 * images * parts * channels * 8 + lines * (images + count) * channels * max(4, x.itemsize)
+        room = 2 * images * parts * channels * 8 + lines * (images + count) * channels * max(4, size)
         ints = [count, images, rows, channels, groups, parts]
-        for t in flat:
-            ints += _steps(t, 0, 1)
-        ints += [*parameters, *moments, given, *last, workspace(room)]
+        for three in zip(addresses, outer, inner, strict=True):
+            ints += three
+        ints += [*places, *statistics, *known, *last, past, workspace(room)]
     else:
-        n, channels, pixels = flat[0].shape
         each = channels // groups if groups else 1
         # Batch normalisation with moments that are known goes image by image, as memory lies.
-        outer, inner, runs = (n, groups, each) if groups else (n, channels, 1) if given else (1, channels, n)
-        ints = [count, outer, inner, runs, pixels]
-        for t in flat:
-            address, image, channel = _steps(t, 0, 1)
+        units = (n, groups, each) if groups else (n, channels, 1) if given else (1, channels, n)
+        ints = [count, *units, pixels]
+        for address, image, channel in zip(addresses, outer, inner, strict=True):
             ints += [address, image, channel * each, channel if groups else image]
-        ints += [*parameters, each, 1 if groups else 0, *moments, groups, given, *last]
+        ints += [*places, each, 1 if groups else 0, *statistics, groups, *known]
+        ints += [*last, past] if sums is not None else [workspace(3 * channels * max(4, size)) if given else 0, past]
     kind = f"norm{'' if sums is None else '_backward'}_{'across' if across else 'along'}"
     _kernel(kind, len(ints), x.dtype)(*ints, eps)
 
@@ -105,37 +121,62 @@ def batch_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None,
                var: Tensor | None, eps: float) -> None:
     """out = (the normalised input, the mean and variance that it was normalised by)"""
     y, stats = out
-    if mean is not None and var is not None:
-        stats[0], stats[1] = mean, var
-    _run([input, y], 0, mean is not None, weight, bias, stats, None, eps)
+    given = False if mean is None or var is None else (mean, var)
+    _run([input, y], 0, given, weight, bias, stats, None, eps)
 
 
 def batch_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
                         training: bool, eps: float) -> None:
     """out = (the gradient of input, those of bias and weight)"""
     result, sums = out
-    if _across(result, input):
-        runs = sums
-    else:  # the sums of each image; in training the channels are outermost
-        n, c = input.shape[:2]
-        runs = sums.new_empty((2, c, n) if training else (2, n, c))
-    _run([input, grad, result], 0, not training, weight, None, stats, runs, eps)
-    if runs is not sums:
-        sums.copy_(runs.sum(2 if training else 1))
+    images = not training and not _across(result, input)  # then there are sums of each
+    each = sums.new_empty((2, *input.shape[:2])) if images else sums
+    _run([input, grad, result], 0, not training, weight, None, stats, each, eps)
+    if images:
+        sums.copy_(each.sum(1))
+
+
+_LONG_VECTORS = 2048  # elements of a group from which on its sums have to be taken in parts
+
+
+def _vectors(tensors: list[Tensor], groups: int, parameters: list[Tensor], stats: list[Tensor], eps: float) -> bool:
+    """Group normalisation of (N, C), channels next to each other. stats: in the backward sums too. False where it is another."""
+    x = tensors[0]
+    (n, channels), size = x.shape[:2], x.itemsize
+    each = channels // groups
+    if x.numel() != n * channels or each >= _LONG_VECTORS or any(t.stride(1) != 1 for t in tensors):
+        return False
+    count = 1 if x.numel() * size < _SERIAL else threads.count()
+    ints = [count, n, groups, each]
+    for t in tensors:
+        ints += [t.data_ptr(), t.stride(0) * size]
+    ints += [*map(_address, parameters), stats[0].data_ptr(), stats[0].data_ptr() + stats[0].stride(0) * 8,
+             *map(_address, stats[1:])]
+    if stats[1:]:
+        ints.append(workspace(count * 2 * channels * (8 + max(4, size))))
+    _kernel("vectors_backward" if stats[1:] else "vectors", len(ints), x.dtype, "norm_vectors_code")(*ints, eps)
+    return True
 
 
 def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int,
                eps: float) -> None:
     """out = (the normalised input, each group's mean and variance)"""
     y, stats = out
+    if _vectors([input, y], groups, [_filled(weight, 1.0, input.shape[1], input), _filled(bias, 0.0, input.shape[1], input)],
+                [stats], eps):
+        return
     _run([input, y], groups, False, weight, bias, stats, None, eps)
 
 
 def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
                         groups: int, eps: float) -> None:
-    """out = (the gradient of input, for each image those of bias and weight)"""
+    """out = (the gradient of input, those of bias and weight)"""
     result, sums = out
-    _run([input, grad, result], groups, False, weight, None, stats, sums, eps)
+    if _vectors([input, grad, result], groups, [_filled(weight, 1.0, input.shape[1], input)], [stats, sums], eps):
+        return
+    each = sums.new_empty((2, *input.shape[:2]))
+    _run([input, grad, result], groups, False, weight, None, stats, each, eps)
+    sums.copy_(each.sum(1))
 
 
 # Rows
@@ -162,12 +203,10 @@ def _past(size: int, address: int, step: int) -> bool:
     return size > _KEPT * max(caches().l3, caches().l2) and (address | step) % simd().width == 0
 
 
-def _parameter(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
-    """In the compute type; ``usual`` where there is none"""
-    compute = torch.float32 if input.itemsize == 2 else input.dtype
-    if t is None:
-        return input.new_full((n,), usual, dtype=compute)
-    return t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous()
+def _filled(t: Tensor | None, usual: float, n: int, input: Tensor) -> Tensor:
+    """``usual`` where there is none"""
+    found = _parameter(t, input)
+    return input.new_full((n,), usual, dtype=_compute(input)) if found is None else found
 
 
 def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -178,7 +217,7 @@ def _rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tenso
     y, *y_rows = _lay(out[0], n)
     _r, *r_rows = (None, 0, 0) if residual is None else _lay(residual, n)
     _, *s_rows = (None, 0, 0) if residual is None else _lay(out[1], n)
-    weight, bias = _parameter(weight, 1.0, n, input), _parameter(bias, 0.0, n, input)
+    weight, bias = _filled(weight, 1.0, n, input), _filled(bias, 0.0, n, input)
     size = y.numel()
     count = 1 if size * y.itemsize < _SERIAL else threads.count()
     _rows_kernel("rows", "i" * 15 + "f", y.dtype, centred, residual is not None)(
@@ -200,7 +239,7 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
     _x, *x_rows = _lay(input, n)
     _m, *m_rows = (None, 0, 0) if more is None else _lay(more, n)
     y, *y_rows = _lay(out[0], n)
-    weight, stats = _parameter(weight, 1.0, n, input), stats.contiguous()
+    weight, stats = _filled(weight, 1.0, n, input), stats.contiguous()
     size = y.numel()
     count = 1 if size * y.itemsize < _SERIAL else threads.count()
     _rows_kernel("rows_backward", "i" * 17, y.dtype, centred)(

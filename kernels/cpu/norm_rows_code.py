@@ -25,7 +25,6 @@ from .engine.simd import (
     load,
     load_n,
     load_scalar,
-    prefetch,
     reduce_add,
     select,
     spread,
@@ -36,8 +35,7 @@ from .engine.simd import (
     streamed,
     wide,
 )
-from .norm_code import BLOCK, WIDTH, inverse_deviation, over_elements
-from .softmax_code import LINE
+from .norm_code import BLOCK, WIDTH, fetch, inverse_deviation, over_elements
 
 
 def _access(elem: Elem, masked: bool) -> tuple[Any, Any]:
@@ -92,12 +90,6 @@ def _fold(elem: Elem, term: Step, pair: bool = False) -> Any:
     return fold
 
 
-@inline
-def _fetch(address, bytes):
-    for line in range(0, bytes, LINE):
-        prefetch(address + line)
-
-
 def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
     """kernel(threads, rows, n, x, xr, r, rr, s, sr, y, yr, weight, bias, stats, past, eps)
 
@@ -130,12 +122,12 @@ def rows(elem_name: str, centred: bool, added: bool) -> Callable[..., Any]:
         def term(i, n, args, a, b):
             x, y, weight, bias, high, scale, shift, next_, ahead, past = args
             if not masked:
-                _fetch(ahead[0] + i * size, n * size)
+                fetch(ahead[0] + i * size, n * size)
                 if not past:
-                    _fetch(ahead[1] + i * size, n * size)
+                    fetch(ahead[1] + i * size, n * size)
                 if added:
-                    _fetch(ahead[2] + i * size, n * size)
-                    _fetch(ahead[3] + i * size, n * size)
+                    fetch(ahead[2] + i * size, n * size)
+                    fetch(ahead[3] + i * size, n * size)
             v = fma(get(x + i * size, n) - high, scale, shift)
             v = fma(v, get_c(weight + i * c_size, n), get_c(bias + i * c_size, n))
             if past and not masked:
@@ -218,10 +210,10 @@ def rows_backward(elem_name: str, centred: bool) -> Callable[..., Any]:
         def step(i, n, args):
             g, x, m, y, gr, xr, yr, weight, sums, size_sums, high, scale, shift, slope, base, past = args
             if not masked:
-                _fetch(g + gr + i * size, n * size)
-                _fetch(x + xr + i * size, n * size)
+                fetch(g + gr + i * size, n * size)
+                fetch(x + xr + i * size, n * size)
                 if not past:
-                    _fetch(y + yr + i * size, n * size)
+                    fetch(y + yr + i * size, n * size)
             d, h = get(x + i * size, n) - high, get(g + i * size, n)
             at = sums + i * c_size
             put_c(at, fma(h, fma(d, scale, shift), get_c(at, n)), n)

@@ -600,8 +600,10 @@ def group_norm(out: tuple[Tensor, Tensor], input: Tensor, weight: Tensor | None,
 
 def group_norm_backward(out: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor,
                         groups: int, eps: float) -> None:
-    """out = (the gradient of input, for each image those of bias and weight)"""
-    _backward(*out, grad, input, weight, stats.contiguous(), groups, True, eps)
+    """out = (the gradient of input, those of bias and weight)"""
+    each = out[1].new_empty((2, *input.shape[:2]))
+    _backward(out[0], each, grad, input, weight, stats.contiguous(), groups, True, eps)
+    out[1].copy_(each.sum(1))
 
 
 def supports(op: str, *args: Any) -> str | None:

@@ -67,16 +67,15 @@ def group_norm(
 def group_norm_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of input, and of bias and weight, of each image: (2, N, C)."""
+    """The gradient of input, and of bias and weight: (2, C)."""
     grouped = input.reshape(input.shape[0], groups, -1)
     below = _less_mean(grouped, grouped.mean(-1, keepdim=True), [-1])
     rstd = torch.rsqrt(below.square().mean(-1, keepdim=True) + eps)
     unit = below * rstd
     g = _scaled(grad, weight, None).reshape(grouped.shape)
     inner = g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)
-    spatial = list(range(2, input.dim()))
-    products = grad * unit.reshape(input.shape)
-    sums = [t.sum(spatial) if spatial else t for t in (grad, products)]
+    dims = [d for d in range(input.dim()) if d != 1]
+    sums = [t.sum(dims) for t in (grad, grad * unit.reshape(input.shape))]
     return (inner * rstd).reshape(input.shape), torch.stack(sums).double()
 
 
