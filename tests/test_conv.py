@@ -388,6 +388,7 @@ REGIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]]
 def test_positions_that_meet_fewer_taps(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself, with the taps that it meets; forward, gradients, a residual."""
     monkeypatch.setattr(host, "_LEAST_IN_REGIONS", 1)
+    monkeypatch.setattr(host, "_MOST_OF_PRODUCTS", 1.0)
     host._plan.cache_clear()
     found: list[Any] = []
     regions = host._regions

@@ -188,8 +188,9 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
 
 
 _Along = tuple[int, int, list[tuple[int, int]]]  # along a dimension: (first output, positions, taps (delta, index))
-# Channels times outputs from which on positions that meet fewer taps are problems of their own, where that leaves so much to do.
-_LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 1 << 12, 0.9
+# Channels times outputs from which on positions that meet fewer taps are problems of their own, where that leaves so much to do:
+# the weight is arranged for each of them, which new weights at each call must repay too.
+_LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 1 << 12, 0.75
 
 
 def _regions(first: int, positions: int, taps: list[tuple[int, int]], move: int, size: int, apart: int) -> list[_Along]:
