@@ -51,7 +51,7 @@ _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff")
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
-_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
+_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 13)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
@@ -411,22 +411,24 @@ def _tile_count(size: int, n: int, dilation: int) -> int:
 @lru_cache(1024)
 def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...],
            y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int],
-           transposed: bool) -> Tiles:
+           transposed: bool, sets: int) -> Tiles:
     """The description of a problem that ``_by_winograd`` accepts."""
     f = _format(torch.float32)
     n, channels, h, w = x_shape
     _, outputs, oh, ow = y_shape
+    channels, outputs = channels // sets, outputs // sets
     dh, dw = dilation
     th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
     total, vectors = n * th * tw, -(-outputs // f.lanes)
-    cuts = 1 if total >= 16 * nt else nt  # few tiles: each thread transforms them all and computes some of the outputs
+    cuts = 1 if total >= 16 * nt or sets >= 4 * nt else nt  # few tiles: each thread transforms them all and computes some of the outputs
     blocks = -(-total // 32)
-    if cuts == 1:
+    if cuts == 1 and sets < 4 * nt:
         blocks = _up(blocks, nt)
     block = _up(_up(-(-total // blocks), f.rows), dw)
     panels = -(-vectors // f.vecs)
     groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
     cuts = min(cuts, groups)
+    each = 30 * (vectors * f.lanes * channels * f.unit + groups * 320)
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
@@ -443,13 +445,13 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     values = {
         "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
         "dh": dh, "dw": dw, "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5],
-        "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
-        "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
-        "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
+        "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups, "sets": sets,
+        "set": each, "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last), "y_last": int(last),
+        "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
     taps = [(i * w_stride[2] + j * w_stride[3]) * f.size for i in range(3) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
-                 30 * (vectors * f.lanes * channels * f.unit + groups * 320), _up(at_m + 30 * m_place, 4096), nt)
+                 sets * each, _up(at_m + 30 * m_place, 4096), nt)
 
 
 #: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
@@ -457,6 +459,7 @@ WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
 # Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
 # what is allowed at 32 channels, 0.7 at 64. Outputs a channel from which on it is faster, on a Zen 3.
 _LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
+_LEAST_CHANNELS_GROUPED = 16  # a group; there the worst was 0.7 too
 # Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
 # corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
 # pixels 1.7, five by twelve 1.11 in one draw, six 1.3, ten 1.07 in one, twelve 0.8. The share of the tiles' outputs that has to
@@ -472,7 +475,9 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
     images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
     shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    if (x.dtype != torch.float32 or len(shape) != 4 or groups != 1 or shape[1] < least or weight.shape[2:] != (3, 3)
+    if groups > 1:
+        least = _LEAST_CHANNELS_GROUPED if max(dilation) == 1 else shape[1] + 1
+    if (x.dtype != torch.float32 or len(shape) != 4 or shape[1] // groups < least or weight.shape[2:] != (3, 3)
             or max(stride) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
         return False
     sizes, tiles = [], 1
@@ -489,19 +494,20 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
 
 
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, act: int) -> bool:
+                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
     p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding),
-               tuple(dilation), transposed)
+               tuple(dilation), transposed, sets)
 
     def transform(address: int) -> int:
         s_o, s_c = weight.stride(0) * 4, weight.stride(1) * 4
+        s_set = weight.shape[0] // sets * s_o
         if transposed:
             s_o, s_c = s_c, s_o
-        _WINOGRAD_WEIGHT.run(p.threads, out.shape[1], x.shape[1], p.panels, p.groups, weight.data_ptr(), s_o, s_c,
-                             p.taps.buffer_info()[0], address)
+        _WINOGRAD_WEIGHT.run(p.threads, sets, out.shape[1] // sets, x.shape[1] // sets, p.panels, p.groups, weight.data_ptr(),
+                             s_set, s_o, s_c, p.taps.buffer_info()[0], address, p.arranged // sets)
         return 0
-    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, p.groups, p.panels))
+    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, sets, p.groups, p.panels))
     scratch = 64 + p.threads * p.scratch
     ws = workspace(scratch + (0 if keep else p.arranged))
     if keep is None:
@@ -659,7 +665,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
-            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
+            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return

@@ -305,7 +305,8 @@ def finisher(e: Any) -> Any:
         if res != 0 and step != size:
             for j in range(n):
                 store_scalar(p, src + j * ps, load_scalar(p, src + j * ps) + load_scalar(e, res + j * step))
-        for j in range(0, n, lanes):
+        for place in range(0, n, lanes):  # the last vector overlaps the one before: storing with a mask takes 20 cycles (Zen 3)
+            j = min(place, n - lanes) if n >= lanes and step == size else place
             m = min(lanes, n - j)
             v = load(p, src + j * ps)
             if bias != 0:

@@ -75,11 +75,14 @@ def direct(elem_name: str) -> Any:
         g = number - i * groups
         pad(geo, x + i * get(geo, _XN) + g * get(geo, _C) * get(geo, _XC), first, rows + get(geo, _DEEP), image)
         products(geo, w + g * outputs * get(geo, _K) * size, (rows - 1) * pitch + get(geo, _OW), image, sums)
+        ow = get(geo, _OW)
+        # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
+        spills = 2 * ow >= lanes and get(geo, _YH) == ow * size
         for o in range(outputs):
             channel = g * outputs + o
             for r in range(rows):
                 at = i * get(geo, _YN) + channel * get(geo, _YO) + (first + r) * get(geo, _YH)
-                finish(get(geo, _OW), sums + o * get(geo, _SUMS) + r * pitch * size, y + at, size,
+                finish(max(lanes, ow) if spills and r + 1 < rows else ow, sums + o * get(geo, _SUMS) + r * pitch * size, y + at, size,
                        bias + channel * size if bias != 0 else 0, 0, res + at if res != 0 else 0, act, p0, p1)
 
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, p0, p1):

@@ -18,6 +18,7 @@ WINOGRAD = [
     "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw", "dh", "dw",  # sizes; the padding in front; the dilation
     "xn", "xc", "xh", "xw", "yn", "yo", "yh", "yw",  # byte strides
     "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
+    "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
     "width", "place", "m_place", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
