@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .conv_code import finisher, get
+from .conv_code import by_width, finisher, get
 from .conv_fields import WINOGRAD
 from .engine.region import parallel, parallel_tasks
 from .engine.simd import (
@@ -47,12 +47,12 @@ from .engine.simd import (
     store_scalar,
     store_vector,
 )
-from .engine.tile import Tile, multiply_blocks, tile_size
+from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _DH, _DW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS,
- _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (
-    8 * i for i in range(len(WINOGRAD)))
+ _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES,
+ _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -332,7 +332,7 @@ def winograd(elem_name: str) -> Any:
     e = FLOAT32
     lanes, size, unit = e.lanes, e.size, ROWS * e.size
     finish = finisher(e)
-    t1, t2, t3 = (Tile(e, ROWS, v) for v in (1, 2, 3))
+    multiply = by_width(*(Tile(e, ROWS, v) for v in (1, 2, 3)))
 
     @inline
     def clear(dst, count):
@@ -445,14 +445,8 @@ def winograd(elem_name: str) -> Any:
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
                 b_k = vecs * lanes * size
                 ahead = u + channels * b_k
-                rest = (blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row, lanes,
-                        ahead, b_k // blocks)
-                if vecs == 3:
-                    multiply_blocks(t3, *rest)
-                elif vecs == 2:
-                    multiply_blocks(t2, *rest)
-                else:
-                    multiply_blocks(t1, *rest)
+                multiply(vecs, blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row,
+                         lanes, ahead, b_k // blocks)
                 u = ahead
                 c += b_k
 
