@@ -448,8 +448,8 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
         "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
         "dh": dh, "dw": dw, "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5],
         "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
-        "sets": sets, "set": each, "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last), "y_last": int(last),
-        "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
+        "sets": sets, "set": each, "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
+        "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
     taps = [(i * w_stride[2] + j * w_stride[3]) * f.size for i in range(3) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
