@@ -293,6 +293,24 @@ def test_winograd(shape: str, form: str, winograd: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_winograd_by_groups(form: str, winograd: list[bool]) -> None:
+    """Short rows, whose ends are written with the next one's beginnings; a number of outputs that is no vector's."""
+    place = FORMATS[form]
+    for positive in (False, True):
+        image, w, turned = randn(3, 66, 13, 7), randn(18, 33, 3, 3, seed=1), randn(66, 9, 3, 3, seed=2)
+        if positive:
+            image, w, turned = image.relu(), w.abs(), turned.abs()
+        agree("conv2d", place(image), place(w), randn(18, seed=3), padding=1, groups=2)
+        agree("conv_transpose2d", place(image), place(turned), padding=1, groups=2)
+    assert len(winograd) >= 6
+    assert all(winograd)
+    plain, residual = F.conv2d(image, w, randn(18, seed=3), groups=2), place(randn(3, 18, 11, 5, seed=4))
+    with fastnn.backend("cpu"):
+        mine = ours.conv2d(place(image), place(w), randn(18, seed=3), groups=2, residual=residual, activation="relu")
+    torch.testing.assert_close(mine, (plain + residual).relu(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_winograd_gives_way(form: str, winograd: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a value is not finite or overflows on the way, for other dtypes and geometries, and where it is turned off."""
     x, w = randn(1, 64, 9, 9), randn(8, 64, 3, 3, seed=1)
@@ -305,9 +323,9 @@ def test_winograd_gives_way(form: str, winograd: list[bool], monkeypatch: pytest
     assert winograd == [False] * 4
     x = FORMATS[form](x)
     others: list[dict[str, Any]] = [
-        {"stride": 2}, {"dilation": 5, "padding": 5}, {"dilation": 2, "padding": 3}, {"padding": 2}, {"groups": 2}]
+        {"stride": 2}, {"dilation": 5, "padding": 5}, {"dilation": 2, "padding": 3}, {"padding": 2}, {"groups": 8}]
     for options in others:
-        part = w[:, :32] if "groups" in options else w
+        part = w[:, :8] if "groups" in options else w
         torch.testing.assert_close(ours.conv2d(x, part, **options, backend="cpu"), F.conv2d(x, part, **options),
                                    rtol=1e-4, atol=1e-3)  # fmt: skip
     ours.conv2d(x.double(), w.double(), backend="cpu")
@@ -440,18 +458,22 @@ def test_depthwise_between(problem: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(taken)
 
 
-# input, weight, groups, options: several bands of rows, a margin on one side only, dilation, uneven filters
-GROUPED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
+# input, weight, groups, options: several bands of rows, of columns, slices of channels, parts of outputs, a margin on one side
+# only, steps that taps jump, dilation, uneven filters
+PADDED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
     "even": ((2, 12, 9, 7), (16, 3, 3, 3), 4, {"padding": 1}), "wide": ((1, 64, 7, 9), (64, 32, 3, 3), 2, {"padding": (2, 0)}),
     "bands": ((1, 8, 400, 70), (8, 4, 5, 2), 2, {"padding": (0, 3), "dilation": (1, 3)}),
     "one row": ((3, 6, 1, 21), (12, 2, 1, 4), 3, {"dilation": (1, 2)}),
+    "stride": ((2, 35, 13, 15), (268, 35, 7, 7), 1, {"stride": 2, "padding": 1}),
+    "stem": ((1, 3, 61, 49), (68, 3, 7, 7), 1, {"stride": (2, 3), "padding": 3}),
+    "gaps": ((1, 4, 31, 3700), (64, 4, 5, 5), 1, {"stride": (3, 6), "dilation": (4, 1)}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("problem", GROUPED)
-def test_small_groups(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", PADDED)
+def test_from_padded_planes(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
-    x_shape, w_shape, groups, options = GROUPED[problem]
+    x_shape, w_shape, groups, options = PADDED[problem]
     taken: list[bool] = []
     run = host._run_direct
 

@@ -5,7 +5,8 @@ one falls into as many *phases* as the product of its strides, each a convolutio
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
 
 Four ways besides, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, filters of
-one tap as a plain product, transposed ones of long rows as a product for all taps and a sum, small groups from padded planes.
+one tap as a plain product, transposed ones of long rows as a product for all taps and a sum, small groups and large filters from
+padded planes.
 Which one is taken depends on shapes and strides alone, so a call has the same bits each time; only an image with an Inf or NaN is
 computed anew where Winograd's way met it.
 
@@ -51,7 +52,7 @@ _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff")
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
-_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 10)
+_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 13)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
@@ -435,22 +436,25 @@ def _tile_count(size: int, n: int, dilation: int) -> int:
 @lru_cache(1024)
 def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...],
            y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int],
-           transposed: bool) -> Tiles:
+           transposed: bool, sets: int) -> Tiles:
     """The description of a problem that ``_by_winograd`` accepts."""
     f = _format(torch.float32)
     n, channels, h, w = x_shape
     _, outputs, oh, ow = y_shape
+    channels, outputs = channels // sets, outputs // sets
     dh, dw = dilation
     th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
     total, vectors = n * th * tw, -(-outputs // f.lanes)
-    cuts = 1 if total >= 16 * nt else nt  # few tiles: each thread transforms them all and computes some of the outputs
+    # Few tiles: each thread transforms them all and computes some of the outputs.
+    cuts = 1 if total >= 16 * nt or sets >= 4 * nt else nt
     blocks = -(-total // 32)
-    if cuts == 1:
+    if cuts == 1 and sets < 4 * nt:
         blocks = _up(blocks, nt)
     block = _up(_up(-(-total // blocks), f.rows), dw)
     panels = -(-vectors // f.vecs)
     groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
     cuts = min(cuts, groups)
+    each = 30 * (vectors * f.lanes * channels * f.unit + groups * 320)
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
@@ -468,18 +472,18 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
         "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
         "dh": dh, "dw": dw, "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5],
         "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
-        "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
+        "sets": sets, "set": each, "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
         "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
     taps = [(i * w_stride[2] + j * w_stride[3]) * f.size for i in range(3) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
-                 30 * (vectors * f.lanes * channels * f.unit + groups * 320), _up(at_m + 30 * m_place, 4096), nt)
+                 sets * each, _up(at_m + 30 * m_place, 4096), nt)
 
 
 #: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
 WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
 # Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
-# what is allowed at 32 channels, 0.7 at 64. Outputs a channel from which on it is faster, on a Zen 3.
+# what is allowed at 32 channels, 0.7 at 64, 1.3 at 16 (of a group). Outputs a channel from which on it is faster, on a Zen 3.
 _LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
 # Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
 # corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
@@ -496,8 +500,8 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
     images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
     shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    if (x.dtype != torch.float32 or len(shape) != 4 or groups != 1 or shape[1] < least or weight.shape[2:] != (3, 3)
-            or max(stride) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
+    if (x.dtype != torch.float32 or len(shape) != 4 or shape[1] // groups < least or weight.shape[2:] != (3, 3)
+            or (groups > 1 and max(dilation) > 1) or max(stride) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
         return False
     sizes, tiles = [], 1
     for n, p, d, outputs in zip(shape[2:], padding, dilation, (3, 4), strict=True):
@@ -513,19 +517,20 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
 
 
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, act: int) -> bool:
+                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
     p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding),
-               tuple(dilation), transposed)
+               tuple(dilation), transposed, sets)
 
     def transform(address: int) -> int:
         s_o, s_c = weight.stride(0) * 4, weight.stride(1) * 4
+        s_set = weight.shape[0] // sets * s_o
         if transposed:
             s_o, s_c = s_c, s_o
-        _WINOGRAD_WEIGHT.run(p.threads, out.shape[1], x.shape[1], p.panels, p.groups, weight.data_ptr(), s_o, s_c,
-                             p.taps.buffer_info()[0], address)
+        _WINOGRAD_WEIGHT.run(p.threads, sets, out.shape[1] // sets, x.shape[1] // sets, p.panels, p.groups, weight.data_ptr(),
+                             s_set, s_o, s_c, p.taps.buffer_info()[0], address, p.arranged // sets)
         return 0
-    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, p.groups, p.panels))
+    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, sets, p.groups, p.panels))
     scratch = 64 + p.threads * p.scratch
     ws = workspace(scratch + (0 if keep else p.arranged))
     if keep is None:
@@ -609,9 +614,11 @@ def _run_scatter(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
 _NOWHERE = array("q", [0])  # the offset of a tap that is alone
 
 
-# Small groups in planes -------------------------------------------------------------------------------------------------
+# From padded planes -----------------------------------------------------------------------------------------------------
 
-_MOST_IN_GROUP = 32  # channels
+_MOST_IN_GROUP, _LARGE = 32, 48  # channels; taps of a filter, half as many for few outputs (Zen 3)
+_FEW_OUTPUTS = 64  # up to which planes are read in place: copying a panel costs as much as four outputs' products
+_LEAST_POSITIONS, _LEAST_PART = 96, 64  # of a task, below which padding once more costs more than a free thread brings
 
 
 class Direct(NamedTuple):
@@ -625,37 +632,77 @@ class Direct(NamedTuple):
 
 @lru_cache(1024)
 def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
-            y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Direct:
-    f = _format(torch.float32)
-    (n, _, h, w), (_, channels, kh, kw), (_, outputs, oh, ow) = x_shape, w_shape, y_shape
+            y_stride: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+            groups: int) -> Direct:
+    f, quarter = _format(torch.float32), caches().l2 // 4
+    if len(x_shape) == 3:  # a sequence is an image of one row
+        x_shape, w_shape, y_shape = ((*v[:2], 1, v[2]) for v in (x_shape, w_shape, y_shape))
+        x_stride, y_stride = ((*v[:2], 0, v[2]) for v in (x_stride, y_stride))
+        stride, dilation, padding = (1, *stride), (1, *dilation), (0, *padding)
+    (n, _, h, w), (_, channels, *kernel), (_, outputs, oh, ow) = x_shape, w_shape, y_shape
     outputs //= groups
-    pitch, deep, k = w + 2 * padding[1], dilation[0] * (kh - 1), channels * kh * kw
-    bands = -(-oh // max(1, caches().l2 // 2 // ((channels + outputs) * pitch * f.size) - deep))
-    band = -(-oh // bands)
-    plane = (-(-(band + deep) * pitch * f.size // 64) | 1) * 64
+    rows, columns = ([i * d for i in range(k)] for k, d in zip(kernel, dilation, strict=True))  # of the taps
+    (sh, sw), taps = stride, math.prod(kernel)
+    uh, uw = max(i % sh for i in rows) + 1, max(i % sw for i in columns) + 1
+    deep, wide = rows[-1] // sh, columns[-1] // sw
+
+    # A task's sums and planes take a quarter of L2 each; there are to be several tasks a thread.
+    part = _up(_cut(outputs, 256), 4)
+    positions = max(_LEAST_POSITIONS, quarter // (part * f.size))
+    seg = ow if ow + wide <= positions else _cut(ow, positions)
+    band = _cut(oh, max(1, positions // (seg + wide)))
+
+    def plane_of(rows: int, columns: int) -> int:  # bytes; an odd number of cache lines
+        return (-(-((rows + deep) * columns + f.lanes) * f.size // 64) | 1) * 64
+
+    # Channels a sum, whose order must not depend on the number of threads.
+    depth = _cut(channels, max(1, min(768 // taps, quarter // (uh * uw * plane_of(band, seg + wide)))))
+
+    def tasks() -> int:
+        return n * groups * -(-outputs // part) * -(-oh // band) * -(-ow // seg)
+
+    while tasks() < 3 * nt and band * (seg + wide) > _LEAST_POSITIONS:
+        if band > 1:
+            band = -(-band // 2)
+        else:
+            seg = -(-seg // 2)
+    while tasks() < 2 * nt and part > _LEAST_PART:
+        part = _up(-(-part // 2), 4)
+    pitch = seg + wide
+    plane = plane_of(band, pitch)
     sums = (-(-(band * pitch + f.lanes) * f.size // 64) | 1) * 64
-    at_sums = _up(channels * plane + (dilation[1] * kw + 4 * f.lanes) * f.size, 64)
-    table = array("q", [c * plane + (i * dilation[0] * pitch + j * dilation[1]) * f.size
-                        for c in range(channels) for i in range(kh) for j in range(kw)])
+    at_sums = _up(depth * uh * uw * plane + (wide + 2 * f.lanes) * f.size, 64)
+    at_panel = _up(at_sums + part * sums + 64, 64)
+    table = array("q", [((c * uh + i % sh) * uw + j % sw) * plane + (i // sh * pitch + j // sw) * f.size
+                        for c in range(depth) for i in rows for j in columns])
+    copied = part > _FEW_OUTPUTS
     values = {
-        "images": n, "groups": groups, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow,
-        "ph": padding[0], "pw": padding[1], "deep": deep, "xn": x_stride[0] * f.size, "xc": x_stride[1] * f.size,
-        "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yo": y_stride[1] * f.size, "yh": y_stride[2] * f.size,
-        "k": k, "table": table.buffer_info()[0], "chain": _cut(k, 256), "band": band, "bands": -(-oh // band), "pitch": pitch,
-        "plane": plane, "sums": sums, "at_sums": at_sums}
-    return Direct(array("q", [values[name] for name in DIRECT]), table, _up(at_sums + outputs * sums + 256, 4096),
-                  1 if n * groups * outputs * k * oh * ow < _SERIAL else nt)
+        "images": n, "groups": groups, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "sh": sh,
+        "sw": sw, "ph": padding[0], "pw": padding[1], "uh": uh, "uw": uw, "deep": deep, "wide": wide, "xn": x_stride[0] * f.size,
+        "xc": x_stride[1] * f.size, "xh": x_stride[2] * f.size, "yn": y_stride[0] * f.size, "yo": y_stride[1] * f.size,
+        "yh": y_stride[2] * f.size, "taps": taps, "table": table.buffer_info()[0], "chain": _cut(depth * taps, 256),
+        "slice": depth, "band": band, "bands": -(-oh // band), "seg": seg, "segs": -(-ow // seg), "part": part,
+        "parts": -(-outputs // part), "copied": int(copied), "pitch": pitch, "plane": plane, "sums": sums, "at_sums": at_sums,
+        "at_panel": at_panel}
+    return Direct(array("q", [values[name] for name in DIRECT]), table,
+                  _up(at_panel + (depth * taps * 3 * f.lanes * f.size if copied else 0) + 256, 4096),
+                  1 if n * groups * outputs * channels * taps * oh * ow < _SERIAL else nt)
 
 
 def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
                 padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
-    """Small groups of planes in float32, stride 1, a filter of several taps. False where this is not so."""
-    if (groups == 1 or x.dtype != torch.float32 or x.dim() != 4 or max(stride) > 1 or weight.shape[2:].numel() == 1
-            or not 1 < weight.shape[1] <= _MOST_IN_GROUP or weight.shape[0] // groups % 4 or not weight.is_contiguous()
-            or out.stride(3) != 1 or x.stride(3) != 1):
+    """Planes in float32, small groups of them or large filters, where packing tap by tap is dear. False where this is not so."""
+    (outputs, channels, *_), taps = weight.shape, weight.shape[2:].numel()
+    if (x.dtype != torch.float32 or x.dim() > 4 or outputs // groups % 4 or not weight.is_contiguous() or out.stride(-1) != 1
+            or x.stride(-1) != 1):
         return False
-    p = _direct(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation),
-                groups)
+    if groups > 1:
+        if max(stride) > 1 or taps == 1 or not 1 < channels <= _MOST_IN_GROUP:
+            return False
+    elif taps < (_LARGE if outputs > _FEW_OUTPUTS or channels == 1 else _LARGE // 2):
+        return False
+    p = _direct(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(stride), tuple(padding),
+                tuple(dilation), groups)
     ws = workspace(p.threads * p.scratch)
     _DIRECT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
                 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
@@ -740,7 +787,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
-            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, act)):
+            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return

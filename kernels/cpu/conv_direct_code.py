@@ -1,88 +1,176 @@
-"""Convolution of small groups in planes, as compiled: the image is padded once, and every tap is an offset into it.
+"""Convolution of planes from a padded copy of them, as compiled: every tap is an offset into it.
 
-A group of a few channels is too narrow to pay for packing its columns: they are as many as its outputs. So a group's planes, of
-a band of rows, are copied with their margin, and positions are numbered through margins and all: then what a tap sees of any
-stretch of positions lies next to each other, and the register tile reads it there by a table of offsets. What it computes at
-margins is left where it is.
+A band of rows of some channels is copied with its margin, and each residue of the stride becomes a plane of its own: then what a
+tap sees of neighbouring positions are neighbours. Positions are numbered through margins and all, so rows however short fill
+vectors, and nobody asks where the image ends; what is computed at margins is left where it is. For a group of few outputs the
+register tile reads the planes in place, by a table of offsets; for many a panel is copied out of them first, and read aligned.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .conv_code import finisher, get
+from .conv_code import by_width, copier, finisher, get
 from .conv_fields import DIRECT
 from .engine.region import parallel_tasks
-from .engine.simd import FLOAT32, inline, load, load_n, outline, spread, store, store_n
-from .engine.tile import Tile, multiply_blocks
+from .engine.simd import FLOAT32, INT64, even_lanes, inline, load, load_scalar, outline, store
+from .engine.tile import Tile
 
 ROWS, VECS = 4, 3
-(_N, _G, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _DEEP, _XN, _XC, _XH, _YN, _YO, _YH, _K, _TABLE, _CHAIN, _BAND, _BANDS, _PITCH,
- _PLANE, _SUMS, _AT_SUMS) = (8 * i for i in range(len(DIRECT)))
+(_N, _G, _C, _O, _H, _W, _OH, _OW, _SH, _SW, _PH, _PW, _UH, _UW, _DEEP, _WIDE, _XN, _XC, _XH, _YN, _YO, _YH, _TAPS, _TABLE,
+ _CHAIN, _SLICE, _BAND, _BANDS, _SEG, _SEGS, _PART, _PARTS, _COPIED, _PITCH, _PLANE, _SUMS, _AT_SUMS, _AT_PANEL) = (
+    8 * i for i in range(len(DIRECT)))
 
 
 def direct(elem_name: str) -> Any:
-    """Stride 1, outputs of a group a multiple of four; ``conv_fields.DIRECT`` lists what ``geo`` points to."""
+    """Outputs of a group a multiple of four; ``conv_fields.DIRECT`` lists what ``geo`` points to."""
     e = FLOAT32
     lanes, size = e.lanes, e.size
     finish = finisher(e)
-    t1, t2, t3 = (Tile(e, ROWS, v, table=True) for v in (1, 2, 3))
+    zeros, copy = copier(e)
+    in_place, copied = (by_width(*(Tile(e, ROWS, v, table=table) for v in (1, 2, 3))) for table in (True, False))
 
     @outline
-    def pad(geo, x, first, rows, dst):
-        """The group's planes from row ``first`` of the padded image on, so many rows of them"""
-        pitch, w, height, plane = get(geo, _PITCH), get(geo, _W), get(geo, _H), get(geo, _PLANE)
-        whole = w - w % lanes
-        for _ in range(get(geo, _C)):
-            for j in range(0, plane, e.bytes):
-                store(e, dst + j, spread(e, 0.0))
-            for r in range(max(0, get(geo, _PH) - first), min(rows, height + get(geo, _PH) - first)):
-                s, d = x + (first + r - get(geo, _PH)) * get(geo, _XH), dst + (r * pitch + get(geo, _PW)) * size
-                for j in range(0, whole, lanes):
-                    store(e, d + j * size, load(e, s + j * size))
-                if whole < w:
-                    store_n(e, d + whole * size, load_n(e, s + whole * size, w - whole), w - whole)
-            x += get(geo, _XC)
-            dst += plane
+    def clear(d, pitch, rows, n, many, d_step):
+        """n zeros in each of so many rows of many planes"""
+        for _ in range(many if rows > 0 else 0):
+            row = d
+            for _ in range(rows):
+                zeros(row, n)
+                row += pitch
+            d += d_step
+
+    def placer(step: int) -> Any:
+        """Pixels that are so far apart (0: as the argument says)"""
+        @inline
+        def run(row, pitch, source, s_row, rows, before, n, after, steps):
+            for _ in range(rows):
+                to = row + before * size
+                if before > 0:
+                    zeros(row, before)
+                if step == 1:
+                    for j in range(0, n, lanes):
+                        store(e, to + j * size, load(e, source + j * size))
+                elif step == 2:
+                    for j in range(0, n, lanes):
+                        at = source + 2 * j * size
+                        store(e, to + j * size, even_lanes(load(e, at), load(e, at + e.bytes)))
+                else:
+                    copy(to, source, n, steps * size)
+                if after > 0:
+                    zeros(to + n * size, after)
+                row += pitch
+                source += s_row
+        return run
+
+    place1, place2, place_any = placer(1), placer(2), placer(0)
 
     @outline
-    def products(geo, w, n, image, sums):
-        """All outputs of the group at n positions"""
-        k, row = get(geo, _K), get(geo, _SUMS)
+    def place(d, pitch, s, s_row, rows, before, n, after, step, many, d_step, s_step, end):
+        """n pixels, ``step`` apart, between zeros, in each of so many rows of many planes. Whole vectors are written, and read
+        where that stays before ``end``"""
+        for _ in range(many):
+            rest = d, pitch, s, s_row, rows, before, n, after, step
+            near = s + (rows - 1) * s_row + (n + lanes) * step * size <= end
+            if near and step == 2:
+                place2(*rest)
+            elif near and step == 1:
+                place1(*rest)
+            else:
+                place_any(*rest)
+            d += d_step
+            s += s_step
+
+    @outline
+    def pad(geo, x, end, channels, row0, rows, col0, n, dst):
+        """Planes [channel][residue of the rows][of the columns]: so many rows, of n pixels, for outputs from row0, col0 on"""
+        sh, sw, h, w, pitch = get(geo, _SH), get(geo, _SW), get(geo, _H), get(geo, _W), get(geo, _PITCH) * size
+        xh, xc, plane = get(geo, _XH), get(geo, _XC), get(geo, _PLANE)
+        step = get(geo, _UH) * get(geo, _UW) * plane
+        for rh in range(get(geo, _UH)):
+            top = row0 * sh + rh - get(geo, _PH)
+            i0 = min(rows, (sh - 1 - top) // sh) if top < 0 else 0
+            i1 = max(i0, min(rows, (h - top + sh - 1) // sh)) if h > top else i0
+            for rw in range(get(geo, _UW)):
+                left = col0 * sw + rw - get(geo, _PW)
+                j0 = min(n, (sw - 1 - left) // sw) if left < 0 else 0
+                j1 = max(j0, min(n, (w - left + sw - 1) // sw)) if w > left else j0
+                clear(dst, pitch, i0, n, channels, step)
+                if i1 > i0:
+                    place(dst + i0 * pitch, pitch, x + (top + i0 * sh) * xh + (left + j0 * sw) * size, sh * xh, i1 - i0, j0,
+                          j1 - j0, n - j1, sw, channels, step, xc, end)
+                clear(dst + i1 * pitch, pitch, rows - i1, n, channels, step)
+                dst += plane
+
+    @outline
+    def gather(image, table, k, vecs, panel):
+        """A panel: for each k so many vectors of the planes"""
+        if vecs == VECS:
+            for i in range(k):
+                s = image + load_scalar(INT64, table + i * 8)
+                a, b, c = load(e, s), load(e, s + e.bytes), load(e, s + 2 * e.bytes)
+                store(e, panel, a)
+                store(e, panel + e.bytes, b)
+                store(e, panel + 2 * e.bytes, c)
+                panel += VECS * e.bytes
+        else:
+            for i in range(k):
+                s = image + load_scalar(INT64, table + i * 8)
+                for j in range(0, vecs * e.bytes, e.bytes):
+                    store(e, panel + j, load(e, s + j))
+                panel += vecs * e.bytes
+
+    @outline
+    def products(geo, w, blocks, k, more, n, image, sums, panel):
+        """So many blocks of outputs at n positions, k products each, added to what is there if ``more``"""
+        w_row, row, table = get(geo, _C) * get(geo, _TAPS) * size, get(geo, _SUMS), get(geo, _TABLE)
         vectors = (n + lanes - 1) // lanes
         panels = (vectors + VECS - 1) // VECS
         for q in range(panels):
             v = vectors * q // panels
             vecs = vectors * (q + 1) // panels - v
-            b = image + v * e.bytes
-            rest = (get(geo, _O) // ROWS, k, get(geo, _CHAIN), w, k * size, size, ROWS * k * size, b, get(geo, _TABLE), 0, 0, 0,
-                    sums + v * e.bytes, row, ROWS * row, lanes, b, 0)
-            if vecs == 3:
-                multiply_blocks(t3, *rest)
-            elif vecs == 2:
-                multiply_blocks(t2, *rest)
+            b, c = image + v * e.bytes, sums + v * e.bytes
+            start, start_row = (c, row) if more else (0, 0)
+            rest = start, start_row, ROWS * start_row, c, row, ROWS * row, lanes, w, 0
+            if get(geo, _COPIED):
+                gather(b, table, k, vecs, panel)
+                copied(vecs, blocks, k, get(geo, _CHAIN), w, w_row, size, ROWS * w_row, panel, vecs * e.bytes, *rest)
             else:
-                multiply_blocks(t1, *rest)
+                in_place(vecs, blocks, k, get(geo, _CHAIN), w, w_row, size, ROWS * w_row, b, table, *rest)
 
     @inline
     def body(t, task, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size):
-        groups, bands, outputs, pitch = get(geo, _G), get(geo, _BANDS), get(geo, _O), get(geo, _PITCH)
-        image, sums = ws + t * ws_size, ws + t * ws_size + get(geo, _AT_SUMS)
-        number = task // bands
-        first = (task - number * bands) * get(geo, _BAND)
-        rows = min(get(geo, _BAND), get(geo, _OH) - first)
-        i = number // groups
-        g = number - i * groups
-        pad(geo, x + i * get(geo, _XN) + g * get(geo, _C) * get(geo, _XC), first, rows + get(geo, _DEEP), image)
-        products(geo, w + g * outputs * get(geo, _K) * size, (rows - 1) * pitch + get(geo, _OW), image, sums)
-        for o in range(outputs):
-            channel = g * outputs + o
+        groups, bands, segs, parts, pitch = get(geo, _G), get(geo, _BANDS), get(geo, _SEGS), get(geo, _PARTS), get(geo, _PITCH)
+        outputs, channels, taps, ow = get(geo, _O), get(geo, _C), get(geo, _TAPS), get(geo, _OW)
+        image = ws + t * ws_size
+        sums, panel = image + get(geo, _AT_SUMS), image + get(geo, _AT_PANEL)
+        part = task % parts
+        seg = task // parts % segs
+        band = task // parts // segs % bands
+        g = task // parts // segs // bands % groups
+        i = task // parts // segs // bands // groups
+        row0, col0, o0 = band * get(geo, _BAND), seg * get(geo, _SEG), g * outputs + part * get(geo, _PART)
+        rows, cols = min(get(geo, _BAND), get(geo, _OH) - row0), min(get(geo, _SEG), ow - col0)
+        many = min(get(geo, _PART), (g + 1) * outputs - o0)
+        end = x + ((get(geo, _N) - 1) * get(geo, _XN) + (groups * channels - 1) * get(geo, _XC)
+                   + (get(geo, _H) - 1) * get(geo, _XH) + get(geo, _W) * size)
+        c0 = 0
+        while c0 < channels:
+            cs = min(get(geo, _SLICE), channels - c0)
+            pad(geo, x + i * get(geo, _XN) + (g * channels + c0) * get(geo, _XC), end, cs, row0, rows + get(geo, _DEEP), col0,
+                cols + get(geo, _WIDE), image)
+            products(geo, w + (o0 * channels + c0) * taps * size, many // ROWS, cs * taps, c0 > 0, (rows - 1) * pitch + cols,
+                     image, sums, panel)
+            c0 += cs
+        # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
+        spills = 2 * ow >= lanes and get(geo, _YH) == ow * size and cols == ow
+        for o in range(many):
             for r in range(rows):
-                at = i * get(geo, _YN) + channel * get(geo, _YO) + (first + r) * get(geo, _YH)
-                finish(get(geo, _OW), sums + o * get(geo, _SUMS) + r * pitch * size, y + at, size,
-                       bias + channel * size if bias != 0 else 0, 0, res + at if res != 0 else 0, act, p0, p1)
+                at = i * get(geo, _YN) + (o0 + o) * get(geo, _YO) + (row0 + r) * get(geo, _YH) + col0 * size
+                finish(max(lanes, cols) if spills and r + 1 < rows else cols, sums + o * get(geo, _SUMS) + r * pitch * size,
+                       y + at, size, bias + (o0 + o) * size if bias != 0 else 0, 0, res + at if res != 0 else 0, act, p0, p1)
 
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, p0, p1):
-        parallel_tasks(nt, get(geo, _N) * get(geo, _G) * get(geo, _BANDS), body,
+        parallel_tasks(nt, get(geo, _N) * get(geo, _G) * get(geo, _BANDS) * get(geo, _SEGS) * get(geo, _PARTS), body,
                        (geo, x, w, y, bias, res, act, p0, p1, ws, ws_size))
     return kernel

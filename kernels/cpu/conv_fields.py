@@ -18,6 +18,7 @@ WINOGRAD = [
     "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw", "dh", "dw",  # sizes; the padding in front; the dilation
     "xn", "xc", "xh", "xw", "yn", "yo", "yh", "yw",  # byte strides
     "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
+    "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
     "width", "place", "m_place", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
@@ -32,13 +33,16 @@ SCATTER = [
     "line", "at_strip", "at_columns", "at_pack",  # a thread's memory
 ]
 
-#: The same for small groups in planes.
+#: The same for padded planes.
 DIRECT = [
-    "images", "groups", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw",  # channels and outputs of one group
-    "deep",  # the rows that a filter reaches beyond its first
+    "images", "groups", "channels", "outputs", "h", "w", "oh", "ow", "sh", "sw", "ph", "pw",  # channels and outputs of one group
+    "uh", "uw",  # residues of the stride that taps meet
+    "deep", "wide",  # how far, in positions, a filter reaches beyond its first tap
     "xn", "xc", "xh", "yn", "yo", "yh",  # byte strides
-    "k", "table", "chain",  # products a sum; their offsets; the most that one accumulator sums up
-    "band", "bands", "pitch", "plane", "sums", "at_sums",  # the division of rows; a thread's memory
+    "taps", "table", "chain",  # of the filter; the offsets of a slice's k; the most products that one accumulator sums up
+    "slice", "band", "bands", "seg", "segs", "part", "parts",  # channels at once; the division of rows, columns and outputs
+    "copied",  # whether panels are copied out of the planes
+    "pitch", "plane", "sums", "at_sums", "at_panel",  # a thread's memory
 ]
 
 #: The same for depthwise transposed convolutions of stride 2.

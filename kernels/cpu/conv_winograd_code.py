@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .conv_code import finisher, get
+from .conv_code import by_width, finisher, get
 from .conv_fields import WINOGRAD
 from .engine.region import parallel, parallel_tasks
 from .engine.simd import (
@@ -47,12 +47,12 @@ from .engine.simd import (
     store_scalar,
     store_vector,
 )
-from .engine.tile import Tile, multiply_blocks, tile_size
+from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _DH, _DW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS,
- _GROUPS, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (
-    8 * i for i in range(len(WINOGRAD)))
+ _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES,
+ _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -332,7 +332,7 @@ def winograd(elem_name: str) -> Any:
     e = FLOAT32
     lanes, size, unit = e.lanes, e.size, ROWS * e.size
     finish = finisher(e)
-    t1, t2, t3 = (Tile(e, ROWS, v) for v in (1, 2, 3))
+    multiply = by_width(*(Tile(e, ROWS, v) for v in (1, 2, 3)))
 
     @inline
     def clear(dst, count):
@@ -445,14 +445,8 @@ def winograd(elem_name: str) -> Any:
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
                 b_k = vecs * lanes * size
                 ahead = u + channels * b_k
-                rest = (blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row, lanes,
-                        ahead, b_k // blocks)
-                if vecs == 3:
-                    multiply_blocks(t3, *rest)
-                elif vecs == 2:
-                    multiply_blocks(t2, *rest)
-                else:
-                    multiply_blocks(t1, *rest)
+                multiply(vecs, blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row,
+                         lanes, ahead, b_k // blocks)
                 u = ahead
                 c += b_k
 
@@ -469,6 +463,9 @@ def winograd(elem_name: str) -> Any:
             i = line // th
             many, first = min(n - done, tw - j), start(line - i * th, DOWN_N, dh)
             length = ALONG_N * many * size
+            rows, columns = min(DOWN_N, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
+            # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
+            spills = columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
             at = i * get(geo, _YN) + first * get(geo, _YH) + j * ALONG_N * size
             for o in range(o0, o1, lanes):
                 for t in range(many):
@@ -479,9 +476,9 @@ def winograd(elem_name: str) -> Any:
                     else:
                         seen = transform_back_stepped(seen, *rest)
                 for k in range(min(lanes, o1 - o)):
-                    for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
+                    for r in range(rows):
                         to = at + (o + k) * get(geo, _YO) + r * dh * get(geo, _YH)
-                        finish(min(ALONG_N * many, w - j * ALONG_N), strip + (k * DOWN_N + r) * length, y + to, size,
+                        finish(lanes if spills and r + 1 < rows else columns, strip + (k * DOWN_N + r) * length, y + to, size,
                                bias + (o + k) * size if bias != 0 else 0, 0, res + to if res != 0 else 0, act, p0, p1)
             done += many
         return any_lane(seen != seen)
@@ -515,8 +512,13 @@ def winograd(elem_name: str) -> Any:
         v, m = mine + get(geo, _AT_V), mine + get(geo, _AT_M)
         number = task // cuts
         cut = task - number * cuts
-        t0 = number * block
+        blocks = (total + block - 1) // block
+        own = number // blocks  # which set of channels
+        t0 = (number - own * blocks) * block
         n = min(block, total - t0)
+        x, w, y = x + own * channels * get(geo, _XC), w + own * get(geo, _SET), y + own * outputs * get(geo, _YO)
+        bias = bias + own * outputs * size if bias != 0 else 0
+        res = res + own * outputs * get(geo, _YO) if res != 0 else 0
         if get(geo, _X_LAST):
             into_pixels(geo, x, t0, n, v, mine)
         else:
@@ -537,20 +539,22 @@ def winograd(elem_name: str) -> Any:
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, flag, p0, p1):
         store_scalar(INT64, flag, 0)
         tiles, block = get(geo, _N) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK)
-        parallel_tasks(nt, (tiles + block - 1) // block * get(geo, _CUTS), body,
+        parallel_tasks(nt, get(geo, _SETS) * ((tiles + block - 1) // block) * get(geo, _CUTS), body,
                        (geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag))
     return kernel
 
 
 def winograd_weight(elem_name: str) -> Any:
-    """A weight, transformed: [group of panels][place][panel][channel][output]. Element (output o, channel c, tap t) lies at
-    ``src + o·s_o + c·s_c + taps[t]``."""
+    """A weight, transformed: [set][group of panels][place][panel][channel][output]. Element (output o, channel c, tap t) of a
+    set lies at ``src + set·s_set + o·s_o + c·s_c + taps[t]``; sets are ``dst_set`` bytes apart."""
     lanes, size = FLOAT32.lanes, FLOAT32.size
 
     @inline
-    def body(t, nt, outputs, channels, panels, groups, src, s_o, s_c, taps, dst):
+    def body(t, nt, sets, outputs, channels, panels, groups, src0, s_set, s_o, s_c, taps, dst0, dst_set):
         vectors = (outputs + lanes - 1) // lanes
-        for q in range(panels * t // nt, panels * (t + 1) // nt):
+        for task in range(sets * panels * t // nt, sets * panels * (t + 1) // nt):
+            own = task // panels
+            q, src, dst = task - own * panels, src0 + own * s_set, dst0 + own * dst_set
             g = ((q + 1) * groups - 1) // panels
             v0, v1 = vectors * (panels * g // groups) // panels, vectors * (panels * (g + 1) // groups) // panels
             first = vectors * q // panels
@@ -562,6 +566,6 @@ def winograd_weight(elem_name: str) -> Any:
                     transform_filter(src + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps,
                                      to + (c * vecs + v) * lanes * size, place)
 
-    def kernel(nt, outputs, channels, panels, groups, src, s_o, s_c, taps, dst):
-        parallel(nt, body, (outputs, channels, panels, groups, src, s_o, s_c, taps, dst))
+    def kernel(nt, sets, outputs, channels, panels, groups, src, s_set, s_o, s_c, taps, dst, dst_set):
+        parallel(nt, body, (sets, outputs, channels, panels, groups, src, s_set, s_o, s_c, taps, dst, dst_set))
     return kernel
