@@ -457,22 +457,23 @@ def test_attention_of_transformers_is_copied_and_saved(tmp_path: Path, monkeypat
 
 
 def test_attention_of_transformers_that_is_left() -> None:
-    model: Any
     for choice, words in (("eager", "also returns the weights"), ("sdpa", "")):
-        model = nn.ModuleDict({"bert": hugging_face("Bert", attn_implementation=choice)})
+        bert = hugging_face("Bert", attn_implementation=choice)
+        model = nn.ModuleDict({"bert": bert})
         report = fastnn.replace(model)
         where = report.replaced if choice == "sdpa" else report.left
         assert [words in e.reason and e.name for e in where if "attention" in e.reason] == ["bert"]
-        assert len(attentions(model["bert"])) == (choice == "sdpa")
+        assert len(attentions(bert)) == (choice == "sdpa")
     assert "already" in next(e.reason for e in fastnn.replace(model).replaced if "attention" in e.reason)
-    model["bert"].set_attn_implementation("eager")  # the user's choice, later
-    assert attentions(fastnn.restore(model)["bert"]) == []
-    assert model["bert"].config._attn_implementation == "eager"
-    model = hugging_face("Bert")
-    for module in model.modules():
+    bert.set_attn_implementation("eager")  # the user's choice, later
+    fastnn.restore(model)
+    assert attentions(bert) == []
+    assert bert.config._attn_implementation == "eager"
+    bert = hugging_face("Bert")
+    for module in bert.modules():
         if type(module).__name__ == "BertSelfAttention":
             module.__class__ = type("Own", (type(module),), {"__module__": __name__})  # here "sdpa": and == "sdpa" are written
-    assert ["by its name" in e.reason for e in fastnn.replace(model).left if "attention" in e.reason] == [True]
+    assert ["by its name" in e.reason for e in fastnn.replace(bert).left if "attention" in e.reason] == [True]
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
