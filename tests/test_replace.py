@@ -422,6 +422,7 @@ def test_hugging_face_models(name: str) -> None:
     assert sum("attention" in e.reason for e in report.replaced) == len(configs) == (3 if name == "T5" else 1)
     assert same(fastnn.use()) >= {"attention", norm, *products}
     assert same(nullcontext()) >= {"attention", norm, *products - {"addmm"}}
+    assert name != "Bert" or not report.left
     classes = {type(m) for m in fastnn.restore(model).modules()}
     assert not any(kind.__module__.startswith("fastnn") for kind in classes)
     assert {config._attn_implementation for config in configs.values()} == {"sdpa"}
@@ -558,6 +559,22 @@ def test_norms_are_known_by_what_they_do(change: str) -> None:
         with fastnn.trace() as calls:
             model(x)
         assert [call.op for call in calls] == ["rms_norm"]
+
+
+def test_gelus_are_known_by_what_they_do() -> None:
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
+    kinds = "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_10", "quick_gelu"
+    model, x = nn.Sequential(*(activations.ACT2FN[name] for name in kinds)), torch.linspace(-5, 15, 41)
+    expected = [layer(x) for layer in model]
+    report = fastnn.replace(model)
+    assert [e.name for e in report.replaced] == list("01234")
+    assert {e.reason for e in report.replaced} == {"gelu, by trial"}
+    other: Any
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with fastnn.trace() as calls:
+            torch.testing.assert_close([layer(x) for layer in other], expected, rtol=1e-5, atol=1e-5)
+        assert [call.op for call in calls] == ["activation"] * 5
+    assert not any(type(m).__module__.startswith("fastnn") for m in fastnn.restore(model))
 
 
 @pytest.mark.parametrize("process", ["this one", "a fresh one"])
