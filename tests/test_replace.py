@@ -564,12 +564,12 @@ def test_norms_are_known_by_what_they_do(change: str) -> None:
 def test_gelus_are_known_by_what_they_do() -> None:
     activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
     kinds = "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_10", "quick_gelu"
-    model, x = nn.Sequential(*(activations.ACT2FN[name] for name in kinds)), torch.linspace(-5, 15, 41)
+    model: Any = nn.Sequential(*(activations.ACT2FN[name] for name in kinds))
+    x = torch.linspace(-5, 15, 41)
     expected = [layer(x) for layer in model]
     report = fastnn.replace(model)
     assert [e.name for e in report.replaced] == list("01234")
     assert {e.reason for e in report.replaced} == {"gelu, by trial"}
-    other: Any
     for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         with fastnn.trace() as calls:
             torch.testing.assert_close([layer(x) for layer in other], expected, rtol=1e-5, atol=1e-5)

@@ -17,22 +17,7 @@ from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
 from .engine.pack import packer, pair_packer
 from .engine.region import parallel, parallel_tasks
-from .engine.simd import (
-    ELEMS,
-    INT64,
-    Elem,
-    compute_elem,
-    fma,
-    inline,
-    load,
-    load_n,
-    load_scalar,
-    outline,
-    spread,
-    store,
-    store_n,
-    wide,
-)
+from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, outline, spread, store_n
 from .engine.tile import Tile, multiply_blocks, tile_size
 
 ROWS, VECS = tile_size()
@@ -96,51 +81,26 @@ def tiles(p: Any, pairs: bool, masked: bool = True) -> Any:
 
 def _epilogue(e: Elem) -> Any:
     """The last step of every product: C = act(alpha · S + bias + beta · R), from the sums S to the output."""
-    def step_of(vectors: int) -> Any:
-        """One vector, of n lanes, or several whole ones: see ``wide``."""
-        es, ps = wide(e, vectors), wide(compute_elem(e), vectors)
-
-        @inline
-        def fetch(elem, address, n):
-            return load(elem, address) if vectors > 1 else load_n(elem, address, n)
-
-        @inline
-        def step(n, src, c, alpha, bias, beta, res, res_n, act, p0, p1):
-            v = fetch(ps, src, n) * alpha
-            if bias != 0:
-                v = v + fetch(es, bias, n)
-            if res != 0:
-                if res_n == 0:
-                    v = fma(spread(ps, load_scalar(e, res)), beta, v)
-                else:
-                    v = fma(fetch(es, res, n), beta, v)
-            if act != 0:
-                v = apply(act, v, p0, p1)
-            if vectors > 1:
-                store(es, c, v)
-            else:
-                store_n(es, c, v, n)
-        return step
-
-    one, all_of_row = step_of(1), step_of(VECS)
     p = compute_elem(e)
     lanes = p.lanes
 
     @outline
     def finish(rows, vecs, last, src, src_row, c, c_row, alpha, bias, beta, res, res_m, res_n, act, p0, p1):
-        for _row in range(rows):
-            if vecs == VECS and last == 0:
-                all_of_row(lanes, src, c, alpha, bias, beta, res, res_n, act, p0, p1)
-            else:
-                for j in range(vecs):
-                    n = last if last > 0 and j == vecs - 1 else lanes
-                    b = bias + j * e.bytes if bias != 0 else 0
-                    r = res + j * lanes * res_n if res != 0 else 0
-                    one(n, src + j * p.bytes, c + j * e.bytes, alpha, b, beta, r, res_n, act, p0, p1)
-            src += src_row
-            c += c_row
-            if res != 0:
-                res += res_m
+        for i in range(rows):
+            for j in range(vecs):
+                n = last if last > 0 and j == vecs - 1 else lanes
+                v = load_n(p, src + i * src_row + j * p.bytes, n) * alpha
+                if bias != 0:
+                    v = v + load_n(e, bias + j * e.bytes, n)
+                if res != 0:
+                    r = res + i * res_m + j * lanes * res_n
+                    if res_n == 0:
+                        v = fma(spread(p, load_scalar(e, r)), beta, v)
+                    else:
+                        v = fma(load_n(e, r, n), beta, v)
+                if act != 0:
+                    v = apply(act, v, p0, p1)
+                store_n(e, c + i * c_row + j * e.bytes, v, n)
     return finish
 
 
@@ -261,12 +221,10 @@ def product(elem_name: str, pairs: bool) -> Any:
                             finish(rows * blocks, vecs, last, scratch, scratch_row, cp, c_m, alpha, bias_at, beta,
                                    rp, res_m, res_n, act, p0, p1)
                         else:
-                            done = epilogue and final  # else the sums wait in C
-                            to, to_row = (scratch, scratch_row) if done else (cp, c_m)
-                            run(rows, vecs, last, blocks, kn, ap, ar, ak, bp, bk, init, init_row, to, to_row, ahead,
+                            run(rows, vecs, last, blocks, kn, ap, ar, ak, bp, bk, init, init_row, cp, c_m, ahead,
                                 ahead_step)
-                            if done:
-                                finish(rows * blocks, vecs, last, scratch, scratch_row, cp, c_m, alpha, 0, beta,
+                            if epilogue and final:
+                                finish(rows * blocks, vecs, last, cp, c_m, cp, c_m, alpha, 0, beta,
                                        rp, res_m, res_n, act, p0, p1)
                         i += rows * blocks
             k0 += kn
