@@ -95,27 +95,20 @@ def run_digits(step: Step) -> tuple[Result, dict[str, list[float]]]:
 
 
 def run_sentences(step: Step) -> Result:
-    """Embed the sentences with the pretrained model as it comes, compiled, replaced, and replaced inside ``fastnn.use()``."""
+    """Embed the sentences with the pretrained model as it comes, compiled, and replaced."""
     step("sentences: loading the model")
     model, tokens = embeddings.embedder()
     replaced = copy.deepcopy(model)
-
-    def served(**tokens: torch.Tensor) -> torch.Tensor:
-        with fastnn.use():  # for its attention, which is a function and no layer
-            return replaced(**tokens)
-
-    models: dict[str, Callable[..., torch.Tensor]] = {TORCH: model, FASTNN: served}
+    models: dict[str, Callable[..., torch.Tensor]] = {TORCH: model, FASTNN: replaced}
     sentences, length = tokens["input_ids"].shape
     result = Result("MiniLM sentence embeddings", fastnn.replace(replaced))
     step("sentences: embedding")
     expected = embeddings.embed(model, tokens)
     with fastnn.trace() as traced:
-        apart = (embeddings.embed(served, tokens) - expected).abs().max().item()
+        apart = (embeddings.embed(replaced, tokens) - expected).abs().max().item()
     ours = Counter(call.op for call in traced if call.backend == "cpu")
     result.notes.append(f"MiniLM: served by fastnn in one call: {', '.join(f'{n} × {op}' for op, n in ours.items())}.")
     result.checks.append(Check("largest difference of embeddings", f"{apart:.1e}", "≤ 1e-5", apart <= 1e-5))
-    apart = (embeddings.embed(replaced, tokens) - expected).abs().max().item()
-    result.checks.append(Check("the same, replace() alone", f"{apart:.1e}", "≤ 1e-5", apart <= 1e-5))
 
     step("sentences: torch.compile")
     compiled = torch.compile(copy.deepcopy(model))
@@ -127,10 +120,7 @@ def run_sentences(step: Step) -> Result:
 
     step("sentences: timing")
     calls = {name: (lambda m=m: embeddings.embed(m, tokens)) for name, m in models.items()}
-    result.time(f"sentences: {sentences} × {length} tokens, replace() and use()", calls, seconds=6.0)
-    calls = {name: (lambda m=m: embeddings.embed(m, tokens)) for name, m in ((TORCH, model), (FASTNN, replaced))}
-    result.time("sentences: the same, replace() alone", calls, seconds=3.0)
-    result.notes.append("MiniLM: its attention is a function, which replace() leaves to torch and use() does not.")
+    result.time(f"sentences: {sentences} × {length} tokens", calls, seconds=6.0)
     return result
 
 

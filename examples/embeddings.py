@@ -74,6 +74,5 @@ if __name__ == "__main__":
 
     found, _ = embedder()
     fastnn.replace(found)
-    with fastnn.use():
-        for question in sys.argv[1:] or ["What is said of families?", "How fast does light travel?"]:
-            print(question, *(f"  {score:.2f}  {text}" for score, text in search(found, question)), sep="\n")
+    for question in sys.argv[1:] or ["What is said of families?", "How fast does light travel?"]:
+        print(question, *(f"  {score:.2f}  {text}" for score, text in search(found, question)), sep="\n")

@@ -11,10 +11,10 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import backends, functional
+from . import _hugging_face, backends, functional
 from .nn import REPLACEMENTS
 from .nn._epilogue import Epilogue
-from .nn._lookalike import originals, rms_norm_class
+from .nn._lookalike import gelu_class, originals, rms_norm_class
 from .ops._operator import PLAIN
 
 _ORIGINALS = originals  # which has the classes that are made when a look-alike is found
@@ -57,8 +57,9 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
 
     Parameters, buffers, hooks, references and state_dicts stay what they are; a shared module is switched once; a
     second call changes nothing more. `backend` names the backend of the replaced modules (ValueError if unknown).
-    Root-mean-square norms of other libraries are switched too, if a trial shows that they compute ``rms_norm``. Modules of
-    other classes are left, and the report says why.
+    Root-mean-square norms and gelus of other libraries are switched too, if a trial shows that they are, and the attention
+    of transformers' models by their config: for all models that share it, as ``model.set_attn_implementation`` has it, and
+    if it is "sdpa", as it is by default. Modules of other classes are left, and the report says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
@@ -73,6 +74,9 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
         elif ours is None and (ours := rms_norm_class(module)) is not None:
             module.__class__ = ours
             report.replaced.append(Entry(name, class_name, "root-mean-square norm, by trial"))
+        elif ours is None and (ours := gelu_class(module)) is not None:
+            module.__class__ = ours
+            report.replaced.append(Entry(name, class_name, "gelu, by trial"))
         elif (reason := why_left(module)) is not None:
             report.left.append(Entry(name, class_name, reason))
             continue
@@ -83,6 +87,8 @@ def replace(model: nn.Module, backend: str | None = None) -> Report:
             continue
         if backend is not None:
             module.__dict__["backend"] = backend
+    for *entry, done in _hugging_face.switch(model, backend):
+        (report.replaced if done else report.left).append(Entry(*entry))
     return report
 
 
@@ -96,6 +102,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) in _ORIGINALS and not fused:
             module.__dict__.pop("backend", None)
             module.__class__ = _ORIGINALS[type(module)]
+    _hugging_face.restore(model)
     return model
 
 

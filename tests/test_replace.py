@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastnn
+from fastnn import _hugging_face
 from fastnn.nn import _lookalike
 from fastnn.replace import Report
 
@@ -379,12 +382,17 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
 NORMS = {"Llama": 3, "T5": 7}  # root-mean-square norms of their own: what use() cannot see, replace() finds
 
 
+def hugging_face(name: str, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**HUGGING_FACE[name], **options)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_models(name: str) -> None:
     """Unmodified, by use and by replace: the same outputs, from our attention, norms and products."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**HUGGING_FACE[name])).eval()
+    model = hugging_face(name)
     tokens = torch.randint(2, 50, (2, 9))
     inputs: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     inputs["attention_mask"][1, 6:] = 0
@@ -395,23 +403,107 @@ def test_hugging_face_models(name: str) -> None:
     elif name == "T5":
         inputs["decoder_input_ids"] = tokens
 
-    def same() -> set[str]:
-        with torch.no_grad(), fastnn.use(), fastnn.trace() as calls:
+    def same(block: Any) -> set[str]:
+        with torch.no_grad(), block, fastnn.trace() as calls:
             found = model(**inputs).last_hidden_state
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+        assert not any(call.op == "attention" and call.backend != "cpu" for call in calls)
         return {call.op for call in calls if call.backend == "cpu"}
 
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
     norm = "rms_norm" if name in NORMS else "layer_norm"
     products = {"addmm"} if name == "GPT2" else {"linear"}
-    served = same()
+    served = same(fastnn.use())
     assert served >= {"attention", *products, *({norm} - {"rms_norm"})}, served
     report = fastnn.replace(model)
     assert sum(e.reason.startswith("root-mean-square") for e in report.replaced) == NORMS.get(name, 0)
-    assert same() >= {"attention", norm, *products}
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "save_pretrained")}
+    assert sum("attention" in e.reason for e in report.replaced) == len(configs) == (3 if name == "T5" else 1)
+    assert same(fastnn.use()) >= {"attention", norm, *products}
+    assert same(nullcontext()) >= {"attention", norm, *products - {"addmm"}}
+    assert name != "Bert" or not report.left
     classes = {type(m) for m in fastnn.restore(model).modules()}
     assert not any(kind.__module__.startswith("fastnn") for kind in classes)
+    assert {config._attn_implementation for config in configs.values()} == {"sdpa"}
+
+
+def attentions(model: Any) -> list[fastnn.backends.Call]:
+    with torch.no_grad(), fastnn.trace() as calls:
+        model(input_ids=torch.arange(2, 11).view(1, 9))
+    return [call for call in calls if call.op == "attention"]
+
+
+def test_attention_of_transformers_is_copied_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hugging_face("Bert")
+    fastnn.replace(model, backend="reference")
+    assert [call.backend for call in attentions(model)] == ["reference"]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    pickled = pickle.dumps(model)
+    from transformers.modeling_utils import AttentionInterface
+
+    registry = {k: v for k, v in AttentionInterface._global_mapping.items() if not k.startswith("fastnn")}
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", registry)  # as in a fresh process
+    for other in (pickle.loads(pickled), torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert [call.backend for call in attentions(other)] == ["reference"]
+        assert attentions(fastnn.restore(other)) == []
+        assert other.config._attn_implementation == "sdpa"
+    assert len(attentions(model)) == 1
+    model.save_pretrained(tmp_path)
+    assert "fastnn" not in (tmp_path / "config.json").read_text()
+    assert "fastnn" not in str(model.config.to_dict())
+    assert type(model).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_attention_of_transformers_that_is_left() -> None:
+    for choice, words in (("eager", "also returns the weights"), ("sdpa", "")):
+        bert = hugging_face("Bert", attn_implementation=choice)
+        model = nn.ModuleDict({"bert": bert})
+        report = fastnn.replace(model)
+        where = report.replaced if choice == "sdpa" else report.left
+        assert [words in e.reason and e.name for e in where if "attention" in e.reason] == ["bert"]
+        assert len(attentions(bert)) == (choice == "sdpa")
+    assert "already" in next(e.reason for e in fastnn.replace(model).replaced if "attention" in e.reason)
+    bert.set_attn_implementation("eager")  # the user's choice, later
+    fastnn.restore(model)
+    assert attentions(bert) == []
+    assert bert.config._attn_implementation == "eager"
+    bert = hugging_face("Bert")
+    for module in bert.modules():
+        if type(module).__name__ == "BertSelfAttention":
+            module.__class__ = type("Own", (type(module),), {"__module__": __name__})  # here "sdpa": and == "sdpa" are written
+    assert ["by its name" in e.reason for e in fastnn.replace(bert).left if "attention" in e.reason] == [True]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [7, 11])
+def test_attention_of_transformers_is_theirs(mask: str, causal: bool, keys: int) -> None:
+    """With a learned bias and grouped heads: the outputs, and the gradients, of transformers' function."""
+    sdpa = pytest.importorskip("transformers.integrations.sdpa_attention", reason="transformers is not installed")
+    torch.manual_seed(0)
+    module: Any = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, causal
+    q, k, v = (torch.randn(2, heads, n, 8, requires_grad=True) for heads, n in ((4, 7), (2, keys), (2, keys)))
+    bias = torch.randn(1, 4, 7, keys, requires_grad=True)
+    seen = torch.rand(2, 1, 7, keys) < 0.7
+    seen[..., 0] = True
+    masks = {"none": None, "bool": seen, "float": torch.where(seen, 0.0, -1e30)}
+    for position_bias in (None, bias):
+        found, expected = (
+            function(module, q, k, v, masks[mask], scaling=0.3, position_bias=position_bias)[0]
+            for function in (_hugging_face.attention, sdpa.sdpa_attention_forward)
+        )
+        inputs = (q, k, v, bias)[: 4 if position_bias is not None else 3]
+        torch.testing.assert_close(found, expected)
+        grads = (torch.autograd.grad(out.sin().sum(), inputs, retain_graph=True) for out in (found, expected))
+        torch.testing.assert_close(*grads)
+    with fastnn.trace() as calls:
+        _hugging_face.attention(module, q, k, v, masks[mask], dropout=0.5, softcap=2.0)
+    assert calls[0].shapes[1][1] == 2  # heads, not repeated
+    assert calls[0].options[0] == 0.5
 
 
 class _Norm(nn.Module):
@@ -467,6 +559,23 @@ def test_norms_are_known_by_what_they_do(change: str) -> None:
         with fastnn.trace() as calls:
             model(x)
         assert [call.op for call in calls] == ["rms_norm"]
+
+
+def test_gelus_are_known_by_what_they_do() -> None:
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
+    kinds = "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_10", "quick_gelu"
+    model: Any = nn.Sequential(*(activations.ACT2FN[name] for name in kinds))
+    x = torch.linspace(-5, 15, 41)
+    expected = [layer(x) for layer in model]
+    report = fastnn.replace(model)
+    assert [e.name for e in report.replaced] == list("01234")
+    assert {e.reason for e in report.replaced} == {"gelu, by trial"}
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with fastnn.trace() as calls:
+            torch.testing.assert_close([layer(x) for layer in other], expected, rtol=1e-5, atol=1e-5)
+        assert [call.op for call in calls] == ["activation"] * 5
+    fastnn.restore(model)
+    assert not any(type(m).__module__.startswith("fastnn") for m in model)
 
 
 @pytest.mark.parametrize("process", ["this one", "a fresh one"])

@@ -1,5 +1,5 @@
-"""Other libraries' root-mean-square norms (Hugging Face's LlamaRMSNorm, T5LayerNorm and their many copies), known by what they
-are and do, not by their names."""
+"""Other libraries' root-mean-square norms (Hugging Face's LlamaRMSNorm, T5LayerNorm and their many copies) and gelus (its
+GELUActivation, NewGELUActivation, …), known by what they do in a trial."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from .. import functional as F
 from ..ops._operator import PLAIN
 
 _classes: dict[type[nn.Module], type[nn.Module] | None] = {}  # theirs: ours, or None if it computes something else
+_gelus: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}  # (theirs, torch's name of the formula): ours
 originals: dict[type[nn.Module], type[nn.Module]] = {}  # ours: theirs
 _PLAIN = frozenset(nn.Module().__dict__)
 
@@ -54,7 +55,25 @@ def _is_rms_norm(module: nn.Module, eps: str) -> bool:
     return True
 
 
-def _ours(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
+def _subclass(theirs: type[nn.Module], what: str, forward: Any, make: Any) -> type[nn.Module]:
+    """theirs with our forward. Pickle finds classes by name, and ours may not be made yet in its process: make(theirs, what)."""
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (make, theirs, what), self.__getstate__()
+
+    own = {"forward": forward, "__reduce_ex__": reduce, "backend": None, "__module__": __name__}
+    ours = type(theirs.__name__, (theirs,), own)
+    originals[ours] = theirs
+    return ours
+
+
+def _unpickled(make: Any, theirs: type[nn.Module], what: str) -> nn.Module:
+    """A module of our class, still empty."""
+    ours = make(theirs, what)
+    return ours.__new__(ours)
+
+
+def _norm(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype is not self.weight.dtype:  # what comes out then differs from class to class
             found: Tensor = theirs.forward(self, hidden_states)
@@ -63,20 +82,41 @@ def _ours(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
         out: Tensor = F.rms_norm(hidden_states, shape, self.weight, self.__dict__[eps], backend=self.backend)
         return out
 
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _unpickled, (theirs, eps), self.__getstate__()
-
-    own = {"forward": forward, "__reduce_ex__": reduce, "backend": None, "__module__": __name__}
-    ours = type(theirs.__name__, (theirs,), own)
-    originals[ours] = theirs
+    ours = _classes[theirs] = _classes.get(theirs) or _subclass(theirs, eps, forward, _norm)
     return ours
 
 
-def _unpickled(theirs: type[nn.Module], eps: str) -> nn.Module:
-    """A module of our class, still empty. Pickle finds classes by name, and ours may not be made yet in this process."""
-    ours = _classes.get(theirs) or _ours(theirs, eps)
-    _classes[theirs] = ours
-    return ours.__new__(ours)
+def _gelu(theirs: type[nn.Module], approximate: str) -> type[nn.Module]:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate, backend=self.backend)
+
+    key = theirs, approximate
+    if key not in _gelus:
+        _gelus[key] = _subclass(theirs, approximate, forward, _gelu)
+    return _gelus[key]
+
+
+def gelu_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that serves a module called gelu that has no parameters, if a trial shows that it is one of torch's two; else
+    None."""
+    kind = type(module)
+    if "gelu" not in kind.__name__.lower() or type(module._parameters) is not dict or kind.__module__.startswith("torch."):
+        return None
+    if module._parameters or module._buffers or module._modules or "forward" in module.__dict__:
+        return None
+    x = torch.cat((torch.linspace(-8, 8, 101), torch.tensor((-300.0, 30.0, 300.0)))).requires_grad_()
+    try:
+        with torch.enable_grad():
+            found = kind.forward(module, x)
+            slope = torch.autograd.grad(found.sum(), x)[0]
+            for approximate in ("none", "tanh"):  # which differ by 5e-4
+                expected = torch.nn.functional.gelu(x, approximate=approximate)
+                same = torch.allclose(found, expected, 1e-5, 1e-6)
+                if same and torch.allclose(slope, torch.autograd.grad(expected.sum(), x)[0], 1e-4, 1e-5):
+                    return _gelu(kind, approximate)
+    except Exception:
+        return None
+    return None
 
 
 def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
@@ -86,5 +126,5 @@ def rms_norm_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if kind not in _classes:
         with torch.random.fork_rng(devices=()), torch.enable_grad():
-            _classes[kind] = _ours(kind, eps) if _is_rms_norm(module, eps) else None
+            _classes[kind] = _norm(kind, eps) if _is_rms_norm(module, eps) else None
     return _classes[kind]
