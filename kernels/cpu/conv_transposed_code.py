@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .conv_code import finisher, get
+from .conv_code import by_width, finisher, get
 from .conv_fields import SCATTER
 from .engine.pack import packer
 from .engine.region import parallel_tasks
@@ -27,7 +27,7 @@ from .engine.simd import (
     store_n,
     store_scalar,
 )
-from .engine.tile import Tile, multiply_blocks, tile_size
+from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _H, _W, _OH, _OW, _KH, _KW, _SH, _SW, _PH, _PW, _XN, _XC, _YN, _YO, _YH, _BANDS, _PARTS, _GROUP, _DEPTH, _CHAIN,
@@ -39,7 +39,7 @@ def scatter(elem_name: str) -> Any:
     e = FLOAT32
     lanes, size = e.lanes, e.size
     pack, finish = packer(e), finisher(e)
-    t1, t2, t3 = (Tile(e, ROWS, v) for v in (1, 2, 3))
+    multiply = by_width(*(Tile(e, ROWS, v) for v in (1, 2, 3)))
 
     @outline
     def columns(geo, x, w, n, o0, o1, fresh, cols, packed):
@@ -59,14 +59,8 @@ def scatter(elem_name: str) -> Any:
                     pack(x + k0 * x_c + v * lanes * size, size, x_c, min(vecs * lanes, n - v * lanes), k, b, vecs * lanes)
                 c = cols + v * lanes * size
                 start, start_row = (c, row) if k0 > 0 else (0, 0)
-                rest = (blocks, k, chain, w + k0 * size, channels * size, size, ROWS * channels * size, b, b_k, start, start_row,
-                        ROWS * start_row, c, row, ROWS * row, lanes, b, 0)
-                if vecs == 3:
-                    multiply_blocks(t3, *rest)
-                elif vecs == 2:
-                    multiply_blocks(t2, *rest)
-                else:
-                    multiply_blocks(t1, *rest)
+                multiply(vecs, blocks, k, chain, w + k0 * size, channels * size, size, ROWS * channels * size, b, b_k, start,
+                         start_row, ROWS * start_row, c, row, ROWS * row, lanes, b, 0)
 
     @inline
     def add(d, s, n):

@@ -128,12 +128,17 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         mask = builder.alloca(signs)
         builder.store(builder.sext(lane_mask(builder, last, t.elem.lanes), signs), mask)
 
+    def opaque(value: Any) -> Any:
+        """The same number, which the compiler cannot see through: it would reach a row from the one before, by an addition at
+        each k, instead of keeping the rows' distances in registers."""
+        return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], side_effect=False)
+
     zero = ir.Constant(vt, [0.0] * t.elem.lanes)
     entry = builder.block
-    block, part, fours, between, loop, done, plain, start, after, following, end = (
-        builder.append_basic_block(name)
-        for name in ("block", "part", "fours", "between", "k", "done", "plain", "init", "after", "next", "end"))
-    offsets = [builder.mul(ar, i64(i)) for i in range(t.rows)]
+    block, part, several, usual, fours, between, loop, done, plain, start, after, following, end = map(
+        builder.append_basic_block,
+        ("block", "part", "several", "usual", "fours", "between", "k", "done", "plain", "init", "after", "next", "end"))
+    offsets = [i64(0), *(opaque(builder.mul(ar, i64(i))) for i in range(1, t.rows))]
     panel = t.vecs // t.groups  # vectors of B next to each other
     across = [builder.add(builder.mul(b_group, i64(j // panel)), i64(j % panel * vb)) for j in range(t.vecs)]
     builder.branch(block)
@@ -161,11 +166,13 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         for node, value in zip(nodes, values, strict=True):
             node.add_incoming(value, source)
 
-    def step(values: list[Any]) -> list[Any]:
-        """One k: the count, the pointers and the accumulators after it"""
+    def step(values: list[Any], ak: Any, bk: Any, fetched: int) -> list[Any]:
+        """One k: the count, the pointers and the accumulators after it. Fetch for so many."""
         count, pa, pb, pf, *acc = values
-        llvm_call(builder, "llvm.prefetch", ir.VoidType(),
-                  [builder.inttoptr(pf, i8.as_pointer()), i32(0), i32(2), i32(1)], "p0")
+        if fetched:
+            llvm_call(builder, "llvm.prefetch", ir.VoidType(),
+                      [builder.inttoptr(pf, i8.as_pointer()), i32(0), i32(2), i32(1)], "p0")
+            pf = builder.add(pf, ahead_k if fetched == 1 else builder.mul(ahead_k, i64(fetched)))
         row = builder.add(b0, builder.load(builder.inttoptr(pb, i64.as_pointer()))) if t.table else pb
         exist = last
         if mask is not None:
@@ -176,43 +183,55 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         for i in range(t.rows):
             ai = _splat_a(builder, t, builder.add(pa, offsets[i]))
             new += [_multiply_add(builder, t, ai, bs[j], acc[i * t.vecs + j]) for j in range(t.vecs)]
-        return [builder.sub(count, i64(1)), builder.add(pa, ak), builder.add(pb, i64(8) if t.table else bk),
-                builder.add(pf, ahead_k), *new]
+        return [builder.sub(count, i64(1)), builder.add(pa, ak), builder.add(pb, bk), pf, *new]
 
-    def keep_apart(values: list[Any]) -> list[Any]:
-        """Nothing, in code; the compiler must not mix one k's work with the next one's, for which there are no registers."""
+    def keep_apart(values: list[Any], address: bool) -> list[Any]:
+        """Nothing, in code; the compiler must not mix one k's work with the next one's, for which there are no registers: nor,
+        where A's elements lie any distance apart, for their addresses."""
         count, pa, pb, pf, *acc = values
-        n = 1 + len(acc)
-        kinds = [i64] + [vt] * len(acc)
-        constraints = ["=r", *["=x"] * len(acc), *map(str, range(n)), "~{memory}"]
-        same = builder.asm(ir.FunctionType(ir.LiteralStructType(kinds), kinds), "", ",".join(constraints), [pa, *acc],
+        kept = [pa, *acc] if address else acc
+        kinds = [v.type for v in kept]
+        constraints = ["=r" if kind is i64 else "=x" for kind in kinds] + [*map(str, range(len(kept))), "~{memory}"]
+        same = builder.asm(ir.FunctionType(ir.LiteralStructType(kinds), kinds), "", ",".join(constraints), kept,
                            side_effect=True)
-        pa, *acc = (builder.extract_value(same, k) for k in range(n))
+        kept = [builder.extract_value(same, k) for k in range(len(kept))]
+        if address:
+            pa, *acc = kept
+        else:
+            acc = kept
         return [count, pa, pb, pf, *acc]
 
     # Four k at a time: fewer steps of pointers and branches, and so a sixth faster where another hyper-thread takes every second
-    # slot of the core. Small tiles are edges; large ones have few such instructions, and no addresses to spare.
-    several = 8 <= len(slots) < 16 and simd().name == "avx2"
-    builder.cbranch(builder.icmp_signed(">=", length, i64(4)), fours, between) if several else builder.branch(between)
+    # slot of the core; and fewer still where the distances from k to k are the usual ones: A's rows as they are, B's panels.
+    # Small tiles are edges; large ones have few such instructions, and no addresses to spare.
+    by_fours = 8 <= len(slots) < 16 and simd().name == "avx2"
+    builder.cbranch(builder.icmp_signed(">=", length, i64(4)), several, between) if by_fours else builder.branch(between)
     ends = [(part, state)]
-    builder.position_at_end(fours)
-    if several:
-        first = phis((part, state))
-        values = step(first)
-        for _ in range(3):
-            values = step(keep_apart(values))
+    builder.position_at_end(several)
+    any_k, usual_k = (ak, i64(8) if t.table else bk), (i64(t.elem.size), i64(8 if t.table else t.vecs * vb))
+    as_usual = builder.icmp_signed("==", ak, usual_k[0])
+    if not t.table:
+        as_usual = builder.and_(as_usual, builder.icmp_signed("==", bk, usual_k[1]))
+    builder.cbranch(as_usual, usual, fours)
+    for these, distances in (usual, usual_k), (fours, any_k):
+        builder.position_at_end(these)
+        if not by_fours:
+            builder.unreachable()
+            continue
+        first = phis((several, state))
+        values = step(first, *distances, fetched=2)
+        for fetched in (0, 2, 0):
+            values = step(keep_apart(values, these is fours), *distances, fetched)
         again(first, values, builder.block)
         ends.append((builder.block, values))
-        builder.cbranch(builder.icmp_signed(">=", values[0], i64(4)), fours, between)
-    else:
-        builder.unreachable()
+        builder.cbranch(builder.icmp_signed(">=", values[0], i64(4)), these, between)
 
     builder.position_at_end(between)
     rest = phis(*ends)
     builder.cbranch(positive(rest[0]), loop, done)
     builder.position_at_end(loop)
     first = phis((between, rest))
-    values = step(first)
+    values = step(first, *any_k, fetched=1)
     again(first, values, builder.block)
     back = builder.cbranch(positive(values[0]), loop, done)
     if len(slots) >= 8:
