@@ -167,7 +167,7 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
             node.add_incoming(value, source)
 
     def step(values: list[Any], ak: Any, bk: Any, fetched: int) -> list[Any]:
-        """One k: the count, the pointers and the accumulators after it. Fetch for so many."""
+        """One k: the count, the pointers and the accumulators after it. What it fetches is for so many k, or none."""
         count, pa, pb, pf, *acc = values
         if fetched:
             llvm_call(builder, "llvm.prefetch", ir.VoidType(),
@@ -202,7 +202,7 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
         return [count, pa, pb, pf, *acc]
 
     # Four k at a time: fewer steps of pointers and branches, and so a sixth faster where another hyper-thread takes every second
-    # slot of the core; and fewer still where the distances from k to k are the usual ones: A's rows as they are, B's panels.
+    # slot of the core; and fewer still where the distances from k to k are the usual ones, those of A's rows and of B's panels.
     # Small tiles are edges; large ones have few such instructions, and no addresses to spare.
     by_fours = 8 <= len(slots) < 16 and simd().name == "avx2"
     builder.cbranch(builder.icmp_signed(">=", length, i64(4)), several, between) if by_fours else builder.branch(between)
@@ -219,9 +219,10 @@ def _define(module: ir.Module, t: Tile) -> ir.Function:
             builder.unreachable()
             continue
         first = phis((several, state))
-        values = step(first, *distances, fetched=2)
-        for fetched in (0, 2, 0):
-            values = step(keep_apart(values, these is fours), *distances, fetched)
+        fetched = (1, 1, 1, 1) if these is fours else (2, 0, 2, 0)
+        values = step(first, *distances, fetched[0])
+        for number in fetched[1:]:
+            values = step(keep_apart(values, these is fours), *distances, number)
         again(first, values, builder.block)
         ends.append((builder.block, values))
         builder.cbranch(builder.icmp_signed(">=", values[0], i64(4)), these, between)
@@ -304,7 +305,7 @@ def multiply_blocks(typingctx, tile, blocks, k, stretch, a, a_row, a_k, a_step, 
     """multiply_blocks(tile, blocks, k, stretch, a, a_row, a_k, a_step, b, b_k | table, init, init_row, init_step, c, c_row,
     c_step, last, ahead, ahead_k): ``multiply`` for ``blocks`` tiles one below the other, ``…_step`` bytes apart (0 where init
     is 0), each sum in stretches of k between which it waits in C. With every k, what lies at ``ahead`` is fetched into L2 and
-    ``ahead`` moves on by ``ahead_k``.
+    ``ahead`` moves on by ``ahead_k``; with every second one where A's rows and B's panels lie as usual.
     """
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         builder.call(_define(builder.module, tile.value), [*args[1:], i64(0)])
