@@ -18,7 +18,7 @@ class Build:
 
     matrix: names of the kernels launched that must use the matrix instruction; best: it must be the newest one of each chip
     (wgmma, tcgen05). copied: kernels that must read by tensor maps (TMA) where the chip has them. spills: bytes that are allowed.
-    chips: what to compile for.
+    chips: what to compile for; only: these of the kernels launched, where another build has the rest.
     """
 
     op: Operator
@@ -28,6 +28,7 @@ class Build:
     copied: tuple[str, ...] = ()
     spills: int = 0
     chips: tuple[str, ...] = ALL
+    only: tuple[str, ...] = ()
     note: str = ""
     float32: str | None = None  # what set_float32_precision is told
     plain: bool = False  # convolutions by columns
@@ -104,7 +105,7 @@ BUILDS += [
     Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
     Build(norm.add_layer_norm, (t(16, 131072), t(16, 131072), t(131072), t(131072), [131072], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),
-    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5)),
+    Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5), chips=("sm_90",)),
     Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
     Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
     Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
@@ -144,10 +145,15 @@ BUILDS += [
         ("backward_queries", "backward_keys", "backward_mask"), spills=208, chips=("sm_90",), note=" everything",
     ),
     Build(
-        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64, causal=False, mask=t(12, 512, 512)),
-        ("backward_queries", "backward_keys", "backward_mask"), chips=("sm_80", "sm_100", "gfx942"), note=" a mask's gradient",
+        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
+        chips=("sm_100",),
     ),
-    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), note=" few queries"),
+    Build(
+        attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64, causal=False, mask=t(12, 512, 512)),
+        ("backward_mask",), spills=40, chips=("sm_80", "sm_100", "gfx942"), only=("backward_mask",), note=" a mask's gradient",
+    ),
+    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
+    Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), only=("join",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
 ]
 
@@ -165,7 +171,7 @@ BUILDS += [
     Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
     Build(
         conv.conv, (X.float(), W3.float(), None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), plain=True,
-        note=" by columns",
+        only=("col2im",), note=" by columns",
     ),
     Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
     Build(
@@ -182,5 +188,6 @@ BUILDS += [
         rnn.recurrent_backward,
         (STATE, STATE, t(0, dtype=F32), STATE, STATE, None, WIDE[:3072], WIDE[:3072], None, None, None, STATE,
          t(1024, 4096, dtype=F32), None, "gru", False, [True, True, False, True, True, False, False, False]),
+        only=("step_back",),
     ),
 ]  # fmt: skip

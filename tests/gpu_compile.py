@@ -121,6 +121,8 @@ def main() -> None:
         for name in build.chips:
             target, chip = CHIPS[name]
             for kernel, values, options in launches(build, chip):
+                if build.only and kernel.__name__ not in build.only:
+                    continue
                 made = source(kernel, values)
                 key = name, made.hash(), str(sorted(options.items()))
                 if key not in known:
