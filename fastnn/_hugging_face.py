@@ -1,5 +1,7 @@
 """The attention of Hugging Face's transformers, which is a function and no module: switched by its own interface, where a model's
-config names the function. That name is never saved with a config, so what a model writes loads anywhere."""
+config names the function. That name is never saved with a config, so what a model writes loads anywhere; but another model made
+from the same config in this process is switched too. What asks for "sdpa" by that name, as continuous batching does, needs
+``restore`` first."""
 
 import inspect
 import re
@@ -15,7 +17,9 @@ from . import functional
 
 _OURS = "fastnn"  # and fastnn_cpu, …: with a backend that was named
 # Code that asks whether the name is sdpa's, or has a registry of its own, would do something else for another name
-_ASKS = re.compile(r"""== ["']sdpa["']|, ["']sdpa["']\)|["']sdpa["']:|AttentionInterface\(\)""")
+_ASKS = re.compile(
+    r"""[!=]= ["']sdpa["']|\bin\s*[\[({][^\])}]*["']sdpa["']|, ["']sdpa["']\)|["']sdpa["']:|AttentionInterface\(\)"""
+)
 
 
 class _Name(str):
@@ -29,9 +33,10 @@ class _Name(str):
 
 def _registered(name: str) -> _Name:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    AttentionInterface.register(name, partial(attention, backend=name[len(_OURS) + 1 :] or None))
+    if name not in ALL_ATTENTION_FUNCTIONS:  # models that are compiled already go on with what is there
+        AttentionInterface.register(name, partial(attention, backend=name[len(_OURS) + 1 :] or None))
     AttentionMaskInterface.register(name, sdpa_mask)
     return _Name(name)
 
@@ -104,6 +109,23 @@ def _models(model: nn.Module) -> Iterator[tuple[str, Any, list[nn.Module]]]:
         yield name, module, readers[id(module.config)]
 
 
+def _uses_interface(kind: Any) -> bool:
+    """Whether the model's code finds its attention by the interface."""
+    ask = getattr(kind, "_can_set_attn_implementation", None)
+    try:
+        return ask is not None and bool(ask())
+    except (AttributeError, KeyError, OSError, TypeError):  # some versions read the source, and a notebook's class has no file
+        return False
+
+
+def _sdpa_is_theirs() -> bool:
+    """Whether "sdpa" is transformers' own function, and not one that the user has put in its place."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
 def _is_ours(name: str | None) -> bool:
     return name is not None and name.split("_")[0] == _OURS
 
@@ -124,8 +146,10 @@ def switch(model: nn.Module, backend: str | None) -> Iterator[tuple[str, str, st
             why = f"its attention was chosen to be {now!r}" + (", which also returns the weights" if now == "eager" else "")
         elif "transformers.masking_utils" not in sys.modules:
             why = "its attention: this version of transformers has no interface for it"
-        elif not kind._can_set_attn_implementation():
+        elif not _uses_interface(kind):
             why = "its attention does not use transformers' interface"
+        elif not _sdpa_is_theirs():
+            why = "its attention: 'sdpa' is registered as another function"
         elif any(_source_asks(type(m).__module__) for m in readers if not type(m).__module__.startswith(("torch.", "fastnn."))):
             why = "its attention: the model's code treats 'sdpa' by its name"
         if why is None:

@@ -379,7 +379,8 @@ def run(family: str, first: int, dtypes: list[torch.dtype]) -> None:
     thirds = (itertools.islice(cases(family, dtype), k, None, 3) for k, dtype in enumerate(dtypes[1:]))
     all_cases = itertools.chain(cases(family, dtypes[0]), *thirds)
     for number, (dtype, case) in enumerate(all_cases):
-        tolerance = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+        coarse = 0.1 if family == "norm" else 0.05  # torch sums a norm's gradients in 16 bits
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: coarse, torch.float16: 0.01}[dtype]
         if number < first:
             continue
         print("case", number, dtype, case, flush=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastnn
 import fastnn.functional as f
+from fastnn.kernels.cpu import norm
 from rule import DTYPES, FLOOR, randn
 from test_pool import LAYOUTS
 
@@ -106,6 +107,25 @@ def test_layouts(kind: str, layout: str) -> None:
     for shape in ((2, 6, 5, 7), (3, 4, 9), (2, 4, 3, 4, 5)):
         Work(kind, lay(randn(*shape), layout), groups=2).check()
     Work(kind, randn(1, 4, 1, 5).expand(3, 4, 6, 5), groups=2).check()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["train", "eval", "group"])
+def test_results_past_the_caches(kind: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As results larger than the caches are stored, where whole vectors follow each other; and where they do not."""
+    went: list[bool] = []
+    real = norm._past
+
+    def past(*args: int) -> bool:
+        went.append(real(*args))
+        return went[-1]
+
+    monkeypatch.setattr(norm, "_KEPT", 0.0)
+    monkeypatch.setattr(norm, "_past", past)
+    for shape in ((3, 16, 5, 16), (2, 48, 8, 8), (2, 6, 5, 7)):
+        Work(kind, lay(randn(*shape), layout), groups=2).check()
+    assert True in went
+    assert False in went
 
 
 @pytest.mark.parametrize("mean", [1e4, 1e6])

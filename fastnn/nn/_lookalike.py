@@ -87,8 +87,10 @@ def _norm(theirs: type[nn.Module], eps: str) -> type[nn.Module]:
 
 
 def _gelu(theirs: type[nn.Module], approximate: str) -> type[nn.Module]:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate, backend=self.backend)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1:  # what else a class may take was not tried
+            return theirs.forward(self, *args, **kwargs)
+        return F.gelu(args[0], approximate, backend=self.backend)
 
     key = theirs, approximate
     if key not in _gelus:
