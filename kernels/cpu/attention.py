@@ -38,7 +38,13 @@ _KEY0, _KEY1, _LK = FIELDS.index("key0"), FIELDS.index("key1"), TABLE.index("lk"
 
 @cache
 def _kernel(kind: str, signature: str, dtype: torch.dtype) -> Callable[..., None]:
-    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, made_by("attention_code", kind, _NAMES[dtype])).load()
+    flags = (_pairs(dtype),) if kind == "attention" else ()
+    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, made_by("attention_code", kind, _NAMES[dtype], *flags)).load()
+
+
+def _pairs(dtype: torch.dtype) -> bool:
+    """Whether products multiply pairs of bfloat16"""
+    return dtype is torch.bfloat16 and simd().bf16_dot
 
 
 # A plan: all that follows from where the tensors lie and what the options are, made once for calls that are alike. ------------
@@ -207,8 +213,9 @@ def _forward(*args: Any) -> Plan:
     f["pos_blocks"], f["head_blocks"] = -(-c.longest_q // f["bq"]), -(-f["group"] // f["bh"])
     f["bk"], f["direct"] = _READ_K if direct else _BLOCK_K, int(direct)
     panel = 2 * lanes
-    f["pack_k"] = _up(c.longest_k, panel) * f["d"] * size
-    f["pack_v"] = c.longest_k * size
+    deep = 2 if _pairs(dtype) else 1  # numbers of a row, or keys, that lie in one of the compute type's
+    f["pack_k"] = _up(c.longest_k, panel) * -(-f["d"] // deep) * size
+    f["pack_v"] = -(-c.longest_k // deep) * size
     f["pack"] = f["pack_k"] + f["pack_v"] * _up(f["dv"], panel)
     f["chunks"] = -(-c.longest_k // 128)
     alone = not direct and f["pack"] <= caches().l2 // 4 and (f["pairs"] >= 4 * nt or f["pairs"] % nt == 0)

@@ -17,13 +17,14 @@ from .activation_code import dropper
 from .attention_fields import BOOLEAN, FIELDS, NO_MASK, SAME, TABLE
 from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
-from .engine.pack import packer
+from .engine.pack import packer, pair_packer
 from .engine.region import parallel_tasks
 from .engine.simd import (
     BYTES,
     ELEMS,
     FLOAT64,
     INT64,
+    UINT16,
     Elem,
     absolute,
     compute_elem,
@@ -47,11 +48,12 @@ from .engine.simd import (
     store,
     store_n,
     store_scalar,
+    store_weights,
     to_float,
     wide,
 )
 from .engine.tile import Tile, multiply_blocks
-from .engine.vecmath import exp2_below, tanh
+from .engine.vecmath import exp2_below, exp2_below_short, tanh
 from .engine.vecmath import log as natural_log
 
 ROWS = 12 if simd().registers == 32 else 6  # of a tile of two vectors: 24 accumulators, or 12
@@ -102,11 +104,12 @@ def rounder(p: Elem) -> Any:
     return p_of
 
 
-def fetching_product(p: Elem, height: int) -> Any:
+def fetching_product(p: Elem, height: int, pairs: bool = False) -> Any:
     """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row, ahead, ahead_k, ahead_panel): C (+)= A B, tiles of
     ``height`` rows; B in panels of two vectors ``b_panel`` bytes apart, rows of a panel b_k apart. With each k of a panel what
-    lies at ``ahead`` is fetched, which moves on by ahead_k, from panel to panel by ahead_panel."""
-    two, one = Tile(p, height, 2), Tile(p, height, 1)
+    lies at ``ahead`` is fetched, which moves on by ahead_k, from panel to panel by ahead_panel. Pairs: of bfloat16; k counts
+    them."""
+    two, one = Tile(p, height, 2, pairs=pairs), Tile(p, height, 1, pairs=pairs)
     panel = 2 * p.bytes
 
     @outline
@@ -128,10 +131,10 @@ def fetching_product(p: Elem, height: int) -> Any:
     return multiply
 
 
-def product(p: Elem) -> Any:
+def product(p: Elem, pairs: bool = False) -> Any:
     """multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row): the same with tiles of ROWS rows, which fetch the
     next panel of B."""
-    fetching, panel = fetching_product(p, ROWS), 2 * p.bytes
+    fetching, panel = fetching_product(p, ROWS, pairs), 2 * p.bytes
 
     @inline
     def multiply(tiles, vecs, k, a, a_row, a_k, b, b_k, b_panel, add, c, c_row):
@@ -224,15 +227,19 @@ def only_biased(e: Elem) -> Any:
     return biased
 
 
-def attention(elem_name: str) -> Callable[..., Any]:
-    """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)"""
+def attention(elem_name: str, pairs: bool) -> Callable[..., Any]:
+    """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)
+
+    pairs: both products multiply pairs of bfloat16; weights are rounded to it, in place, as torch rounds them.
+    """
     e = ELEMS[elem_name]
     p = compute_elem(e)
     lowest = LOWEST[p.size]
     several, biases = wide(p, WIDTH), wide(e, WIDTH)
     L, W, size = p.lanes, p.lanes * WIDTH, p.size
     panel = 2 * L  # keys of a packed panel
-    pack, multiply, prepare = packer(e), product(p), rows_of(e)
+    pack, multiply, prepare = pair_packer() if pairs else packer(e), product(p, pairs), rows_of(e)
+    copy_rows, operand = packer(UINT16 if pairs else e), e.size if pairs else size
     multiply_few = fetching_product(p, FEW)
     (known, logits), biased = logit(e), only_biased(e)
     p_of, put = rounder(p), part_store(e)
@@ -240,6 +247,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
     add_rows, part_vectors = row_adder(e, p), e.size != p.size
     d1, d2, d4 = Dot(e, 2, 1, 2), Dot(e, 2, 2), Dot(e, 2, 4)
     one1, one2, one4 = Dot(e, 1, 1, 2), Dot(e, 1, 2), Dot(e, 1, 4)
+
+    @inline
+    def deep(k):
+        """What a tile counts as k"""
+        return (k + 1) // 2 if pairs else k
 
     @outline
     def largest(s, n):
@@ -294,32 +306,45 @@ def attention(elem_name: str) -> Callable[..., Any]:
             best = maximum_fast(select(first_lanes(p, n - j), x, -inf), best)
         return reduce_max(best)
 
-    @outline
-    def exponentials(s, n, room, factor, offset):
-        """exp2 in place; zeros up to ``room``; the sum"""
-        total, j = spread(p, 0.0), 0
-        while j + W <= n:
-            x = exp2_below(load(several, s + j * size) * factor - offset)  # not fused, so that it is 0 at the largest
-            store(several, s + j * size, x)
-            total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
-            j += W
-        while j < n:
-            x = select(first_lanes(p, n - j), exp2_below(load(p, s + j * size) * factor - offset), 0.0)
-            store(p, s + j * size, x)
-            total = total + x
-            j += L
-        while j < room:
-            store(p, s + j * size, spread(p, 0.0))
-            j += L
-        return reduce_add(total)
+    def exponentials_as(lies: Elem) -> Any:
+        """exponentials(s, n, room, factor, offset): exp2 in place, as they lie then; zeros up to ``room``; the sum"""
+        weights, weight = wide(lies, WIDTH), lies.size
+        exp2 = exp2_below if lies is p else exp2_below_short
 
-    @outline
-    def drop_some(f, s, n, index):
-        low, key, next_key = drop_keys(index, at(f, KEY0))
-        key1, least = at(f, KEY1), at(f, DROP)
-        for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
-            x = load(several, s + j * size)
-            store(several, s + j * size, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
+        @outline
+        def exponentials(s, n, room, factor, offset):
+            total, j = spread(p, 0.0), 0
+            while j + W <= n:
+                x = exp2(load(several, s + j * size) * factor - offset)  # not fused, so that it is 0 at the largest
+                store_weights(weights, s + j * weight, x)
+                total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
+                j += W
+            while j < n:
+                x = select(first_lanes(p, n - j), exp2(load(p, s + j * size) * factor - offset), 0.0)
+                store_weights(lies, s + j * weight, x)
+                total = total + x
+                j += L
+            while j < room:
+                store_weights(lies, s + j * weight, spread(p, 0.0))
+                j += L
+            return reduce_add(total)
+        return exponentials
+
+    def dropper_as(lies: Elem) -> Any:
+        weights, weight = wide(lies, WIDTH), lies.size
+
+        @outline
+        def drop_some(f, s, n, index):
+            low, key, next_key = drop_keys(index, at(f, KEY0))
+            key1, least = at(f, KEY1), at(f, DROP)
+            for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
+                x = load(weights, s + j * weight)
+                store_weights(weights, s + j * weight, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
+        return drop_some
+
+    # Where keys are read as they lie weights are numbers of the compute type; in pairs they fill their row's first half.
+    exponentials, drop_some = exponentials_as(p), dropper_as(p)
+    exponentials_of_pairs, drop_some_of_pairs = (exponentials_as(e), dropper_as(e)) if pairs else (exponentials, drop_some)
 
     @inline
     def fetch(address, n):
@@ -357,7 +382,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
             old = -inf if first else load_scalar(FLOAT64, row + OFFSET)
             new = max(float(top), old)
             base = 0.0 if new == -inf else new
-            total = float(exponentials(sr, here, n, factor, base))
+            in_pairs = pairs and at(f, DIRECT) == 0
+            if in_pairs:
+                total = float(exponentials_of_pairs(sr, here, n, factor, base))
+            else:
+                total = float(exponentials(sr, here, n, factor, base))
             if not first:
                 before = load_scalar(FLOAT64, row + SUM)
                 if new > old and old > -inf:
@@ -370,7 +399,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
             store_scalar(FLOAT64, row + OFFSET, new)
             store_scalar(FLOAT64, row + SUM, total)
             if at(f, DROP) != 0:
-                drop_some(f, sr, here, load_scalar(INT64, row + INDEX) + j0)
+                index = load_scalar(INT64, row + INDEX) + j0
+                if in_pairs:
+                    drop_some_of_pairs(f, sr, here, index)
+                else:
+                    drop_some(f, sr, here, index)
 
     @inline
     def dots(n, d, k, k_row, x, x_row, count, s, s_row):
@@ -463,11 +496,11 @@ def attention(elem_name: str) -> Callable[..., Any]:
         to_v = to_k + at(f, PACK_K)
         kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
         for j in range(j0, min(lk, j0 + 128), panel):
-            pack(kp + j * at(f, KL), at(f, KL), at(f, KD), min(panel, lk - j), d, to_k + j * d * size, panel)
+            pack(kp + j * at(f, KL), at(f, KL), at(f, KD), min(panel, lk - j), d, to_k + j * deep(d) * size, panel)
         n = min(128, lk - j0)
         for c in range(0, dv if n > 0 else 0, panel):
             pack(vp + j0 * at(f, VL) + c * at(f, VD), at(f, VD), at(f, VL), min(panel, dv - c), n,
-                 to_v + c * at(f, PACK_V) + j0 * panel * size, panel)
+                 to_v + c * at(f, PACK_V) + deep(j0) * panel * size, panel)
 
     @inline
     def pack_task(t, task, f, table, k, v, packed, first):
@@ -501,11 +534,12 @@ def attention(elem_name: str) -> Callable[..., Any]:
             prepare(f, entry, mask, slopes, h0, nh, i0, nq, shift, st)
             qp = q + at(entry, T_Q) + h0 * at(f, QH) + i0 * at(f, QL)
             direct = at(f, DIRECT)
-            if not (direct or part_vectors) and nh == 1 and nq % ROWS == 0 and at(f, QD) == size:
+            as_they_lie = d % 2 == 0 if pairs else not part_vectors
+            if as_they_lie and not direct and nh == 1 and nq % ROWS == 0 and at(f, QD) == operand:
                 qs, q_row = qp, at(f, QL)  # whole tiles read them where they lie
             elif not direct:
                 for h in range(nh):
-                    pack(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // size)
+                    copy_rows(qp + h * at(f, QH), at(f, QD), at(f, QL), d, nq, qs + h * nq * q_row, q_row // operand)
             to_v = to_k + at(f, PACK_K)
             kp, vp = k + at(entry, T_K) + hk * at(f, KH), v + at(entry, T_V) + hk * at(f, VH)
             prefix = min(at(f, PREFIX), lk)
@@ -547,8 +581,9 @@ def attention(elem_name: str) -> Callable[..., Any]:
                             skip = 0
                             if trim and j >= at(f, PREFIX):
                                 skip = min(tiles, max(0, j - i0 - shift - at(f, RIGHT)) // ROWS)
-                            multiply(tiles - skip, 2, d, qs + skip * ROWS * q_row, q_row, size, to_k + j * d * size, panel * size,
-                                     0, False, s + skip * ROWS * s_row + (j - j0) * size, s_row)
+                            multiply(tiles - skip, 2, deep(d), qs + skip * ROWS * q_row, q_row, size,
+                                     to_k + j * deep(d) * size, panel * size, 0, False,
+                                     s + skip * ROWS * s_row + (j - j0) * size, s_row)
                     weigh(f, st, rows, s, s_row, o, o_row, vecs, j0, n, nothing, next_q, next_k, next_v, scale, softcap)
                     if direct:
                         v_at, v_row = vp + j0 * at(f, VL), at(f, VL)
@@ -568,15 +603,16 @@ def attention(elem_name: str) -> Callable[..., Any]:
                                          not nothing, o, o_row, v_at + n * v_row, panel * size if in_line else v_row,
                                          (n if in_line else 1) * panel * size)
                     else:
-                        v_at, v_row, v_panel, whole = to_v + j0 * panel * size, panel * size, panel * at(f, PACK_V), tiles
+                        v_at, v_row, v_panel = to_v + deep(j0) * panel * size, panel * size, panel * at(f, PACK_V)
+                        whole = tiles
                         if trim and j0 + n > max(at(f, PREFIX), i0 + shift + at(f, RIGHT) + 1):
                             whole = 0
                             for tile in range(tiles):  # as many keys as its last row sees, or one of weight 0
                                 last = min(nq, (tile + 1) * ROWS) - 1
                                 seen = min(n, max(load_scalar(INT64, st + last * ROW + HI), at(f, PREFIX)) - j0)
-                                multiply(1, vecs, max(1, seen), s + tile * ROWS * s_row, s_row, size, v_at, v_row, v_panel,
-                                         not nothing, o + tile * ROWS * o_row, o_row)
-                        multiply(whole, vecs, n, s, s_row, size, v_at, v_row, v_panel, not nothing, o, o_row)
+                                multiply(1, vecs, deep(max(1, seen)), s + tile * ROWS * s_row, s_row, size, v_at, v_row,
+                                         v_panel, not nothing, o + tile * ROWS * o_row, o_row)
+                        multiply(whole, vecs, deep(n), s, s_row, size, v_at, v_row, v_panel, not nothing, o, o_row)
                     nothing = False
                     j0 += n
             if nothing:

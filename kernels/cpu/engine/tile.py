@@ -25,20 +25,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .host import simd
-from .simd import Elem, Static, i8, i32, i64, lane_mask, llvm_call, load_vector, multiply_add, splat, store_vector
-
-
-class _BFloat(ir.types._BaseFloatType):  # llvmlite has no bfloat of its own
-    null, intrinsic_name = "0.0", "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def format_constant(self, value: float) -> str:
-        return str(value)
-
-
-_BFloat._create_instance()
+from .simd import BFloat, Elem, Static, i8, i32, i64, lane_mask, llvm_call, load_vector, multiply_add, splat, store_vector
 
 
 class Tile(Static):
@@ -86,7 +73,7 @@ def _load_b(builder: ir.IRBuilder, tile: Tile, address: Any, n: Any) -> Any:
 
 def _multiply_add(builder: ir.IRBuilder, tile: Tile, a: Any, b: Any, acc: Any) -> Any:
     if tile.pairs:
-        pairs = ir.VectorType(_BFloat(), 2 * tile.elem.lanes)
+        pairs = ir.VectorType(BFloat(), 2 * tile.elem.lanes)
         args = [acc, builder.bitcast(a, pairs), builder.bitcast(b, pairs)]
         return llvm_call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{simd().width * 8}", acc.type, args, "")
     return multiply_add(builder, a, b, acc)
