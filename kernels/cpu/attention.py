@@ -37,14 +37,17 @@ _KEY0, _KEY1, _LK = FIELDS.index("key0"), FIELDS.index("key1"), TABLE.index("lk"
 
 
 @cache
-def _kernel(kind: str, signature: str, dtype: torch.dtype) -> Callable[..., None]:
-    flags = (_pairs(dtype),) if kind == "attention" else ()
-    return Kernel(f"{kind}_{_NAMES[dtype]}", signature, made_by("attention_code", kind, _NAMES[dtype], *flags)).load()
+def _kernel(kind: str, signature: str, dtype: torch.dtype, *flags: str) -> Callable[..., None]:
+    name = "_".join((kind, _NAMES[dtype], *flags))
+    return Kernel(name, signature, made_by("attention_code", kind, _NAMES[dtype], *flags)).load()
 
 
-def _pairs(dtype: torch.dtype) -> bool:
-    """Whether products multiply pairs of bfloat16"""
-    return dtype is torch.bfloat16 and simd().bf16_dot
+def _flags(dtype: torch.dtype, mask: Tensor | None, slopes: Tensor | None, dropout: float, softcap: float) -> tuple[str, ...]:
+    """"pairs" where products multiply pairs of bfloat16: if the CPU does, and torch too would round the weights: it keeps them in
+    float32 for dropout and for a learned bias, as we do for what it has no word for."""
+    learned = mask is not None and mask.requires_grad
+    rounded = dtype is torch.bfloat16 and not (learned or slopes is not None or dropout or softcap)
+    return ("pairs",) if rounded and simd().bf16_dot else ()
 
 
 # A plan: all that follows from where the tensors lie and what the options are, made once for calls that are alike. ------------
@@ -197,10 +200,11 @@ def _alike(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slope
 
 @lru_cache(1024)
 def _forward(*args: Any) -> Plan:
-    """args: Plan's, but for ``shared``, then the output's strides"""
-    c = Plan(*args[:-1], shared=True)
+    """args: Plan's, but for ``shared``, then the output's strides and the kernel's flags"""
+    *of_plan, strides, flags = args
+    c = Plan(*of_plan, shared=True)
     (shape, _, dtype), value = args[1], args[3][0]
-    f, size, nt, to = c.f, c.size, c.threads, Layout(((*shape[:-1], value[-1]), args[-1], dtype))
+    f, size, nt, to = c.f, c.size, c.threads, Layout(((*shape[:-1], value[-1]), strides, dtype))
     f["oh"], f["ol"], _ = to.steps[-3:]
     c.place("o", to, c.first_q)
     lanes = simd().width // size
@@ -213,7 +217,7 @@ def _forward(*args: Any) -> Plan:
     f["pos_blocks"], f["head_blocks"] = -(-c.longest_q // f["bq"]), -(-f["group"] // f["bh"])
     f["bk"], f["direct"] = _READ_K if direct else _BLOCK_K, int(direct)
     panel = 2 * lanes
-    deep = 2 if _pairs(dtype) else 1  # numbers of a row, or keys, that lie in one of the compute type's
+    deep = 2 if flags else 1  # numbers of a row, or keys, that lie in one of the compute type's
     f["pack_k"] = _up(c.longest_k, panel) * -(-f["d"] // deep) * size
     f["pack_v"] = -(-c.longest_k // deep) * size
     f["pack"] = f["pack_k"] + f["pack_v"] * _up(f["dv"], panel)
@@ -243,11 +247,12 @@ def _attend(out: Tensor, lse: Tensor | None, stats: Tensor, query: Tensor, key: 
         if lse is not None:
             lse.fill_(-torch.inf)
         return
+    flags = _flags(query.dtype, mask, slopes, options[0], options[7])
     mask, slopes = _readable(mask, query), None if slopes is None else slopes.to(stats.dtype)
     keys = key.shape[-2] if mask is None is offsets_q and not options[0] else 0
-    c = _forward(*_alike(query, key, value, mask, slopes, offsets_q, offsets_k, options, _up(keys, _MANY)), out.stride())
+    c = _forward(*_alike(query, key, value, mask, slopes, offsets_q, offsets_k, options, _up(keys, _MANY)), out.stride(), flags)
     room, (fields, table) = workspace(c.room), c.memory(options[1], keys)
-    kernel = _kernel("attention", "i" * 14 + "fff", query.dtype)
+    kernel = _kernel("attention", "i" * 14 + "fff", query.dtype, *flags)
     kernel(c.threads, fields.buffer_info()[0], table.buffer_info()[0], query.data_ptr(), key.data_ptr(), value.data_ptr(),
            _address(mask), _address(slopes), out.data_ptr(), _address(lse), stats.data_ptr(), room, room + c.packed,
            room + c.scratch, options[2], options[7], 1.0 / (1.0 - options[0]))

@@ -227,12 +227,12 @@ def only_biased(e: Elem) -> Any:
     return biased
 
 
-def attention(elem_name: str, pairs: bool) -> Callable[..., Any]:
+def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
     """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)
 
-    pairs: both products multiply pairs of bfloat16; weights are rounded to it, in place, as torch rounds them.
+    flags: "pairs": both products multiply pairs of bfloat16; weights are rounded to it, in place.
     """
-    e = ELEMS[elem_name]
+    e, pairs = ELEMS[elem_name], "pairs" in flags
     p = compute_elem(e)
     lowest = LOWEST[p.size]
     several, biases = wide(p, WIDTH), wide(e, WIDTH)
