@@ -253,13 +253,18 @@ def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def unsteady(records: Sequence[Record]) -> tuple[int, int]:
+    """How many cases have a note that makes their numbers doubtful, and how many there are."""
+    cases = {(r.family, r.case, r.mode, r.dtype) for r in records}
+    return len({(r.family, r.case, r.mode, r.dtype) for r in records if r.notes}), len(cases)
+
+
 def print_doubts(console: Console, records: Sequence[Record]) -> None:
     """Say it if the machine was not quiet enough to quote the numbers."""
-    cases = {(r.case, r.mode, r.dtype) for r in records}
-    unsteady = {(r.case, r.mode, r.dtype) for r in records if r.notes}
-    if unsteady:
+    doubtful, cases = unsteady(records)
+    if doubtful:
         console.print(
-            f"{len(unsteady)} of {len(cases)} cases were unsteady: the machine was busy, or its clock changed. "
+            f"{doubtful} of {cases} cases were unsteady: the machine was busy, or its clock changed. "
             "Repeat the run on a quiet machine before quoting them.",
             style="yellow",
         )

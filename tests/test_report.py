@@ -15,6 +15,7 @@ import fastnn.bench.compare as compare
 import fastnn.bench.estimate as estimate
 import fastnn.bench.page as page
 import fastnn.bench.plots as plots
+import fastnn.bench.readme as readme
 import fastnn.bench.report as report
 import fastnn.bench.test_cases as test_cases
 from fastnn.__main__ import main
@@ -464,6 +465,110 @@ def test_make_bench_quick_takes_less_than_three_minutes() -> None:
 
 def test_minutes() -> None:
     assert [report.minutes(s) for s in (1, 44, 130, 1000)] == ["10 seconds", "40 seconds", "2 minutes", "17 minutes"]
+
+
+# The README's table ---------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_is_what_the_records_make() -> None:
+    checkout = Path(__file__).resolve().parents[1]
+    text = (checkout / readme.README).read_text(encoding="utf-8")
+    made = readme.renewed(text, checkout / report.RESULTS)
+    assert text.splitlines() == made.splitlines(), "python -m fastnn.bench.readme makes it anew"
+
+
+def test_every_case_has_a_place_in_the_readmes_table() -> None:
+    known = {(case.family, case.name, case.mode, run.dtype_name(dtype)) for case, dtype in run.select(families())}
+    placed = set()
+    for row in readme.ROWS:
+        for group in row.groups:
+            keys = group.keys(row.family, known)
+            assert keys, f"{row.label}: no case of {row.family} is {group}"
+            placed.update(keys)
+    assert sorted(known - placed) == []
+
+
+def _folder(results: Path, *records: Record, machine: int = 0) -> None:
+    report.save_json(results / readme.MACHINES[machine].folder / "matmul.json", [header()], records)
+
+
+def _numbers(results: Path, *patterns: str) -> list[str]:
+    """The cells of a row about these cases of both machines."""
+    row = readme.row("matmul", "work", *patterns)
+    machines = [readme.read(results / machine.folder) for machine in readme.MACHINES]
+    text = readme.line(row, {key for records in machines for key in records}, machines)
+    assert text is not None
+    assert text.startswith("| work | ")
+    assert text.endswith(" |")
+    return text.removesuffix(" |").split(" | ")[1:]
+
+
+def _compared(case: str, share: float = 0.5, limit: str = "fma", **others: float | None) -> list[Record]:
+    """Ours takes a millisecond, others so many; None is a wrong result."""
+    theirs = [
+        record(case, name.replace("_", "."), ms * 1e-3 if ms else None, correct=ms is not None) for name, ms in others.items()
+    ]
+    return [record(case, limit=limit, limit_fraction=share), *theirs]
+
+
+def test_the_readmes_table_tells_few_cases_one_by_one_and_more_as_a_range(tmp_path: Path) -> None:
+    _folder(
+        tmp_path,
+        *_compared("few/1", torch=1.2, torch_compile=1.1, onnxruntime=0.9),
+        *_compared("few/2", 0.25, torch=12.34, numpy=11.0, onnxruntime=None),
+        *(r for n in (1, 2, 4, 8) for r in _compared(f"many/{n}", n / 10, "copy", torch=n, onnxruntime=2 if n < 4 else None)),
+    )
+    _folder(tmp_path, *_compared("few/2", torch=0.5), *_compared("many/1", torch=3.0), machine=1)
+    assert _numbers(tmp_path, "few/1 few/2", "many/*") == [
+        "1.10×, 11.0× · 1.00–8.00×, geometric mean 2.83×",
+        "0.90×, wrong · 2.00× (2 of 4)",
+        "50%, 25% of FMA · 10–80% of copy",
+        "–, 0.50× · 3.00× (1 of 4)",
+        "–",
+        "–, 50% · 50% of FMA",
+    ]
+    assert readme.line(readme.row("matmul", "work", "none"), {("matmul", "none", "forward", "float32")}, [{}, {}]) is None
+
+
+def test_the_readmes_table_tells_torch_where_it_is_far_behind(tmp_path: Path) -> None:
+    _folder(tmp_path, *_compared("near", torch=1.25, torch_compile=1.0), *_compared("far", torch=1.3, torch_compile=1.0))
+    assert _numbers(tmp_path, "near", "far")[0] == "1.00× · 1.00× (torch 1.30×)"
+
+
+def test_the_readmes_table_leaves_out_what_is_no_comparison(tmp_path: Path) -> None:
+    """Cold caches, other threads, a wrong result of ours, a limit of memory that was disturbed; Winograd is above its limit."""
+    cold = [record("cold", name, 1e-3, method="cold") for name in ("fastnn", "torch")]
+    alone = [record("alone", name, 1e-3, threads=1) for name in ("fastnn", "torch")]
+    wrong = [record("wrong", "fastnn", None, correct=False), record("wrong", "torch", 1e-3)]
+    _folder(
+        tmp_path, *cold, *alone, *wrong,
+        *_compared("memory", 3.0, "read", torch=1.0), *_compared("winograd", 1.4, torch=2.0),
+    )  # fmt: skip
+    ratios, over_onnxruntime, shares, *_ = _numbers(tmp_path, "cold", "alone", "wrong", "memory", "winograd")
+    assert ratios == "– · – · red · 1.00× · 2.00×"
+    assert over_onnxruntime == "– · – · red · – · –"
+    assert shares == "– · – · – · – · 140% of FMA"
+
+
+def test_the_readme_is_written_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    spread_out = record("square/512", "torch", 2e-3, notes=["spread 30%"])
+    _folder(tmp_path / report.RESULTS, record("square/512"), spread_out, record("square/1024"))
+    readme.README.write_text(f"before\n{readme.BEGIN}\n| old |\n{readme.END}\nafter\n", encoding="utf-8")
+    assert readme.main(["--check"]) == 1
+    assert "python -m fastnn.bench.readme" in capsys.readouterr().err
+    assert readme.main([]) == 0
+    assert readme.main(["--check"]) == 0
+    text = readme.README.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| old |" not in text
+    assert "1 of 2 cases were marked unsteady" in text
+    (tmp_path / report.RESULTS / readme.MACHINES[0].folder / "broken.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.json is not a result"):
+        readme.main([])
+    with pytest.raises(ValueError, match="must have"):
+        readme.renewed(f"{readme.BEGIN} and no end", tmp_path)
 
 
 # The cases as pytest-benchmark tests ----------------------------------------------------------------------------------
