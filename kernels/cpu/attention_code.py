@@ -30,6 +30,7 @@ from .engine.simd import (
     compute_elem,
     first_lane,
     first_lanes,
+    flushed,
     fma,
     fold_add,
     inline,
@@ -48,7 +49,6 @@ from .engine.simd import (
     store,
     store_n,
     store_scalar,
-    store_weights,
     to_float,
     wide,
 )
@@ -308,24 +308,25 @@ def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
 
     def exponentials_as(lies: Elem) -> Any:
         """exponentials(s, n, room, factor, offset): exp2 in place, as they lie then; zeros up to ``room``; the sum"""
+        lies = flushed(lies)
         weights, weight = wide(lies, WIDTH), lies.size
-        exp2 = exp2_below if lies is p else exp2_below_short
+        exp2 = exp2_below if lies.size == size else exp2_below_short
 
         @outline
         def exponentials(s, n, room, factor, offset):
             total, j = spread(p, 0.0), 0
             while j + W <= n:
                 x = exp2(load(several, s + j * size) * factor - offset)  # not fused, so that it is 0 at the largest
-                store_weights(weights, s + j * weight, x)
+                store(weights, s + j * weight, x)
                 total = total + fold_add(p, x)  # one sum in a register; four would be kept in memory
                 j += W
             while j < n:
                 x = select(first_lanes(p, n - j), exp2(load(p, s + j * size) * factor - offset), 0.0)
-                store_weights(lies, s + j * weight, x)
+                store(lies, s + j * weight, x)
                 total = total + x
                 j += L
             while j < room:
-                store_weights(lies, s + j * weight, spread(p, 0.0))
+                store(lies, s + j * weight, spread(p, 0.0))
                 j += L
             return reduce_add(total)
         return exponentials
@@ -339,7 +340,7 @@ def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
             key1, least = at(f, KEY1), at(f, DROP)
             for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
                 x = load(weights, s + j * weight)
-                store_weights(weights, s + j * weight, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
+                store(weights, s + j * weight, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
         return drop_some
 
     # Where keys are read as they lie weights are numbers of the compute type; in pairs they fill their row's first half.

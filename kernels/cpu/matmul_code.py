@@ -17,7 +17,7 @@ from .engine.dot import Dot, dot, row_adder
 from .engine.host import simd
 from .engine.pack import packer, pair_packer
 from .engine.region import parallel, parallel_tasks
-from .engine.simd import ELEMS, INT64, Elem, compute_elem, fma, inline, load_n, load_scalar, outline, spread, store_n
+from .engine.simd import ELEMS, INT64, Elem, compute_elem, flushed, fma, inline, load_n, load_scalar, outline, spread, store_n
 from .engine.tile import Tile, multiply_blocks, tile_size
 
 ROWS, VECS = tile_size()
@@ -79,9 +79,11 @@ def tiles(p: Any, pairs: bool, masked: bool = True) -> Any:
     return run
 
 
-def _epilogue(e: Elem) -> Any:
-    """The last step of every product: C = act(alpha · S + bias + beta · R), from the sums S to the output."""
+def _epilogue(e: Elem, pairs: bool = False) -> Any:
+    """The last step of every product: C = act(alpha · S + bias + beta · R), from the sums S to the output. (Pairs have taken
+    subnormal numbers for 0 in the product already.)"""
     p = compute_elem(e)
+    to = flushed(e) if pairs else e
     lanes = p.lanes
 
     @outline
@@ -100,7 +102,7 @@ def _epilogue(e: Elem) -> Any:
                         v = fma(load_n(e, r, n), beta, v)
                 if act != 0:
                     v = apply(act, v, p0, p1)
-                store_n(e, c + i * c_row + j * e.bytes, v, n)
+                store_n(to, c + i * c_row + j * e.bytes, v, n)
     return finish
 
 
@@ -114,7 +116,7 @@ def product(elem_name: str, pairs: bool) -> Any:
     half = e is not p
     run = tiles(p, pairs)
     pack = pair_packer() if pairs else packer(e)
-    finish = _epilogue(e)
+    finish = _epilogue(e, pairs)
     scratch_row = VECS * pb
 
     @outline

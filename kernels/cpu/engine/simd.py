@@ -159,7 +159,10 @@ class Elem(Static):
         size: bytes an element.
         lanes: elements a vector.
         vector: Numba type of the vector that is computed with (float32 for the half types).
+        flushed: what is subnormal may be stored as 0.
     """
+
+    flushed = False
 
     def __init__(self, name: str, memory: ir.Type, size: int, compute: Any) -> None:
         self.name, self.memory, self.size = name, memory, size
@@ -194,6 +197,13 @@ def wide(elem: Elem, vectors: int) -> Elem:
     result = copy(elem)
     result.lanes, result.bytes = elem.lanes * vectors, elem.bytes * vectors
     result.vector = Vector(elem.vector.elem, result.lanes)
+    return result
+
+
+def flushed(elem: Elem) -> Elem:
+    """``elem`` for results of which what is subnormal may be 0: AVX512-BF16 rounds these to bfloat16 in one instruction, not eight."""
+    result = copy(elem)
+    result.flushed = True
     return result
 
 
@@ -288,6 +298,8 @@ def narrow(builder: ir.IRBuilder, elem: Elem, value: Any) -> Any:
         return _narrow_half_bits(builder, value, elem.lanes)
     if elem.name == "float16":
         return builder.fptrunc(value, ir.VectorType(f16, elem.lanes))
+    if elem.name == "bfloat16" and elem.flushed and simd().bf16_dot:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(BFloat(), elem.lanes)), ir.VectorType(i16, elem.lanes))
     if elem.name == "bfloat16":
         n = elem.lanes
         vt = ir.VectorType(i32, n)
@@ -387,22 +399,6 @@ def store(typingctx, elem, address, value):
 
     def codegen(context, builder, sig, args):
         store_vector(builder, e, args[1], args[2])
-        return context.get_dummy_value()
-    return types.none(elem, types.int64, e.vector), codegen
-
-
-@intrinsic
-def store_weights(typingctx, elem, address, value):
-    """store_weights(elem, address, vector) of numbers that stand beside larger ones: where the CPU rounds to bfloat16 by itself
-    (AVX512-BF16), which takes an eighth of the instructions, what is subnormal becomes 0"""
-    e = elem.value
-
-    def codegen(context, builder, sig, args):
-        if e.name == "bfloat16" and simd().bf16_dot:
-            raw = builder.fptrunc(args[2], ir.VectorType(BFloat(), e.lanes))
-            builder.store(raw, _pointer(builder, args[1], raw.type)).align = e.size
-        else:
-            store_vector(builder, e, args[1], args[2])
         return context.get_dummy_value()
     return types.none(elem, types.int64, e.vector), codegen
 
