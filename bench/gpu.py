@@ -177,9 +177,10 @@ class Limits:
         self._fma[dtype] = max(rate, self._fma.get(dtype, 0.0))
         return rate
 
-    def known(self) -> dict[str, float]:
-        """The product's limits measured so far, in GFLOP/s by dtype."""
-        return {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
+    def known(self) -> dict[str, Any]:
+        """The best of each limit so far, in GFLOP/s and GB/s, by the header's names."""
+        fma = {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
+        return {"fma_gflops": fma, "copy_gbs_memory": self._copy / 1e9}
 
     def memory(self, reads: int, writes: int, again: bool = False) -> float:
         """Seconds that moving so many bytes takes at least, at the speed of a copy."""
@@ -193,7 +194,7 @@ class Limits:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             self.fma(dtype)
         self.memory(0, 0)
-        return {"fma_gflops": self.known(), "copy_gbs_memory": self._copy / 1e9}
+        return self.known()
 
 
 def describe() -> dict[str, Any]:

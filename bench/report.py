@@ -40,6 +40,15 @@ def span(r: Record) -> str:
     return f"{low if small == large else f'{low} {small}'}–{high} {large}, {r.runs}"
 
 
+def share(r: Record) -> str:
+    """How near a record comes to which limit, and its rate in the record's unit: 58% of 50.9 read."""
+    if not r.limit_fraction:
+        return ""
+    at = f"{r.limit_rate:.3g} " if r.limit_rate else ""
+    how = f"{r.limit_fraction:.{0 if r.limit_fraction >= 0.01 else 1}%}" if r.limit_fraction >= 0.001 else "<0.1%"
+    return f"{how} of {at}{r.limit}"
+
+
 def minutes(seconds: float) -> str:
     """A time that nobody knows exactly."""
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
@@ -54,7 +63,7 @@ class Lines:
     def __init__(self, console: Console, providers: Sequence[str], cases: Sequence[str] = ()) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 16, *(max(9, len(p)) for p in self.peers), 7, 13]
 
     def head(self) -> None:
         """What the columns mean."""
@@ -72,15 +81,15 @@ class Lines:
         """The line of one case, and one more for each thing that a reader must know of it."""
         by = {r.provider: r for r in records}
         ours = by.get(OURS)
-        main = ours if ours and ours.median else next((r for r in records if r.median), records[0])
+        main = ours or next((r for r in records if r.median), records[0])
         cells = [
             main.case,
             main.mode,
             SHORT.get(main.dtype, main.dtype),
-            duration(ours.median if ours else None),
+            "red" if ours and ours.correct is False else duration(ours.median if ours else None),
             span(main),
             f"{main.rate:.4g} {main.unit}" if main.rate else "–",
-            f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
+            share(main) or "–",
         ]
         for peer in self.peers:
             r = by.get(peer)
@@ -133,23 +142,12 @@ def _each_once(said: dict[str, list[str]]) -> Iterable[str]:
 def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
-    one = limits.get("fma_gflops_one_core", {})
-    fma = ", ".join(
-        f"{SHORT[k]} {v:.0f}" + (f" ({one[k]:.0f} one core)" if k in one else "")
-        for k, v in limits["fma_gflops"].items()
-    )
     console.print(
         f"[bold]{processor(m)}[/], {m['cores']} cores, {header['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
         highlight=False,
     )
-    memory = (
-        f"copy {limits['copy_gbs_memory']:.0f}"
-        if "gpu" in m
-        else f"64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy {limits['copy_gbs_64MiB_same_output']:.0f}, "
-        f"copy into new memory {limits['copy_gbs_64MiB_new_output']:.0f}"
-    )
-    console.print(f"limits: multiply-add {fma} GFLOP/s; {memory} GB/s", highlight=False)
+    print_limits(console, header)
     for what, rates in limits.get("bandwidth_gbs", {}).items():
         console.print(
             f"{what}: " + ", ".join(f"{level} {rate:.0f}" for level, rate in rates.items()) + " GB/s", highlight=False
@@ -163,6 +161,23 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         )
     for name, why in header["missing"].items():
         console.print(f"{name} is missing: {why}", style="yellow")
+
+
+def print_limits(console: Console, header: dict[str, Any], title: str = "limits") -> None:
+    """Arithmetic, and memory at 64 MiB."""
+    limits = header["limits"]
+    one = limits.get("fma_gflops_one_core", {})
+    fma = ", ".join(
+        f"{SHORT[k]} {v:.0f}" + (f" ({one[k]:.0f} one core)" if k in one else "")
+        for k, v in limits["fma_gflops"].items()
+    )
+    memory = (
+        f"copy {limits['copy_gbs_memory']:.0f}"
+        if "gpu" in header["machine"]
+        else f"64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy {limits['copy_gbs_64MiB_new_output']:.0f}, "
+        f"copy into new pages {limits['copy_gbs_64MiB_new_pages']:.1f}"
+    )
+    console.print(f"{title}: multiply-add {fma} GFLOP/s; {memory} GB/s", highlight=False)
 
 
 # The summary ----------------------------------------------------------------------------------------------------------
@@ -254,12 +269,17 @@ def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def print_doubts(console: Console, records: Sequence[Record]) -> None:
-    """Say it if the machine was not quiet enough to quote the numbers."""
-    cases = {(r.case, r.mode, r.dtype) for r in records}
-    unsteady = {(r.case, r.mode, r.dtype) for r in records if r.notes}
+    """Say it if the machine was not quiet enough to quote the numbers: ours, and the best peer's."""
+    cases: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        cases.setdefault((r.case, r.mode, r.dtype), []).append(r)
+    unsteady = 0
+    for mine in cases.values():
+        best = min((r for r in mine if r.provider != OURS and r.median), key=lambda r: r.median or 0, default=None)
+        unsteady += any(r.notes for r in mine if r.provider == OURS or r is best)
     if unsteady:
         console.print(
-            f"{len(unsteady)} of {len(cases)} cases were unsteady: the machine was busy, or its clock changed. "
+            f"{unsteady} of {len(cases)} cases were unsteady: the machine was busy, or its clock changed. "
             "Repeat the run on a quiet machine before quoting them.",
             style="yellow",
         )

@@ -118,8 +118,8 @@ def test_the_page_says_what_was_measured_on_what() -> None:
 
 def test_the_page_has_a_line_a_case_and_provider() -> None:
     records = [
-        record(median=2e-3, ratio=1.5, limit="fma", limit_fraction=0.8, rate=123.4, error_ulp=3.0, torch_error_ulp=1.0,
-               notes=["spread <30%>"], served_by="matmul: cpu", memory=3 << 19),
+        record(median=2e-3, ratio=1.5, limit="fma", limit_fraction=0.8, limit_rate=154.25, rate=123.4, error_ulp=3.0,
+               torch_error_ulp=1.0, notes=["spread <30%>"], served_by="matmul: cpu", memory=3 << 19),
         record(provider="torch", median=3e-3, ratio=1.0, between=1e-3),
         record(provider="numpy", median=None, correct=None, missing="not <here>"),
         record("square/16", median=None, correct=False, error_ulp=9e9, torch_error_ulp=1.0),
@@ -127,7 +127,7 @@ def test_the_page_has_a_line_a_case_and_provider() -> None:
     lines = _read(records).lines
     at = lines.index(list(page._COLUMNS))
     assert lines[at + 1] == ["square/8", "forward, f32", "fastnn", "2 ms", "1.96 ms", "2.04 ms", "50", "123.4 GFLOP/s", "1.50×",
-                             "80% fma", "3 (1)", "1.5 MiB", "spread <30%>; matmul: cpu"]  # fmt: skip
+                             "80% of 154 fma", "3 (1)", "1.5 MiB", "spread <30%>; matmul: cpu"]  # fmt: skip
     assert lines[at + 2][:2] == ["torch", "3 ms, and 1 ms of PyTorch between"]
     assert lines[at + 3] == ["numpy", "missing: not <here>"]
     assert lines[at + 4] == ["square/16", "forward, f32", "fastnn", "red, so no speed is reported", "9e+09 (1)"]
@@ -167,6 +167,15 @@ def test_a_line_says_how_far_the_samples_lie_apart() -> None:
     assert "1.96–2.04 ms, 50" in line
     assert report.span(record(median=1e-3)) == "980 µs–1.02 ms, 50"
     assert report.span(record(median=None)) == "–"
+
+
+def test_a_share_says_of_what() -> None:
+    """In the record's own unit, which for a product that memory limits is not bytes; old records know only the limit's name."""
+    assert report.share(record(limit="read", limit_fraction=0.58, limit_rate=50.9)) == "58% of 50.9 read"
+    assert report.share(record(limit="read", limit_fraction=0.58)) == "58% of read"
+    assert report.share(record(limit="fma", limit_fraction=0.002, limit_rate=460.0)) == "0.2% of 460 fma"
+    assert report.share(record(limit="fma", limit_fraction=0.00002, limit_rate=460.0)) == "<0.1% of 460 fma"
+    assert report.share(record()) == ""
 
 
 def test_a_remark_is_no_doubt() -> None:
