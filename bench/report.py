@@ -40,6 +40,11 @@ def span(r: Record) -> str:
     return f"{low if small == large else f'{low} {small}'}–{high} {large}, {r.runs}"
 
 
+def best_peer(records: Iterable[Record]) -> Record | None:
+    """The fastest of a case's providers but us."""
+    return min((r for r in records if r.provider != OURS and r.median), key=lambda r: r.median or 0, default=None)
+
+
 def share(r: Record) -> str:
     """How near a record comes to which limit, and its rate in the record's unit: 58% of 50.9 read."""
     if not r.limit_fraction:
@@ -63,11 +68,18 @@ class Lines:
     def __init__(self, console: Console, providers: Sequence[str], cases: Sequence[str] = ()) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 16, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 16, *(max(9, len(p)) for p in self.peers)]
+        self._width += [7 + max(map(len, self.peers), default=0), 13]
+        self._left_out: list[str] = []
+        while self.peers and sum(self._width) + len(self._width) - 1 > console.width:  # the best one is named in any case
+            self._left_out.insert(0, self.peers.pop())
+            del self._width[-3]
 
     def head(self) -> None:
         """What the columns mean."""
-        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "error (torch)"]
+        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "ulp (torch)"]
+        if self._left_out:
+            self.console.print(f"There is no room for columns of {', '.join(self._left_out)}.", style="dim")
         self.console.print(Text(self._row(names), style="bold"), soft_wrap=True)
 
     def _row(self, cells: Iterable[str]) -> str:
@@ -99,7 +111,8 @@ class Lines:
                 cells.append(f"{r.median / ours.median:.2f}×")
             else:
                 cells.append(duration(r.median))
-        cells.append(f"{ours.ratio:.2f}×" if ours and ours.ratio else "–")
+        best = best_peer(records)
+        cells.append(f"{ours.ratio:.2f}× {best.provider}" if ours and ours.ratio and best else "–")
         cells.append(f"{main.error_ulp:.3g} ({main.torch_error_ulp:.3g})" if main.error_ulp is not None else "–")
         red = any(r.correct is False for r in records)
         slower = bool(ours and ours.ratio and ours.ratio < 1)
@@ -275,7 +288,7 @@ def print_doubts(console: Console, records: Sequence[Record]) -> None:
         cases.setdefault((r.case, r.mode, r.dtype), []).append(r)
     unsteady = 0
     for mine in cases.values():
-        best = min((r for r in mine if r.provider != OURS and r.median), key=lambda r: r.median or 0, default=None)
+        best = best_peer(mine)
         unsteady += any(r.notes for r in mine if r.provider == OURS or r is best)
     if unsteady:
         console.print(

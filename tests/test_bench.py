@@ -781,9 +781,25 @@ def test_the_method_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureF
     assert _bench("--case", "small/8", "--interleaved", "--json", str(file)) == 0
     saved = json.loads(file.read_text())
     assert "PyTorch" in saved["headers"][0]["method"]
+    assert saved["headers"][0]["seconds"] == command.SECONDS["full"]
     assert {r["method"] for r in saved["records"]} == {"interleaved"}
     assert all(r["between"] > 0 for r in saved["records"])
     assert "between its own" in capsys.readouterr().out
+
+
+def test_who_was_not_asked_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that have something to do with the cases here; and what is kept at Ctrl-C only where something is kept."""
+    file = tmp_path / "results.json"
+    assert _bench("--case", "small/8", "--json", str(file)) == 0
+    (header,) = json.loads(file.read_text())["headers"]
+    assert header["missing"] == dict.fromkeys(("torch.compile", "max-autotune", "onnxruntime"), "not asked for")
+    out = capsys.readouterr().out
+    assert "onnxruntime is missing: not asked for" in out
+    assert "Ctrl-C keeps what is finished" in out
+    assert _bench("--case", "small/8") == 0
+    out = capsys.readouterr().out
+    assert "Ctrl-C keeps" not in out
+    assert "nothing is written without --json FILE or --save" in out
 
 
 def test_a_red_case_fails_the_command(

@@ -115,6 +115,8 @@ def test_a_quick_run_leaves_out_what_is_slow_to_prepare() -> None:
     there, missing = run.available_peers(quick=True)
     assert "max-autotune" not in [peer.name for peer in there]
     assert "too slow" in missing["max-autotune"]
+    assert "max-autotune-no-cudagraphs" in missing
+    assert "max-autotune-no-cudagraphs" not in run.available_peers(quick=True, device="cpu")[1], "it is for GPUs"
     there, missing = run.available_peers(["max-autotune"], quick=True)
     assert [peer.name for peer in there] == ["max-autotune"]
 

@@ -187,6 +187,35 @@ def test_a_remark_is_no_doubt() -> None:
     assert doubt.startswith("1 of 1 cases were unsteady")
 
 
+def test_unsteady_is_what_ours_or_the_best_peer_is() -> None:
+    """A third one's spread is said, and no reason to doubt the ratio."""
+    others = record(provider="torch", median=2.0), record(provider="numpy", median=9.0, notes=["spread 90%"])
+    assert _printed(record(), *others)[2:] == ["  unsteady: numpy: spread 90%"]
+    assert _printed(record(), replace(others[0], notes=["spread 30%"]), others[1])[3].startswith("1 of 1 cases were unsteady")
+
+
+def test_a_line_names_the_best_peer() -> None:
+    head, line = _printed(record(ratio=1.11, error_ulp=3.0, torch_error_ulp=1.0), record(provider="torch", median=2.0))
+    assert re.search(r" best +ulp \(torch\)$", head)
+    assert re.search(r" 1\.11× torch +3 \(1\)$", line)
+
+
+def test_columns_that_have_no_room_are_left_out() -> None:
+    """And said; the best peer is named in any case."""
+    names = ["fastnn", "torch", "torch.compile", "onnxruntime"]
+    ours = record(ratio=2.0), record(provider="torch", median=3e-3), record(provider="onnxruntime", median=2e-3)
+    for width, there in ((200, 3), (140, 1)):
+        console = Console(width=width, record=True, file=StringIO())
+        lines = report.Lines(console, names, ["square/8"])
+        lines.head()
+        lines.case(ours)
+        *left_out, head, line = console.export_text().splitlines()
+        assert [name for name in names[1:] if f" {name} " in head] == names[1 : 1 + there]
+        assert max(len(head), len(line)) <= width
+        assert "2.00× onnxruntime" in line
+        assert left_out == ([] if there == 3 else ["There is no room for columns of torch.compile, onnxruntime."])
+
+
 # The plots ------------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +395,16 @@ def test_cases_are_paired_by_all_that_makes_them() -> None:
     assert found["matmul", "square/16", "float32", 2, "forward", "warm"] == "new"
 
 
+def test_a_gpu_that_times_otherwise_is_still_compared() -> None:
+    """From graphs, which had their inputs in L2, to events: the same case, and no vanished one beside a new one."""
+    old, new = record(method="gpu, in CUDA graphs with inputs in L2"), record(method="gpu", median=5e-3)
+    (change,) = compare.compare([old], [new])
+    assert change.verdict == "slower"
+    console = Console(width=200, record=True, file=StringIO())
+    compare._print(console, [change])
+    assert "timed otherwise" in console.export_text()
+
+
 def _file(path: Path, records: Sequence[Record], *headers: dict[str, Any]) -> str:
     report.save_json(path, headers or [header()], records)
     return str(path)
@@ -399,6 +438,12 @@ def test_compare_says_what_else_changed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "torch was 2.6 and is 2.7" in out
     assert "Only one of the files has 1 threads." in out
     assert "Measured in different ways. OLD: Checked & timed.\nNEW: Cold." in out
+    assert "a call" not in out  # an old file does not say for how long
+    quick, full = (_file(tmp_path / f"{s}.json", OLD, header() | {"seconds": s}) for s in (0.2, 1.0))
+    assert _compare(quick, full) == 0
+    assert "Timed for 0.2 s a call in OLD, 1 s in NEW (quick and full runs)." in capsys.readouterr().out
+    assert _compare(full, full) == 0
+    assert "a call" not in capsys.readouterr().out
 
 
 def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
