@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class Limits:
         fma = {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
         return {"fma_gflops": fma, "copy_gbs_memory": self._copy / 1e9}
 
-    def memory(self, reads: int, writes: int, again: bool = False) -> float:
+    def memory(self, reads: int, writes: int, again: bool = False, cold: bool = False) -> float:
         """Seconds that moving so many bytes takes at least, at the speed of a copy."""
         if again or not self._copy:
             source, out = (torch.zeros(COPY, dtype=torch.uint8, device=DEVICE) for _ in range(2))
@@ -197,6 +198,12 @@ class Limits:
         return self.known()
 
 
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where Linux tells it."""
+    file = Path("/sys/module/nvidia/version")
+    return file.read_text().strip() if file.exists() else None
+
+
 def describe() -> dict[str, Any]:
     """The GPU and what it runs with."""
     found = torch.cuda.get_device_properties(DEVICE)
@@ -207,6 +214,8 @@ def describe() -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "capability": f"sm_{found.major}{found.minor}",
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
         "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,

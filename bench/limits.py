@@ -385,6 +385,11 @@ def copy(
     return max(rates)
 
 
+def memory_size() -> int:
+    """Bytes that no cache holds."""
+    return min(max(4 * host.caches().l3, _USUAL), _LARGE)
+
+
 def bandwidths(threads: int, seconds: float = 0.02) -> dict[str, dict[str, float]]:
     """Bytes a second that all threads read, write and copy (reads and writes together) in each cache and in memory.
 
@@ -392,7 +397,7 @@ def bandwidths(threads: int, seconds: float = 0.02) -> dict[str, dict[str, float
     """
     caches = host.caches()
     sizes = {"l1": threads * caches.l1 // 2, "l2": threads * caches.l2 // 2, "l3": caches.l3 // 2}
-    sizes["memory"] = min(max(4 * caches.l3, 64 << 20), _LARGE)
+    sizes["memory"] = memory_size()
     found: dict[str, dict[str, float]] = {"read": {}, "write": {}, "copy": {}}
     for level, size in sizes.items():
         if not size:
@@ -463,9 +468,10 @@ class Limits:
             **{name: rate / 1e9 for name, rate in found.items() if rate},
         }
 
-    def memory(self, reads: int, writes: int, again: bool = False) -> float:
+    def memory(self, reads: int, writes: int, again: bool = False, cold: bool = False) -> float:
         """Seconds that moving so many bytes takes at least, each read or written once; with ``again``, measured anew.
 
+        With ``cold`` by the speed of memory, also where a cache would hold so many.
         Where next to nothing is written, the measure is reading; else a copy (of one array, or of two into one).
         """
         total = reads + writes
@@ -473,6 +479,8 @@ class Limits:
             key = _round(total), 0
         else:
             key = _round(writes), 2 if reads > 1.5 * writes else 1
+        if cold:
+            key = max(key[0], memory_size()), key[1]
         if again or key not in self._memory:
             size, sources = min(key[0], _LARGE), key[1]
             rate = (

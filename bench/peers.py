@@ -197,6 +197,8 @@ class MaxAutotune(TorchCompile):
     devices: tuple[str, ...] = ("cpu",)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
+        if case.family == "models" and case.mode == "forward":
+            return "it tries kernels for every layer, minutes a model: left out of whole models"
         if case.mode != "forward" or not case.parameters:
             return "on a CPU, max-autotune has a choice only in inference and for products with constant weights"
         return super().missing(case, dtype, threads)
@@ -310,7 +312,8 @@ class NumPy(Peer):
     def __init__(self) -> None:
         import numpy
 
-        self.version = numpy.__version__
+        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})  # type: ignore[attr-defined]
+        self.version = " ".join(part for part in (numpy.__version__, blas.get("name"), blas.get("version")) if part)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         if case.numpy is None:

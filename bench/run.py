@@ -183,19 +183,22 @@ def _judged(case: Case, inputs: Sequence[Any], found: tuple[Tensor, ...]) -> tup
 # The limits of a case -------------------------------------------------------------------------------------------------
 
 
-def limit_of(case: Case, dtype: torch.dtype, limits: Limits | gpu.Limits, again: bool = False) -> tuple[str, float] | None:
+def limit_of(
+    case: Case, dtype: torch.dtype, limits: Limits | gpu.Limits, again: bool = False, method: str = "warm"
+) -> tuple[str, float] | None:
     """What limits a case, and the seconds that it takes at that limit: arithmetic or memory, whichever takes longer.
 
-    With ``again`` memory is measured once more, and the better of the measurements counts.
+    With ``again`` memory is measured once more, and the better of the measurements counts. Where caches are cold, inputs of any
+    size come from memory; in a CUDA graph they lie in L2, and memory is no limit.
     """
     size = dtype.itemsize
     bounds = []
     if case.flops:
         bounds.append((case.flops / limits.fma(dtype), "fma"))
     moved = [(reads * size, writes * size) for reads, writes in case.passes]
-    if moved and (not case.flops or sum(map(sum, moved)) > _CACHED):
+    if method != gpu.GRAPHS and moved and (not case.flops or sum(map(sum, moved)) > _CACHED or method == "cold"):
         name = "read" if all(writes * 8 < reads for reads, writes in moved) else "copy"
-        bounds.append((sum(limits.memory(*one, again=again) for one in moved), name))
+        bounds.append((sum(limits.memory(*one, again=again, cold=method == "cold") for one in moved), name))
     if not bounds:
         return None
     seconds, name = max(bounds)
@@ -247,7 +250,7 @@ def refill(chosen: Iterable[tuple[Case, torch.dtype]], records: Sequence[Record]
     for case, dtype in chosen:
         mine = by.get((case.family, case.name, case.mode, dtype_name(dtype)), [])
         if any(r.limit for r in mine):
-            compare_with_limit(mine, limit_of(case, dtype, limits))
+            compare_with_limit(mine, limit_of(case, dtype, limits, method=mine[0].method))
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -263,7 +266,9 @@ def _served_by(work: Work) -> str | None:
     return "; ".join(names) or None
 
 
-def _available_memory() -> int | None:
+def _available_memory(on_gpu: bool = False) -> int | None:
+    if on_gpu:
+        return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
@@ -300,7 +305,7 @@ def measure_case(
         for peer in providers
     ]
     memory.trim()  # every case begins with the same heap, whatever the one before has left
-    available = _available_memory()
+    available = _available_memory(on_gpu)
     needed = 3 * 8 * max(map(sum, case.passes), default=0)  # the float64 reference and its intermediates
     if available is not None and needed > available:
         for record in records:
@@ -329,7 +334,12 @@ def measure_case(
             works[peer.name] = work
             if peer.name == OURS:
                 record.served_by = _served_by(work)
-        torch_error, errors = check(job, works)
+        try:
+            torch_error, errors = check(job, works)
+        except torch.cuda.OutOfMemoryError as problem:  # float64 is too large for this GPU, which is no fault of anyone's
+            for record in records:
+                record.missing = record.missing or f"the check needs more memory than there is: {_reason(problem)}"
+            return records
         for record in records:
             if record.provider in errors:
                 found = errors[record.provider]
@@ -345,7 +355,7 @@ def measure_case(
         for record in records:
             if record.provider in right:
                 record.memory = (gpu if on_gpu else memory).extra(right[record.provider])
-        limit_of(case, dtype, limits)
+        limit_of(case, dtype, limits, method=method)
         between = evict(_last_cache()) if method == "cold" else None
         if method == "interleaved":
             between = TorchEager().prepare(job)
@@ -360,7 +370,7 @@ def measure_case(
         doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)
-        fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True))
+        fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True, method=records[0].method))
     if drift > DRIFT:
         doubts.append(DRIFTED.format(1 - drift))
     for record in records:
@@ -396,9 +406,12 @@ def _doubts(neighbours: Neighbours) -> list[str]:
 
 
 def _last_cache() -> int:
+    """The bytes of all last caches together: some CPUs have one for every few cores."""
     from fastnn import _info
 
-    return max(_info.machine().get("caches", {}).values(), default=32 << 20)
+    places = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3/shared_cpu_list")
+    count = len({place.read_text() for place in places}) or 1
+    return count * max(_info.machine().get("caches", {}).values(), default=32 << 20)
 
 
 def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 3) -> list[Record]:

@@ -109,6 +109,15 @@ def test_max_autotune_wants_constant_weights() -> None:
     for case in (_linear(8, 16, parameters=()), _linear(8, 16, mode="train")):
         assert "constant weights" in (peer.missing(case, torch.float32, 2) or "")
     assert peer.missing(_linear(8, 16), torch.float32, 2) is None
+    model = next(c for c in cases.cases("models") if c.mode == "forward")
+    assert "whole models" in (peer.missing(model, torch.float32, 2) or ""), "its weights are constant: that is not the reason"
+
+
+def test_numpys_version_names_its_blas() -> None:
+    """It is that which is timed."""
+    numpy, blas, *_ = peers.NumPy().version.split()
+    assert numpy[0].isdigit()
+    assert blas[0].isalpha()
 
 
 def test_a_quick_run_leaves_out_what_is_slow_to_prepare() -> None:
