@@ -198,7 +198,7 @@ class MaxAutotune(TorchCompile):
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         if case.family == "models" and case.mode == "forward":
-            return "it tries kernels for every layer, minutes a model: left out of whole models"
+            return "left out of whole models: it tries kernels for every layer, which takes long"
         if case.mode != "forward" or not case.parameters:
             return "on a CPU, max-autotune has a choice only in inference and for products with constant weights"
         return super().missing(case, dtype, threads)
@@ -312,7 +312,7 @@ class NumPy(Peer):
     def __init__(self) -> None:
         import numpy
 
-        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})  # type: ignore[attr-defined]
+        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})
         self.version = " ".join(part for part in (numpy.__version__, blas.get("name"), blas.get("version")) if part)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
