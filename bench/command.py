@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastnn.verify import dtypes
 
-from . import compare, gpu, models, report
+from . import compare, gpu, memory, models, report
 from .cases import Case, families
 from .estimate import estimate
 from .limits import Limits
-from .peers import OURS, Peer
-from .run import Record, available_peers, header, run, select
+from .peers import OURS, PEERS, Peer
+from .run import Record, available_peers, header, refill, run, select
 
 SECONDS = {"quick": 0.2, "full": 1.0}
 
@@ -36,7 +36,8 @@ def main(arguments: Namespace) -> int:
         ImportError: matplotlib is not installed, and a plot or page is wanted.
     """
     if arguments.device != gpu.DEVICE:
-        return _main(arguments)
+        with memory.kept():
+            return _main(arguments)
     gpu.require()
     if arguments.cold or arguments.interleaved:
         option = "--cold" if arguments.cold else "--interleaved"
@@ -46,7 +47,7 @@ def main(arguments: Namespace) -> int:
 
 
 def _main(arguments: Namespace) -> int:
-    console = Console(width=None if os.isatty(1) else 170)
+    console = Console(width=None if os.isatty(1) else 200)
     if arguments.family[:1] == ["compare"]:
         return compare.main(console, arguments.family[1:])
     chosen = select(
@@ -64,21 +65,30 @@ def _main(arguments: Namespace) -> int:
         import_module("matplotlib")  # said now if it is missing, not after the run
     seconds = SECONDS["quick" if arguments.quick else "full"]
     method = "cold" if arguments.cold else "interleaved" if arguments.interleaved else "warm"
-    providers, missing = available_peers(arguments.providers, arguments.quick)
+    providers, missing = available_peers(arguments.providers, arguments.quick, arguments.device)
     if not arguments.providers:  # who has nothing to do with any of the cases need not be told of
         providers = [p for p in providers if any(p.takes_part(case, arguments.device) for case, _ in chosen)]
+    else:
+        missing |= {p.name: "not asked for" for p in PEERS if p.name not in arguments.providers
+                    and arguments.device in p.devices
+                    and (not p.families or {case.family for case, _ in chosen} & set(p.families))}  # fmt: skip
     headers: list[dict[str, Any]] = []
     records: list[Record] = []
     save = _Saver(arguments, headers, records)
     interrupted = False
     for count in threads:
         limits: Limits | gpu.Limits = gpu.Limits() if on_gpu else Limits(count)
-        headers.append(header(limits, providers, missing, method))
+        headers.append(header(limits, providers, missing, method, seconds))
         report.print_header(console, headers[-1])
         if count == threads[0]:
             left = report.minutes(estimate(chosen, providers, seconds, headers[-1]) * len(threads))
-            console.print(f"{len(chosen)} cases: about {left} if nothing else runs; Ctrl-C keeps what is finished.")
+            written = arguments.json or arguments.save or arguments.html or arguments.plot
+            kept = "Ctrl-C keeps what is finished" if written else "nothing is written without --json FILE or --save"
+            console.print(f"{len(chosen)} cases: about {left} if nothing else runs; {kept}.")
         mine, interrupted = _run(console, chosen, count, seconds, providers, limits, method, save)
+        refill(chosen, mine, limits)
+        headers[-1]["limits"] |= limits.known()
+        report.print_limits(console, headers[-1], "limits, the best of the whole run")
         interrupted = interrupted or not _layer_tables(console, headers[-1], mine)
         report.print_summary(console, report.summary(chosen, mine))
         report.print_missing(console, mine)
@@ -99,7 +109,7 @@ def _main(arguments: Namespace) -> int:
 def _layer_tables(console: Console, header: dict[str, Any], records: list[Record]) -> bool:
     """Where the time of each whole model goes; False if the user has interrupted: what is finished stays."""
     try:
-        for name in dict.fromkeys(r.case for r in records if r.family == "models" and r.median):
+        for name in dict.fromkeys(r.case for r in records if r.family == "models" and r.provider == OURS and r.median):
             rows = models.layer_table(name)
             header.setdefault("layers", {})[name] = rows
             models.print_layers(console, name, rows)
@@ -132,7 +142,7 @@ class _Saver:
             r.run = self.headers[-1]["started"]
         self.records += new
         # The limits are those of the whole run: the best that was measured in it.
-        self.headers[-1]["limits"]["fma_gflops"] |= limits.known()
+        self.headers[-1]["limits"] |= limits.known()
         for path, records in self.files().items():
             if str(path) != self.arguments.json and path not in self._earlier:
                 self._earlier[path] = report.load(path) if path.exists() else ([], [])

@@ -92,7 +92,8 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
 def _by_case(records: Sequence[Record]) -> dict[Key, dict[str, Record]]:
     found: dict[Key, dict[str, Record]] = {}
     for r in records:
-        found.setdefault((r.family, r.case, r.dtype, r.threads, r.mode, r.method), {})[r.provider] = r
+        method = r.method.split(",")[0]  # a GPU's events or graphs: as the run chose
+        found.setdefault((r.family, r.case, r.dtype, r.threads, r.mode, method), {})[r.provider] = r
     return found
 
 
@@ -139,6 +140,10 @@ def main(console: Console, arguments: Sequence[str]) -> int:
     for name, version in old_headers[0]["versions"].items():
         if (now := new_headers[0]["versions"].get(name)) != version:
             console.print(f"{name} was {version} and is {now}", style="yellow", highlight=False)
+    lasted = [{h["seconds"] for h in headers if "seconds" in h} for headers in (old_headers, new_headers)]
+    if lasted[0] and lasted[1] and lasted[0] != lasted[1]:
+        old_seconds, new_seconds = (", ".join(f"{s:g}" for s in sorted(found)) for found in lasted)
+        console.print(f"Timed for {old_seconds} s a call in OLD, {new_seconds} s in NEW (quick and full runs).", style="yellow")
     if old_headers[0]["method"] != new_headers[0]["method"]:
         console.print(f"Measured in different ways. OLD: {old_headers[0]['method']}", style="yellow", highlight=False)
         console.print(f"NEW: {new_headers[0]['method']}", style="yellow", highlight=False)
@@ -154,6 +159,8 @@ def _print(console: Console, changes: Sequence[Change]) -> None:
         _, case, dtype, threads, mode, _ = c.key
         quotients = [c.time, c.machine, c.time / c.machine if c.time and c.machine else None]
         why = f": {c.new.missing}" if c.regression and c.new and c.new.missing else ""
+        if c.old and c.new and c.old.method != c.new.method:
+            why += f" (timed otherwise: {c.old.method}; now {c.new.method})"
         cells = [
             case,
             mode,

@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 
+from fastnn import _info
+
+from . import gpu
 from .cases import Case
 from .limits import fma_dtype
-from .peers import Peer
+from .peers import OURS, Peer
 from .run import dtype_name
 from .timing import PAUSE
 
 #: Seconds that a provider takes to prepare a case, where that is not nothing; measured on two cores of a Zen 5 server.
 #: torch.compile's are those of an empty cache, so a second run is shorter.
-PREPARE = {"torch.compile": 2.0, "max-autotune": 20.0}
+PREPARE = {"torch.compile": 2.0, "max-autotune": 20.0, "max-autotune-no-cudagraphs": 20.0}
 #: Seconds of a new process that imports torch, and of one that compiles a kernel with nothing cached.
 PROCESS, COLD_PROCESS = 2.5, 10.0
+#: Seconds in which our kernels of a family, mode and dtype are compiled, where the cache has none; measured at 4 to 9 each.
+COMPILE = 7.0
 _ROUNDS = 5
 
 
@@ -25,14 +30,17 @@ def estimate(
     chosen: Sequence[tuple[Case, torch.dtype]], providers: Sequence[Peer], seconds: float, header: dict[str, Any]
 ) -> float:
     """About how many seconds the cases take on this machine, limits as in ``header``."""
-    return sum(_case(case, dtype, providers, seconds, header) for case, dtype in chosen)
+    kinds = {(case.family, case.mode, dtype) for case, dtype in chosen if not case.programs}
+    compiled = bool(_info.cache()["kernels"]) or OURS not in {p.name for p in providers}
+    return sum(_case(case, dtype, providers, seconds, header) for case, dtype in chosen) + COMPILE * len(kinds) * (not compiled)
 
 
 def _case(case: Case, dtype: torch.dtype, providers: Sequence[Peer], seconds: float, header: dict[str, Any]) -> float:
     if case.programs:
         count = len({p.name for p in providers} & case.programs.keys())
         return count * (2 * COLD_PROCESS if case.cold else 3 * PROCESS)
-    there = [p.name for p in providers if p.missing(case, dtype, header["threads"]) is None]
+    device = gpu.DEVICE if "gpu" in header["machine"] else "cpu"
+    there = [p.name for p in providers if p.takes_part(case, device) and p.missing(case, dtype, header["threads"]) is None]
     limits = header["limits"]
     rates = limits["fma_gflops"]
     call = (

@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,11 +178,12 @@ class Limits:
         self._fma[dtype] = max(rate, self._fma.get(dtype, 0.0))
         return rate
 
-    def known(self) -> dict[str, float]:
-        """The product's limits measured so far, in GFLOP/s by dtype."""
-        return {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
+    def known(self) -> dict[str, Any]:
+        """The best of each limit so far, in GFLOP/s and GB/s, by the header's names."""
+        fma = {str(kind).removeprefix("torch."): rate / 1e9 for kind, rate in self._fma.items()}
+        return {"fma_gflops": fma, "copy_gbs_memory": self._copy / 1e9}
 
-    def memory(self, reads: int, writes: int, again: bool = False) -> float:
+    def memory(self, reads: int, writes: int, again: bool = False, cold: bool = False) -> float:
         """Seconds that moving so many bytes takes at least, at the speed of a copy."""
         if again or not self._copy:
             source, out = (torch.zeros(COPY, dtype=torch.uint8, device=DEVICE) for _ in range(2))
@@ -193,7 +195,13 @@ class Limits:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             self.fma(dtype)
         self.memory(0, 0)
-        return {"fma_gflops": self.known(), "copy_gbs_memory": self._copy / 1e9}
+        return self.known()
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where Linux tells it."""
+    file = Path("/sys/module/nvidia/version")
+    return file.read_text().strip() if file.exists() else None
 
 
 def describe() -> dict[str, Any]:
@@ -206,6 +214,8 @@ def describe() -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "capability": f"sm_{found.major}{found.minor}",
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
         "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,

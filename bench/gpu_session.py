@@ -258,7 +258,12 @@ def tell(folder: Path, facts: Mapping[str, Any], logs: Mapping[str, Path], resul
     if headers:
         from . import page
 
-        _write(folder / "index.html", page.html(headers, records, {}))
+        images = {}
+        if importlib.util.find_spec("matplotlib"):
+            from . import plots
+
+            images = dict(plots.figures(headers, records))
+        _write(folder / "index.html", page.html(headers, records, images))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from .models import COLUMNS, layer_lines
 from .peers import OURS
 from .plots import bandwidths
-from .report import SHORT, duration, geometric_mean, processor
+from .report import SHORT, duration, geometric_mean, processor, share
 from .run import Record
 
 Header = dict[str, Any]
@@ -100,7 +100,7 @@ def _cells(r: Record) -> str:
         r.runs,
         f"{r.rate:.4g} {r.unit}" if r.rate else "",
         f"{r.ratio:.2f}×" if r.ratio else "",
-        f"{r.limit_fraction:.0%} {r.limit}" if r.limit_fraction else "",
+        share(r),
         error,
         memory,
     ]

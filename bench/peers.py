@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,8 @@ class MaxAutotune(TorchCompile):
     devices: tuple[str, ...] = ("cpu",)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
+        if case.family == "models" and case.mode == "forward":
+            return "left out of whole models: it tries kernels for every layer, which takes long"
         if case.mode != "forward" or not case.parameters:
             return "on a CPU, max-autotune has a choice only in inference and for products with constant weights"
         return super().missing(case, dtype, threads)
@@ -277,12 +280,15 @@ class OnnxRuntime(Peer):
             # torch calls this exporter old. The new one gives the same graphs in a second a case instead of 10 ms.
             warnings.simplefilter("ignore")
             file = Path(folder) / "case.onnx"
-            torch.onnx.export(module, module.others, file, dynamo=False, opset_version=20)
+            names = [f"input{n}" for n in range(len(module.others))]
+            with patch.object(torch._C, "_jit_onnx_log", create=True):  # what it cannot export it would print as a whole
+                torch.onnx.export(module, module.others, file, input_names=names, dynamo=False, opset_version=20)
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         out = module(*module.others)
         if out.dtype not in (torch.float32, torch.float64, torch.float16):
             raise NotImplementedError(f"NumPy, through which results pass, has no {out.dtype}")
-        arrays = {place.name: t.numpy() for place, t in zip(session.get_inputs(), module.others, strict=True)}
+        used = {place.name for place in session.get_inputs()}  # the exporter drops what the case makes no use of
+        arrays = {name: t.numpy() for name, t in zip(names, module.others, strict=True) if name in used}
         if out.nbytes < 1 << 20:
             return lambda: tuple(session.run(None, arrays))
         binding = session.io_binding()
@@ -306,7 +312,8 @@ class NumPy(Peer):
     def __init__(self) -> None:
         import numpy
 
-        self.version = numpy.__version__
+        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})
+        self.version = " ".join(part for part in (numpy.__version__, blas.get("name"), blas.get("version")) if part)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:
         if case.numpy is None:

@@ -40,6 +40,20 @@ def span(r: Record) -> str:
     return f"{low if small == large else f'{low} {small}'}–{high} {large}, {r.runs}"
 
 
+def best_peer(records: Iterable[Record]) -> Record | None:
+    """The fastest of a case's providers but us."""
+    return min((r for r in records if r.provider != OURS and r.median), key=lambda r: r.median or 0, default=None)
+
+
+def share(r: Record) -> str:
+    """How near a record comes to which limit, and its rate in the record's unit: 58% of 50.9 read."""
+    if not r.limit_fraction:
+        return ""
+    at = f"{r.limit_rate:.3g} " if r.limit_rate else ""
+    how = f"{r.limit_fraction:.{0 if r.limit_fraction >= 0.01 else 1}%}" if r.limit_fraction >= 0.001 else "<0.1%"
+    return f"{how} of {at}{r.limit}"
+
+
 def minutes(seconds: float) -> str:
     """A time that nobody knows exactly."""
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
@@ -54,11 +68,18 @@ class Lines:
     def __init__(self, console: Console, providers: Sequence[str], cases: Sequence[str] = ()) -> None:
         self.console = console
         self.peers = [name for name in providers if name != OURS]
-        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 11, *(max(9, len(p)) for p in self.peers), 7, 13]
+        self._width = [max(map(len, ("case", *cases))), 9, 5, 9, 20, 13, 16, *(max(9, len(p)) for p in self.peers)]
+        self._width += [7 + max(map(len, self.peers), default=0), 13]
+        self._left_out: list[str] = []
+        while self.peers and sum(self._width) + len(self._width) - 1 > console.width:  # the best one is named in any case
+            self._left_out.insert(0, self.peers.pop())
+            del self._width[-3]
 
     def head(self) -> None:
         """What the columns mean."""
-        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "error (torch)"]
+        names = ["case", "mode", "dtype", OURS, "p20–p80, runs", "rate", "of limit", *self.peers, "best", "ulp (torch)"]
+        if self._left_out:
+            self.console.print(f"There is no room for columns of {', '.join(self._left_out)}.", style="dim")
         self.console.print(Text(self._row(names), style="bold"), soft_wrap=True)
 
     def _row(self, cells: Iterable[str]) -> str:
@@ -72,15 +93,15 @@ class Lines:
         """The line of one case, and one more for each thing that a reader must know of it."""
         by = {r.provider: r for r in records}
         ours = by.get(OURS)
-        main = ours if ours and ours.median else next((r for r in records if r.median), records[0])
+        main = ours or next((r for r in records if r.median), records[0])
         cells = [
             main.case,
             main.mode,
             SHORT.get(main.dtype, main.dtype),
-            duration(ours.median if ours else None),
+            "red" if ours and ours.correct is False else duration(ours.median if ours else None),
             span(main),
             f"{main.rate:.4g} {main.unit}" if main.rate else "–",
-            f"{main.limit_fraction:.0%} {main.limit}" if main.limit_fraction else "–",
+            share(main) or "–",
         ]
         for peer in self.peers:
             r = by.get(peer)
@@ -90,7 +111,8 @@ class Lines:
                 cells.append(f"{r.median / ours.median:.2f}×")
             else:
                 cells.append(duration(r.median))
-        cells.append(f"{ours.ratio:.2f}×" if ours and ours.ratio else "–")
+        best = best_peer(records)
+        cells.append(f"{ours.ratio:.2f}× {best.provider}" if ours and ours.ratio and best else "–")
         cells.append(f"{main.error_ulp:.3g} ({main.torch_error_ulp:.3g})" if main.error_ulp is not None else "–")
         red = any(r.correct is False for r in records)
         slower = bool(ours and ours.ratio and ours.ratio < 1)
@@ -133,23 +155,12 @@ def _each_once(said: dict[str, list[str]]) -> Iterable[str]:
 def print_header(console: Console, header: dict[str, Any]) -> None:
     """The machine, its limits, and how the numbers are made."""
     m, limits = header["machine"], header["limits"]
-    one = limits.get("fma_gflops_one_core", {})
-    fma = ", ".join(
-        f"{SHORT[k]} {v:.0f}" + (f" ({one[k]:.0f} one core)" if k in one else "")
-        for k, v in limits["fma_gflops"].items()
-    )
     console.print(
         f"[bold]{processor(m)}[/], {m['cores']} cores, {header['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in header["versions"].items() if v),
         highlight=False,
     )
-    memory = (
-        f"copy {limits['copy_gbs_memory']:.0f}"
-        if "gpu" in m
-        else f"64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy {limits['copy_gbs_64MiB_same_output']:.0f}, "
-        f"copy into new memory {limits['copy_gbs_64MiB_new_output']:.0f}"
-    )
-    console.print(f"limits: multiply-add {fma} GFLOP/s; {memory} GB/s", highlight=False)
+    print_limits(console, header)
     for what, rates in limits.get("bandwidth_gbs", {}).items():
         console.print(
             f"{what}: " + ", ".join(f"{level} {rate:.0f}" for level, rate in rates.items()) + " GB/s", highlight=False
@@ -163,6 +174,23 @@ def print_header(console: Console, header: dict[str, Any]) -> None:
         )
     for name, why in header["missing"].items():
         console.print(f"{name} is missing: {why}", style="yellow")
+
+
+def print_limits(console: Console, header: dict[str, Any], title: str = "limits") -> None:
+    """Arithmetic, and memory at 64 MiB."""
+    limits = header["limits"]
+    one = limits.get("fma_gflops_one_core", {})
+    fma = ", ".join(
+        f"{SHORT[k]} {v:.0f}" + (f" ({one[k]:.0f} one core)" if k in one else "")
+        for k, v in limits["fma_gflops"].items()
+    )
+    memory = (
+        f"copy {limits['copy_gbs_memory']:.0f}"
+        if "gpu" in header["machine"]
+        else f"64 MiB: read {limits['read_gbs_64MiB']:.0f}, copy {limits['copy_gbs_64MiB_new_output']:.0f}, "
+        f"copy into new pages {limits['copy_gbs_64MiB_new_pages']:.1f}"
+    )
+    console.print(f"{title}: multiply-add {fma} GFLOP/s; {memory} GB/s", highlight=False)
 
 
 # The summary ----------------------------------------------------------------------------------------------------------
@@ -254,9 +282,15 @@ def print_summary(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def unsteady(records: Sequence[Record]) -> tuple[int, int]:
-    """How many cases have a note that makes their numbers doubtful, and how many there are."""
-    cases = {(r.family, r.case, r.mode, r.dtype) for r in records}
-    return len({(r.family, r.case, r.mode, r.dtype) for r in records if r.notes}), len(cases)
+    """How many cases have a note, on our record or the best peer's, that makes their ratio doubtful; and how many there are."""
+    cases: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        cases.setdefault((r.family, r.case, r.mode, r.dtype), []).append(r)
+    doubtful = 0
+    for mine in cases.values():
+        best = best_peer(mine)
+        doubtful += any(r.notes for r in mine if r.provider == OURS or r is best)
+    return doubtful, len(cases)
 
 
 def print_doubts(console: Console, records: Sequence[Record]) -> None:

@@ -35,12 +35,22 @@ SPREAD, SHARE, DRIFT, SWITCHES = 0.25, 0.05, 0.07, 100
 _LOWER = ("matmul", "attention", "conv")
 #: Products that read less are not limited by memory.
 _CACHED = 4 << 20
+DRIFTED = "the multiply-add loop right after ran at {:.0%} of its best (clock, or a core that was not ours)"
+#: What is said of a case that is faster than its limit.
+DISTURBED = "faster than the limit that was measured: the limit was disturbed"
+FEWER = "faster than the multiply-add limit: fewer operations are done than are counted (Winograd), or the limit was disturbed"
 
 METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each "
     "after a pause (30 ms, and until no thread pool spins any more) and three discarded calls. {} Every provider "
-    "allocates its output anew in each call, and so do the copies that memory-bound cases are compared with."
+    "allocates its output anew in each call, and so do the copies that memory-bound cases are compared with: {}."
 )
+#: Where outputs lie, by whether glibc keeps what is freed: see ``memory.kept``.
+ALLOCATIONS = {
+    True: "glibc is told to keep what is freed, so that all of these lie in pages that are there already, as with jemalloc; by "
+    "its default an output above 32 MiB is new pages in each call, which the system clears first, at a cost alike for everyone",
+    False: "where those lie is the system's business, and large ones may be new pages in each call",
+}
 GPU_METHOD = (
     "Every provider's result is checked against float64 before it is timed. Providers run in rotating blocks, each after "
     "three discarded calls. A call is timed by CUDA events, and before each twice the L2 cache is read; a case in which a "
@@ -64,7 +74,7 @@ class Record:
         correct: within the error rule; None if the provider is missing.
         rate: operations or bytes a second in units of 10⁹, as ``unit`` says.
         limit: what limits the case on this machine ("fma", "read" or "copy"); ``limit_fraction`` is how near this
-            comes.
+            comes, ``limit_rate`` the rate at the limit, in the same unit.
         ratio: the best peer's time over this one's: above 1, this provider is faster than the best peer (never above
             1 for a peer).
         flops, bytes: operations and least memory traffic of one call; 0 where the case does not count them.
@@ -106,6 +116,7 @@ class Record:
     flops: int = 0
     bytes: int = 0
     run: str = ""
+    limit_rate: float | None = None
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
@@ -172,19 +183,22 @@ def _judged(case: Case, inputs: Sequence[Any], found: tuple[Tensor, ...]) -> tup
 # The limits of a case -------------------------------------------------------------------------------------------------
 
 
-def limit_of(case: Case, dtype: torch.dtype, limits: Limits | gpu.Limits, again: bool = False) -> tuple[str, float] | None:
+def limit_of(
+    case: Case, dtype: torch.dtype, limits: Limits | gpu.Limits, again: bool = False, method: str = "warm"
+) -> tuple[str, float] | None:
     """What limits a case, and the seconds that it takes at that limit: arithmetic or memory, whichever takes longer.
 
-    With ``again`` memory is measured once more, and the better of the measurements counts.
+    With ``again`` memory is measured once more, and the better of the measurements counts. Where caches are cold, inputs of any
+    size come from memory; in a CUDA graph they lie in L2, and memory is no limit.
     """
     size = dtype.itemsize
     bounds = []
     if case.flops:
         bounds.append((case.flops / limits.fma(dtype), "fma"))
     moved = [(reads * size, writes * size) for reads, writes in case.passes]
-    if moved and (not case.flops or sum(map(sum, moved)) > _CACHED):
+    if method != gpu.GRAPHS and moved and (not case.flops or sum(map(sum, moved)) > _CACHED or method == "cold"):
         name = "read" if all(writes * 8 < reads for reads, writes in moved) else "copy"
-        bounds.append((sum(limits.memory(*one, again=again) for one in moved), name))
+        bounds.append((sum(limits.memory(*one, again=again, cold=method == "cold") for one in moved), name))
     if not bounds:
         return None
     seconds, name = max(bounds)
@@ -205,14 +219,38 @@ def fill(
         record.between = t.between if record.method == "interleaved" else None
         work, record.unit = (case.flops, "GFLOP/s") if case.flops else (case.bytes(dtype), "GB/s")
         record.rate = work / t.median / 1e9 if work else None
-        if limit:
-            record.limit, record.limit_fraction = limit[0], limit[1] / t.median
         if peers:
             record.ratio = min(peers) / t.median
         if t.spread > SPREAD:
             record.notes.append(f"spread {t.spread:.0%}")
-        if record.limit_fraction and record.limit_fraction > 1.05:
-            record.notes.append("faster than the limit that was measured: the limit was disturbed")
+    compare_with_limit(records, limit)
+
+
+def compare_with_limit(records: Iterable[Record], limit: tuple[str, float] | None) -> None:
+    """How near each comes to the case's limit: what takes so many seconds, see ``limit_of``."""
+    for record in records:
+        record.notes = [note for note in record.notes if note != DISTURBED]
+        record.remarks = [remark for remark in record.remarks if remark != FEWER]
+        if limit is None or not record.median:
+            continue
+        record.limit, record.limit_fraction = limit[0], limit[1] / record.median
+        record.limit_rate = record.rate * record.median / limit[1] if record.rate else None
+        if record.limit_fraction > 1.05:
+            if record.limit == "fma":
+                record.remarks.append(FEWER)
+            else:
+                record.notes.append(DISTURBED)
+
+
+def refill(chosen: Iterable[tuple[Case, torch.dtype]], records: Sequence[Record], limits: Limits | gpu.Limits) -> None:
+    """The same for a whole run, once its limits are known as well as they will be."""
+    by: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        by.setdefault((r.family, r.case, r.mode, r.dtype), []).append(r)
+    for case, dtype in chosen:
+        mine = by.get((case.family, case.name, case.mode, dtype_name(dtype)), [])
+        if any(r.limit for r in mine):
+            compare_with_limit(mine, limit_of(case, dtype, limits, method=mine[0].method))
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -228,7 +266,9 @@ def _served_by(work: Work) -> str | None:
     return "; ".join(names) or None
 
 
-def _available_memory() -> int | None:
+def _available_memory(on_gpu: bool = False) -> int | None:
+    if on_gpu:
+        return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
@@ -264,7 +304,8 @@ def measure_case(
         )
         for peer in providers
     ]
-    available = _available_memory()
+    memory.trim()  # every case begins with the same heap, whatever the one before has left
+    available = _available_memory(on_gpu)
     needed = 3 * 8 * max(map(sum, case.passes), default=0)  # the float64 reference and its intermediates
     if available is not None and needed > available:
         for record in records:
@@ -293,7 +334,12 @@ def measure_case(
             works[peer.name] = work
             if peer.name == OURS:
                 record.served_by = _served_by(work)
-        torch_error, errors = check(job, works)
+        try:
+            torch_error, errors = check(job, works)
+        except torch.cuda.OutOfMemoryError as problem:  # float64 is too large for this GPU, which is no fault of anyone's
+            for record in records:
+                record.missing = record.missing or f"the check needs more memory than there is: {_reason(problem)}"
+            return records
         for record in records:
             if record.provider in errors:
                 found = errors[record.provider]
@@ -309,7 +355,7 @@ def measure_case(
         for record in records:
             if record.provider in right:
                 record.memory = (gpu if on_gpu else memory).extra(right[record.provider])
-        limit_of(case, dtype, limits)
+        limit_of(case, dtype, limits, method=method)
         between = evict(_last_cache()) if method == "cold" else None
         if method == "interleaved":
             between = TorchEager().prepare(job)
@@ -324,9 +370,9 @@ def measure_case(
         doubts = _doubts(neighbours)
         now = limits.refresh_fma(dtype)
         drift = 1 - now / limits.fma(dtype)
-        fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True))
+        fill(records, times, case, dtype, limit_of(case, dtype, limits, again=True, method=records[0].method))
     if drift > DRIFT:
-        doubts.append(f"the clock was {drift:.0%} slower than at its best")
+        doubts.append(DRIFTED.format(1 - drift))
     for record in records:
         record.notes += doubts
     return records
@@ -360,9 +406,12 @@ def _doubts(neighbours: Neighbours) -> list[str]:
 
 
 def _last_cache() -> int:
+    """The bytes of all last caches together: some CPUs have one for every few cores."""
     from fastnn import _info
 
-    return max(_info.machine().get("caches", {}).values(), default=32 << 20)
+    places = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3/shared_cpu_list")
+    count = len({place.read_text() for place in places}) or 1
+    return count * max(_info.machine().get("caches", {}).values(), default=32 << 20)
 
 
 def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int = 3) -> list[Record]:
@@ -407,9 +456,9 @@ def measure_processes(case: Case, threads: int, providers: list[Peer], runs: int
 
 
 def available_peers(
-    names: Sequence[str] | None = None, quick: bool = False
+    names: Sequence[str] | None = None, quick: bool = False, device: str | None = None
 ) -> tuple[list[Peer], dict[str, str]]:
-    """The providers (of the given names, or all) that can be imported, and why the others are not there.
+    """The providers (of the given names, or all; or all of a device) that can be imported, and why the others are not there.
 
     With ``quick``, those that take long to get ready must be named.
 
@@ -422,7 +471,7 @@ def available_peers(
             raise ValueError(f"no provider is called {name!r}; there are: {', '.join(known)}")
     there, missing = [], {}
     for kind in peer_module.PEERS:
-        if names is not None and kind.name not in names:
+        if kind.name not in names if names is not None else device not in (None, *kind.devices):
             continue
         if quick and names is None and kind.slow:
             missing[kind.name] = f"too slow to get ready for a quick run, unless named: --providers {kind.name}"
@@ -435,9 +484,9 @@ def available_peers(
 
 
 def header(
-    limits: Limits | gpu.Limits, providers: list[Peer], missing: dict[str, str], method: str = "warm"
+    limits: Limits | gpu.Limits, providers: list[Peer], missing: dict[str, str], method: str = "warm", seconds: float = 1.0
 ) -> dict[str, Any]:
-    """Machine, versions, limits and method of a run."""
+    """Machine, versions, limits and method of a run, and for how many seconds it times each call."""
     from fastnn import _info
 
     on_gpu = isinstance(limits, gpu.Limits)
@@ -447,6 +496,7 @@ def header(
         "machine": _info.machine() | ({"gpu": gpu.describe()} if on_gpu else {}),
         "versions": _info.versions(),
         "threads": limits.threads,
+        "seconds": seconds,
         "environment": {
             k: v
             for k, v in os.environ.items()
@@ -457,7 +507,7 @@ def header(
         "missing": missing,
         "load_average": load_average(),
         "limits": limits.describe(),
-        "method": GPU_METHOD if on_gpu else METHOD.format(METHODS[method]),
+        "method": GPU_METHOD if on_gpu else METHOD.format(METHODS[method], ALLOCATIONS[memory.keeps]),
     }
 
 

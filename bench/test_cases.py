@@ -7,7 +7,6 @@ provider after the other, where ``python -m fastnn bench`` rotates them; the pau
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -16,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastnn.bench import memory
 from fastnn.bench.cases import Case, families
 from fastnn.bench.peers import OURS, Job, Peer
 from fastnn.bench.run import available_peers, check, dtype_name, select
-from fastnn.bench.timing import PAUSE
+from fastnn.bench.timing import pause
 
 pytestmark = pytest.mark.skipif(
     find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed: pip install pytest-benchmark"
@@ -34,7 +34,16 @@ def _parameters() -> Iterator[Any]:
     """Every case with every provider, by a readable name."""
     for case, dtype in _CASES:
         for peer in _PROVIDERS:
+            if not peer.takes_part(case, "cpu"):
+                continue
             yield pytest.param(case, dtype, peer, id=f"{case.family}/{case.name}-{case.mode}-{dtype_name(dtype)}-{peer.name}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_memory() -> Iterator[None]:
+    """Outputs lie in memory that is there already, as in ``python -m fastnn bench``."""
+    with memory.kept():
+        yield
 
 
 @pytest.mark.parametrize(("case", "dtype", "peer"), list(_parameters()))
@@ -60,5 +69,5 @@ def test_case(case: Case, dtype: torch.dtype, peer: Peer, benchmark: Any) -> Non
         assert error.within(torch_error, dtype), f"error {error.worst:.4g} ulp where torch has {torch_error.worst:.4g}"
         benchmark.group = f"{case.family}/{case.name} {case.mode} {dtype_name(dtype)}"
         benchmark.extra_info.update(threads=threads, flops=case.flops, bytes=case.bytes(dtype), error_ulp=error.worst)
-        time.sleep(PAUSE)  # thread pools that have just worked go on spinning: see timing.py
+        pause()  # thread pools that have just worked go on spinning: see timing.py
         benchmark(work)

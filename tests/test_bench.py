@@ -4,8 +4,10 @@ Nothing here asserts a speed.
 """
 
 import contextlib
+import itertools
 import json
 import re
+import resource
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastnn.bench.cases as cases
 import fastnn.bench.cases.attention as attention
 import fastnn.bench.command as command
+import fastnn.bench.gpu as gpu
 import fastnn.bench.limits as limits
 import fastnn.bench.memory as memory
 import fastnn.bench.peers as peers
@@ -47,7 +50,8 @@ def test_limits_are_plausible(threads: int) -> None:
     for rate in (
         limits.read(1 << 20, threads, seconds=0.01),
         limits.copy(1 << 20, threads, seconds=0.01),
-        limits.copy(1 << 20, threads, sources=2, fresh=False, seconds=0.01),
+        limits.copy(1 << 20, threads, sources=2, fresh=None, seconds=0.01),
+        limits.copy(1 << 20, threads, fresh=limits.new_pages, seconds=0.01),
     ):
         assert 1e7 < rate < 1e14
 
@@ -96,20 +100,21 @@ def test_every_cache_has_a_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def rate(size: int, threads: int, *options: Any) -> float:
         walked.append((size * options[-1], size))
-        return 1e9
+        return 1e9 + (len(walked) - 1) // 3 % 2  # the second time is better
 
     monkeypatch.setattr(limits, "read", rate)
     monkeypatch.setattr(limits, "copy", rate)
     found = limits.bandwidths(2)
     assert set(found) == {"read", "write", "copy"}
     assert set(found["read"]) >= {"l1", "l2", "memory"}
+    assert {rate for rates in found.values() for rate in rates.values()} == {1e9 + 1}, "the best of two"
     assert all(total > 4 << 20 for total, _ in walked)  # else the start-up would be measured
     assert len({size for _, size in walked}) > 4
 
 
 def test_going_through_a_cache_several_times_counts() -> None:
     assert 1e7 < limits.read(16 << 10, 1, seconds=0.01, times=100) < 1e14
-    assert 1e7 < limits.copy(16 << 10, 1, 0, False, seconds=0.01, times=100) < 1e14
+    assert 1e7 < limits.copy(16 << 10, 1, 0, None, seconds=0.01, times=100) < 1e14
 
 
 def test_limits_keep_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +132,48 @@ def test_limits_keep_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.memory(1000, 0, again=True) == 10.0
     assert kept.memory(100, 100) == 20.0
     assert kept.memory(200, 100) == 15.0
+
+
+def test_a_limit_waits_for_spinning_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the stopwatch does: else the multiply-add loop would share a core with whatever pool was timed before."""
+    order: list[str] = []
+    monkeypatch.setattr(timing, "pause", lambda: order.append("pause"))
+    limits._repeat(lambda: order.append("call"), 0.0)
+    assert order[:2] == ["pause", "call"]
+
+
+def test_a_limit_of_all_cores_is_not_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one thread had to do the work of both, it is measured again."""
+    rates = {torch.float32: iter([100.0, 105.0, 198.0]), torch.float64: iter([60.0, 40.0, 50.0, 55.0, 60.0, 61.0, 1e9])}
+
+    def fma(dtype: torch.dtype, threads: int, seconds: float) -> float:
+        return 100.0 if threads == 1 else next(rates[dtype])
+
+    monkeypatch.setattr(limits, "fma", fma)
+    monkeypatch.setattr(limits, "has_bf16_dot", lambda: False)
+    monkeypatch.setattr(limits, "read", lambda *_, **__: 3e9)
+    monkeypatch.setattr(limits, "copy", lambda *_, **__: 2e9)
+    found = limits.Limits(2).describe()
+    assert found["fma_gflops"] == {"float32": 198e-9, "float64": 61e-9}  # two cores that are never as fast as twice one
+    assert found["fma_gflops_one_core"] == {"float32": 100e-9, "float64": 100e-9}
+
+
+def test_a_header_has_the_best_of_each_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of memory: what a case was judged by, and no less than what a point of the roofline reached."""
+    monkeypatch.setattr(limits, "fma", lambda *_: 1e9)
+    read = iter([30e9, 51e9, 40e9])
+    monkeypatch.setattr(limits, "read", lambda *_: next(read))
+    monkeypatch.setattr(limits, "copy", lambda size, threads, sources, seconds: (4 + sources) * 1e9)
+    kept = limits.Limits(2)
+    kept.memory(64 << 20, 0)
+    kept.memory((64 << 20) + 9, 0)
+    kept.memory(1 << 20, 0)
+    kept.memory(2 << 20, 1 << 20)
+    assert kept.known() == {
+        "fma_gflops": {},
+        "memory_gbs": {"read 1 MiB": 40.0, "two into one 1 MiB": 6.0, "read 64 MiB": 30.0, "read 80 MiB": 51.0},
+        "read_gbs_64MiB": 51.0,
+    }
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------
@@ -217,7 +264,8 @@ def test_a_clock_that_slows_down_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     kept.refresh_fma(torch.float32)
     providers, _ = run.available_peers(["torch"])
     found = [run.measure_case(_case(), torch.float32, 1, providers, kept, seconds=0.01)[0].notes for _ in range(2)]
-    assert found == [["busy", "the clock was 20% slower than at its best"], ["busy"]]
+    assert found == [["busy", run.DRIFTED.format(0.8)], ["busy"]]
+    assert "at 80% of its best" in found[0][1]
 
 
 def test_the_memory_of_a_call_is_its_peak() -> None:
@@ -228,6 +276,46 @@ def test_the_memory_of_a_call_is_its_peak() -> None:
     assert (memory.extra(lambda: a) or 0) < slack
     assert 16 << 20 <= (memory.extra(lambda: a + 1) or 0) + slack < 18 << 20
     assert 32 << 20 <= (memory.extra(lambda: (a + 1) * 2) or 0) + slack < 34 << 20  # both are there at once
+
+
+def _faults(call: Callable[[], object]) -> int:
+    """The new pages that a call needs, once it has found its place in the heap: the median of some calls."""
+    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(9):
+        call()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return sorted(b - a for a, b in itertools.pairwise(counts))[4]
+
+
+def test_outputs_of_every_size_lie_in_memory_that_is_kept() -> None:
+    """By glibc's default those above 32 MiB are new pages, unless there happens to be a hole in the heap."""
+    large = [torch.ones(size << 18) for size in (8, 48, 64)]
+    with memory.kept():
+        if not memory.keeps:
+            pytest.skip("no glibc")
+        assert max(_faults(lambda t=t: t + 1) for t in large) < 100  # type: ignore[misc]
+        assert _faults(lambda: (large[1] + 1) * 2) < 100
+        holes = [torch.ones(20 << 18) for _ in range(5)][::2]
+        assert max(_faults(lambda t=t: t + 1) for t in large) < 100  # type: ignore[misc]
+        assert _faults(lambda: limits.new_pages(8 << 20).fill_(1)) > 1
+    assert not memory.keeps
+    assert len(holes) == 3
+
+
+def test_a_run_keeps_memory_and_says_so(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def relu(F: Any, x: Tensor) -> Tensor:
+        seen.append(memory.keeps)
+        return F.relu(x)
+
+    case = _case(name="kept", theirs=relu)
+    monkeypatch.setattr(run, "cases", lambda family: [case])
+    file = tmp_path / "kept.json"
+    assert _bench("--json", str(file)) == 0
+    (header,) = json.loads(file.read_text())["headers"]
+    assert set(seen) == {sys.platform == "linux"}
+    assert ("glibc is told to keep" in header["method"]) == seen[0]
 
 
 def _case(**changes: Any) -> Case:
@@ -252,6 +340,7 @@ def test_ratios_rates_and_fractions() -> None:
     assert ours.rate == pytest.approx(2.0)
     assert ours.unit == "GFLOP/s"
     assert [ours.limit, ours.limit_fraction, eager.limit_fraction] == ["fma", 0.5, 0.25]
+    assert [ours.limit_rate, eager.limit_rate] == pytest.approx([4.0, 4.0])  # GFLOP/s, as the rate
     assert numpy.median is numpy.ratio is None
     assert ours.notes == []
 
@@ -267,16 +356,56 @@ def test_memory_bound_cases_count_bytes() -> None:
     assert records[0].notes == ["spread 150%"]
 
 
+def test_fractions_are_of_the_best_limit_of_the_whole_run() -> None:
+    case = _case(flops=4_000_000)
+    records = [*_records(case, "fastnn", "torch"), *_records(_case(name="other"), "fastnn")]
+    run.fill(records[:2], _times(fastnn=0.002, torch=0.004), case, torch.float32, ("fma", 0.003))
+    assert records[0].limit_fraction == 1.5
+    assert records[0].remarks == [run.FEWER]
+    run.refill([(case, torch.float32)], records, SimpleNamespace(fma=lambda dtype: 2e9))
+    assert [r.limit_fraction for r in records] == [1.0, 0.5, None]
+    assert records[0].remarks == []
+
+
+def test_what_beats_its_limit_is_said() -> None:
+    """Winograd does fewer operations than are counted, which makes nothing unsteady; memory cannot be outrun."""
+    product, copied = _case(flops=4_000_000), _case(passes=((1000, 1000),))
+    for case, name, notes, remarks in ((product, "fma", [], [run.FEWER]), (copied, "copy", [run.DISTURBED], [])):
+        (record,) = _records(case, "fastnn")
+        run.fill([record], _times(fastnn=0.002), case, torch.float32, (name, 0.003))
+        assert (record.notes, record.remarks) == (notes, remarks)
+
+
 def test_a_case_is_limited_by_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = limits.Limits(2)
     monkeypatch.setattr(kept, "fma", lambda dtype: 1e12)
-    monkeypatch.setattr(kept, "memory", lambda reads, writes, again=False: (reads + writes) / 1e11)
+    monkeypatch.setattr(kept, "memory", lambda reads, writes, again=False, cold=False: (reads + writes) / (1e11 - 5e10 * cold))
     big = ((10_000_000, 0),)
     assert run.limit_of(_case(flops=10**9, passes=big), torch.float32, kept) == ("fma", 1e-3)
     assert run.limit_of(_case(flops=10**8, passes=big), torch.float32, kept) == ("read", 4e-4)
     assert run.limit_of(_case(flops=10**3, passes=((1000, 10),)), torch.float32, kept) == ("fma", 1e-9)  # in cache
     assert run.limit_of(_case(passes=((500, 500), (1000, 0))), torch.float32, kept) == ("copy", 8e-8)
     assert run.limit_of(_case(), torch.float32, kept) is None
+    small = _case(flops=10**3, passes=((1000, 10),))
+    assert run.limit_of(small, torch.float32, kept, method="cold") == ("read", 4040 / 5e10)
+    assert run.limit_of(_case(flops=10**8, passes=big), torch.float32, kept, method=gpu.GRAPHS) == ("fma", 1e-4)
+    assert run.limit_of(_case(passes=big), torch.float32, kept, method=gpu.GRAPHS) is None
+
+
+def test_cold_inputs_come_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that a cache would hold; and they are evicted before each sample."""
+    read: list[int] = []
+    monkeypatch.setattr(limits, "read", lambda size, *_: read.append(size) or 1e9)  # type: ignore[func-returns-value]
+    limits.Limits(1).memory(1000, 0)
+    limits.Limits(1).memory(1000, 0, cold=True)
+    assert read[0] < 2000
+    assert read[1] == limits.memory_size() >= 64 << 20
+    evicted: list[int] = []
+    monkeypatch.setattr(run, "evict", lambda size: lambda: evicted.append(size))
+    providers, _ = run.available_peers(["fastnn", "torch"])
+    found = run.measure_case(_case(), torch.float32, 1, providers, limits.Limits(1, seconds=0.01), 0.01, "cold")
+    assert len(evicted) >= sum(r.runs for r in found) > 4
+    assert set(evicted) == {run._last_cache()}
 
 
 def test_summary_compares_with_the_goals() -> None:
@@ -570,7 +699,7 @@ def test_a_case_that_cannot_be_checked_is_red_and_not_the_end(
 
 
 def test_a_case_too_large_for_the_memory_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(run, "_available_memory", lambda on_gpu: 3 << 30)
     case = _case(passes=((1 << 28, 1 << 28),), make=lambda dtype: pytest.fail("inputs were made"))
     assert _measure(case, "torch")["torch"].missing == "the check needs 12 GiB of memory, 3 are free"
 
@@ -676,9 +805,25 @@ def test_the_method_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureF
     assert _bench("--case", "small/8", "--interleaved", "--json", str(file)) == 0
     saved = json.loads(file.read_text())
     assert "PyTorch" in saved["headers"][0]["method"]
+    assert saved["headers"][0]["seconds"] == command.SECONDS["full"]
     assert {r["method"] for r in saved["records"]} == {"interleaved"}
     assert all(r["between"] > 0 for r in saved["records"])
     assert "between its own" in capsys.readouterr().out
+
+
+def test_who_was_not_asked_is_said(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that have something to do with the cases here; and what is kept at Ctrl-C only where something is kept."""
+    file = tmp_path / "results.json"
+    assert _bench("--case", "small/8", "--json", str(file)) == 0
+    (header,) = json.loads(file.read_text())["headers"]
+    assert header["missing"] == dict.fromkeys(("torch.compile", "max-autotune", "onnxruntime"), "not asked for")
+    out = capsys.readouterr().out
+    assert "onnxruntime is missing: not asked for" in out
+    assert "Ctrl-C keeps what is finished" in out
+    assert _bench("--case", "small/8") == 0
+    out = capsys.readouterr().out
+    assert "Ctrl-C keeps" not in out
+    assert "nothing is written without --json FILE or --save" in out
 
 
 def test_a_red_case_fails_the_command(
@@ -692,6 +837,9 @@ def test_a_red_case_fails_the_command(
     out = capsys.readouterr().out
     assert "RED fastnn: error" in out
     assert "no speed is reported" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("small/16"))
+    assert "GFLOP/s" not in line, "a peer's speed in our column"
+    assert line.split()[:6] == ["small/16", "forward", "f32", "red", "–", "–"]
 
 
 def test_a_red_peer_is_shown_and_no_failure(
@@ -747,6 +895,12 @@ def test_an_interrupted_run_makes_no_layer_tables(
     assert {r["case"] for r in json.loads(file.read_text())["records"]} == {"one", *(["two"] if at == "layers" else [])}
     assert page.exists()
     assert "What was reached" in capsys.readouterr().out
+
+
+def test_a_red_model_has_no_layer_table(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "cases", lambda family: [_case(family="models", name="one", ours=lambda F, x: F.relu(x) + 1)])
+    monkeypatch.setattr(command.models, "layer_table", lambda name: pytest.fail("it says how fast wrong results are"))
+    assert main(["bench", "models", "--providers", "fastnn", "torch", "--threads", "1"]) == 1
 
 
 def test_make_bench_quick_keeps_its_results() -> None:

@@ -75,6 +75,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "graph": _graph,
         "current_stream": lambda: streams[-1],
         "_sleep": lambda cycles: None,
+        "mem_get_info": lambda: (1 << 30, 1 << 30),
         "synchronize": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 1000,
@@ -120,9 +121,73 @@ def test_one_short_call_puts_everyone_in_graphs(cuda: None) -> None:
     assert len(replays) >= times["short"].runs + times["long"].runs
 
 
+def test_a_graph_holds_several_calls_and_a_time_is_one_calls(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    with gpu.session():
+        gpu.graph_of(lambda: captured.append(1))
+    assert len(captured) == gpu.IN_GRAPH > 1
+    monkeypatch.setattr(gpu, "graph_of", lambda call: lambda: time.sleep(gpu.IN_GRAPH * 1e-3))  # a millisecond a call
+    with gpu.session():
+        times, how, _ = gpu.measure({"short": lambda: None}, 0.001, rounds=2)
+    assert how == gpu.GRAPHS
+    assert 1e-3 <= times["short"].median < 10e-3
+
+
+def test_in_graphs_memory_is_no_limit(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their inputs lie in L2."""
+    case = Case("matmul", "gpu/relu", together(random(64, 64, seed=1)), theirs=lambda F, x: F.relu(x), passes=((4096, 4096),))
+    providers, _ = run.available_peers(["torch"])
+    for shortest, limit in ((0.0, "copy"), (1.0, None)):
+        monkeypatch.setattr(gpu, "GRAPH", shortest)
+        with gpu.session():
+            (record,) = run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)
+        assert (record.limit, record.method == gpu.GRAPHS) == (limit, limit is None)
+
+
+def test_the_gpus_memory_is_what_counts(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("matmul", "gpu/relu", together(random(64, 64)), theirs=lambda F, x: F.relu(x), passes=((1 << 28, 1 << 28),))
+    providers, _ = run.available_peers(["fastnn", "torch"])
+
+    def missing() -> set[tuple[str | None, bool | None]]:
+        with gpu.session():
+            return {(r.missing, r.correct) for r in run.measure_case(case, torch.float32, 1, providers, gpu.Limits(), 0.01)}
+
+    assert missing() == {("the check needs 12 GiB of memory, 1 are free", None)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+
+    def full(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("tried to allocate 12 GiB")
+
+    monkeypatch.setattr(run, "check", full)
+    ((why, correct),) = missing()
+    assert why is not None
+    assert "needs more memory than there is: OutOfMemoryError: tried to allocate 12 GiB" in why
+    assert correct is None, "red, as if our result were wrong"
+
+
+def test_max_autotune_of_a_gpu_is_compiled_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str | None] = []
+
+    def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            calls.append(mode)
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(peers, "_compiled", compiled)
+    case = Case("matmul", "gpu/relu", together(random(4, 4, seed=1)), theirs=lambda F, x: F.relu(x))
+    job = peers.Job.of(case, torch.float32, 1)
+    work = peers.MaxAutotuneGPU().prepare(job)
+    assert calls == ["max-autotune-no-cudagraphs"]
+    assert torch.equal(work()[0], job.inputs[0].relu())
+    assert len(calls) == 2
+
+
 def test_the_flush_is_not_timed_and_only_reads(cuda: None) -> None:
     assert max(gpu.sample(lambda: None, 3, before=_sleeps(0.02))) < 0.02
     assert gpu._flusher(1 << 10).__name__ == "sum"
+    assert gpu.flush().__self__.nbytes == 2 << 16  # twice the stand-in's L2
 
 
 def test_launches_hide_behind_a_sleeping_gpu(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +274,7 @@ def test_a_session_is_float32_and_leaves_the_settings(cuda: None) -> None:
     try:
         with gpu.session():
             found = gpu.describe()
+            assert {"cuda", "cudnn", "driver"} <= set(found)
             assert (found["matmul.allow_tf32"], found["cudnn.allow_tf32"], found["cudnn.benchmark"]) == (False, False, True)
         assert matmul.allow_tf32
         assert not cudnn.benchmark

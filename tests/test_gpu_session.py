@@ -145,8 +145,8 @@ def test_the_summary_has_what_is_there(tmp_path: Path) -> None:
     """Results of two runs of one family, a damaged file of another, the last line of the tests."""
     header = {
         "started": "early", "machine": {"gpu": {"name": "Stand In"}, "cpu": "a CPU", "cores": 2, "os": "an OS", "affinity": None},
-        "limits": {"fma_gflops": {"float32": 1.0}, "copy_gbs_memory": 1.0}, "threads": 1, "versions": {}, "providers": {},
-        "missing": {}, "environment": {}, "command": [], "method": "by hand", "load_average": None,
+        "limits": {"fma_gflops": {"float32": 1.0}, "copy_gbs_memory": 1.0}, "threads": 1, "versions": {"torch": "2"},
+        "providers": {}, "missing": {}, "environment": {}, "command": [], "method": "by hand", "load_average": None,
     }  # fmt: skip
     def record(case: str, provider: str, median: float, ratio: float, run: str) -> Record:
         return Record("conv", case, "bfloat16", 1, "forward", provider, correct=True, median=median, p20=median, p80=median,
@@ -167,6 +167,7 @@ def test_the_summary_has_what_is_there(tmp_path: Path) -> None:
     assert "norm.json is not a result of bench" in text
     page = (tmp_path / "index.html").read_text()
     assert page.count("3x3/one") == page.count("3x3/two") == 1
+    assert 'alt="conv-1threads-ratios" src="data:image/png' in page
     assert json.loads((tmp_path / "session.json").read_text())["steps"][0]["last line"] == "7 passed in 3 s"
 
 

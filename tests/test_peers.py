@@ -69,7 +69,16 @@ def test_onnx_runtime_takes_part(sessions: list[Any]) -> None:
     assert found.missing is None
 
 
-def test_what_onnx_runtime_cannot_do_is_said(sessions: list[Any]) -> None:
+def test_onnx_runtime_is_given_what_the_case_uses(sessions: list[Any]) -> None:
+    """The exporter drops other inputs, here the second of three."""
+    makers = (random(32, 16, seed=n) for n in range(3))
+    case = _linear(8, 16, parameters=(), make=together(*makers), theirs=lambda F, x, unused, y: x - 2 * y)
+    found = _measure(case, "onnxruntime", "torch")["onnxruntime"]
+    assert (found.missing, found.correct) == (None, True)
+    assert len(sessions[0].get_inputs()) == 2
+
+
+def test_what_onnx_runtime_cannot_do_is_said(sessions: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
     gradients = _linear(8, 16, mode="train")
     job_inputs = together(*(random(*shape, grad=True) for shape in [(8, 64), (16, 64), (16,)]))
     assert "no gradients" in (_measure(gradients.on(make=job_inputs), "onnxruntime")["onnxruntime"].missing or "")
@@ -80,6 +89,7 @@ def test_what_onnx_runtime_cannot_do_is_said(sessions: list[Any]) -> None:
     case = _linear(8, 16, parameters=(), make=together(random(4, 4)), theirs=unknown)
     found = _measure(case, "onnxruntime", "torch")
     assert "bessel" in (found["onnxruntime"].missing or "")
+    assert "graph" not in capfd.readouterr().out, "in the middle of the table"
     assert found["onnxruntime"].median is found["onnxruntime"].correct is None
     assert found["torch"].median
     product = next(c for c in cases.cases("matmul") if c.name == "small/8")
@@ -99,12 +109,23 @@ def test_max_autotune_wants_constant_weights() -> None:
     for case in (_linear(8, 16, parameters=()), _linear(8, 16, mode="train")):
         assert "constant weights" in (peer.missing(case, torch.float32, 2) or "")
     assert peer.missing(_linear(8, 16), torch.float32, 2) is None
+    model = next(c for c in cases.cases("models") if c.mode == "forward")
+    assert "whole models" in (peer.missing(model, torch.float32, 2) or ""), "its weights are constant: that is not the reason"
+
+
+def test_numpys_version_names_its_blas() -> None:
+    """It is that which is timed."""
+    numpy, blas, *_ = peers.NumPy().version.split()
+    assert numpy[0].isdigit()
+    assert blas[0].isalpha()
 
 
 def test_a_quick_run_leaves_out_what_is_slow_to_prepare() -> None:
     there, missing = run.available_peers(quick=True)
     assert "max-autotune" not in [peer.name for peer in there]
     assert "too slow" in missing["max-autotune"]
+    assert "max-autotune-no-cudagraphs" in missing
+    assert "max-autotune-no-cudagraphs" not in run.available_peers(quick=True, device="cpu")[1], "it is for GPUs"
     there, missing = run.available_peers(["max-autotune"], quick=True)
     assert [peer.name for peer in there] == ["max-autotune"]
 
