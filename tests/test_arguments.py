@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnn.functional as f
+import guard
 from fastnn.kernels.cpu.engine import overhead
 
 X, PROBABILITIES, TARGET = torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.tensor([1, 0, 4, 2])
@@ -99,3 +100,21 @@ def test_an_inference_tensor_is_written_in_inference_mode_only(inside: bool, eit
     with torch.inference_mode(inside), nullcontext() if inside else pytest.raises(RuntimeError, match="inference"):
         f.mm(X.T, X, out=out)
         torch.testing.assert_close(out, X.T @ X)
+
+
+BACKWARDS = {
+    case.op: case.args
+    for family in guard.CASES
+    for _, case in guard.cases(family, torch.float32)
+    if case.op.endswith("_backward")
+}  # of each backward the arguments of one call
+
+
+@pytest.mark.parametrize("op", BACKWARDS)
+def test_a_backward_refuses_a_gradient_that_is_not_its_outputs(op: str) -> None:
+    """Kernels read a gradient by its address."""
+    grad, *rest = BACKWARDS[op]
+    more, double = torch.ones(*grad.shape, 3), grad.double()
+    for wrong in (more,) if op == "embedding_backward" else (more, double):  # whose weight, and dtype, it does not see
+        with pytest.raises(RuntimeError, match="grad"):
+            getattr(torch.ops.fastnn, op)(wrong, *rest, backend="cpu")
