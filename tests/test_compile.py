@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastnn
 import fastnn.functional as f
@@ -307,6 +309,22 @@ def test_compiled_dropout_draws_anew() -> None:
     assert torch.equal(first, call(x))
     seeded = compiled(lambda x: f.dropout(x, 0.5, seed=3))
     assert torch.equal(seeded(x), f.dropout(x, 0.5, seed=3))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["jit", "make_fx", "fake"])
+@pytest.mark.parametrize("op", ["dropout", "attention"])
+def test_no_tracer_keeps_a_drawn_seed(op: str, how: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        return f.dropout(x, 0.5) if op == "dropout" else f.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    ones = torch.ones(2, 4, 500)
+    if how == "fake":
+        with FakeTensorMode() as mode:
+            assert call(mode.from_tensor(ones)).shape == ones.shape
+        return
+    traced = torch.jit.trace(call, ones, check_trace=False) if how == "jit" else make_fx(call)(ones)
+    assert not torch.equal(traced(ones), traced(ones))
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16])

@@ -145,6 +145,17 @@ def test_no_product_for_a_gradient_that_is_not_needed() -> None:
     assert [call.op for call in calls] == ["linear", "matmul"]
 
 
+@pytest.mark.parametrize("case", MATMUL, ids=str)
+def test_every_product_of_a_backward_is_ours(case: Case) -> None:
+    """Two, and one for a vector that was added to each row: the sum of the rows."""
+    summed = case.name == "linear" and len(case.shapes) == 3 or case.name == "addmm" and len(case.shapes[0]) == 1
+    out = case.ours(*case.tensors(grad=True), backend="cpu")
+    with fastnn.trace() as calls:
+        out.backward(torch.ones_like(out))
+    assert [call.backend for call in calls] == ["cpu"] * (2 + summed)
+    assert {call.op for call in calls} <= {"matmul", "addmm"}
+
+
 def test_activation_is_apart_where_its_gradient_is_needed() -> None:
     x, w, r = torch.randn(4, 5), torch.randn(3, 5, requires_grad=True), torch.randn(4, 3)
     with fastnn.backend("reference"), fastnn.trace() as calls:
@@ -489,6 +500,16 @@ def test_dropout_out_of_training_is_the_input() -> None:
     x = torch.randn(4)
     assert f.dropout(x, 0.5, training=False) is x
     assert fastnn.nn.Dropout(0.5).eval()(x) is x
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_dropout_module_in_training(inplace: bool) -> None:
+    x, layer = torch.ones(1000), fastnn.nn.Dropout(0.5, inplace)
+    y = layer(x)
+    assert (y is x) == inplace
+    assert 300 < int((y == 0).sum()) < 700
+    assert {0.0, 2.0} == set(y.tolist())
+    assert not torch.equal(layer(torch.ones(1000)), y)
 
 
 def test_dropout_in_place() -> None:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastnn.functional as ours
 from fastnn._numerics import error
+from fastnn.kernels.cpu import matmul as kernels
 from fastnn.kernels.cpu.engine import packed
 from fastnn.kernels.cpu.engine.activation_codes import CODES, PARAMETERS
 
@@ -460,6 +461,18 @@ def test_a_weight_is_kept_and_its_memory_returned(dtype: torch.dtype, store: Any
     assert store.held() == 0
     served(other)
     assert store.held() == held
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_is_packed_once(dtype: torch.dtype, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack, packings = kernels._PACK[dtype].load(), []
+    monkeypatch.setattr(kernels._PACK[dtype], "run", lambda *args: packings.append(args) or pack(*args))  # type: ignore[func-returns-value]
+    w = weight(dtype)
+    served(w, 5)
+    assert len(packings) == 1
+    in_place(w, 0)
+    served(w, 5)
+    assert len(packings) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
