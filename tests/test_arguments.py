@@ -63,6 +63,9 @@ META = torch.empty(3, 5, device="meta")
         (lambda: f.bmm(X[None], X.T.expand(2, 5, 4)), RuntimeError, r"bmm\(\): .*mat2 must have input's batch size 1, got 2"),
         (lambda: f.addmm(X, X, X), RuntimeError, r"addmm\(\): .*mat2 must have 5 rows, got 4"),
         (lambda: f.baddbmm(X[None], X[None], X[None]), RuntimeError, r"baddbmm\(\): .*batch2 must have 5 rows, got 4"),
+        (lambda: f.baddbmm(X[None].double(), X[None], X.T[None]), RuntimeError, r"baddbmm\(\): batch1 must have the same dtype as"),
+        (lambda: f.baddbmm(X[0, :1], X[None], X.T[None], backend="gpu"), RuntimeError, r"^baddbmm\(\): backend='gpu' cannot"),
+        (lambda: f.dropout(X, seed=1.5), TypeError, r"dropout\(\): argument 'seed' must be int, not float"),  # type: ignore[arg-type]
         (lambda: f.cross_entropy(X, META[0, :4].long()), RuntimeError, "target must be on input's device, cpu, got meta"),
         (lambda: f.linear(X[0], X[1], activation="foo"), ValueError, "activation got 'foo'"),
         (lambda: f.linear(X[0], X[1], activation="leaky_relu"), ValueError, "activation got 'leaky_relu'"),
@@ -91,6 +94,12 @@ def test_a_saved_tensor_that_out_overwrites_is_noticed(either: None) -> None:
     f.mm(X.T, X, out=saved)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_out_of_another_layout_keeps_the_sign_of_zero(either: None) -> None:
+    out = torch.empty(4, 4).T
+    assert f.mm(torch.tensor([[-0.0], [0], [0], [0]]), torch.ones(1, 4), out=out, backend="torch").signbit()[0].all()
+    assert out.signbit().sum() == 4
 
 
 @pytest.mark.parametrize("inside", [False, True])

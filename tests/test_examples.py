@@ -47,7 +47,7 @@ def short_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_the_demo_reports(short_demo: Any, accuracy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its exit status says whether the numbers hold; the page and the plot are there in either case."""
     train = short_demo.digits.train
-    monkeypatch.setattr(short_demo.digits, "train", lambda model, data, epochs=3: train(model, data, epochs=3))
+    monkeypatch.setattr(short_demo.digits, "train", lambda model, data, epochs=1: train(model, data, epochs=1))
     monkeypatch.setattr(short_demo.digits, "accuracy", lambda model, data: accuracy)
     assert short_demo.main() == (accuracy < 0.97)
     page = (short_demo.REPORT / "demo.md").read_text()

@@ -650,9 +650,21 @@ def test_modules(make: Callable[[Any], nn.Module], shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize(("make", "target"), LOSSES)
 def test_loss_modules(make: Callable[[Any], nn.Module], target: Tensor) -> None:
     ours, theirs = same(make)
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(ours(x, target), theirs(x, target))
+    x = torch.randn(3, 6).log_softmax(1)
+    leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    theirs(expected, target).sum().backward()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(module) is type(ours)
+        with fastnn.trace() as calls:
+            loss = module(leaf, target)
+            torch.testing.assert_close(loss, theirs(x, target))
+            leaf.grad = None
+            loss.sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad)
+        assert [call.backend for call in calls] == ["cpu", "cpu"]
 
 
 def test_every_module_has_been_tested() -> None:

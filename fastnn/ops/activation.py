@@ -87,6 +87,7 @@ activation: Operator = Operator(
     allocate=lambda plan, input, name, params: torch.empty_like(input),
     torch=apply_torch,
     save=_save_activation,
+    public=lambda input, name, params: name.removesuffix("_tanh"),
     backward=lambda ctx, grad: (
         activation_backward.call(grad, *ctx.saved_tensors, ctx.name, ctx.params, ctx.backend),
         None,

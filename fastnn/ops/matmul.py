@@ -113,14 +113,14 @@ matmul: Operator = Operator(
 
 def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> tuple[int, ...] | str:
     dims = mat1.dim()
-    op = "addmm" if dims == 2 else "baddbmm"
+    op, left, right = ("addmm", "mat1", "mat2") if dims == 2 else ("baddbmm", "batch1", "batch2")
     if dims not in (2, 3) or mat2.dim() != dims:
         raise RuntimeError(
-            f"{op}(): mat1 and mat2 must both be matrices, or both batches of them, got {_both(mat1, mat2)}"
+            f"{op}(): {left} and {right} must both be matrices, or both batches of them, got {_both(mat1, mat2)}"
         )
     if mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
-        raise RuntimeError(f"{op}(): mat1 and mat2 shapes cannot be multiplied: {_both(mat1, mat2)}")
-    _same_dtype(op, input=input, mat1=mat1, mat2=mat2)
+        raise RuntimeError(f"{op}(): {left} and {right} shapes cannot be multiplied: {_both(mat1, mat2)}")
+    _same_dtype(op, input=input, **{left: mat1, right: mat2})
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if not _expandable(input.shape, shape):
         raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
@@ -169,6 +169,7 @@ addmm: Operator = Operator(
     check=_check_addmm,
     torch=_torch_addmm,
     save=_save_addmm,
+    public=lambda input, mat1, *_: "addmm" if mat1.dim() == 2 else "baddbmm",
     backward=_addmm_backward,
     autocast="lower",
 )
