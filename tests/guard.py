@@ -259,7 +259,7 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             yield Case("max_pool", (x, *window, True))
             yield Case("max_pool_with_indices", (x, *window))
             yield Case("max_pool_backward", (grad, codes, x, *window))
-            if adaptive or (size[0] <= stride[0] and dilation[0] == 1):  # else an index may be there twice: which value stays is open
+            if adaptive or (size[0] <= stride[0] and dilation[0] == 1):  # else an index may be there twice
                 largest, places = torch.ops.fastnn.max_pool_with_indices(x, *window, backend="torch")
                 yield Case("max_unpool", (other(largest), other(places), list(shape[2:])))
                 yield Case("max_unpool_backward", (x, other(places), list(shape[2:])))

@@ -63,7 +63,7 @@ META = torch.empty(3, 5, device="meta")
         (lambda: f.bmm(X[None], X.T.expand(2, 5, 4)), RuntimeError, r"bmm\(\): .*mat2 must have input's batch size 1, got 2"),
         (lambda: f.addmm(X, X, X), RuntimeError, r"addmm\(\): .*mat2 must have 5 rows, got 4"),
         (lambda: f.baddbmm(X[None], X[None], X[None]), RuntimeError, r"baddbmm\(\): .*batch2 must have 5 rows, got 4"),
-        (lambda: f.baddbmm(X[None].double(), X[None], X.T[None]), RuntimeError, r"baddbmm\(\): batch1 must have the same dtype as"),
+        (lambda: f.baddbmm(X[None].double(), X[None], X.T[None]), RuntimeError, r"baddbmm\(\): batch1 must have the same dtype"),
         (lambda: f.baddbmm(X[0, :1], X[None], X.T[None], backend="gpu"), RuntimeError, r"^baddbmm\(\): backend='gpu' cannot"),
         (lambda: f.dropout(X, seed=1.5), TypeError, r"dropout\(\): argument 'seed' must be int, not float"),  # type: ignore[arg-type]
         (lambda: f.cross_entropy(X, META[0, :4].long()), RuntimeError, "target must be on input's device, cpu, got meta"),

@@ -148,7 +148,7 @@ def test_no_product_for_a_gradient_that_is_not_needed() -> None:
 @pytest.mark.parametrize("case", MATMUL, ids=str)
 def test_every_product_of_a_backward_is_ours(case: Case) -> None:
     """Two, and one for a vector that was added to each row: the sum of the rows."""
-    summed = case.name == "linear" and len(case.shapes) == 3 or case.name == "addmm" and len(case.shapes[0]) == 1
+    summed = len(case.shapes[-1]) == 1 if case.name == "linear" else case.name == "addmm" and len(case.shapes[0]) == 1
     out = case.ours(*case.tensors(grad=True), backend="cpu")
     with fastnn.trace() as calls:
         out.backward(torch.ones_like(out))
@@ -456,6 +456,15 @@ def test_gradient_of_class_probabilities_is_torchs() -> None:
     for target, call in ((t.clone().requires_grad_(), f.cross_entropy), (t.clone().requires_grad_(), F.cross_entropy)):
         call(x, target).backward()
         torch.testing.assert_close(target.grad, -torch.log_softmax(x, 1) / 3)
+
+
+@pytest.mark.parametrize("layer", [fastnn.nn.Linear(3, 3), *(getattr(fastnn.nn, f"Conv{d}d")(3, 3, 1) for d in (1, 2, 3))], ids=str)
+def test_a_residual_is_named(layer: nn.Module) -> None:
+    """What torch's modules do not take has no place among what they do."""
+    x = torch.randn(3, 3, *[2] * (layer.weight.dim() - 2))  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(layer(x, residual=x), layer(x) + x)
+    with pytest.raises(TypeError, match="positional argument"):
+        layer(x, x)
 
 
 # Dropout

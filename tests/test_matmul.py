@@ -629,6 +629,20 @@ def test_the_limit_holds(store: Any) -> None:
     assert store.held() > 0
 
 
+def test_a_packing_that_fits_exactly_but_for_its_alignment_is_not_kept(store: Any) -> None:
+    store.limit(1)
+    w = torch.nn.Parameter(randn(1024, 256))  # its panels take 1 MiB, and 64 bytes to begin at a cache line
+    with torch.no_grad():
+        for _ in range(3):
+            ours.linear(randn(33, 256), w, backend="cpu")
+    assert store.held() <= 1 << 20
+
+
+def test_a_limit_below_zero_is_refused(store: Any) -> None:
+    with pytest.raises(ValueError, match=r"limit\(\): megabytes must be 0 or more, got -1"):
+        store.limit(-1)
+
+
 def test_inference_mode(store: Any) -> None:
     with torch.inference_mode():
         w = randn(300, 200, seed=5).clone()
