@@ -146,7 +146,7 @@ print(main(["info"]), main(["warmup"]))
 """
 
 
-@pytest.mark.parametrize("gone", [["numba"], ["llvmlite"], ["numba", "llvmlite"]], ids="-".join)
+@pytest.mark.parametrize("gone", [["numba"], ["numba", "llvmlite"]], ids="-".join)
 def test_without_the_compiler_torch_serves(gone: list[str]) -> None:
     """Where Numba is missing, its llvmlite is left behind by pip; its kernels' cache says which Numba made it."""
     run = fresh.python("-c", WITHOUT.format(gone=gone), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, cwd=CHECKOUT)
