@@ -99,7 +99,7 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(4, 5, 2, grad=g), torch.stack([INDEX, INDEX], 1), None, -100, "none", 0.0),
         lambda g: (t(4, 5, grad=g), t(4, 5).softmax(1), None, -100, "sum", 0.0),
     ],
-    "cross_entropy_backward": [lambda g: (t(), t(4, 5), INDEX, WEIGHT, t(2, 4), -100, "mean", 0.1)],
+    "cross_entropy_backward": [lambda g: (t(), t(4, 5), INDEX, WEIGHT, t(2, 4).double(), -100, "mean", 0.1)],
     "linear_cross_entropy": [
         lambda g: (t(4, 3, grad=g), t(5, 3, grad=g), t(5, grad=g), INDEX, WEIGHT, -100, "mean", 0.1, g),
         lambda g: (t(4, 3, grad=g), t(5, 3, grad=g), None, INDEX, None, -100, "none", 0.0, False),
