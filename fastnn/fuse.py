@@ -320,7 +320,7 @@ def _fuse_layer(
     traced.add_submodule(path, fused)
     modules[path] = fused
     with graph.inserting_before(place):
-        new = graph.call_module(path, node.args if residual is None else (*node.args, residual))
+        new = graph.call_module(path, node.args, {} if residual is None else {"residual": residual})
     if isinstance(norm, nn.BatchNorm1d):
         check = str(taken[1].target)
         while _uses(graph, check) > (check == taken[1].target):

@@ -230,10 +230,8 @@ class use(TorchFunctionMode):
         try:
             return ours(*args, **(kwargs or {}))
         except TypeError:  # arguments that ours does not have, which is known before anything is computed
-            result = func(*args, **(kwargs or {}))  # raises what torch does if it takes them no more than ours
-            if backends.traces:
-                backends.record(func.__name__, args, "torch", f"torch {func.__name__}", "only torch takes these arguments")
-            return result
+            backends.torch_serves(func.__name__, args, None, "only torch takes these arguments")
+            return func(*args, **(kwargs or {}))  # raises what torch does if it takes them no more than ours
         finally:
             _inside_use.reset(token)
 

@@ -197,6 +197,20 @@ def softmax_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             if len(shape) > 1:
                 yield Case("nll_loss", (layout(x), target, weight, -100, reduction))
                 yield Case("nll_loss_backward", (grad, layout(x), target, weight, -100, reduction))
+    yield from linear_loss_cases(random)
+
+
+def linear_loss_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
+    sizes = [(1, 1, 1), (3, 17, 5), (70, 33, 67)]
+    for (rows, features, classes), layout, biased in itertools.product(sizes, LAYOUTS, (False, True)):
+        x, w = layout(random(rows, features)), layout(0.2 * random(classes, features))
+        target = (random(rows).abs() * 1e4).long() % classes
+        bias, weight = (random(classes), random(classes).abs()) if biased else (None, None)
+        for reduction in ("none", "mean", "sum"):
+            args = (x, w, bias, target, weight, -100, reduction, 0.1 if biased else 0.0)
+            yield Case("linear_cross_entropy", (*args, False))
+            yield Case("linear_cross_entropy", (*args, reduction != "none"))
+            yield Case("linear_cross_entropy_backward", (random(rows) if reduction == "none" else random(), *args))
 
 
 def rnn_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
@@ -245,6 +259,10 @@ def pool_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
             yield Case("max_pool", (x, *window, True))
             yield Case("max_pool_with_indices", (x, *window))
             yield Case("max_pool_backward", (grad, codes, x, *window))
+            if adaptive or (size[0] <= stride[0] and dilation[0] == 1):  # else an index may be there twice
+                largest, places = torch.ops.fastnn.max_pool_with_indices(x, *window, backend="torch")
+                yield Case("max_unpool", (other(largest), other(places), list(shape[2:])))
+                yield Case("max_unpool_backward", (x, other(places), list(shape[2:])))
             if not dilation or dilation[0] == 1:
                 if x.itemsize == 2 and dims == 3 and not adaptive:
                     continue  # torch has none

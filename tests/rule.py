@@ -1,6 +1,8 @@
 """The error rule, applied to a function of a namespace: ours on the CPU kernels beside torch's, both against
 float64."""
 
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +22,19 @@ FLOOR = {torch.float32: 4.0, torch.float64: 128.0, torch.bfloat16: 2.0, torch.fl
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**40)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def lazily(nbytes: int, dtype: torch.dtype) -> Tensor:
+    """Address space in which only the pages that are written take memory."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (no_reserve if sys.platform == "linux" else 0)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=dtype)
+
+
+def far_apart(near: Tensor) -> Tensor:
+    """The matrix with its rows 3 GiB apart: what is not addressed in 64 bits is out of reach."""
+    step = (3 << 30) // near.itemsize
+    return lazily(near.shape[0] * step * near.itemsize, near.dtype).as_strided(near.shape, (step, 1)).copy_(near)
 
 
 def check(

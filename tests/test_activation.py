@@ -14,7 +14,7 @@ from fastnn.kernels.cpu import activation as kernels
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
 from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import activation as reference
-from rule import DTYPES, LAYOUTS, check, randn
+from rule import DTYPES, LAYOUTS, check, far_apart, randn
 
 pytestmark = pytest.mark.usefixtures("poison", "threads")
 NUMBERS = {"leaky_relu": [0.1], "elu": [1.5], "hardtanh": [-0.5, 0.75], "softplus": [2.0, 3.0]}
@@ -50,6 +50,20 @@ def test_the_slope_of_silu_keeps_its_sign_where_it_vanishes() -> None:
         torch.autograd.grad(y, x, upstream)[0] for y in (ours.silu(x, backend="cpu"), torch.nn.functional.silu(x))
     )
     assert torch.equal(found.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_beyond_two_gigabytes(dtype: torch.dtype) -> None:
+    x, grad = randn(3, 700, dtype=dtype), randn(3, 700, dtype=dtype, seed=1)
+    for name, args in (("activation", ("silu", [])), ("dropout", (0.3, 7))):
+        near, far = torch.empty_like(x), far_apart(x)
+        kernels.KERNELS[name](near, x, *args)
+        kernels.KERNELS[name](out := far_apart(x), far, *args)
+        assert torch.equal(out, near)
+    near = torch.empty_like(x)
+    kernels.KERNELS["activation_backward"](near, grad, x, "silu", [])
+    kernels.KERNELS["activation_backward"](out, far_apart(grad), far, "silu", [])
+    assert torch.equal(out, near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

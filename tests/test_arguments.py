@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnn.functional as f
+import guard
 from fastnn.kernels.cpu.engine import overhead
 
 X, PROBABILITIES, TARGET = torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.tensor([1, 0, 4, 2])
@@ -62,6 +63,9 @@ META = torch.empty(3, 5, device="meta")
         (lambda: f.bmm(X[None], X.T.expand(2, 5, 4)), RuntimeError, r"bmm\(\): .*mat2 must have input's batch size 1, got 2"),
         (lambda: f.addmm(X, X, X), RuntimeError, r"addmm\(\): .*mat2 must have 5 rows, got 4"),
         (lambda: f.baddbmm(X[None], X[None], X[None]), RuntimeError, r"baddbmm\(\): .*batch2 must have 5 rows, got 4"),
+        (lambda: f.baddbmm(X[None].double(), X[None], X.T[None]), RuntimeError, r"baddbmm\(\): batch1 must have the same dtype"),
+        (lambda: f.baddbmm(X[0, :1], X[None], X.T[None], backend="gpu"), RuntimeError, r"^baddbmm\(\): backend='gpu' cannot"),
+        (lambda: f.dropout(X, seed=1.5), TypeError, r"dropout\(\): argument 'seed' must be int, not float"),  # type: ignore[arg-type]
         (lambda: f.cross_entropy(X, META[0, :4].long()), RuntimeError, "target must be on input's device, cpu, got meta"),
         (lambda: f.linear(X[0], X[1], activation="foo"), ValueError, "activation got 'foo'"),
         (lambda: f.linear(X[0], X[1], activation="leaky_relu"), ValueError, "activation got 'leaky_relu'"),
@@ -92,6 +96,12 @@ def test_a_saved_tensor_that_out_overwrites_is_noticed(either: None) -> None:
         y.backward()
 
 
+def test_out_of_another_layout_keeps_the_sign_of_zero(either: None) -> None:
+    out = torch.empty(4, 4).T
+    assert f.mm(torch.tensor([[-0.0], [0], [0], [0]]), torch.ones(1, 4), out=out, backend="torch").signbit()[0].all()
+    assert out.signbit().sum() == 4
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_inference_tensor_is_written_in_inference_mode_only(inside: bool, either: None) -> None:
     with torch.inference_mode():
@@ -99,3 +109,22 @@ def test_an_inference_tensor_is_written_in_inference_mode_only(inside: bool, eit
     with torch.inference_mode(inside), nullcontext() if inside else pytest.raises(RuntimeError, match="inference"):
         f.mm(X.T, X, out=out)
         torch.testing.assert_close(out, X.T @ X)
+
+
+BACKWARDS = {
+    case.op: case.args
+    for family in guard.CASES
+    for _, case in guard.cases(family, torch.float32)
+    if case.op.endswith("_backward")
+}  # of each backward the arguments of one call
+
+
+@pytest.mark.parametrize("op", BACKWARDS)
+def test_a_backward_refuses_a_gradient_that_is_not_its_outputs(op: str) -> None:
+    """Kernels read a gradient by its address."""
+    grad, *rest = BACKWARDS[op]
+    more, double = torch.ones(*grad.shape, 3), grad.double()
+    any_dtype = op in ("embedding_backward", "max_unpool_backward")  # which get nothing else that has one
+    for wrong in (more,) if any_dtype else (more, double):
+        with pytest.raises(RuntimeError, match="grad"):
+            getattr(torch.ops.fastnn, op)(wrong, *rest, backend="cpu")

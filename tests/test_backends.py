@@ -1,5 +1,7 @@
 """Which backend serves, how it is chosen, what is said when it cannot, and the trace."""
 
+import os
+import re
 import sys
 import threading
 import types
@@ -120,9 +122,47 @@ def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         f.matmul(x, x, backend="cpu")
 
 
+WITHOUT = """
+import importlib.metadata, sys, warnings
+
+gone, there = {gone!r}, importlib.metadata.version
+
+def version(name):
+    if name in gone:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return there(name)
+
+importlib.metadata.version = version
+sys.modules.update(dict.fromkeys(gone))  # None: a later import raises
+import torch, fastnn
+from fastnn.__main__ import main
+
+x = torch.randn(300, 300)
+with warnings.catch_warnings(record=True) as seen:
+    print(torch.equal(fastnn.functional.matmul(x, x), x @ x))
+    print(torch.equal(fastnn.functional.relu(x), x.relu()))
+print(*(str(w.message) for w in seen), sep="\\n")
+print(main(["info"]), main(["warmup"]))
+"""
+
+
+@pytest.mark.parametrize("gone", [["numba"], ["numba", "llvmlite"]], ids="-".join)
+def test_without_the_compiler_torch_serves(gone: list[str]) -> None:
+    """Where Numba is missing, its llvmlite is left behind by pip; its kernels' cache says which Numba made it."""
+    run = fresh.python("-c", WITHOUT.format(gone=gone), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, cwd=CHECKOUT)
+    assert run.returncode == 0, run.stderr
+    first, second, *said = run.stdout.splitlines()
+    assert (first, second, said[-1]) == ("True", "True", "0 2")
+    for line, family in zip(said, ("matmul", "activation")):
+        assert line.startswith(f"fastnn: the cpu kernels for {family} are not installed (")
+        assert "pip install numba" in line
+    assert "fastnn " in run.stdout, "info printed nothing"
+    assert re.fullmatch(r"(numba|llvmlite) is needed for this: pip install \1\n", run.stderr), run.stderr
+
+
 def test_gpu_backend_on_cpu_tensors() -> None:
     with pytest.raises(
-        RuntimeError, match=r"relu|activation\(\): backend='gpu' cannot serve this call: .*device 'cpu'"
+        RuntimeError, match=r"^relu\(\): backend='gpu' cannot serve this call: .*device 'cpu'"
     ):
         f.relu(torch.randn(3), backend="gpu")
 
@@ -210,6 +250,17 @@ def test_trace_prints_a_line_a_call() -> None:
         f.softmax(torch.randn(2, 3), 1, backend="reference")
     assert str(calls[0]) == "activation(2×3; float32, gelu) → torch activation: backend 'torch' was named"
     assert str(calls[1]) == "softmax(2×3; float32, 1) → fastnn.kernels.reference.softmax.softmax"
+
+
+def test_the_trace_tells_plain_maths_from_torchs_own_op() -> None:
+    x, target = torch.randn(2, 3), torch.tensor([0, 2])
+    with fastnn.backend("torch"), fastnn.trace() as calls:
+        f.dropout(x, seed=3)
+        f.nll_loss(x, target)
+        torch.ops.fastnn.nll_loss_backward(torch.ones(()), x, target, None, -100, "mean")
+    plain = "fastnn.kernels.reference.softmax.nll_loss_backward"
+    assert [call.kernel for call in calls] == ["fastnn.kernels.reference.activation.dropout", "torch nll_loss", plain]
+    assert {call.backend for call in calls} == {"torch"}
 
 
 def test_traces_nest_and_end() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_info_says_what_missing_packages_would_bring(
     assert set(rows) == set(_info.EXTRAS)
     assert rows["matplotlib"].split(maxsplit=1) == ["missing", _info.EXTRAS["matplotlib"]]
     assert rows["triton"].split(maxsplit=1) == ["1.2.3", _info.EXTRAS["triton"]]
+
+
+def test_info_knows_every_optional_package() -> None:
+    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {re.match(r"[\w-]+", requirement)[0] for name in ("demo", "bench") for requirement in extras[name]}  # type: ignore[index]
+    assert named <= set(_info.EXTRAS)
+
+
+def test_info_tells_of_a_setting_that_the_machine_cannot_follow() -> None:
+    done = _run("info", FASTNN_SIMD="mmx")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^SIMD: +FASTNN_SIMD is 'mmx', but this host allows only: ", done.stdout, re.MULTILINE)
+    assert "Optional packages" in done.stdout
 
 
 def test_info_shows_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastnn
 import fastnn.functional as f
@@ -97,7 +99,7 @@ SAMPLES: dict[str, list[Callable[[bool], tuple[Any, ...]]]] = {
         lambda g: (t(4, 5, 2, grad=g), torch.stack([INDEX, INDEX], 1), None, -100, "none", 0.0),
         lambda g: (t(4, 5, grad=g), t(4, 5).softmax(1), None, -100, "sum", 0.0),
     ],
-    "cross_entropy_backward": [lambda g: (t(), t(4, 5), INDEX, WEIGHT, t(2, 4), -100, "mean", 0.1)],
+    "cross_entropy_backward": [lambda g: (t(), t(4, 5), INDEX, WEIGHT, t(2, 4).double(), -100, "mean", 0.1)],
     "linear_cross_entropy": [
         lambda g: (t(4, 3, grad=g), t(5, 3, grad=g), t(5, grad=g), INDEX, WEIGHT, -100, "mean", 0.1, g),
         lambda g: (t(4, 3, grad=g), t(5, 3, grad=g), None, INDEX, None, -100, "none", 0.0, False),
@@ -307,6 +309,22 @@ def test_compiled_dropout_draws_anew() -> None:
     assert torch.equal(first, call(x))
     seeded = compiled(lambda x: f.dropout(x, 0.5, seed=3))
     assert torch.equal(seeded(x), f.dropout(x, 0.5, seed=3))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["jit", "make_fx", "fake"])
+@pytest.mark.parametrize("op", ["dropout", "attention"])
+def test_no_tracer_keeps_a_drawn_seed(op: str, how: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        return f.dropout(x, 0.5) if op == "dropout" else f.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    ones = torch.ones(2, 4, 500)
+    if how == "fake":
+        with FakeTensorMode() as mode:
+            assert call(mode.from_tensor(ones)).shape == ones.shape
+        return
+    traced = torch.jit.trace(call, ones, check_trace=False) if how == "jit" else make_fx(call)(ones)
+    assert not torch.equal(traced(ones), traced(ones))
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16])

@@ -1,10 +1,12 @@
 """The CPU engine's parts by themselves: SIMD primitives, packers, the register tile, and the machine code they become."""
 
+import ctypes
 import hashlib
 import itertools
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import fresh
 from fastnn.kernels.cpu.engine import host
 from fastnn.kernels.cpu.engine.build import Kernel
 from fastnn.kernels.cpu.engine.host import simd
+from fastnn.kernels.cpu.engine.workspace import workspace
 from guard import Placed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,6 +197,23 @@ def test_fma_rounds_once() -> None:
     out = torch.empty(16 * lanes)
     lanewise("float32")(x.data_ptr(), y.data_ptr(), out.data_ptr())
     assert (out[4 * lanes : 5 * lanes] == 2.0**-24).all()
+
+
+# Scratch memory -------------------------------------------------------------------------------------------------------
+
+
+def test_scratch_memory_is_aligned_kept_and_grown_and_a_threads_own() -> None:
+    def ask() -> list[int]:
+        return [workspace(size) for size in (1, 100, 2 << 20, 1, 40 << 20, 40 << 20, 1)]
+
+    mine, (others,) = ask(), ThreadPoolExecutor(1).map(lambda _: ask(), [0])
+    assert all(address % 4096 == 0 for address in mine + others)
+    for first, again, whole, small, large, large_again, after in (mine, others):
+        assert first == again == whole == small
+        assert large == large_again == after
+    assert mine[-1] != others[-1]
+    ctypes.memset(mine[-1], 1, 40 << 20)  # all of it is there
+    assert workspace(0) == 0
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
@@ -494,13 +514,19 @@ NARROWER = [] if "FASTNN_SIMD" in os.environ else host._allowed()[1:]
 @pytest.mark.slow
 @pytest.mark.parametrize("width", NARROWER)
 def test_narrower_vectors(width: str) -> None:
+    """Only the best set has AVX-512's scaling by a power of two: all others share what makes exponentials, so that whole
+    functions are tested in one of them."""
+    functions = (
+        " or test_activation and test_error and float32 and (gelu-torch or mish)"
+        " or test_softmax and test_rows and softmax-65-torch.float32"
+    )
     under(
         width,
-        "tests/test_engine.py",
-        "tests/test_matmul.py",
+        *(f"tests/test_{name}.py" for name in ("engine", "matmul", "vecmath", "activation", "softmax")),
         "-k",
         "test_engine and (half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32))"
-        " or linear_of_many_shapes and dtype0 or test_every_path and dtype0 or batches and dtype0",
+        " or linear_of_many_shapes and dtype0 or test_every_path and dtype0 or batches and dtype0"
+        " or float32_within and (exp or tanh or erf)" + functions * (width == NARROWER[0]),
     )
 
 

@@ -1,15 +1,61 @@
-"""The examples' claims about numbers, without their timing."""
+"""The examples' claims about numbers, without their timing, and the README's own example."""
 
 import copy
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastnn
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.append(str(CHECKOUT / "examples"))
+
+
+def test_the_readme_does_what_it_says() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    with fastnn.trace() as calls:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), {})
+    assert any(call.op == "linear" and "gelu" in call.options for call in calls), "the fused kernel is not fused"
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The demo with digits alone, made-up times and losses, and a report in a folder of its own."""
+    import demo
+
+    def untimed(result: demo.Result, work: str, calls: dict[str, Any], seconds: float) -> None:
+        result.times[work] = {name: demo.Times.of([1e-3 * (n + 1)]) for n, name in enumerate(calls)}
+
+    def absent(step: Any) -> demo.Result:
+        raise ModuleNotFoundError("no voices here")
+
+    monkeypatch.setattr(demo.Result, "time", untimed)
+    monkeypatch.setattr(demo, "REPORT", tmp_path / "report")
+    monkeypatch.setattr(demo, "run_sentences", lambda step: demo.Result("sentences", fastnn.replace(torch.nn.Bilinear(1, 1, 1))))
+    monkeypatch.setattr(demo, "run_voices", absent)
+    monkeypatch.setattr(demo.crepe, "SIZES", ())
+    return demo
+
+
+@pytest.mark.parametrize("accuracy", [0.98, 0.5])
+def test_the_demo_reports(short_demo: Any, accuracy: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit status says whether the numbers hold; the page and the plot are there in either case."""
+    monkeypatch.setattr(short_demo.digits, "train", lambda model, data: [1 / n for n in range(1, 60)])
+    monkeypatch.setattr(short_demo.digits, "accuracy", lambda model, data: accuracy)
+    assert short_demo.main() == (accuracy < 0.97)
+    page = (short_demo.REPORT / "demo.md").read_text()
+    assert ("FAILS" in page) == (accuracy < 0.97)
+    assert "digits: 5 epochs of training" in page
+    assert "digits MLP: replaced Linear × 3, " in page
+    assert "left Bilinear (no fastnn kernel for Bilinear)" in page
+    assert "Left out: no voices here" in page
+    assert (short_demo.REPORT / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_digits_train_alike() -> None:
@@ -39,7 +85,7 @@ def test_sentence_embeddings_stay() -> None:
     replaced = copy.deepcopy(model)
     report = fastnn.replace(replaced)
     assert len(report.replaced) >= 36  # the linear layers
-    with fastnn.use(), fastnn.trace() as calls:
+    with fastnn.trace() as calls:
         got = embeddings.embed(replaced, tokens)
     served = {call.op for call in calls if call.backend == "cpu"}
     assert served >= {"linear", "layer_norm", "attention", "activation", "embedding"}, served

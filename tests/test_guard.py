@@ -2,13 +2,15 @@
 
 import os
 import signal
+from importlib import import_module, util
 from pathlib import Path
 
 import pytest
 import torch
 
 import fresh
-from guard import CASES, LAYOUTS, PAGE, Placed
+from fastnn._checks import CHECKS
+from guard import CASES, LAYOUTS, PAGE, Placed, cases
 
 HERE = Path(__file__).resolve().parent
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -39,6 +41,16 @@ def guarded(family: str) -> list[str]:
 @pytest.mark.parametrize("family", CASES)
 def test_nothing_outside_is_touched(family: str) -> None:
     assert guarded(family) == []
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_kernel_has_cases(family: str) -> None:
+    kernels = import_module(f"fastnn.kernels.cpu.{family}").KERNELS
+    assert {case.op for _, case in cases(family, torch.float32)} == set(kernels)
+
+
+def test_every_family_has_cases() -> None:
+    assert set(CASES) == {family for family in CHECKS if util.find_spec(f"fastnn.kernels.cpu.{family}")}
 
 
 TOUCH = """

@@ -145,6 +145,17 @@ def test_no_product_for_a_gradient_that_is_not_needed() -> None:
     assert [call.op for call in calls] == ["linear", "matmul"]
 
 
+@pytest.mark.parametrize("case", MATMUL, ids=str)
+def test_every_product_of_a_backward_is_ours(case: Case) -> None:
+    """Two, and one for a vector that was added to each row: the sum of the rows."""
+    summed = len(case.shapes[-1]) == 1 if case.name == "linear" else case.name == "addmm" and len(case.shapes[0]) == 1
+    out = case.ours(*case.tensors(grad=True), backend="cpu")
+    with fastnn.trace() as calls:
+        out.backward(torch.ones_like(out))
+    assert [call.backend for call in calls] == ["cpu"] * (2 + summed)
+    assert {call.op for call in calls} <= {"matmul", "addmm"}
+
+
 def test_activation_is_apart_where_its_gradient_is_needed() -> None:
     x, w, r = torch.randn(4, 5), torch.randn(3, 5, requires_grad=True), torch.randn(4, 3)
     with fastnn.backend("reference"), fastnn.trace() as calls:
@@ -447,6 +458,16 @@ def test_gradient_of_class_probabilities_is_torchs() -> None:
         torch.testing.assert_close(target.grad, -torch.log_softmax(x, 1) / 3)
 
 
+@pytest.mark.parametrize("name", ["Linear", "Conv1d", "Conv2d", "Conv3d"])
+def test_a_residual_is_named(name: str) -> None:
+    """What torch's modules do not take has no place among what they do."""
+    layer = getattr(fastnn.nn, name)(3, 3, *[1] * (name != "Linear"))
+    x = torch.randn(3, 3, *[2] * (layer.weight.dim() - 2))
+    torch.testing.assert_close(layer(x, residual=x), layer(x) + x)
+    with pytest.raises(TypeError, match="positional argument"):
+        layer(x, x)
+
+
 # Dropout
 
 
@@ -489,6 +510,16 @@ def test_dropout_out_of_training_is_the_input() -> None:
     x = torch.randn(4)
     assert f.dropout(x, 0.5, training=False) is x
     assert fastnn.nn.Dropout(0.5).eval()(x) is x
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_dropout_module_in_training(inplace: bool) -> None:
+    x, layer = torch.ones(1000), fastnn.nn.Dropout(0.5, inplace)
+    y = layer(x)
+    assert (y is x) == inplace
+    assert 300 < int((y == 0).sum()) < 700
+    assert {0.0, 2.0} == set(y.tolist())
+    assert not torch.equal(layer(torch.ones(1000)), y)
 
 
 def test_dropout_in_place() -> None:
@@ -629,9 +660,21 @@ def test_modules(make: Callable[[Any], nn.Module], shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize(("make", "target"), LOSSES)
 def test_loss_modules(make: Callable[[Any], nn.Module], target: Tensor) -> None:
     ours, theirs = same(make)
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(ours(x, target), theirs(x, target))
+    x = torch.randn(3, 6).log_softmax(1)
+    leaf, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    theirs(expected, target).sum().backward()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(module) is type(ours)
+        with fastnn.trace() as calls:
+            loss = module(leaf, target)
+            torch.testing.assert_close(loss, theirs(x, target))
+            leaf.grad = None
+            loss.sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad)
+        assert [call.backend for call in calls] == ["cpu", "cpu"]
 
 
 def test_every_module_has_been_tested() -> None:

@@ -1,8 +1,6 @@
 """Matrix products on the CPU against float64, beside torch: shapes, strides, epilogues, special values, kept weights."""
 
 import gc
-import mmap
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -17,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 import fastnn.functional as ours
 from fastnn._numerics import error
-from fastnn.kernels.cpu.engine import packed
+from fastnn.kernels.cpu import matmul as kernels
+from fastnn.kernels.cpu.engine import host, packed
 from fastnn.kernels.cpu.engine.activation_codes import CODES, PARAMETERS
+from rule import lazily
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PARAMETERLESS = [name for name in CODES if PARAMETERS[name] == 0]
@@ -184,6 +184,37 @@ def test_every_path(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         check(matmul, torch.matmul, a, b)
 
 
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a CPU with an eighth of an L2 cache of a usual size: 64 KiB."""
+    found, smaller = kernels.caches(), host.Caches(16 << 10, 64 << 10, 1 << 20)
+    assert found.l2 > smaller.l2
+    for kept in (kernels._blocks, kernels._plan):
+        kept.cache_clear()
+    monkeypatch.setattr(kernels, "caches", lambda: smaller)
+    yield
+    for kept in (kernels._blocks, kernels._plan):
+        kept.cache_clear()
+
+
+def test_blocks_follow_the_cache(small_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, depth = kernels._blocks(kernels._format(torch.float32))
+    kernels._blocks.cache_clear()
+    monkeypatch.setattr(kernels, "caches", host.caches)
+    assert depth < kernels._blocks(kernels._format(torch.float32))[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(71, 523, 393), (129, 1031, 200), (520, 70, 530)], ids=str)
+def test_many_small_blocks(shape: tuple[int, int, int], dtype: torch.dtype, small_cache: None) -> None:
+    m, k, n = shape
+    a, b = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype, seed=1, scale=0.1)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        check(matmul, torch.matmul, a, b)
+        check(matmul, torch.matmul, a.t().contiguous().t(), b.t().contiguous().t())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches(dtype: torch.dtype) -> None:
     for left, right in [
@@ -204,13 +235,6 @@ def test_batches(dtype: torch.dtype) -> None:
     check(lambda x, y: ours.bmm(x, y, backend="cpu"), torch.bmm, a, b)
     check(lambda x, y: ours.mm(x, y, backend="cpu"), torch.mm, a[0], b[0])
     check(lambda x, y: ours.mv(x, y, backend="cpu"), torch.mv, a[0], b[0, :, 3])
-
-
-def lazily(nbytes: int, dtype: torch.dtype) -> Tensor:
-    """Address space in which only the pages that are written take memory."""
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (no_reserve if sys.platform == "linux" else 0)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -463,6 +487,18 @@ def test_a_weight_is_kept_and_its_memory_returned(dtype: torch.dtype, store: Any
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_is_packed_once(dtype: torch.dtype, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack, packings = kernels._PACK[dtype].load(), []
+    monkeypatch.setattr(kernels._PACK[dtype], "run", lambda *args: packings.append(args) or pack(*args))  # type: ignore[func-returns-value]
+    w = weight(dtype)
+    served(w, 5)
+    assert len(packings) == 1
+    in_place(w, 0)
+    served(w, 5)
+    assert len(packings) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_and_unpacked_give_the_same_bits(dtype: torch.dtype, store: Any) -> None:
     for m in (5, 8, 33, 130):
         w, x = weight(dtype), randn(m, 200, dtype=dtype)
@@ -591,6 +627,20 @@ def test_the_limit_holds(store: Any) -> None:
     store.limit(64)
     served(weights[0])
     assert store.held() > 0
+
+
+def test_a_packing_that_fits_exactly_but_for_its_alignment_is_not_kept(store: Any) -> None:
+    store.limit(1)
+    w = torch.nn.Parameter(randn(1024, 256))  # its panels take 1 MiB, and 64 bytes to begin at a cache line
+    with torch.no_grad():
+        for _ in range(3):
+            ours.linear(randn(33, 256), w, backend="cpu")
+    assert store.held() <= 1 << 20
+
+
+def test_a_limit_below_zero_is_refused(store: Any) -> None:
+    with pytest.raises(ValueError, match=r"limit\(\): megabytes must be 0 or more, got -1"):
+        store.limit(-1)
 
 
 def test_inference_mode(store: Any) -> None:

@@ -326,6 +326,8 @@ def test_use_leaves_to_torch_the_forms_that_only_torch_has(form: str) -> None:
     assert other.backend == "torch"
     assert other.reason == "only torch takes these arguments"
     assert product.op == "matmul", "it did not go on serving"
+    with fastnn.use(), fastnn.backend("cpu"), pytest.raises(RuntimeError, match="backend='cpu' cannot serve this call: only"):
+        ONLY_TORCHS_FORM[form](x, w)
 
 
 def test_use_raises_torchs_own_error_for_a_call_that_neither_takes() -> None:

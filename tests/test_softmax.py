@@ -13,7 +13,7 @@ import fastnn.functional as ours
 from fastnn import ops
 from fastnn._numerics import CAREFUL, softmax_scale
 from fastnn.kernels.cpu.softmax import KERNELS
-from rule import DTYPES, LAYOUTS, check, randn
+from rule import DTYPES, LAYOUTS, check, far_apart, randn
 
 F = torch.nn.functional
 INF, NAN = float("inf"), float("nan")
@@ -287,6 +287,32 @@ def test_mse_loss(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for lay in LAYOUTS:
             check(lambda space, a, b: space.mse_loss(a, b, reduction="none"),
                   [LAYOUTS[lay](x.detach()).requires_grad_(), y])
+
+
+# Far apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_beyond_two_gigabytes(dtype: torch.dtype) -> None:
+    """The same bits as of rows that are near: they are added in the same order."""
+    x, grad, target = randn(3, 700, dtype=dtype), randn(3, 700, dtype=dtype, seed=1), torch.tensor([5, 699, 0])
+    far, far_grad, upstream = far_apart(x), far_apart(grad), grad[:, 0].contiguous()
+    for name in ("softmax", "log_softmax"):
+        call, back = getattr(ops.softmax, name), getattr(ops.softmax, f"{name}_backward")
+        y = call(x, 1, backend="cpu")
+        assert torch.equal(call(far, 1, backend="cpu"), y)
+        assert torch.equal(back(far_grad, far_apart(y), 1, backend="cpu"), back(grad, y, 1, backend="cpu"))
+    for name, wanted, options in (("cross_entropy", (target,), (0.1,)), ("cross_entropy", (grad.softmax(1),), (0.1,)),
+                                  ("nll_loss", (target,), ())):
+        call, back = getattr(torch.ops.fastnn, name), getattr(torch.ops.fastnn, f"{name}_backward")
+        further = [far_apart(t) if t.dim() > 1 else t for t in wanted]
+        found = []
+        for logits, targets in ((x, wanted), (far, further)):
+            args = (*targets, None, -100, "none", *options)
+            loss, *kept = out if isinstance(out := call(logits, *args, backend="cpu"), tuple) else (out,)
+            found.append((loss, back(upstream, logits, *targets, None, *kept, *args[2:], backend="cpu")))
+        for near, other in zip(*found, strict=True):
+            assert torch.equal(near, other)
 
 
 # Threads

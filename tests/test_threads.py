@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastnn.functional as F
 import fresh
-from fastnn.kernels.cpu.engine import packed, threads
+from fastnn.kernels.cpu.engine import build, packed, threads
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("threads")
@@ -249,6 +249,31 @@ def test_parent_and_child_have_scratch_memory_of_their_own() -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, "the child's products are wrong"
     assert all(results), "the parent's products are wrong"
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_can_load_and_pack_though_a_thread_of_the_parent_was_at_it() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with packed._lock, build._lock:
+            held.set()
+            done.wait()
+
+    def child() -> bool:
+        packed.clear()
+        return build.Kernel.registry["product_float32"].load() is not None
+
+    holder = threading.Thread(target=hold)
+    F.matmul(torch.randn(300, 300), torch.randn(300, 300), backend="cpu")  # the kernel is there
+    holder.start()
+    held.wait()
+    try:
+        in_a_child(child, 10)
+    finally:
+        done.set()
+        holder.join()
 
 
 class Products(torch.utils.data.Dataset[Tensor]):

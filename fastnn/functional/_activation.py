@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from ..ops import activation as _activation
 from ..ops._operator import FLOATING
+from ._arguments import integer, is_traced
 
 _activation_call = _activation.activation.call
 
@@ -140,6 +141,11 @@ def dropout(
         raise error(f"dropout(): p is a probability and has to be between 0 and 1, but got {p}")
     if not isinstance(input, Tensor):
         raise TypeError(f"dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if seed is not None:
+        try:
+            seed = integer(seed)
+        except TypeError:
+            raise TypeError(f"dropout(): argument 'seed' must be int, not {type(seed).__name__}") from None
     if not training:
         return F.dropout(input, p, False, inplace)
     if inplace:
@@ -147,7 +153,7 @@ def dropout(
             input, p, inplace, seed, backend, "inplace=True changes the input, which no kernel here does"
         )
     if seed is None:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_traced():
             return _torch_dropout(input, p, inplace, seed, backend, "a traced call cannot draw a new seed each time")
         if backends.chosen(backend) == "torch" or input.dtype not in FLOATING:
             return _torch_dropout(input, p, inplace, seed, backend, "torch was named, or has the only kernel")

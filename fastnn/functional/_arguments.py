@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 
 Ints = int | Sequence[int]
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(getattr(t, "requires_grad", False) for t in tensors)  # what is no tensor is refused where it is used
+
+
+def is_traced() -> bool:
+    """Whether the call is written down to be made again, or made without values: a random seed drawn now would not do."""
+    return (
+        torch.compiler.is_compiling()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+    )
 
 
 def integer(value: Any) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..ops import attention as _attention
+from ._arguments import is_traced
 
 
 def scaled_dot_product_attention(
@@ -78,7 +79,7 @@ def scaled_dot_product_attention(
         if scale is None:
             scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
     if dropout_p and seed is None:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_traced():
             reason = "a traced call cannot draw a new seed each time"
             backends.torch_serves("attention", (query, key, value), backend, reason)
             return _traced_dropout(

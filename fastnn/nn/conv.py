@@ -48,7 +48,7 @@ def _transposed(self: Any, convolve: Callable[..., Tensor], input: Tensor, outpu
 class Conv1d(Epilogue, nn.Conv1d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         return _convolution(self, F.conv1d, input, residual)
 
 
@@ -62,7 +62,7 @@ class ConvTranspose1d(Epilogue, nn.ConvTranspose1d):
 class Conv2d(Epilogue, nn.Conv2d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         return _convolution(self, F.conv2d, input, residual)
 
 
@@ -76,7 +76,7 @@ class ConvTranspose2d(Epilogue, nn.ConvTranspose2d):
 class Conv3d(Epilogue, nn.Conv3d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         return _convolution(self, F.conv3d, input, residual)
 
 

@@ -11,7 +11,7 @@ from ._epilogue import Epilogue, apart, may_add
 class Linear(Epilogue, nn.Linear):
     backend: str | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         if residual is None:
             return F.linear(input, self.weight, self.bias, activation=self.activation, backend=self.backend)
         if may_add(residual, input, self.weight, (*input.shape[:-1], self.out_features)):

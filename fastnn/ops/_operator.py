@@ -110,6 +110,7 @@ class Operator:
     explain   the same, for kernels that see bad values themselves: says what torch's own error, or plain maths', does not.
     extra     outputs after the visible ones exist for the backward only: computes it, or a tuple, where torch serves the others.
     visible   how many outputs are differentiable, and all that the caller sees if there are extra ones.
+    public    (*args): the name that the caller knows, for errors; by default the op's own.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Operator:
         explain: Callable[..., None] | None = None,
         extra: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
         visible: int = 1,
+        public: Callable[..., str] | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.family = family
@@ -140,6 +142,7 @@ class Operator:
         self.explain = explain
         self.extra = extra
         self.visible = visible
+        self.public = public
         self.overload = self._register(schema)
         self.arguments = [a.name for a in self.overload._schema.arguments if not a.kwarg_only]
         self.tensors = [  # (name, may be None): the leading arguments
@@ -170,7 +173,7 @@ class Operator:
             raise RuntimeError(
                 f"{self.name}(): out must have dtype {result.dtype} on {result.device}, got {out.dtype} on {out.device}"
             )
-        return torch.add(result, 0, out=out)  # resizes, and warns, by torch's own rule
+        return torch.mul(result, 1, out=out)  # resizes, and warns, by torch's own rule; a sum with 0 would lose the sign of -0
 
     def general(self, args: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
         """A call in any circumstances."""
@@ -223,7 +226,7 @@ class Operator:
         """The op below autograd, for the dispatcher: outputs have the strides that `fake` promised."""
         plan = self.check(*args)
         if type(plan) is str:
-            backends.torch_serves(self.name, args, backend, plan)
+            backends.torch_serves(self, args, backend, plan)
             return self._all_by_torch(args)
         kernel = backends.select(self, args, backend)
         if kernel is not None:
@@ -285,7 +288,7 @@ class Operator:
     def _by_torch(self, args: tuple[Any, ...], backend: str | None, reason: str) -> Any:
         if backends.chosen(backend) == "reference":
             return self._by_reference(args, reason)
-        backends.torch_serves(self.name, args, backend, reason)
+        backends.torch_serves(self, args, backend, reason)
         return self._torch(args)
 
     def _by_reference(self, args: tuple[Any, ...], reason: str) -> Any:

@@ -61,7 +61,8 @@ def _check_activation(input: Tensor, name: str, params: Sequence[float]) -> str 
     return only_torch(input.dtype)
 
 
-def _check_backward(op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+def check_grad(op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """A kernel reads a gradient by its address: it must be the output's, of its shape and dtype. RuntimeError if not."""
     if tuple(grad.shape) != tuple(shape) or grad.dtype != dtype:
         raise RuntimeError(
             f"{op}(): grad must have shape {tuple(shape)} and dtype {dtype}, got {tuple(grad.shape)} and {grad.dtype}"
@@ -71,7 +72,7 @@ def _check_backward(op: str, grad: Tensor, shape: Sequence[int], dtype: torch.dt
 
 def _check_activation_backward(grad: Tensor, input: Tensor, name: str, params: Sequence[float]) -> str | None:
     _check_activation(input, name, params)
-    return _check_backward("activation_backward", grad, input.shape, input.dtype)
+    return check_grad("activation_backward", grad, input.shape, input.dtype)
 
 
 def _save_activation(ctx: Any, args: Any, out: Tensor) -> None:
@@ -86,6 +87,7 @@ activation: Operator = Operator(
     allocate=lambda plan, input, name, params: torch.empty_like(input),
     torch=apply_torch,
     save=_save_activation,
+    public=lambda input, name, params: name.removesuffix("_tanh"),
     backward=lambda ctx, grad: (
         activation_backward.call(grad, *ctx.saved_tensors, ctx.name, ctx.params, ctx.backend),
         None,
@@ -121,7 +123,7 @@ def _check_prelu(input: Tensor, weight: Tensor) -> str | None:
 
 def _check_prelu_backward(grad: Tensor, input: Tensor, weight: Tensor) -> str | None:
     _check_prelu(input, weight)
-    return _check_backward("prelu_backward", grad, input.shape, input.dtype)
+    return check_grad("prelu_backward", grad, input.shape, input.dtype)
 
 
 def _prelu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -178,7 +180,7 @@ def _check_glu(input: Tensor, dim: int) -> str | None:
 
 def _check_glu_backward(grad: Tensor, input: Tensor, dim: int) -> str | None:
     _check_glu(input, dim)
-    return _check_backward("glu_backward", grad, _halved(input, dim), input.dtype)
+    return check_grad("glu_backward", grad, _halved(input, dim), input.dtype)
 
 
 def _save_glu(ctx: Any, args: Any, out: Tensor) -> None:

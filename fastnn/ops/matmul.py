@@ -1,4 +1,7 @@
-"""Matrix products: matmul (mm, bmm, mv and vectors are the same op), addmm (and baddbmm), linear."""
+"""Matrix products: matmul (mm, bmm, mv and vectors are the same op), addmm (and baddbmm), linear.
+
+Of their gradients torch makes only what is no product: sums over broadcast batches and, for addmm, a full matrix times beta.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +37,11 @@ def _broadcast(op: str, a: torch.Size, b: torch.Size) -> torch.Size:
         raise RuntimeError(
             f"{op}(): batch dimensions of other must broadcast with those of input, {tuple(a)}, got {tuple(b)}"
         ) from None
+
+
+def _sum_of_rows(rows: Tensor, backend: str | None) -> Tensor:
+    """Of a matrix. On the CPU a product too: torch's sum, where it takes several threads, would hang in a forked process."""
+    return rows.sum(0) if rows.is_cuda else matmul.call(rows.new_ones(rows.shape[0]), rows, backend)
 
 
 # matmul
@@ -105,14 +113,14 @@ matmul: Operator = Operator(
 
 def _check_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> tuple[int, ...] | str:
     dims = mat1.dim()
-    op = "addmm" if dims == 2 else "baddbmm"
+    op, left, right = ("addmm", "mat1", "mat2") if dims == 2 else ("baddbmm", "batch1", "batch2")
     if dims not in (2, 3) or mat2.dim() != dims:
         raise RuntimeError(
-            f"{op}(): mat1 and mat2 must both be matrices, or both batches of them, got {_both(mat1, mat2)}"
+            f"{op}(): {left} and {right} must both be matrices, or both batches of them, got {_both(mat1, mat2)}"
         )
     if mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
-        raise RuntimeError(f"{op}(): mat1 and mat2 shapes cannot be multiplied: {_both(mat1, mat2)}")
-    _same_dtype(op, input=input, mat1=mat1, mat2=mat2)
+        raise RuntimeError(f"{op}(): {left} and {right} shapes cannot be multiplied: {_both(mat1, mat2)}")
+    _same_dtype(op, input=input, **{left: mat1, right: mat2})
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if not _expandable(input.shape, shape):
         raise RuntimeError(f"{op}(): input must be expandable to {shape}, got {_shape(input)}")
@@ -138,12 +146,21 @@ def _save_addmm(ctx: Any, args: Any, out: Tensor) -> None:
 def _addmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     mat1, mat2 = ctx.saved_tensors
     needs_input, needs_mat1, needs_mat2 = ctx.needs_input_grad[:3]
-    grad_input = grad.sum_to_size(ctx.shape) * ctx.beta if needs_input else None
-    grad_mat1 = matmul.call(grad, mat2.mT, ctx.backend) if needs_mat1 else None
-    grad_mat2 = matmul.call(mat1.mT, grad, ctx.backend) if needs_mat2 else None
-    if ctx.alpha != 1:
-        grad_mat1, grad_mat2 = (None if g is None else g * ctx.alpha for g in (grad_mat1, grad_mat2))
-    return grad_input, grad_mat1, grad_mat2, None, None
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        if ctx.alpha in (0, 1):  # 0 times infinity is NaN in a gradient, but not in addmm
+            found = matmul.call(left, right, ctx.backend)
+            return found if ctx.alpha else found * ctx.alpha
+        return addmm.call(left.new_zeros(()), left, right, 0.0, ctx.alpha, ctx.backend)
+
+    grad_input = None
+    if needs_input:
+        vector = grad.dim() == 2 and ctx.shape in ((grad.shape[1],), (1, grad.shape[1]))
+        summed = _sum_of_rows(grad, ctx.backend).reshape(ctx.shape) if vector else grad.sum_to_size(ctx.shape)
+        grad_input = summed if ctx.beta == 1 else summed * ctx.beta
+    return (
+        grad_input, product(grad, mat2.mT) if needs_mat1 else None, product(mat1.mT, grad) if needs_mat2 else None, None, None
+    )  # fmt: skip
 
 
 addmm: Operator = Operator(
@@ -152,6 +169,7 @@ addmm: Operator = Operator(
     check=_check_addmm,
     torch=_torch_addmm,
     save=_save_addmm,
+    public=lambda input, mat1, *_: "addmm" if mat1.dim() == 2 else "baddbmm",
     backward=_addmm_backward,
     autocast="lower",
 )
@@ -239,7 +257,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
         grad_weight = matmul.call(rows.mT, inputs, ctx.backend)
     if needs_bias:
-        grad_bias = rows.sum(0)
+        grad_bias = _sum_of_rows(rows, ctx.backend)
     return grad_input, grad_weight, grad_bias, grad if needs_residual else None, None
 
 

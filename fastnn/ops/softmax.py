@@ -14,7 +14,7 @@ from fastnn.kernels.linear_loss import mean_factor
 from fastnn.kernels.reference import softmax as reference
 
 from ._operator import Operator
-from .activation import aten, check_dim, only_torch
+from .activation import aten, check_dim, check_grad, only_torch
 
 REDUCTIONS = ("none", "mean", "sum")  # at the index that aten calls them by
 
@@ -31,12 +31,7 @@ def _make(name: str) -> tuple[Operator, Operator]:
 
     def check_backward(grad: Tensor, output: Tensor, dim: int) -> str | None:
         check_dim(name, output.dim(), dim)
-        if grad.shape != output.shape or grad.dtype != output.dtype:
-            raise RuntimeError(
-                f"{name}_backward(): grad must have the shape and dtype of output, {tuple(output.shape)} and "
-                f"{output.dtype}, got {tuple(grad.shape)} and {grad.dtype}"
-            )
-        return only_torch(output.dtype)
+        return check_grad(f"{name}_backward", grad, output.shape, output.dtype)
 
     def allocate(plan: None, input: Tensor, dim: int) -> Tensor:
         return torch.empty_like(input, memory_format=torch.contiguous_format)
@@ -76,6 +71,10 @@ log_softmax, log_softmax_backward = _make("log_softmax")
 def check_reduction(op: str, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}(): {reduction} is not a valid value for reduction, allowed are {', '.join(REDUCTIONS)}")
+
+
+def _loss_shape(rows: Sequence[int], reduction: str) -> Sequence[int]:
+    return rows if reduction == "none" else ()
 
 
 def _rows(shape: Sequence[int]) -> list[int]:
@@ -233,9 +232,12 @@ def _check_cross_entropy_backward(
     label_smoothing: float,
 ) -> str | None:
     reason = _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    if list(lse.shape) != [2, *_rows(input.shape)]:
-        raise RuntimeError(f"cross_entropy_backward(): lse must have shape (2, …), got {tuple(lse.shape)}")
-    return reason
+    if list(lse.shape) != [2, *_rows(input.shape)] or lse.dtype != torch.float64:
+        raise RuntimeError(
+            f"cross_entropy_backward(): lse must have shape {(2, *_rows(input.shape))} and dtype torch.float64, got "
+            f"{tuple(lse.shape)} and {lse.dtype}"
+        )
+    return reason or check_grad("cross_entropy_backward", grad, _loss_shape(_rows(input.shape), reduction), input.dtype)
 
 
 cross_entropy_backward: Operator = Operator(
@@ -282,11 +284,19 @@ nll_loss: Operator = Operator(
     autocast="float32",
 )
 
+
+def _check_nll_loss_backward(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> str | None:
+    reason = _check_nll_loss(input, target, weight, ignore_index, reduction)
+    return reason or check_grad("nll_loss_backward", grad, _loss_shape(_rows(input.shape), reduction), input.dtype)
+
+
 nll_loss_backward: Operator = Operator(
     "nll_loss_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction)"
     " -> Tensor",
     "softmax",
-    check=lambda grad, *args: _check_nll_loss(*args),
+    check=_check_nll_loss_backward,
     allocate=lambda plan, grad, input, *_: input.new_empty(input.shape),
     torch=reference.nll_loss_backward,
 )
@@ -398,10 +408,20 @@ linear_cross_entropy: Operator = Operator(
     autocast="lower",
 )
 
+
+def _check_linear_loss_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None,
+    ignore_index: int, reduction: str, label_smoothing: float,
+) -> str | None:  # fmt: skip
+    reason = _check_linear_loss(input, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing)
+    shape = _loss_shape(target.shape, reduction)
+    return reason or check_grad("linear_cross_entropy_backward", grad, shape, input.dtype)
+
+
 linear_cross_entropy_backward: Operator = Operator(
     f"linear_cross_entropy_backward(Tensor grad, {_LINEAR_TENSORS}, {_LINEAR_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     "softmax",
-    check=lambda grad, *args: _check_linear_loss(*args),
+    check=_check_linear_loss_backward,
     allocate=lambda plan, grad, input, weight, bias, *_: (
         input.new_empty(input.shape),
         input.new_empty(weight.shape),
@@ -449,10 +469,16 @@ mse_loss: Operator = Operator(
     autocast="float32",
 )
 
+
+def _check_mse_loss_backward(grad: Tensor, input: Tensor, target: Tensor, reduction: str) -> str | None:
+    reason = _check_mse_loss(input, target, reduction)
+    return reason or check_grad("mse_loss_backward", grad, _loss_shape(input.shape, reduction), input.dtype)
+
+
 mse_loss_backward: Operator = Operator(
     "mse_loss_backward(Tensor grad, Tensor input, Tensor target, str reduction) -> Tensor",
     "softmax",
-    check=lambda grad, input, target, reduction: _check_mse_loss(input, target, reduction),
+    check=_check_mse_loss_backward,
     allocate=lambda plan, grad, input, target, reduction: torch.empty_like(input),
     torch=lambda grad, input, target, reduction: aten.mse_loss_backward(
         grad, input, target, REDUCTIONS.index(reduction)

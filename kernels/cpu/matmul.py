@@ -321,11 +321,11 @@ def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, a
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
            activation: str | None) -> None:
-    """out = act(input Wᵀ + bias + residual). W's packing is kept while gradients are off."""
-    if residual is None and (bias is None or bias.is_contiguous()) and input.is_contiguous() and weight.dim() == 2:
+    """out = act(input Wᵀ + bias + residual). W's packing is kept, from its second call on, until W changes."""
+    if residual is None and (bias is None or bias.is_contiguous()) and input.is_contiguous():
         n, k = weight.shape  # the usual case, without a detour
         total = out.numel()
-        if total and (bias is None or bias.numel() == n):
+        if total:
             dtype = input.dtype
             size = dtype.itemsize
             b_n, b_k = weight.stride()
@@ -333,19 +333,11 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resi
                  weight.data_ptr(), 0, b_k * size, b_n * size, out.data_ptr(), 0 if bias is None else bias.data_ptr(),
                  act=CODES[activation] if activation is not None else 0)
             return
-    if weight.dim() == 1:
-        weight = weight.unsqueeze(0)
-        out = out.unsqueeze(-1)
-        residual = residual.unsqueeze(-1) if residual is not None else None
     if input.dim() == 1:
         input, out = input.unsqueeze(0), out.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None else None
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
-    if bias is not None and bias.numel() != weight.shape[0]:  # (1,): torch broadcasts it
-        bias = bias.expand(weight.shape[0]).contiguous()
-    if residual is not None:
-        residual = residual.expand(out.shape)
     e = _PLAIN if bias is None and residual is None and activation is None else Epilogue(
         bias, residual, act=CODES[activation] if activation is not None else 0)
     _multiply(out, input, weight.t(), e, weight)

@@ -107,7 +107,7 @@ def _epilogue(e: Elem, pairs: bool = False) -> Any:
 
 
 def product(elem_name: str, pairs: bool) -> Any:
-    """The blocked product C = act(alpha · A B + bias + beta · R), for one dtype; see ``matmul.PRODUCT`` for the arguments."""
+    """The blocked product C = act(alpha · A B + bias + beta · R), for one dtype; see ``matmul.multiply`` for the arguments."""
     e = ELEMS[elem_name]
     p = compute_elem(e)
     lanes, pb = p.lanes, p.bytes

@@ -1,13 +1,14 @@
 """From a Python function to machine code that is called from Python, kept on disk.
 
-``kernel`` compiles a function of int64 and float64 arguments with Numba, hands the result to LLVM for the chosen instruction
+``Kernel`` compiles a function of int64 and float64 arguments with Numba, hands the result to LLVM for the chosen instruction
 set, and keeps the object file. A later process loads that file through llvmlite alone: Numba is not even imported.
 
 The cache is code, so it is trusted only if nobody else could have written it: the folder and the files belong to the
 user and only the user can write there; each file starts with the digest of the rest. The key of a file covers every source
 file of the CPU kernels, the compiler's versions and the instruction set, so a change anywhere rebuilds.
 
-Environment: ``FASTNN_CACHE_DIR`` (default ``~/.cache/fastnn``); an empty value keeps nothing on disk.
+Environment: ``FASTNN_CACHE_DIR`` (default: ``fastnn`` in ``XDG_CACHE_HOME``, or in ``~/.cache``); an empty value keeps nothing
+on disk.
 """
 
 from __future__ import annotations
@@ -35,7 +36,19 @@ from . import threads
 from .host import simd
 
 _MAGIC = b"fastnn-kernel-1\n"
+# Asked at import: where Numba is missing, that is when the caller is told, and nothing has begun.
+_COMPILER = version("numba"), version("llvmlite")
 _lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    """In a forked child: the thread that held the old one is not there to let it go."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 @cache
@@ -65,7 +78,7 @@ def sources_digest() -> str:
     root = Path(__file__).resolve().parent.parent
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((simd(), threads.LAUNCHER, version("numba"), version("llvmlite"), sys.platform)).encode())
+    digest.update(repr((simd(), threads.LAUNCHER, *_COMPILER, sys.platform)).encode())
     return digest.hexdigest()[:24]
 
 

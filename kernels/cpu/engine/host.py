@@ -1,6 +1,6 @@
 """What the kernels need to know of the machine: the instruction set, the vector width, the caches.
 
-``FASTNN_SIMD`` (``avx512``, ``avx2``, ``portable``) forces an instruction set below the host's own; the width
+``FASTNN_SIMD`` (``avx512``, ``avx2``, ``neon``, ``portable``) forces an instruction set below the host's own; the width
 decides how the kernels are written, the features what LLVM may use for them.
 """
 

@@ -70,10 +70,25 @@ _limit: int | None = None
 _bytes = 0
 
 
+def _new_lock() -> None:
+    """In a forked child: the thread that held the old one is not there to let it go."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
 def limit(megabytes: int | None = None) -> int:
-    """Set (if given) and return the most that the store may hold, in MiB. 0 turns keeping off and drops what is kept."""
+    """Set (if given) and return the most that the store may hold, in MiB. 0 turns keeping off and drops what is kept.
+
+    Raises ValueError for a number below 0.
+    """
     global _limit
     if megabytes is not None:
+        if megabytes < 0:
+            raise ValueError(f"limit(): megabytes must be 0 or more, got {megabytes}")
         _limit = megabytes << 20
         with _lock:
             _shrink(_limit)
@@ -139,7 +154,8 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: Hashable = 
             found = None
     if _limit is None:
         _limit = _default_limit()
-    if size > _limit:
+    room = size + 64  # to begin at a cache line
+    if room > _limit:
         return None
     if found is None:
         with _lock:
@@ -148,8 +164,8 @@ def get(tensor: Tensor, size: int, pack: Callable[[int], int], kind: Hashable = 
     with _lock:
         if entry.buffer is not None:  # another thread was first
             return entry
-        _shrink(_limit - size)
-        buffer = torch.empty(size + 64, dtype=torch.uint8)
+        _shrink(_limit - room)
+        buffer = torch.empty(room, dtype=torch.uint8)
         entry.address = -(-buffer.data_ptr() // 64) * 64
         entry.cut, entry.sample = pack(entry.address), _sample(entry)
         entry.buffer = buffer

@@ -9,7 +9,8 @@ packed or blocked here; the operands say where they lie:
   place, one offset a filter tap.
 * the start: zero, or what lies at ``init`` (C itself, a bias with row stride 0, a residual); 0 means zero. It is added at the
   end, after a prefetch at the start, so that its misses hide behind the loop.
-* the result goes to ``c``, in the compute type: the output, or a scratch tile that an epilogue reads while it is in L1.
+* the result goes to ``c``, in the compute type: the output, or a scratch tile. Of an epilogue only the bias starts the sums;
+  activation and residual are a second pass over some tiles while they are in L1, so that a tile is compiled once for all of them.
 * ``pairs``: bfloat16 operands two k at a time (AVX512-BF16); then k counts pairs and A's element is a pair.
 * ``groups``: B's vectors lie in so many panels, ``b_group`` bytes apart: a tile of one row has enough accumulators then.
 

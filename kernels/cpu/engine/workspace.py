@@ -22,8 +22,3 @@ def workspace(size: int) -> int:
         start = ctypes.addressof(ctypes.c_char.from_buffer(block))
         _local.block, _local.size, _local.address = block, rounded, -(-start // _PAGE) * _PAGE
     return _local.address if size else 0
-
-
-def release() -> None:
-    """Give this thread's scratch memory back."""
-    _local.__dict__.clear()
