@@ -65,8 +65,8 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         makers.append(random(*bias, seed=4, grad=train))
     if padded:
         makers.append(lambda dtype: (torch.arange(lk) < lk - 20).expand(b, 1, 1, lk))
-    if window:  # which peers have as a mask, made beforehand
-        makers.append(lambda dtype: _window_mask(lk, window))
+    if window:  # for peers a mask, made beforehand and of the kind that torch is faster with
+        makers.append(lambda dtype: torch.zeros(lk, lk, dtype=dtype).masked_fill_(~_window_mask(lk, window), -math.inf))
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": h != hk}
 
     def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

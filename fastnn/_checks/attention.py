@@ -12,7 +12,7 @@ from torch import Tensor
 from .._numerics import TORCH, attention_scale
 from ..kernels.reference import attention as plain
 from ..kv_cache import KVCache
-from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal
+from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal, tame_special_rows
 
 
 def checks() -> Iterator[Check]:
@@ -93,6 +93,10 @@ def checks() -> Iterator[Check]:
     yield attention(
         "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
     )
+    each = images(tame_special_rows(37 * 24), 29, 1, 37, 24)  # one in each of a batch: every query meets it
+    query, key, value = three(29, 1, 37, 24)
+    yield attention("special values of keys", query, each, value)
+    yield attention("special values of values", query, key, each)
 
 
 def _decoded(F: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def checks() -> Iterator[Check]:
                 ("", images(normal(4 * 33 * 63, seed=1), 4, 33, 9, 7, last=last)),
                 (", large means", images(normal(4 * 33 * 63, seed=1, mean=50), 4, 33, 9, 7, last=last)),
                 (", one channel of large values", images(huge_and_tiny(33, 63, 1, 0, 0.1), 1, 33, 9, 7, last=last)),
+                (", special values", _special(33, last, name.startswith("batch"))),
             ):
                 yield norm(name + kind + suffix, function, make, 33)
     yield norm("batch_norm of rows", batch_norm, normal(97, 37, seed=1), 37)
@@ -78,6 +79,19 @@ def checks() -> Iterator[Check]:
         makers = (normal(43, 131, seed=1, mean=3), normal(43, 131, seed=4), normal(131, seed=2), normal(131, seed=3))
         names = ("input", "residual", "weight", "bias")
         yield Check("norm", f"{name} of a sum", all_of(*makers), added, partial(_fused_sum, name), names, largest(added))
+
+
+def _special(channels: int, last: bool, by_channel: bool) -> Callable[[torch.dtype], Tensor]:
+    """Images with one special value in each that has one: in a channel of its own, or wherever."""
+
+    def make(dtype: torch.dtype) -> Tensor:
+        rows = tame_special_rows(2 * 63 if by_channel else channels * 63)(dtype).detach()
+        if not by_channel:
+            return rows.view(-1, channels, 9, 7)
+        rest = normal(channels - len(rows), 2 * 63, seed=4, grad=False)(dtype)
+        return torch.cat([rows, rest]).view(channels, 2, 9, 7).transpose(0, 1).contiguous()
+
+    return lambda dtype: images(make, *make(dtype).shape, last=last)(dtype)
 
 
 def _added(function: Callable[..., Tensor], F: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

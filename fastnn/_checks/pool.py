@@ -42,9 +42,9 @@ def checks() -> Iterator[Check]:
         ):
             n = torch.Size(shape).numel()
             yield pool(name + suffix, function, images(normal(n, seed=1), *shape, last=last))
-        yield pool(
-            f"max_pool2d, special values{suffix}", lambda F, x: F.max_pool2d(x, 2), special(last)
-        )
+        yield pool(f"max_pool2d, special values{suffix}", lambda F, x: F.max_pool2d(x, 2), special(last))
+        yield pool(f"avg_pool2d, special values{suffix}", lambda F, x: F.avg_pool2d(x, 2), special(last))
+        yield pool(f"adaptive_avg_pool2d, special values{suffix}", lambda F, x: F.adaptive_avg_pool2d(x, 5), special(last))
         yield pool(
             f"avg_pool2d, huge and tiny in turn{suffix}",
             lambda F, x: F.avg_pool2d(x, 3, 1, 1),
