@@ -11,6 +11,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,10 +164,12 @@ def test_every_block_follows_a_pause_and_discarded_calls(monkeypatch: pytest.Mon
         order.append(("warm", call()))
         return 1e-6
 
+    clock = count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a block's time is up at once
     monkeypatch.setattr(timing, "pause", lambda: order.append("pause"))
     monkeypatch.setattr(timing, "warm_up", warm_up)
     monkeypatch.setattr(timing, "sample", sample)
-    found = timing.measure({"a": lambda: "a", "b": lambda: "b"}, 0.0, rounds=2)
+    found = timing.measure({"a": lambda: "a", "b": lambda: "b"}, 0.5, rounds=2)
     blocks = {name: ["pause", (name, timing.DISCARD), (name, 20), (name, 20)] for name in "ab"}  # 20 calls take 20 µs
     assert timing.DISCARD >= 3
     assert order == ["pause", ("warm", "a"), "pause", ("warm", "b"), *blocks["a"], *blocks["b"], *blocks["b"], *blocks["a"]]

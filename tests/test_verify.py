@@ -265,7 +265,11 @@ def test_a_broken_kernel_turns_red(
 @pytest.mark.parametrize(
     ("family", "op", "check"),
     [("matmul", "matmul", "matmul, special values"), ("activation", "activation", "tanh, special values"),
-     ("softmax", "log_softmax", "log_softmax, special values")],
+     ("softmax", "log_softmax", "log_softmax, special values"), ("conv", "conv", "conv1d, special values"),
+     ("conv", "conv", "conv_transpose2d, special values"), ("pool", "avg_pool", "avg_pool2d, special values"),
+     ("norm", "batch_norm", "batch_norm, special values"), ("norm", "group_norm", "group_norm, special values"),
+     ("attention", "attention", "attention, special values of keys"), ("rnn", "scan", "qrnn, special values"),
+     ("softmax", "linear_cross_entropy", "linear_cross_entropy, special values, none")],
 )  # fmt: skip
 def test_lost_special_values_turn_red(monkeypatch: pytest.MonkeyPatch, family: str, op: str, check: str) -> None:
     _damage(monkeypatch, family, op, _lose_specials)
