@@ -102,11 +102,13 @@ def _crepe(size: str, windows: int) -> Model:
     return Model.of(crepe.crepe(size), (crepe.frames(audio)[:windows],))
 
 
-def _resnet() -> Model:
-    """What inference would use: batch norms folded."""
+def _resnet(fused: bool) -> Model:
+    """Layer for layer, or ``fused``: what inference would use, batch norms folded."""
     torch.manual_seed(0)
     before = example("cnn").resnet(64).eval().requires_grad_(False)
     x = torch.randn(8, 1, 32, 32)
+    if not fused:
+        return Model.of(before, (x,))
     after, _ = fastnn.fuse(before)
     fastnn.replace(after)
     return Model(before, after, (x,))
@@ -139,7 +141,8 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "minilm/embeddings/1x16": lambda: _minilm(1, 16),
     "crepe_tiny/94": lambda: _crepe("tiny", 94),
     "crepe_full/32": lambda: _crepe("full", 32),
-    "resnet/fused/8": _resnet,
+    "resnet/replaced/8": lambda: _resnet(fused=False),
+    "resnet/fused/8": lambda: _resnet(fused=True),
     "resemblyzer/voices/48": lambda: _voices(48),
     "resemblyzer/one_voice/1": lambda: _voices(1),
     "gpt/characters/16x128": _gpt,

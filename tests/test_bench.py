@@ -13,6 +13,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.bench.cases as cases
-import fastnn.bench.cases.attention as attention
 import fastnn.bench.command as command
 import fastnn.bench.gpu as gpu
 import fastnn.bench.limits as limits
@@ -197,6 +196,59 @@ def test_measure_runs_everyone_in_turn() -> None:
     assert all(0 < t.p20 <= t.median <= t.p80 and t.runs >= 3 for t in found.values())
     blocks = [name for n, name in enumerate(order) if n == 0 or order[n - 1] != name]
     assert blocks == [*"abc", *"abc", *"bca", *"cab"]  # warm-up, then rotating rounds; neighbours of one name merge
+
+
+def test_every_block_follows_a_pause_and_discarded_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is discarded is no sample."""
+    order: list[Any] = []
+
+    def sample(call: Callable[[], str], batch: int) -> float:
+        order.append((call(), batch))
+        return 1e-6 if order[-2] == (call(), batch) else 1.0
+
+    def warm_up(call: Callable[[], str], seconds: float) -> float:
+        order.append(("warm", call()))
+        return 1e-6
+
+    clock = count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a block's time is up at once
+    monkeypatch.setattr(timing, "pause", lambda: order.append("pause"))
+    monkeypatch.setattr(timing, "warm_up", warm_up)
+    monkeypatch.setattr(timing, "sample", sample)
+    found = timing.measure({"a": lambda: "a", "b": lambda: "b"}, 0.5, rounds=2)
+    blocks = {name: ["pause", (name, timing.DISCARD), (name, 20), (name, 20)] for name in "ab"}  # 20 calls take 20 µs
+    assert timing.DISCARD >= 3
+    assert order == ["pause", ("warm", "a"), "pause", ("warm", "b"), *blocks["a"], *blocks["b"], *blocks["b"], *blocks["a"]]
+    assert found["a"] == found["b"] == Times.of([1e-6, 1e-6])
+
+
+@pytest.mark.parametrize(
+    ("estimates", "calls"),
+    [
+        ([9.0, 0.5, 0.3, 0.29, 0.1], 4),  # two that agree
+        ([9.0, 0.3, 0.29, 0.1], 3),
+        ([9.0, *[1e-4] * 9], 7),  # short calls in batches of 1, 2, 4, …, 32, since the clock must count for nothing
+    ],
+)
+def test_a_call_is_warm_when_two_estimates_agree(estimates: list[float], calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def sample(call: Any, batch: int) -> float:
+        batches.append(batch)
+        return estimates[len(batches) - 1]
+
+    monkeypatch.setattr(timing, "sample", sample)
+    assert timing.warm_up(lambda: None, 60) == estimates[calls - 1]
+    assert len(batches) == calls
+    assert estimates[calls - 1] * batches[-1] > 2e-3
+
+
+def test_a_call_that_never_settles_is_warm_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimates = iter([0.1, 0.2] * 10**6)
+    monkeypatch.setattr(timing, "sample", lambda call, batch: next(estimates))
+    begin = time.perf_counter()
+    timing.warm_up(lambda: None, 0.05)
+    assert 0.05 < time.perf_counter() - begin < 5
 
 
 def test_what_is_called_between_is_timed_by_itself() -> None:
@@ -505,8 +557,6 @@ def test_nothing_of_a_case_is_left_on_the_cpu(family: str) -> None:
         wide = [widen(t) for t in inputs]
         for grad in (None, *([torch.empty_like(out, dtype=torch.float64)] if case.mode != "forward" else [])):
             assert all(t.is_meta for t in case.scale(wide, grad)), case.name
-    if family == "attention":
-        assert attention._window_mask(8, 2, torch.device("meta")).is_meta
 
 
 def test_every_goal_is_one_that_the_summary_knows() -> None:
@@ -530,23 +580,6 @@ def test_training_moves_the_gradients_too(family: str) -> None:
         gradients = sum(t.nbytes for t in inputs if t.requires_grad)
         backward = read + out + gradients
         assert case.bytes(torch.float32) == backward + (read + out) * (case.mode == "train"), case.name
-
-
-@pytest.mark.parametrize("family", ["matmul", "rnn"])
-def test_operations_are_as_many_as_torch_counts(family: str) -> None:
-    """Of the smallest case of each kind, by torch's own operations on tensors without numbers."""
-    by_size = sorted((c for c in cases.cases(family) if c.flops and c.mode != "forward"), key=lambda c: -c.flops)
-    for case in {(c.group, c.mode): c for c in by_size}.values():
-        with FakeTensorMode():
-            made = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in case.make(torch.float32)]
-        inputs = [torch.empty(t[0], dtype=t[1], device="meta", requires_grad=t[2]) if isinstance(t, tuple) else t for t in made]
-        with FlopCounterMode(display=False) as counter:
-            out = case.theirs(peers.TORCH, *inputs)
-            forward = counter.get_total_flops()
-            if case.mode != "forward":
-                torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], torch.empty_like(out))
-        counted = counter.get_total_flops() - forward * (case.mode == "backward")
-        assert counted == pytest.approx(case.flops, rel=0.03), case.name  # no state precedes the first step's
 
 
 def test_select() -> None:

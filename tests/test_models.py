@@ -29,6 +29,7 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
         "digits_mlp/training_step/64",
         "minilm/embeddings/1x16",
         "crepe_tiny/94",
+        "resnet/replaced/8",
         "resnet/fused/8",
         "gpt/characters/16x128",
         "vit/digits/256",
@@ -71,6 +72,16 @@ def test_a_model_that_cannot_be_loaded_is_missing(monkeypatch: pytest.MonkeyPatc
         assert record.median is record.correct is None
     found = _measure("digits_mlp/inference/1437", "torch", dtype=torch.bfloat16)
     assert found["torch"].missing == "the whole models are float32"
+
+
+def test_a_network_is_compared_layer_for_layer_and_fused() -> None:
+    """Else ours would be compared folded with others' unfolded only."""
+
+    def norms(model: nn.Module) -> int:
+        return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+    replaced, fused = models.load("resnet/replaced/8"), models.load("resnet/fused/8")
+    assert norms(replaced.after) == norms(replaced.before) == norms(fused.before) > 0 == norms(fused.after)
 
 
 def test_every_model_has_a_case() -> None:

@@ -46,8 +46,8 @@ def _areas(model: str, window: int) -> float:
     return math.prod(shape[3:5]) / _kept(shape, True, window)
 
 
-def _window_mask(n: int, window: int, device: torch.device) -> Tensor:
-    place = torch.arange(n, device=device)
+def _window_mask(n: int, window: int) -> Tensor:
+    place = torch.arange(n, dtype=torch.int32)
     distance = place.unsqueeze(1) - place
     return (distance >= 0) & (distance <= window)
 
@@ -65,16 +65,20 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         makers.append(random(*bias, seed=4, grad=train))
     if padded:
         makers.append(lambda dtype: (torch.arange(lk) < lk - 20).expand(b, 1, 1, lk))
+    if window:  # for peers a mask, made beforehand and of the kind that torch is faster with
+        makers.append(lambda dtype: torch.zeros(lk, lk, dtype=dtype).masked_fill_(~_window_mask(lk, window), -math.inf))
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": h != hk}
-    own = {"is_causal": True, "window": (window, 0)} if window else options
 
     def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if window:
-            return F.scaled_dot_product_attention(q, k, v, _window_mask(lq, window, q.device))
+        if h != hk and torch.onnx.is_in_onnx_export():  # the exporter has no word for grouped heads
+            k, v = (t.unsqueeze(2).expand(b, hk, h // hk, lk, d).reshape(b, h, lk, d) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, **own)
+        if window:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, window=(window, 0))
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     inputs = 2 * b * hk * lk * d + b * h * lq * d + math.prod(bias or (0,))
     products = (7 if train else 2) * 2 * b * h * d * _kept(shape, causal, window)
@@ -87,7 +91,7 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
         flops=0 if lq == 1 else products,
         passes=traffic(mode, inputs, b * h * lq * d, inputs),
         mode=mode,
-        scale=None if window else attention_scale(**options),
+        scale=attention_scale(**options),
         goals=goals or {"best": 1.0},
         **extra,
     )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._numerics import sum_of_magnitudes
+
 from . import Case, random, together
 
 TABLES = {"bert_base": (30522, 768, 4096), "minilm": (30522, 384, 2048), "characters": (1000, 64, 4096)}
@@ -33,6 +35,7 @@ def taken(model: str, mode: str = "forward", **extra: Any) -> Case:
         parameters=(1,),
         passes=((n, n), (n, rows * size)) if mode == "train" else ((n, n),),
         mode=mode,
+        scale=sum_of_magnitudes(run),  # of the places that took a row
         **extra,
     )
 

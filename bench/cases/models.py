@@ -88,6 +88,7 @@ CASES = [
     ),
     inference("crepe_tiny/94"),
     inference("crepe_full/32", goals={"torch": 1.4, "torch.compile": 1.15, "onnxruntime": 1.0}),
+    inference("resnet/replaced/8"),
     inference("resnet/fused/8"),
     inference("resemblyzer/voices/48", goals={"best": 1.3}),
     inference("resemblyzer/one_voice/1", goals={"best": 1.3}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastnn._numerics import TORCH, Scale, results
 
 from . import Case
 
@@ -55,11 +57,22 @@ def layer(name: str, last: bool, mode: str = "forward", **extra: Any) -> Case:
         theirs=theirs,
         passes=passes,
         mode=mode,
-        # A mean may cancel: its errors are counted at 1, the size of its terms.
-        scale=None if kind == "max" else lambda inputs, grad: (torch.ones_like(
-            theirs(torch.nn.functional, inputs[0]) if grad is None else inputs[0], dtype=torch.float64),),
+        scale=_scale(theirs, kind),
         **extra,
     )
+
+
+def _scale(theirs: Callable[[Any, Tensor], Tensor], kind: str) -> Scale:
+    """A mean may cancel: its errors are counted at 1, the size of its terms. So may the gradients of windows that have a maximum
+    in common: counted at the sum of their magnitudes."""
+
+    def scale(inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+        if kind == "max" and grad is not None:
+            return results(lambda x: theirs(TORCH, x), inputs, grad.abs())
+        like = theirs(TORCH, inputs[0]) if grad is None else inputs[0]
+        return (torch.full_like(like, 0.0 if kind == "max" else 1.0, dtype=torch.float64),)
+
+    return scale
 
 
 _NCHW, _NHWC = {"torch": 10.0, "best": 1.3, "limit": 0.8}, {"best": 1.0}

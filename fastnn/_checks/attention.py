@@ -13,7 +13,7 @@ from .._numerics import TORCH, attention_scale
 from ..kernels.cpu.engine.host import simd
 from ..kernels.reference import attention as plain
 from ..kv_cache import KVCache
-from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal
+from .data import Check, all_of, equal, images, normal, one_hot, special_rows, subnormal, tame_special_rows
 
 
 def checks() -> Iterator[Check]:
@@ -100,8 +100,12 @@ def checks() -> Iterator[Check]:
     )  # fmt: skip
     special = special_rows(24)
     yield attention(
-        "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:]
-    )
+        "special values", lambda dtype: special(dtype).detach()[None, None].requires_grad_(), *three(1, 1, 37, 24)[1:], lse=True,
+    )  # fmt: skip
+    each = images(tame_special_rows(37 * 24), 29, 1, 37, 24)  # one in each of a batch: every query meets it
+    query, key, value = three(29, 1, 37, 24)
+    yield attention("special values of keys", query, each, value)
+    yield attention("special values of values", query, key, each)
 
 
 def _decoded(F: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -53,15 +53,24 @@ def checks() -> Iterator[Check]:
                 normal(8, 16, 3, 3, seed=2, mean=5))  # fmt: skip
     yield check("conv2d, alike terms", conv("conv2d", padding=1), equal(1, 64, 9, 9), equal(8, 64, 3, 3, value=0.3))
     yield check("conv2d, subnormal", conv("conv2d", padding=1), subnormal(1, 8, 9, 9, seed=1), normal(8, 8, 3, 3, seed=2))
-    yield Check("conv", "conv2d, special values", all_of(_special_image, normal(6, 1, 3, 3, seed=2)),
-                conv("conv2d", padding=1), names=("input", "weight"),
-                scale=sum_of_magnitudes(conv("conv2d", padding=1)))  # fmt: skip
+    for dims, size in ((1, (63,)), (2, (7, 9)), (3, (3, 7, 3))):
+        filters = normal(6, 1, *[3] * dims, seed=2)
+        yield check(f"conv{dims}d, special values", conv(f"conv{dims}d", padding=1), _special(1, *size), filters)
+        spread = conv(f"conv_transpose{dims}d", stride=2)
+        yield check(f"conv_transpose{dims}d, special values", spread, _special(6, *size), filters)
+    for form, place in (("", lambda make: make), (", channels last", last)):
+        yield check(f"conv2d depthwise, special values{form}", conv("conv2d", padding=1, groups=6), place(_special(6, 7, 9)),
+                    place(normal(6, 1, 3, 3, seed=2)))  # fmt: skip
 
 
-def _special_image(dtype: torch.dtype) -> Tensor:
+def _special(channels: int, *size: int) -> Callable[[torch.dtype], Tensor]:
     """One special value in each image of a batch, the others normal; none so large that sums with it depend on their order."""
-    values = [v for v in specials(dtype) if not math.isfinite(v) or abs(v) < 100]
-    x = torch.randn(len(values), 1, 7, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for n, value in enumerate(values):
-        x[n, 0, n % 7, 7 * n % 9] = value
-    return x.to(dtype).requires_grad_()
+
+    def make(dtype: torch.dtype) -> Tensor:
+        values = [v for v in specials(dtype) if not math.isfinite(v) or abs(v) < 100]
+        x = torch.randn(len(values), channels, math.prod(size), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        for n, value in enumerate(values):
+            x[n, n % channels, 16 * n % x.shape[2]] = value
+        return x.unflatten(2, size).to(dtype).requires_grad_()
+
+    return make

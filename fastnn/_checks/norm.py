@@ -52,6 +52,7 @@ def checks() -> Iterator[Check]:
                 ("", images(normal(4 * 33 * 63, seed=1), 4, 33, 9, 7, last=last)),
                 (", large means", images(normal(4 * 33 * 63, seed=1, mean=50), 4, 33, 9, 7, last=last)),
                 (", one channel of large values", images(huge_and_tiny(33, 63, 1, 0, 0.1), 1, 33, 9, 7, last=last)),
+                (", special values", _special(33, last, name)),
             ):
                 yield norm(name + kind + suffix, function, make, 33)
     yield norm("batch_norm of rows", batch_norm, normal(97, 37, seed=1), 37)
@@ -75,9 +76,26 @@ def checks() -> Iterator[Check]:
         ):
             yield norm(name + kind, function, make, size)
         added = partial(_added, function)
-        makers = (normal(43, 131, seed=1, mean=3), normal(43, 131, seed=4), normal(131, seed=2), normal(131, seed=3))
         names = ("input", "residual", "weight", "bias")
-        yield Check("norm", f"{name} of a sum", all_of(*makers), added, partial(_fused_sum, name), names, largest(added))
+        for kind, rows, make in (("", 43, normal(43, 131, seed=1, mean=3)), (", special values", 29, tame_special_rows(131))):
+            makers = (make, normal(rows, 131, seed=4), normal(131, seed=2), normal(131, seed=3))
+            fused, title = partial(_fused_sum, name), f"{name} of a sum{kind}"
+            yield Check("norm", title, all_of(*makers), added, fused, names, largest(added))
+
+
+def _special(channels: int, last: bool, name: str) -> Callable[[torch.dtype], Tensor]:
+    """Images with special values, each in an image of its own, or for batch_norm in a channel of its own."""
+    by_channel = name.startswith("batch_norm")
+
+    def make(dtype: torch.dtype) -> Tensor:
+        rows = tame_special_rows(2 * 63 if by_channel else channels * 63)(dtype).detach()
+        if not by_channel:
+            return rows.view(-1, channels, 9, 7)
+        rest = normal(channels - len(rows), 2 * 63, seed=4, grad=False)(dtype)
+        return torch.cat([rows, rest]).view(channels, 2, 9, 7).transpose(0, 1).contiguous()
+
+    # With known moments the CPU's gradient of the input is NaN where the input is NaN or infinite, and torch's is not.
+    return lambda dtype: images(make, *make(dtype).shape, last=last)(dtype).requires_grad_("known" not in name)
 
 
 def _added(function: Callable[..., Tensor], F: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

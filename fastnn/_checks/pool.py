@@ -42,9 +42,14 @@ def checks() -> Iterator[Check]:
         ):
             n = torch.Size(shape).numel()
             yield pool(name + suffix, function, images(normal(n, seed=1), *shape, last=last))
-        yield pool(
-            f"max_pool2d, special values{suffix}", lambda F, x: F.max_pool2d(x, 2), special(last)
-        )
+        for name, function in (
+            ("max_pool2d", lambda F, x: F.max_pool2d(x, 2)),
+            ("max_pool2d with indices", with_indices),
+            ("max_unpool2d", lambda F, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
+            ("avg_pool2d", lambda F, x: F.avg_pool2d(x, 2)),
+            ("adaptive_avg_pool2d", lambda F, x: F.adaptive_avg_pool2d(x, 5)),
+        ):
+            yield pool(f"{name}, special values{suffix}", function, special(last))
         yield pool(
             f"avg_pool2d, huge and tiny in turn{suffix}",
             lambda F, x: F.avg_pool2d(x, 3, 1, 1),

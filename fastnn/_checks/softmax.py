@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from .._numerics import TORCH, softmax_scale, sum_of_magnitudes
-from .data import Check, all_of, equal, huge_and_tiny, indices, normal, one_hot, probabilities, special_rows, subnormal
+from .data import (
+    Check,
+    all_of,
+    equal,
+    huge_and_tiny,
+    indices,
+    normal,
+    one_hot,
+    probabilities,
+    repeated,
+    special_rows,
+    subnormal,
+    tame_special_rows,
+)
 
 
 def _adversarial_rows(special: int, columns: int) -> dict[str, Callable[[torch.dtype], Tensor]]:
@@ -134,7 +147,8 @@ def _linear_losses() -> Iterator[Check]:
     n, c, d = 133, 307, 41
 
     def theirs(F: Any, x: Tensor, w: Tensor, b: Tensor, t: Tensor, reduction: str) -> Tensor:
-        return F.cross_entropy(F.linear(x, w, b), t, reduction=reduction, label_smoothing=0.1)
+        loss = F.cross_entropy(F.linear(x, w, b), t, reduction=reduction, label_smoothing=0.1)
+        return loss + 0.0  # that of an ignored row may be −0
 
     def ours(F: Any, x: Tensor, w: Tensor, b: Tensor, t: Tensor, reduction: str) -> Tensor:
         return F.linear_cross_entropy(x, w, t, linear_bias=b, reduction=reduction, label_smoothing=0.1)
@@ -151,17 +165,22 @@ def _linear_losses() -> Iterator[Check]:
         slopes = (slopes + torch.nn.functional.one_hot(target.clamp(min=0), c)) * (share * grad.abs())[:, None]
         return slopes @ w.abs(), slopes.mT @ x.abs(), slopes.sum(0)
 
-    for reduction in ("mean", "none"):
-        for kind, x in (("", normal(n, d, seed=1)), (", large means", normal(n, d, seed=1, mean=30))):
-            yield Check(
-                "softmax",
-                f"linear_cross_entropy{kind}, {reduction}",
-                all_of(x, normal(c, d, seed=2, scale=0.3), normal(c, seed=3), indices(n, c, ignored=-100)),
-                partial(theirs, reduction=reduction),
-                partial(ours, reduction=reduction),
-                names=("input", "weight", "bias", "target"),
-                scale=partial(scale, reduction=reduction),
-            )
+    for reduction, kind, x, rows in (
+        ("mean", "", normal(n, d, seed=1), n),
+        ("mean", ", large means", normal(n, d, seed=1, mean=30), n),
+        ("none", "", normal(n, d, seed=1), n),
+        ("none", ", large means", normal(n, d, seed=1, mean=30), n),
+        ("none", ", special values", repeated(tame_special_rows(d), 0), 58),
+    ):
+        yield Check(
+            "softmax",
+            f"linear_cross_entropy{kind}, {reduction}",
+            all_of(x, normal(c, d, seed=2, scale=0.3), normal(c, seed=3), indices(rows, c, ignored=-100)),
+            partial(theirs, reduction=reduction),
+            partial(ours, reduction=reduction),
+            names=("input", "weight", "bias", "target"),
+            scale=partial(scale, reduction=reduction),
+        )
 
 
 def _almost(x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _step_back(
         d_n, d_z = d * (1 - z) * (1 - n * n), d * (h - n) * z * (1 - z)
         d_r = d_n * part * r * (1 - r)
         return torch.cat([d_r, d_z, d_n], 1), torch.cat([d_r, d_z, d_n * r], 1), d * z, dc
-    gates = d * (1 - new * new) if mode == "rnn_tanh" else d * (new > 0)
+    gates = d * (1 - new * new) if mode == "rnn_tanh" else d * ~(new <= 0)  # a NaN's slope is 1, as in torch
     return gates, gates, 0.0, dc
 
 
