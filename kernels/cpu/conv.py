@@ -855,7 +855,7 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
     size = positions * weight.numel()
     if (size <= _SMALL_PRODUCT and max(weight.shape[2:]) == 1) or (size <= _SMALL and last):
         return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
-    if groups > 1 and last:
+    if groups > 1 and last and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups):
         return "groups with channels last: oneDNN's kernel is faster"
     if (last and not transposed and weight.dim() == 4 and (weight.shape[0] <= 128 or max(dilation) > 1)
             and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups)):

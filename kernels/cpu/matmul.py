@@ -39,6 +39,7 @@ _TASK = 2 << 20  # multiplications that a thread takes on at once: about 40 µs
 _TASKS = 32  # for each thread, at most: more would bring nothing
 _SERIAL = 1 << 19  # multiplications below which a second thread costs more than it brings
 _LONG = 4096  # a sum long enough to be worth dividing among threads
+_REUSE = 16  # tiles of rows that read B where it lies: for more of them it is packed
 _DEPTH = 512  # of a block of planes: deeper ones are narrow, and use little of a page
 _SMALL_WEIGHT = 32768  # elements below which packing anew is cheaper than looking the packed weight up
 
@@ -214,7 +215,7 @@ def _plan(dtype: torch.dtype, count: int, m: int, n: int, k: int, nt: int, kept:
     """
     f = _format(dtype)
     depth = max(1, (k + 1) // 2 if f.pairs else k)
-    direct = not kept and b_rows and not f.half and m <= 64
+    direct = not kept and b_rows and not f.half and m <= _REUSE * f.rows
     mc, kc = _blocks(f)
     if f.half:  # the sums stay in float32 until they are whole
         kc = depth

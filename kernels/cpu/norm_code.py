@@ -283,7 +283,8 @@ def norm_backward_along(elem_name: str) -> Callable[..., Any]:
             x, g, y, high, scale, slope, shift, past = args
             v = load_n(source, x + i, n) if masked else load(source, x + i)
             w = load_n(source, g + i, n) if masked else load(source, g + i)
-            put(y + i, fma(w, scale, fma(v - high, slope, shift)), n, past)
+            below = select(spread(target, slope) == 0.0, 0.0, v - high)  # of known moments; NaN · 0 would be NaN
+            put(y + i, fma(w, scale, fma(below, slope, shift)), n, past)
         return step
     run = _over_run(elem, gradient)
 
@@ -575,7 +576,9 @@ def norm_backward_across(elem_name: str) -> Callable[..., Any]:
                     fetch(y + yr + i * size, n * size)
             v = load_n(source, x + i * size, n) if masked else load(source, x + i * size)
             w = load_n(source, g + i * size, n) if masked else load(source, g + i * size)
-            v = fma(w, get(at + next_, n), fma(v - get(at, n), get(at + 2 * next_, n), get(at + 3 * next_, n)))
+            slope = get(at + 2 * next_, n)
+            below = select(slope == 0.0, 0.0, v - get(at, n))  # of known moments; NaN · 0 would be NaN
+            v = fma(w, get(at + next_, n), fma(below, slope, get(at + 3 * next_, n)))
             put(y + i * size, v, n, past)
         return step
     row = over_elements(elem, gradient)
