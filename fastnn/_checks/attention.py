@@ -41,7 +41,7 @@ def checks() -> Iterator[Check]:
         return mask.to(dtype).requires_grad_()
 
     def more(name: str, options: dict[str, Any], slopes: Tensor | None = None, mask: Tensor | None = None, **own: Any) -> Check:
-        """What torch can only be given as a mask, or else beside the plain maths in torch's functions, of which ``options`` are"""
+        """What torch has as a mask, or else beside the plain maths in torch's functions; ``options`` are the plain maths' own"""
 
         def theirs(F: Any, *inputs: Tensor) -> Tensor:
             o = plain.Options(scale=inputs[0].shape[-1] ** -0.5, **options)

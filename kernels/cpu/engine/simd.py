@@ -201,7 +201,7 @@ def wide(elem: Elem, vectors: int) -> Elem:
 
 
 def flushed(elem: Elem) -> Elem:
-    """``elem`` for results of which what is subnormal may be 0: AVX512-BF16 rounds these to bfloat16 in one instruction, not eight."""
+    """``elem`` for results that may be 0 where they are subnormal: AVX512-BF16 rounds these in one instruction, not eight."""
     result = copy(elem)
     result.flushed = True
     return result
