@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import platform
 import sys
 import threading
@@ -325,7 +326,8 @@ def _buffer(size: int) -> torch.Tensor:
 
 def new_pages(size: int) -> torch.Tensor:
     """Memory that the system gives, and clears when it is first touched."""
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}  # as malloc's
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
 
 
 def _block(threads: int, size: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ def kept() -> Iterator[None]:
         yield
     finally:  # where glibc's own adjustment ends in a process that has freed large blocks
         keeps = False
+        trim()
         mallopt(_MMAP_MAX, 65536)
         mallopt(_MMAP_THRESHOLD, 32 << 20)
         mallopt(_TRIM_THRESHOLD, 64 << 20)

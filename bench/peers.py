@@ -312,7 +312,7 @@ class NumPy(Peer):
     def __init__(self) -> None:
         import numpy
 
-        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})
+        blas = getattr(numpy.__config__, "CONFIG", {}).get("Build Dependencies", {}).get("blas", {})
         self.version = " ".join(part for part in (numpy.__version__, blas.get("name"), blas.get("version")) if part)
 
     def missing(self, case: Case, dtype: torch.dtype, threads: int) -> str | None:

@@ -211,7 +211,7 @@ ROWS = (
     row("conv", "ResNet-50's 3×3 of stride 2, batch 1, 8 · channels last, batch 1",
         "3x3_stride/*[0-9]", "3x3_stride/*/channels_last"),
     row("conv", "dilated 3×3 of DeepLab, dilation 2 (Winograd), 6, 12", "dilated/deeplab_{2,6,12}/*"),
-    row("conv", "grouped 3×3 of ResNeXt-50, 32 groups of 4, 8 channels · 16, 32 · channels last (torch's, by rule)",
+    row("conv", "grouped 3×3 of ResNeXt-50, 32 groups of 4, 8 channels · 16, 32 · channels last (below 32 torch's, by rule)",
         "grouped/resnext50_{128,256}/*[0-9]", "grouped/resnext50_{512,1024}/*[0-9]", "grouped/*/channels_last"),
     row("conv", "depthwise 3×3, 5×5, 7×7 of MobileNetV2, EfficientNet, ConvNeXt · channels last",
         "depthwise/*[0-9]", "depthwise/*/channels_last"),

@@ -87,7 +87,7 @@ BUILDS += [
     Build(softmax.cross_entropy, (t(8, 1 << 20), t(8, 1 << 20), None, -100, "mean", 0.1), chips=("sm_90",), note=" in parts"),
     Build(
         softmax.cross_entropy_backward,
-        (t(dtype=F32), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
+        (t(), t(8192, 32000), t(8192, dtype=I64), t(32000), t(2, 8192, dtype=F64), -100, "mean", 0.1),
     ),
     Build(
         softmax.linear_cross_entropy,

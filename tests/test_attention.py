@@ -3,6 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,9 +270,10 @@ def test_dropout_counts_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch, dtyp
 # Layouts, shapes, threads
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
-    q, k, v = tensors(2, 3, 3, 19, 30, 16, 8)
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    q, k, v = (t.detach().to(dtype) for t in tensors(2, 3, 3, 19, 30, 16, 8))
     for lq in (19, 2):
         q = q[:, :, :lq].detach()
         lying = [LAYOUTS[layout](t.detach()).requires_grad_() for t in (q, k, v)]
@@ -279,10 +281,21 @@ def test_layouts(layout: str) -> None:
         straight = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in (q, k, v)]
         expected = attention(*straight, is_causal=True, align="bottom-right", backend="cpu")
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-        upstream = LAYOUTS["rotated"](randn(*out.shape))
+        upstream = LAYOUTS["rotated"](randn(*out.shape).to(dtype))
         grads, wanted = torch.autograd.grad(out, lying, upstream), torch.autograd.grad(expected, straight, upstream)
         for a, b in zip(grads, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_rounded_where_torch_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "simd", lambda: SimpleNamespace(bf16_dot=True))
+    half, mask = torch.bfloat16, torch.zeros(1)
+    assert kernels._flags(half, None, None, 0.0, 0.0) == kernels._flags(half, mask, None, 0.0, 0.0) == ("pairs",)
+    assert not kernels._flags(torch.float32, None, None, 0.0, 0.0)
+    assert not kernels._flags(half, mask.requires_grad_(), None, 0.0, 0.0)  # torch then keeps them in float32, as for dropout
+    assert not kernels._flags(half, None, None, 0.1, 0.0)
+    assert not kernels._flags(half, None, mask, 0.0, 0.0)
+    assert not kernels._flags(half, None, None, 0.0, 3.0)
 
 
 def test_positions_before_heads_are_read_in_place() -> None:

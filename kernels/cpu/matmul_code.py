@@ -25,6 +25,7 @@ GROUP = 16  # tiles that are computed before their epilogue, while they are in L
 # Products that one accumulator sums up. In a longer chain the rounding errors show, above all where terms are alike: at k = 1023
 # random positive terms were 26 ulp off, not 7. It costs a few percent.
 CHAIN = 256
+STRETCH = 128  # rows that are summed, eight at a time, before their sum is added to that of the others
 
 
 def tiles(p: Any, pairs: bool, masked: bool = True) -> Any:
@@ -360,7 +361,7 @@ def rows_sum(elem_name: str) -> Any:
     """y = epilogue(Σ_k x[k] · W[k, :]) with W's rows read whole; without x the plain sum of the rows.
 
     The columns are divided among the threads, or the rows if the columns are few; then thread 0's share of the work is
-    also to add up the threads' sums, in their order.
+    also to add up the threads' sums, in their order. ws: two rows of sums, or as many for each thread.
     """
     e = ELEMS[elem_name]
     p = compute_elem(e)
@@ -373,14 +374,22 @@ def rows_sum(elem_name: str) -> Any:
             store_n(p, y + j * p.bytes, spread(p, 0.0), min(p.lanes, n - j * p.lanes))
 
     @inline
-    def by_columns(t, nt, n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws):
+    def add_stretches(k, n, w, w_k, x, x_k, y, part):
+        """y += what k rows add up to, a stretch of them at a time, whose sum is in ``part``"""
+        for i in range(0, k, STRETCH):
+            clear(part, n)
+            add_rows(min(STRETCH, k - i), n, w + i * w_k, w_k, x + i * x_k if x != 0 else 0, x_k, part)
+            add_sums(1, n, part, 0, 0, 0, y)
+
+    @inline
+    def by_columns(t, nt, n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws, ws_row):
         vectors = (n + p.lanes - 1) // p.lanes
         j0 = vectors * t // nt * p.lanes
         jn = min(n, vectors * (t + 1) // nt * p.lanes) - j0
         if jn > 0:
             y = ws + j0 * p.size
             clear(y, jn)
-            add_rows(k, jn, w + j0 * e.size, w_k, x, x_k, y)
+            add_stretches(k, jn, w + j0 * e.size, w_k, x, x_k, y, y + ws_row)
             vecs = (jn + p.lanes - 1) // p.lanes
             rp = res + j0 * res_n if res != 0 else 0
             bp = bias + j0 * e.size if bias != 0 else 0
@@ -392,7 +401,7 @@ def rows_sum(elem_name: str) -> Any:
         clear(y, n)
         k0 = k * t // nt
         xp = x + k0 * x_k if x != 0 else 0
-        add_rows(k * (t + 1) // nt - k0, n, w + k0 * w_k, w_k, xp, x_k, y)
+        add_stretches(k * (t + 1) // nt - k0, n, w + k0 * w_k, w_k, xp, x_k, y, y + nt * ws_row)
 
     def kernel(nt, split_rows, n, k, w, w_k, x, x_k, c, bias, res, res_n, act, ws, ws_row, alpha, beta, p0, p1):
         if split_rows:
@@ -403,7 +412,7 @@ def rows_sum(elem_name: str) -> Any:
             vecs = (n + p.lanes - 1) // p.lanes
             finish(1, vecs, n - (vecs - 1) * p.lanes, ws, 0, c, 0, alpha, bias, beta, res, 0, res_n, act, p0, p1)
         else:
-            parallel(nt, by_columns, (n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws))
+            parallel(nt, by_columns, (n, k, w, w_k, x, x_k, c, bias, alpha, beta, res, res_n, act, p0, p1, ws, ws_row))
     return kernel
 
 

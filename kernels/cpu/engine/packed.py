@@ -71,9 +71,10 @@ _bytes = 0
 
 
 def _new_lock() -> None:
-    """In a forked child: the thread that held the old one is not there to let it go."""
-    global _lock
+    """In a forked child: the thread that held the old one is not there to let it go, nor to finish what it was at."""
+    global _bytes, _lock
     _lock = threading.RLock()
+    _bytes = sum(entry.buffer.nbytes for _, entry in _entries.values() if entry.buffer is not None)
 
 
 if hasattr(os, "register_at_fork"):
