@@ -5,7 +5,7 @@ sums. Sizes in elements, strides in bytes, addresses int64; ``attention_fields``
 
 Logits are kept in units of log 2. Keys are packed transposed in panels of two vectors, values as rows, once for all the blocks
 that read them; a block of queries is copied into rows of the compute type, so that every operand of a tile is contiguous.
-Where the CPU multiplies pairs of bfloat16 all of them stay bfloat16: two numbers of a head lie side by side, and two keys' values.
+Where the CPU multiplies pairs of bfloat16 all stay bfloat16: two numbers of a head lie side by side, and two keys' values.
 """
 
 from __future__ import annotations
