@@ -489,7 +489,8 @@ def test_committed_results_lie_where_they_belong_and_can_be_read() -> None:
             assert r.median is None or r.correct, f"{file.name}: {r.case} is red and has a speed"
 
 
-def test_the_estimate_counts_who_takes_part() -> None:
+def test_the_estimate_counts_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate._info, "cache", lambda: {"kernels": 1})
     cases = run.select(["matmul", "activation"], quick=True)
     everyone, _ = run.available_peers(["fastnn", "torch", "torch.compile", "numpy"])
 
