@@ -273,7 +273,7 @@ def test_dropout_counts_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}  # weights rounded, or not
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (0.02, 0.02)  # weights rounded, or not
     q, k, v = (t.detach().to(dtype) for t in tensors(2, 3, 3, 19, 30, 16, 8))
     for lq in (19, 2):
         q = q[:, :, :lq].detach()
@@ -281,11 +281,11 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         out = attention(*lying, is_causal=True, align="bottom-right", backend="cpu")
         straight = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in (q, k, v)]
         expected = attention(*straight, is_causal=True, align="bottom-right", backend="cpu")
-        torch.testing.assert_close(out, expected, **near)
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
         upstream = LAYOUTS["rotated"](randn(*out.shape).to(dtype))
         grads, wanted = torch.autograd.grad(out, lying, upstream), torch.autograd.grad(expected, straight, upstream)
         for a, b in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(a, b, **near)
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_weights_are_rounded_where_torch_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
