@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import BETWEEN, DIRECT, FIELDS, SCATTER, WINOGRAD
+from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -55,6 +55,7 @@ _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + 
 _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 13)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
+_BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
 _BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
@@ -710,6 +711,102 @@ def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, res
     return True
 
 
+# Many short sequences ---------------------------------------------------------------------------------------------------
+
+# Sequences; taps from which on these are served so, or from half as many on where so large a share of the products at most is not
+# with padding (Zen 4).
+_LEAST_SEQUENCES, _LEAST_TAPS, _MOST_MET = 16, 32, 0.85
+
+
+class Batched(NamedTuple):
+    """A problem for the kernel ``batched``."""
+
+    fields: array[int]
+    tables: tuple[array[int], array[int]]
+    arranged: int
+    scratch: int
+    threads: int
+
+
+@lru_cache(1024)
+def _batched(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
+             y_stride: tuple[int, ...], stride: int, padding: int, dilation: int) -> Batched:
+    f, quarter = _format(torch.float32), caches().l2 // 4
+    (n, channels, length), (outputs, _, taps), positions = x_shape[:3], w_shape[:3], y_shape[2]
+    blocks = -(-n // 48)
+    block = _cut(n, _up(-(-n // blocks), f.lanes))
+    pitch = _up(block, f.lanes)
+    residues, deep = min(stride, (taps - 1) * dilation + 1), (taps - 1) * dilation // stride
+    # What a task sums up and the planes of its channels take a quarter of L2 each. Neither depends on the number of threads, as
+    # the order of sums does on them.
+    most = max(f.lanes, quarter // (min(outputs, 256) * pitch * f.size) // f.lanes * f.lanes)
+    band = min(positions, most)
+    plane = (band + deep) * pitch * f.size
+    depth = min(channels, max(1, quarter // (residues * plane)) | 1)  # odd: rows of the weight do not meet in one set of the cache
+    part = _up(_cut(outputs, 256), f.rows)
+    while blocks * -(-positions // band) * -(-outputs // part) < 4 * nt and part > 64 or (
+            blocks * -(-positions // band) * -(-outputs // part) < nt and part > f.rows):
+        part = _up(-(-part // 2), f.rows)
+    tables = tuple(array("q", [(c * residues + t * dilation % stride) * plane + t * dilation // stride * pitch * f.size
+                               for t in range(taps) for c in range(d)]) for d in (depth, channels % depth))
+    sums, turned = (band * pitch * f.size | 64), _up(band, f.lanes)
+    at_sums = _up(depth * residues * plane, 64)
+    at_turned = _up(at_sums + part * sums, 64)
+    at_panel = _up(at_turned + block * turned * f.size + 64, 64)
+    values = {
+        "images": n, "channels": channels, "outputs": outputs, "l": length, "ol": positions, "step": stride, "pad": padding,
+        "gap": dilation, "xn": x_stride[0] * f.size, "xc": x_stride[1] * f.size, "yn": y_stride[0] * f.size,
+        "yo": y_stride[1] * f.size, "taps": taps, "table": tables[0].buffer_info()[0], "last_table": tables[1].buffer_info()[0],
+        "chain": 256, "slice": depth, "band": band, "bands": -(-positions // band), "part": part, "parts": -(-outputs // part),
+        "block": block, "blocks": blocks, "residues": residues, "deep": deep, "pitch": pitch, "plane": plane, "sums": sums,
+        "at_sums": at_sums, "turned": turned, "at_turned": at_turned, "at_panel": at_panel}
+    return Batched(array("q", [values[name] for name in BATCHED]), (tables[0], tables[1]), outputs * channels * taps * f.size,
+                   _up(at_panel + depth * taps * 3 * f.lanes * f.size + 256, 4096), nt)
+
+
+@lru_cache(1024)
+def _met(length: int, positions: int, taps: int, stride: int, padding: int, dilation: int) -> float:
+    """The share of products that are not with padding."""
+    met = 0
+    for delta in range(-padding, taps * dilation - padding, dilation):
+        met += max(0, min(positions, (length - 1 - delta) // stride + 1) - max(0, -(delta // stride)))
+    return met / (positions * taps)
+
+
+def _run_batched(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+    """Sequences in float32, so many that they fill vectors, and large filters. False where this is not so."""
+    if (x.dtype != torch.float32 or groups != 1 or x.shape[0] < _LEAST_SEQUENCES or 2 * weight.shape[2] < _LEAST_TAPS
+            or x.dim() > 4 or not weight.is_contiguous()):
+        return False
+    if x.dim() == 4 and not (x.shape[3] == weight.shape[3] == out.shape[3] == 1 and padding[1] == 0):
+        return False
+    if weight.shape[0] % _format(x.dtype).rows or x.stride(2) != 1 or out.stride(2) != 1:
+        return False
+    if weight.shape[2] < _LEAST_TAPS and _met(x.shape[2], out.shape[2], weight.shape[2], stride[0], padding[0],
+                                              dilation[0]) > _MOST_MET:
+        return False
+    p = _batched(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), stride[0], padding[0], dilation[0])
+    outputs, channels, taps = weight.shape[:3]
+    depth = p.fields[BATCHED.index("slice")]
+    offsets = array("q", [c * taps * 4 for c in range(depth)])
+
+    def arrange(address: int) -> int:
+        for c0 in range(0, channels, depth):
+            _ARRANGE[x.dtype].run(p.threads, 1, outputs, taps, min(depth, channels - c0), 0, weight.data_ptr() + c0 * taps * 4, 0,
+                                  channels * taps * 4, 4, offsets.buffer_info()[0], address + outputs * c0 * taps * 4)
+        return 0
+    keep = _keep(weight, p.arranged, arrange, ("batched", depth))
+    scratch = p.threads * p.scratch
+    ws = workspace(scratch + (0 if keep else p.arranged))
+    if keep is None:
+        arrange(ws + scratch)
+    _BATCHED.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
+                 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
+                 0.0, 0.0)
+    return True
+
+
 # Depthwise, transposed, stride 2, in planes -----------------------------------------------------------------------------
 
 
@@ -792,6 +889,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     if transposed and not last and _run_between(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+        return
+    if not transposed and not last and _run_batched(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
     if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return

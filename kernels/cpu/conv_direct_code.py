@@ -22,12 +22,34 @@ ROWS, VECS = 4, 3
     8 * i for i in range(len(DIRECT)))
 
 
+def gatherer(e: Any) -> Any:
+    """gather(image, table, k, vecs, panel): a panel, for each k so many vectors of the planes"""
+    @outline
+    def gather(image, table, k, vecs, panel):
+        if vecs == VECS:
+            for i in range(k):
+                s = image + load_scalar(INT64, table + i * 8)
+                a, b, c = load(e, s), load(e, s + e.bytes), load(e, s + 2 * e.bytes)
+                store(e, panel, a)
+                store(e, panel + e.bytes, b)
+                store(e, panel + 2 * e.bytes, c)
+                panel += VECS * e.bytes
+        else:
+            for i in range(k):
+                s = image + load_scalar(INT64, table + i * 8)
+                for j in range(0, vecs * e.bytes, e.bytes):
+                    store(e, panel + j, load(e, s + j))
+                panel += vecs * e.bytes
+    return gather
+
+
 def direct(elem_name: str) -> Any:
     """Outputs of a group a multiple of four; ``conv_fields.DIRECT`` lists what ``geo`` points to."""
     e = FLOAT32
     lanes, size = e.lanes, e.size
     finish = finisher(e)
     zeros, copy = copier(e)
+    gather = gatherer(e)
     in_place, copied = (by_width(*(Tile(e, ROWS, v, table=table) for v in (1, 2, 3))) for table in (True, False))
 
     @outline
@@ -101,24 +123,6 @@ def direct(elem_name: str) -> Any:
                           j1 - j0, n - j1, sw, channels, step, xc, end)
                 clear(dst + i1 * pitch, pitch, rows - i1, n, channels, step)
                 dst += plane
-
-    @outline
-    def gather(image, table, k, vecs, panel):
-        """A panel: for each k so many vectors of the planes"""
-        if vecs == VECS:
-            for i in range(k):
-                s = image + load_scalar(INT64, table + i * 8)
-                a, b, c = load(e, s), load(e, s + e.bytes), load(e, s + 2 * e.bytes)
-                store(e, panel, a)
-                store(e, panel + e.bytes, b)
-                store(e, panel + 2 * e.bytes, c)
-                panel += VECS * e.bytes
-        else:
-            for i in range(k):
-                s = image + load_scalar(INT64, table + i * 8)
-                for j in range(0, vecs * e.bytes, e.bytes):
-                    store(e, panel + j, load(e, s + j))
-                panel += vecs * e.bytes
 
     @outline
     def products(geo, w, blocks, k, more, n, image, sums, panel):

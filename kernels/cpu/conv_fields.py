@@ -51,3 +51,14 @@ BETWEEN = [
     "sh", "table",  # the stride between rows; the address of the taps
     "low", "more", "left", "band", "pitch",  # the padded plane's first row, rows beyond a band's, margin; rows a band; its pitch
 ]
+
+#: The same for many short sequences.
+BATCHED = [
+    "images", "channels", "outputs", "l", "ol", "step", "pad", "gap",  # sizes; stride, padding and dilation
+    "xn", "xc", "yn", "yo",  # byte strides
+    "taps", "table", "last_table", "chain",  # of the filter; the offsets of a slice's k; the most products of an accumulator
+    "slice", "band", "bands", "part", "parts", "block", "blocks",  # channels at once; the division of positions, outputs, images
+    "residues",  # of the stride that taps meet
+    "deep",  # how far, in positions, a filter reaches beyond its first tap
+    "pitch", "plane", "sums", "at_sums", "turned", "at_turned", "at_panel",  # a thread's memory
+]

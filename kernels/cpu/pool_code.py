@@ -58,6 +58,7 @@ from .pool_slots import (
     OUT,
     PAD,
     ROOM,
+    ROWS,
     SIZE,
     STRIDE,
     WHOLE,
@@ -297,9 +298,9 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         ahead = at(g, STRIDE + 1) * at(g, X + 3)
         whole, adaptive, divisor = at(g, WHOLE), at(g, ADAPTIVE), at(g, DIVISOR)
         counts = scratch + thread * at(g, ROOM)
-        buffer = counts + (w_out + L) * c_size
-        here = buffer + pad * c_size
-        fill_row(buffer, (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 2 * L, nothing)
+        buffers = counts + (w_out + L) * c_size
+        length = (w_out + L) * stride + k * at(g, DILATION + 2) + w_in + 2 * L
+        fill_row(buffers, ROWS * length, nothing)
         for o in range(w_out + L):
             count = window(g, 2, o)[2] if o < w_out and not divisor else 1
             store_scalar(c_elem, counts + o * c_size, count)
@@ -317,59 +318,64 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                     c = 0
                     n += 1
             return
-        for _unit in range(first, end):
-            d0, dt, dc = window(g, 0, od)
-            h0, ht, hc = window(g, 1, oh)
-            source, target = row_of(g, X, x, n, c, d0, h0), row_of(g, Y, y, n, c, od, oh)
-            n, c, od, oh = next_row(g, channels, n, c, od, oh)
-            scale = float(divisor if divisor else dc * hc)
-            i = 0
-            while i + W <= w_in:
-                column_several(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, W)
-                i += W
-            while i + L <= w_in:
-                column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
-                i += L
-            if i < w_in and w_in >= L:
-                i = w_in - L
-                column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
-            elif i < w_in:
-                column_rest(source, xd, xh, dt, ht, ahead, here, w_in)
-            if adaptive or (k > 2 * L and stride > 2):
-                for o in range(w_out):
-                    place, taps = o * stride, k
-                    if adaptive:
-                        place, taps, _ = window(g, 2, o)
-                    total = run_buffer(buffer + place * c_size, taps)
+        for unit in range(first, end, ROWS):
+            rows, n2, c2, od2, oh2 = min(ROWS, end - unit), n, c, od, oh
+            for r in range(rows):
+                d0, dt, _ = window(g, 0, od)
+                h0, ht, _ = window(g, 1, oh)
+                source, here = row_of(g, X, x, n, c, d0, h0), buffers + (r * length + pad) * c_size
+                n, c, od, oh = next_row(g, channels, n, c, od, oh)
+                i = 0
+                while i + W <= w_in:
+                    column_several(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, W)
+                    i += W
+                while i + L <= w_in:
+                    column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
+                    i += L
+                if i < w_in and w_in >= L:
+                    i = w_in - L
+                    column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
+                elif i < w_in:
+                    column_rest(source, xd, xh, dt, ht, ahead, here, w_in)
+            for r in range(rows):
+                buffer, target = buffers + r * length * c_size, row_of(g, Y, y, n2, c2, od2, oh2)
+                scale = float(divisor if divisor else window(g, 0, od2)[2] * window(g, 1, oh2)[2])
+                n2, c2, od2, oh2 = next_row(g, channels, n2, c2, od2, oh2)
+                if adaptive or (k > 2 * L and stride > 2):
+                    for o in range(w_out):
+                        place, taps = o * stride, k
+                        if adaptive:
+                            place, taps, _ = window(g, 2, o)
+                        total = run_buffer(buffer + place * c_size, taps)
+                        if average:
+                            total = total / (load_scalar(c_elem, counts + o * c_size) * scale)
+                        store_scalar(elem, target + o * size, total)
+                    continue
+                o = 0
+                while o < w_out:
+                    if o + L > w_out and w_out >= L:
+                        o = w_out - L
+                    place = buffer + o * stride * c_size
+                    if stride == 1:
+                        v = load(c_elem, place)
+                        for t in range(1, k):
+                            v = both(v, load(c_elem, place + t * tap))
+                    elif stride == 2:
+                        v = even_lanes(load(c_elem, place), load(c_elem, place + L * c_size))
+                        for t in range(1, k):
+                            there = place + t * tap
+                            v = both(v, even_lanes(load(c_elem, there), load(c_elem, there + L * c_size)))
+                    else:
+                        v = load_steps(c_elem, place, stride * c_size)
+                        for t in range(1, k):
+                            v = both(v, load_steps(c_elem, place + t * tap, stride * c_size))
                     if average:
-                        total = total / (load_scalar(c_elem, counts + o * c_size) * scale)
-                    store_scalar(elem, target + o * size, total)
-                continue
-            o = 0
-            while o < w_out:
-                if o + L > w_out and w_out >= L:
-                    o = w_out - L
-                place = buffer + o * stride * c_size
-                if stride == 1:
-                    v = load(c_elem, place)
-                    for t in range(1, k):
-                        v = both(v, load(c_elem, place + t * tap))
-                elif stride == 2:
-                    v = even_lanes(load(c_elem, place), load(c_elem, place + L * c_size))
-                    for t in range(1, k):
-                        there = place + t * tap
-                        v = both(v, even_lanes(load(c_elem, there), load(c_elem, there + L * c_size)))
-                else:
-                    v = load_steps(c_elem, place, stride * c_size)
-                    for t in range(1, k):
-                        v = both(v, load_steps(c_elem, place + t * tap, stride * c_size))
-                if average:
-                    v = v / (load(c_elem, counts + o * c_size) * scale)
-                if w_out >= L:
-                    store(elem, target + o * size, v)
-                else:
-                    store_n(elem, target, v, w_out)
-                o += L
+                        v = v / (load(c_elem, counts + o * c_size) * scale)
+                    if w_out >= L:
+                        store(elem, target + o * size, v)
+                    else:
+                        store_n(elem, target, v, w_out)
+                    o += L
 
     def kernel(threads, x, y, g, scratch):
         parallel(threads, body, (x, y, g, scratch))
