@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, SCATTER, WINOGRAD
+from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, FLAT, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
-from .engine.host import caches
+from .engine.host import caches, simd
 from .engine.workspace import workspace
 from .matmul import _format, multiply
 
@@ -56,6 +56,7 @@ _WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float3
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
+_FLAT = _kernel("conv_depthwise_flat_code", "flat", torch.float32, "i" * 8)
 _BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
@@ -807,6 +808,78 @@ def _run_batched(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
     return True
 
 
+# Depthwise, in planes whose rows keep their length -----------------------------------------------------------------------
+
+_MOST_MASKS = 32 << 10  # bytes; more would take the first cache from the image
+_CHEAP = (0, CODES["relu"], CODES["relu6"])
+
+
+class Flat(NamedTuple):
+    """A problem for the kernel ``flat``."""
+
+    fields: array[int]
+    tables: tuple[array[int], array[int], Tensor]
+    threads: int
+
+
+@lru_cache(1024)
+def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
+          y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], transposed: bool) -> Flat | None:
+    """None where masks would take too much memory, or a plane does not fill a vector."""
+    f = _format(torch.float32)
+    (d, h, w), (od, oh, ow) = _three(x_shape[2:], 1), _three(y_shape[2:], 1)
+    channels, n = y_shape[1], od * oh * ow
+    taps = [[(p - i * g if transposed else i * g - p) for i in range(k)]
+            for k, p, g in zip(_three(w_shape[2:], 1), _three(padding, 0), _three(dilation, 1), strict=True)]
+    vectors = -(-n // f.lanes)
+    groups = -(-vectors // 4)
+    bits = f.lanes // 8 if simd().name == "avx512" else f.lanes * f.size
+    if n < f.lanes or groups * 4 * math.prod(map(len, taps)) * bits > _MOST_MASKS:
+        return None
+    # The last vectors overlap the ones before.
+    first = [min(v * f.lanes, n - f.lanes) for g in range(groups) for v in range(4 * g, 4 * g + 4)]
+    if groups > 1:
+        first[-4:] = [n - v * f.lanes for v in (4, 3, 2, 1)]
+    at = torch.tensor(first)[:, None] + torch.arange(f.lanes)
+    z, r, c = at // (oh * ow), at // ow % oh, at % ow
+    met = torch.stack([(0 <= z + a) & (z + a < d) & (0 <= r + b) & (r + b < h) & (0 <= c + e) & (c + e < w)
+                       for a, b, e in product(*taps)])  # (tap, vector, lane)
+    met = met.unflatten(1, (groups, 4)).transpose(0, 1)
+    if bits == f.lanes * f.size:
+        masks = -met.int()
+    else:
+        masks = (met.view(*met.shape[:3], -1, 8).int() << torch.arange(8)).sum(-1).byte()
+    shifts = array("q", [f.size * ((a * h + b) * w + e) for a, b, e in product(*taps)])
+    places, masks = array("q", [f.size * i for i in first]), masks.contiguous()
+    values = {
+        "images": x_shape[0], "channels": channels, "outputs": channels // x_shape[1], "xn": x_stride[0] * f.size,
+        "xc": x_stride[1] * f.size, "yn": y_stride[0] * f.size, "yc": y_stride[1] * f.size, "w_step": len(shifts) * f.size,
+        "taps": len(shifts), "shifts": shifts.buffer_info()[0], "groups": groups, "places": places.buffer_info()[0],
+        "masks": masks.data_ptr()}
+    return Flat(array("q", [values[name] for name in FLAT]), (shifts, places, masks),
+                1 if 8 * x_shape[0] * channels * n * len(shifts) < _SERIAL else nt)
+
+
+def _run_flat(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+              padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
+    """A depthwise convolution in float32 of dense planes, of stride 1, all but whose first dimension keep their size. False where
+    this is not so.
+    """
+    if (x.dtype != torch.float32 or groups == 1 or groups != x.shape[1] or max(stride) > 1 or act not in _CHEAP
+            or simd().name not in ("avx512", "avx2") or x.shape[3:] != out.shape[3:] or not weight.is_contiguous()
+            or (transposed and out.shape[1] != groups)):
+        return False
+    if not (x.stride(-1) == 1 and out.stride(-1) == 1 and _even(x.stride()[:1:-1], x.shape[:1:-1])
+            and _even(out.stride()[:1:-1], out.shape[:1:-1])):
+        return False
+    p = _flat(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation), transposed)
+    if p is None:
+        return False
+    _FLAT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+              0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act)
+    return True
+
+
 # Depthwise, transposed, stride 2, in planes -----------------------------------------------------------------------------
 
 
@@ -885,6 +958,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
+        return
+    if not last and _run_flat(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return

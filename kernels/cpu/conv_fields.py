@@ -62,3 +62,10 @@ BATCHED = [
     "deep",  # how far, in positions, a filter reaches beyond its first tap
     "pitch", "plane", "sums", "at_sums", "turned", "at_turned", "at_panel",  # a thread's memory
 ]
+
+#: The same for depthwise convolutions of planes whose rows keep their length.
+FLAT = [
+    "images", "channels", "outputs", "xn", "xc", "yn", "yc", "w_step",  # outputs of a channel; byte strides
+    "taps", "shifts",  # of a filter; how far each is from a position, in bytes
+    "groups", "places", "masks",  # of four vectors; where these lie in a plane; what of them each tap meets
+]

@@ -281,9 +281,6 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
             for d in range(dt):
                 row = x + d * xd
                 for _h in range(ht):
-                    if vectors > 1:
-                        prefetch(row + ahead)
-                        prefetch(row + ahead + LINE)
                     total = both(total, load_n(source, row, n) if masked else load(source, row))
                     row += xh
             store(target, y, select(first_lanes(target, n), total, nothing) if masked else total)

@@ -377,6 +377,29 @@ def load_n(typingctx, elem, address, n):
     return e.vector(elem, types.int64, types.int64), codegen
 
 
+def mask_bytes(elem: Elem) -> int:
+    """The size in memory of a mask for ``load_where``: a bit a lane where there are mask registers, else all of its bits."""
+    return elem.lanes // 8 if simd().name == "avx512" else elem.bytes
+
+
+@intrinsic
+def load_where(typingctx, elem, address, mask):
+    """load_where(elem, address, mask) -> vector of the lanes that the mask in memory has; the others are zero and not read."""
+    e = elem.value
+
+    def codegen(context, builder, sig, args):
+        if mask_bytes(e) == e.bytes:
+            signs = ir.VectorType(ir.IntType(8 * e.size), e.lanes)
+            lanes = builder.load(_pointer(builder, args[2], signs))
+            lanes.align = e.size
+            lanes = builder.icmp_signed("<", lanes, ir.Constant(signs, None))
+        else:
+            bits = builder.load(_pointer(builder, args[2], ir.IntType(e.lanes)))
+            lanes = builder.bitcast(bits, ir.VectorType(ir.IntType(1), e.lanes))
+        return load_vector(builder, e, args[1], lanes)
+    return e.vector(elem, types.int64, types.int64), codegen
+
+
 @intrinsic
 def load_steps(typingctx, elem, address, step):
     """load_steps(elem, address, step) -> vector of elements ``step`` bytes apart; not of the half types"""
