@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, FLAT, SCATTER, WINOGRAD
+from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, FLAT, ROWS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -57,6 +57,7 @@ _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + 
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
 _FLAT = _kernel("conv_depthwise_flat_code", "flat", torch.float32, "i" * 8)
+_ROWS = _kernel("conv_depthwise_rows_code", "rows", torch.float32, "i" * 8)
 _BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
 
@@ -833,8 +834,7 @@ def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape:
             for k, p, g in zip(_three(w_shape[2:], 1), _three(padding, 0), _three(dilation, 1), strict=True)]
     vectors = -(-n // f.lanes)
     groups = -(-vectors // 4)
-    bits = f.lanes // 8 if simd().name == "avx512" else f.lanes * f.size
-    if n < f.lanes or groups * 4 * math.prod(map(len, taps)) * bits > _MOST_MASKS:
+    if n < f.lanes or groups * 4 * math.prod(map(len, taps)) * _mask_bytes(f.lanes) > _MOST_MASKS:
         return None
     # The last vectors overlap the ones before.
     first = [min(v * f.lanes, n - f.lanes) for g in range(groups) for v in range(4 * g, 4 * g + 4)]
@@ -842,15 +842,10 @@ def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape:
         first[-4:] = [n - v * f.lanes for v in (4, 3, 2, 1)]
     at = torch.tensor(first)[:, None] + torch.arange(f.lanes)
     z, r, c = at // (oh * ow), at // ow % oh, at % ow
-    met = torch.stack([(0 <= z + a) & (z + a < d) & (0 <= r + b) & (r + b < h) & (0 <= c + e) & (c + e < w)
-                       for a, b, e in product(*taps)])  # (tap, vector, lane)
-    met = met.unflatten(1, (groups, 4)).transpose(0, 1)
-    if bits == f.lanes * f.size:
-        masks = -met.int()
-    else:
-        masks = (met.view(*met.shape[:3], -1, 8).int() << torch.arange(8)).sum(-1).byte()
+    masks = _masks(torch.stack([(0 <= z + a) & (z + a < d) & (0 <= r + b) & (r + b < h) & (0 <= c + e) & (c + e < w)
+                                for a, b, e in product(*taps)]).unflatten(1, (groups, 4)).transpose(0, 1))
     shifts = array("q", [f.size * ((a * h + b) * w + e) for a, b, e in product(*taps)])
-    places, masks = array("q", [f.size * i for i in first]), masks.contiguous()
+    places = array("q", [f.size * i for i in first])
     values = {
         "images": x_shape[0], "channels": channels, "outputs": channels // x_shape[1], "xn": x_stride[0] * f.size,
         "xc": x_stride[1] * f.size, "yn": y_stride[0] * f.size, "yc": y_stride[1] * f.size, "w_step": len(shifts) * f.size,
@@ -858,6 +853,18 @@ def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape:
         "masks": masks.data_ptr()}
     return Flat(array("q", [values[name] for name in FLAT]), (shifts, places, masks),
                 1 if 8 * x_shape[0] * channels * n * len(shifts) < _SERIAL else nt)
+
+
+def _mask_bytes(lanes: int) -> int:
+    """As ``simd.mask_bytes`` in compiled code, for float32."""
+    return lanes // 8 if simd().name == "avx512" else lanes * 4
+
+
+def _masks(met: Tensor) -> Tensor:
+    """Masks (…, lane) as the kernels read them."""
+    if _mask_bytes(met.shape[-1]) == 4 * met.shape[-1]:
+        return -met.int().contiguous()
+    return (met.unflatten(-1, (-1, 8)).int() << torch.arange(8, dtype=torch.int32)).sum(-1).byte().contiguous()
 
 
 def _run_flat(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
@@ -876,6 +883,60 @@ def _run_flat(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, resid
     if p is None:
         return False
     _FLAT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+              0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act)
+    return True
+
+
+# Depthwise, in planes, four rows at once --------------------------------------------------------------------------------
+
+_ROW_FILTERS = ((3, 1), (5, 1), (7, 1), (3, 2), (5, 2))  # sizes and strides, of both dimensions, that the kernel is made for
+
+
+class Rows(NamedTuple):
+    """A problem for the kernel ``rows``."""
+
+    fields: array[int]
+    tables: tuple[array[int], Tensor]
+    threads: int
+
+
+@lru_cache(1024)
+def _rows(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], size: int, y_shape: tuple[int, ...],
+          y_stride: tuple[int, ...], stride: int, padding: tuple[int, ...], transposed: bool) -> Rows:
+    f = _format(torch.float32)
+    (n, inputs, h, w), (_, channels, oh, ow) = x_shape, y_shape
+    ph, pw = (size - 1 - p if transposed else p for p in padding)
+    first = [max(0, min(i, ow - f.lanes)) for i in range(0, ow, f.lanes)]
+    columns = array("q", [4 * v for i in first for v in (i * stride - pw, i)])
+    starts = range(size) if stride == 1 else [j + k for j in range(0, size, 2) for k in (0, f.lanes)]
+    at = stride * torch.tensor(first)[:, None, None] - pw + torch.tensor(list(starts))[:, None] + torch.arange(f.lanes)
+    masks = _masks((0 <= at) & (at < w))
+    taps = size * size
+    values = {
+        "images": n, "channels": channels, "outputs": channels // inputs, "h": h, "oh": oh, "ow": ow, "ph": ph,
+        "xn": 4 * x_stride[0], "xc": 4 * x_stride[1], "xh": 4 * x_stride[2], "yn": 4 * y_stride[0], "yc": 4 * y_stride[1],
+        "yh": 4 * y_stride[2], "w_step": 4 * taps, "w_first": 4 * (taps - 1) if transposed else 0,
+        "w_row": -4 * size if transposed else 4 * size, "w_tap": -4 if transposed else 4, "size": size, "stride": stride,
+        "blocks": len(first), "columns": columns.buffer_info()[0], "masks": masks.data_ptr()}
+    return Rows(array("q", [values[name] for name in ROWS]), (columns, masks),
+                1 if 8 * n * channels * oh * ow * taps < _SERIAL else nt)
+
+
+def _run_rows(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+              padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
+    """A depthwise convolution in float32 of planes with a common filter and stride, of rows that fill more than half of a vector.
+    False where this is not so.
+    """
+    if (x.dtype != torch.float32 or x.dim() != 4 or groups == 1 or groups != x.shape[1] or act not in _CHEAP
+            or simd().name not in ("avx512", "avx2") or not weight.is_contiguous() or max(dilation) > 1):
+        return False
+    (size, other), (oh, ow) = weight.shape[2:], out.shape[2:]
+    if (size != other or stride[0] != stride[1] or (size, stride[0]) not in _ROW_FILTERS or oh < 4
+            or 2 * ow <= _format(x.dtype).lanes or x.stride(3) != 1 or out.stride(3) != 1
+            or (transposed and (stride[0] > 1 or out.shape[1] != groups))):
+        return False
+    p = _rows(threads.count(), x.shape, x.stride(), size, out.shape, out.stride(), stride[0], tuple(padding), transposed)
+    _ROWS.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
               0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act)
     return True
 
@@ -958,6 +1019,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
+        return
+    if not last and _run_rows(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return
     if not last and _run_flat(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return

@@ -69,3 +69,12 @@ FLAT = [
     "taps", "shifts",  # of a filter; how far each is from a position, in bytes
     "groups", "places", "masks",  # of four vectors; where these lie in a plane; what of them each tap meets
 ]
+
+#: The same for depthwise convolutions of planes, four rows at once.
+ROWS = [
+    "images", "channels", "outputs", "h", "oh", "ow", "ph", "xn", "xc", "xh", "yn", "yc", "yh",  # outputs of a channel; byte strides
+    "w_step", "w_first", "w_row", "w_tap",  # of the filters, in bytes; backwards in a transposed convolution
+    "size", "stride",  # of a filter, along both dimensions
+    "blocks", "columns",  # of a vector of outputs; where each begins in a row of the input and of the output
+    "masks",  # what there is of each vector that is loaded for them
+]

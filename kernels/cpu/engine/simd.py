@@ -382,21 +382,24 @@ def mask_bytes(elem: Elem) -> int:
     return elem.lanes // 8 if simd().name == "avx512" else elem.bytes
 
 
+def mask_from(builder: ir.IRBuilder, elem: Elem, address: Any) -> Any:
+    """The mask that lies in memory."""
+    if mask_bytes(elem) < elem.bytes:
+        bits = builder.load(_pointer(builder, address, ir.IntType(elem.lanes)))
+        return builder.bitcast(bits, ir.VectorType(ir.IntType(1), elem.lanes))
+    signs = ir.VectorType(ir.IntType(8 * elem.size), elem.lanes)
+    lanes = builder.load(_pointer(builder, address, signs))
+    lanes.align = elem.size
+    return builder.icmp_signed("<", lanes, ir.Constant(signs, None))
+
+
 @intrinsic
 def load_where(typingctx, elem, address, mask):
     """load_where(elem, address, mask) -> vector of the lanes that the mask in memory has; the others are zero and not read."""
     e = elem.value
 
     def codegen(context, builder, sig, args):
-        if mask_bytes(e) == e.bytes:
-            signs = ir.VectorType(ir.IntType(8 * e.size), e.lanes)
-            lanes = builder.load(_pointer(builder, args[2], signs))
-            lanes.align = e.size
-            lanes = builder.icmp_signed("<", lanes, ir.Constant(signs, None))
-        else:
-            bits = builder.load(_pointer(builder, args[2], ir.IntType(e.lanes)))
-            lanes = builder.bitcast(bits, ir.VectorType(ir.IntType(1), e.lanes))
-        return load_vector(builder, e, args[1], lanes)
+        return load_vector(builder, e, args[1], mask_from(builder, e, args[2]))
     return e.vector(elem, types.int64, types.int64), codegen
 
 
