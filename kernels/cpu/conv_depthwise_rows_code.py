@@ -21,6 +21,7 @@ from .engine.region import parallel
 from .engine.simd import (
     FLOAT32,
     Elem,
+    Vector,
     i64,
     inline,
     load,
@@ -45,15 +46,14 @@ MANY = 4  # rows at once
 
 
 def _met(size: int, stride: int, row: int) -> Any:
-    def fn(typingctx, elem, x, mask, w, w_row, w_tap, a0, a1, a2, a3):
+    def fn(typingctx, elem, x, there, w, w_row, w_tap, a0, a1, a2, a3):
         e: Elem = elem.value
 
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            _, x, mask, w, w_row, w_tap, *sums = args
+            _, x, there, w, w_row, w_tap, *sums = args
 
             def part(j: int, number: int) -> Any:
-                there = mask_from(builder, e, builder.add(mask, i64(number * mask_bytes(e))))
-                return load_vector(builder, e, builder.add(x, i64(j * e.size)), there)
+                return load_vector(builder, e, builder.add(x, i64(j * e.size)), builder.extract_value(there, number))
 
             taps: list[Any] = []
             if stride == 1:
@@ -71,8 +71,20 @@ def _met(size: int, stride: int, row: int) -> Any:
                         f = builder.load(builder.inttoptr(at, e.memory.as_pointer()))
                         sums[o] = multiply_add(builder, splat(builder, f, e.lanes), v, sums[o])
             return cgutils.pack_array(builder, sums)
-        return types.UniTuple(a0, MANY)(elem, *(types.int64,) * 5, *(a0,) * MANY), codegen
-    fn.__doc__ = """met(elem, x, mask, w, w_row, w_tap, a0, a1, a2, a3) -> the four rows' sums with what they meet in that row"""
+        return types.UniTuple(a0, MANY)(elem, types.int64, there, *(types.int64,) * 3, *(a0,) * MANY), codegen
+    fn.__doc__ = """met(elem, x, there, w, w_row, w_tap, a0, a1, a2, a3) -> the four rows' sums with what they meet in that row"""
+    return intrinsic(fn)
+
+
+def _masks(count: int) -> Any:
+    def fn(typingctx, elem, address):
+        e: Elem = elem.value
+
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            return cgutils.pack_array(builder, [mask_from(builder, e, builder.add(args[1], i64(i * mask_bytes(e))))
+                                                for i in range(count)])
+        return types.UniTuple(Vector(types.boolean, e.lanes), count)(elem, types.int64), codegen
+    fn.__doc__ = """masks(elem, address) -> masks that lie in memory one behind the other"""
     return intrinsic(fn)
 
 
@@ -100,19 +112,20 @@ def rows(elem_name: str) -> Any:
         def row(number: int) -> Any:
             if number == several:
                 @inline
-                def last(x, xh, y, h, mask, w, w_row, w_tap, a0, a1, a2, a3):
+                def last(x, xh, y, h, there, w, w_row, w_tap, a0, a1, a2, a3):
                     return a0, a1, a2, a3
                 return last
             met, following = _met(size, stride, number), row(number + 1)
 
             @inline
-            def run(x, xh, y, h, mask, w, w_row, w_tap, a0, a1, a2, a3):
+            def run(x, xh, y, h, there, w, w_row, w_tap, a0, a1, a2, a3):
                 if y >= 0 and y < h:
-                    a0, a1, a2, a3 = met(e, x, mask, w, w_row, w_tap, a0, a1, a2, a3)
-                return following(x + xh, xh, y + 1, h, mask, w, w_row, w_tap, a0, a1, a2, a3)
+                    a0, a1, a2, a3 = met(e, x, there, w, w_row, w_tap, a0, a1, a2, a3)
+                return following(x + xh, xh, y + 1, h, there, w, w_row, w_tap, a0, a1, a2, a3)
             return run
         first = row(0)
-        masks = (size if stride == 1 else (size + 1) // 2 * 2) * bits
+        loads = size if stride == 1 else (size + 1) // 2 * 2
+        masks = _masks(loads)
 
         @outline
         def plane(geo, x, w, start, y, res, act):
@@ -124,7 +137,7 @@ def rows(elem_name: str) -> Any:
                 mask, columns = get(geo, _MASKS), get(geo, _COLUMNS)
                 for _ in range(get(geo, _BLOCKS)):
                     a0 = a1 = a2 = a3 = spread(e, start)
-                    a0, a1, a2, a3 = first(x + top * xh + get(columns, 0), xh, top, h, mask, w, w_row, w_tap, a0, a1, a2, a3)
+                    a0, a1, a2, a3 = first(x + top * xh + get(columns, 0), xh, top, h, masks(e, mask), w, w_row, w_tap, a0, a1, a2, a3)
                     to = r * yh + get(columns, 8)
                     n = min(lanes, ow)
                     # What a whole vector writes past a short row's end is the next row's.
@@ -134,7 +147,7 @@ def rows(elem_name: str) -> Any:
                         put(a0, y + to, res + to if res != 0 else 0, act, whole if fits else n)
                         a0, a1, a2 = a1, a2, a3
                         to += yh
-                    mask += masks
+                    mask += loads * bits
                     columns += 16
         return plane
 
