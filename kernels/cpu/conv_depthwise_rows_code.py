@@ -34,6 +34,7 @@ from .engine.simd import (
     minimum_fast,
     multiply_add,
     outline,
+    prefetch,
     splat,
     spread,
     store,
@@ -136,6 +137,10 @@ def rows(elem_name: str) -> Any:
                 top = r * stride - get(geo, _PH)
                 mask, columns = get(geo, _MASKS), get(geo, _COLUMNS)
                 for _ in range(get(geo, _BLOCKS)):
+                    ahead = x + (top + several) * xh + get(columns, 0)
+                    for _ in range(MANY * stride):
+                        prefetch(ahead)
+                        ahead += xh
                     a0 = a1 = a2 = a3 = spread(e, start)
                     a0, a1, a2, a3 = first(x + top * xh + get(columns, 0), xh, top, h, masks(e, mask), w, w_row, w_tap, a0, a1, a2, a3)
                     to = r * yh + get(columns, 8)
