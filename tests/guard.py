@@ -329,6 +329,10 @@ def conv_cases(random: Callable[..., Tensor]) -> Iterator[Case]:
         ((1, 19, 9, 7), (5, 19, 1, 1), [2, 2], [0, 0], [1, 1], False, [0, 0], 1),
         ((2, 3, 4, 5), (3, 5, 3, 4), [2, 3], [1, 0], [1, 1], True, [1, 2], 1),
         ((2, 9, 4, 5), (9, 1, 3, 3), [2, 2], [1, 1], [1, 1], True, [1, 1], 9),
+        ((2, 3, 7, 13), (3, 1, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 3),
+        ((1, 2, 9, 35), (2, 1, 5, 5), [2, 2], [2, 2], [1, 1], False, [0, 0], 2),
+        ((2, 3, 7, 7), (3, 1, 3, 3), [1, 1], [1, 1], [1, 1], True, [0, 0], 3),
+        ((17, 3, 9), (16, 3, 33), [2], [16], [1], False, [0], 1),
     ]
     for (x, w, *options), (layout, other) in itertools.product(
         problems, [(plain, plain), (channels_last, channels_last), (stepped, transposed)]

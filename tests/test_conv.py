@@ -17,6 +17,7 @@ from fastnn import ops
 from fastnn._numerics import sum_of_magnitudes
 from fastnn.kernels.cpu import conv as host
 from fastnn.kernels.cpu.engine import packed
+from fastnn.kernels.cpu.engine.host import simd
 from rule import DTYPES, LAYOUTS, check, randn
 
 F = torch.nn.functional
@@ -237,18 +238,23 @@ def test_extra_memory_is_a_tile_a_thread() -> None:
         assert phase.arranged <= 64 * 64 * 9 * 4
 
 
-@pytest.fixture
-def winograd(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call that Winograd's way took came to a finite end."""
+def counted(monkeypatch: pytest.MonkeyPatch, way: str) -> list[bool]:
+    """Whether that way served, call by call."""
     taken: list[bool] = []
-    run = host._run_winograd
+    run = getattr(host, way)
 
     def counting(*args: Any) -> bool:
         taken.append(run(*args))
         return taken[-1]
 
-    monkeypatch.setattr(host, "_run_winograd", counting)
+    monkeypatch.setattr(host, way, counting)
     return taken
+
+
+@pytest.fixture
+def winograd(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that Winograd's way took came to a finite end."""
+    return counted(monkeypatch, "_run_winograd")
 
 
 # input, outputs, padding: one tile and many, tiles that hang over, blocks that end within a row, one or several groups
@@ -366,14 +372,7 @@ SCATTERED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = 
 def test_transposed_as_a_product_and_a_sum(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
     x_shape, w_shape, options = SCATTERED[problem]
-    taken: list[bool] = []
-    run = host._run_scatter
-
-    def counting(*args: Any) -> bool:
-        taken.append(run(*args))
-        return taken[-1]
-
-    monkeypatch.setattr(host, "_run_scatter", counting)
+    taken = counted(monkeypatch, "_run_scatter")
     x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[1], seed=2)
     agree("conv_transpose2d", x, w, bias, **options)
     plain = F.conv_transpose2d(x, w, **options)
@@ -440,14 +439,7 @@ BETWEEN: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
 def test_depthwise_between(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Depthwise, transposed, rows twice as long: the error rule, with and without a bias, by any number of threads."""
     x_shape, w_shape, options = BETWEEN[problem]
-    taken: list[bool] = []
-    run = host._run_between
-
-    def counting(*args: Any) -> bool:
-        taken.append(run(*args))
-        return taken[-1]
-
-    monkeypatch.setattr(host, "_run_between", counting)
+    taken = counted(monkeypatch, "_run_between")
     options = {"stride": 2, **options, "groups": x_shape[1]}
     x, w = randn(*x_shape), randn(*w_shape, seed=1)
     for threads in (1, 3):
@@ -474,14 +466,7 @@ PADDED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] 
 def test_from_padded_planes(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
     x_shape, w_shape, groups, options = PADDED[problem]
-    taken: list[bool] = []
-    run = host._run_direct
-
-    def counting(*args: Any) -> bool:
-        taken.append(run(*args))
-        return taken[-1]
-
-    monkeypatch.setattr(host, "_run_direct", counting)
+    taken = counted(monkeypatch, "_run_direct")
     x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
     agree("conv2d", x, w, bias, groups=groups, **options)
     plain = F.conv2d(x, w, groups=groups, **options)
@@ -497,6 +482,90 @@ def test_from_padded_planes(problem: str, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
     assert len(taken) >= 5
     assert all(taken)
+
+
+# what serves, input, weight, options: rows that one vector, several, or more than half of one hold, with overlaps and without,
+# fewer rows than fit at once, margins on one side, strides, two filters a channel, transposed ones, planes without distance from
+# row to row, of one and three dimensions, of few and many vectors
+DEPTHWISE: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "14": ("rows", (2, 5, 14, 14), (5, 1, 3, 3), {"padding": 1}), "28": ("rows", (1, 3, 28, 28), (3, 1, 5, 5), {"padding": 2}),
+    "valid": ("rows", (2, 3, 11, 39), (3, 1, 7, 7), {}), "uneven": ("rows", (1, 3, 12, 21), (3, 1, 5, 5), {"padding": (3, 0)}),
+    "stride": ("rows", (2, 3, 31, 45), (3, 1, 3, 3), {"padding": 1, "stride": 2}),
+    "stride, even": ("rows", (1, 2, 36, 36), (2, 1, 5, 5), {"padding": 2, "stride": 2}),
+    "two filters": ("rows", (2, 3, 9, 17), (6, 1, 3, 3), {"padding": 2}),
+    "transposed": ("rows", (2, 3, 13, 15), (3, 1, 5, 5), {"padding": 2}),
+    "7": ("flat", (2, 5, 7, 7), (5, 1, 3, 3), {"padding": 1}), "one row": ("flat", (3, 3, 37), (3, 1, 5), {"padding": 2}),
+    "gaps": ("flat", (1, 3, 17, 18), (3, 1, 3, 5), {"padding": (5, 4), "dilation": (3, 2)}),
+    "volume": ("flat", (2, 3, 5, 4, 6), (6, 1, 3, 3, 3), {"padding": (0, 1, 1)}),
+    "transposed, flat": ("flat", (2, 4, 9, 5), (4, 1, 4, 3), {"padding": (1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(simd().name not in ("avx512", "avx2"), reason="needs masked loads")
+@pytest.mark.parametrize("problem", DEPTHWISE)
+def test_depthwise_straight_from_the_image(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads; nothing written beyond a plane."""
+    way, x_shape, w_shape, options = DEPTHWISE[problem]
+    served = {name: counted(monkeypatch, f"_run_{name}") for name in ("rows", "flat")}
+    options = {**options, "groups": x_shape[1]}
+    op = f"conv_transpose{len(x_shape) - 2}d" if "transposed" in problem else f"conv{len(x_shape) - 2}d"
+    x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
+    agree(op, x, w, bias, **options)
+    agree(op, x, w, **options)
+    plain = getattr(F, op)(x, w, bias, **options)
+    more: dict[str, Any] = {"activation": "relu6"}
+    if "transpose" not in op:
+        more["residual"] = randn(*plain.shape, seed=3)
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        every.append(getattr(ours, op)(x, w, bias, **options, **more, backend="cpu"))
+    torch.testing.assert_close(every[0], F.relu6(plain + more.get("residual", 0)), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, every[0]) for a in every)
+    x.view(-1)[3], x.view(-1)[-1] = float("inf"), float("nan")
+    mine, theirs = getattr(ours, op)(x, w, **options, backend="cpu"), getattr(F, op)(x, w, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+    if simd().name == "avx2" and x_shape[-1] == w_shape[-1] + 4 == 7:
+        way = "rows"  # seven fill more than half of a vector
+    assert sum(served[way]) >= 6  # not the gradients of strided ones
+
+
+# input, weight, options: of several blocks of sequences, bands of positions, parts of outputs and slices of channels, the last of
+# them smaller; padding that all, some or none of the positions meet; strides, gaps
+SEQUENCES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "same": ((33, 6, 16), (24, 6, 33), {"padding": 16}), "short": ((16, 20, 3), (16, 20, 40), {"padding": 31}),
+    "blocks": ((101, 3, 9), (8, 3, 32), {"padding": 14}), "valid": ((17, 5, 200), (8, 5, 41), {}),
+    "slices": ((48, 61, 70), (24, 61, 32), {"padding": (16,)}), "parts": ((16, 3, 12), (264, 3, 32), {"padding": 15}),
+    "stride": ((20, 3, 50), (8, 3, 64), {"padding": 31, "stride": 4}),
+    "gaps": ((16, 2, 40), (8, 2, 33), {"padding": 30, "dilation": 2}),
+    "steps and gaps": ((18, 3, 61), (16, 3, 35), {"padding": 40, "dilation": 3, "stride": 2}),
+    "few taps": ((16, 4, 8), (8, 4, 17), {"padding": 8}), "columns": ((19, 4, 20, 1), (8, 4, 36, 1), {"padding": (17, 0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", SEQUENCES)
+def test_many_short_sequences(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads; weights kept, and new ones."""
+    x_shape, w_shape, options = SEQUENCES[problem]
+    served = counted(monkeypatch, "_run_batched")
+    op = f"conv{len(x_shape) - 2}d"
+    x, w, bias = randn(*x_shape), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
+    agree(op, x, w, bias, **options)
+    plain = getattr(F, op)(x, w, bias, **options)
+    residual, every = randn(*plain.shape, seed=3), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        every.append(getattr(ours, op)(x, w, bias, **options, residual=residual, activation="gelu", backend="cpu"))
+    torch.testing.assert_close(every[0], F.gelu(plain + residual), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, every[0]) for a in every)
+    w.mul_(2)
+    twice = getattr(ours, op)(x, w, **options, backend="cpu")
+    torch.testing.assert_close(twice, getattr(F, op)(x, w, **options), rtol=1e-4, atol=1e-3)
+    x.view(-1)[2], x.view(-1)[-1] = float("inf"), float("nan")
+    mine, theirs = getattr(ours, op)(x, w, **options, backend="cpu"), getattr(F, op)(x, w, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert served
+    assert all(served)
 
 
 ERRORS: list[tuple[str, Callable[[Any], Any], str]] = [

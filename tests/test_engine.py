@@ -522,11 +522,12 @@ def test_narrower_vectors(width: str) -> None:
     )
     under(
         width,
-        *(f"tests/test_{name}.py" for name in ("engine", "matmul", "vecmath", "activation", "softmax")),
+        *(f"tests/test_{name}.py" for name in ("engine", "matmul", "vecmath", "activation", "softmax", "conv")),
         "-k",
         "test_engine and (half or masked_loads or lanewise or fma or packing or main_loop or width or (tile and float32))"
         " or linear_of_many_shapes and dtype0 or test_every_path and dtype0 or batches and dtype0"
-        " or float32_within and (exp or tanh or erf)" + functions * (width == NARROWER[0]),
+        " or float32_within and (exp or tanh or erf)"
+        " or depthwise_straight or short_sequences and slices" + functions * (width == NARROWER[0]),
     )
 
 

@@ -744,13 +744,14 @@ def _batched(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_sha
     most = max(f.lanes, quarter // (min(outputs, 256) * pitch * f.size) // f.lanes * f.lanes)
     band = min(positions, most)
     plane = (band + deep) * pitch * f.size
-    depth = min(channels, max(1, quarter // (residues * plane)) | 1)  # odd: rows of the weight do not meet in one set of the cache
+    depth = min(channels, max(1, quarter // (residues * plane)) | 1)  # odd: the weight's rows do not meet in one cache set
     part = _up(_cut(outputs, 256), f.rows)
-    while blocks * -(-positions // band) * -(-outputs // part) < 4 * nt and part > 64 or (
-            blocks * -(-positions // band) * -(-outputs // part) < nt and part > f.rows):
-        part = _up(-(-part // 2), f.rows)
-    tables = tuple(array("q", [(c * residues + t * dilation % stride) * plane + t * dilation // stride * pitch * f.size
-                               for t in range(taps) for c in range(d)]) for d in (depth, channels % depth))
+    for least, tasks in (64, 4 * nt), (f.rows, nt):
+        while part > least and blocks * -(-positions // band) * -(-outputs // part) < tasks:
+            part = _up(-(-part // 2), f.rows)
+    at = [(t * dilation % stride, t * dilation // stride * pitch * f.size) for t in range(taps)]
+    tables = tuple(array("q", [(c * residues + residue) * plane + place for residue, place in at for c in range(d)])
+                   for d in (depth, channels % depth))
     sums, turned = (band * pitch * f.size | 64), _up(band, f.lanes)
     at_sums = _up(depth * residues * plane, 64)
     at_turned = _up(at_sums + part * sums, 64)
@@ -842,8 +843,8 @@ def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape:
         first[-4:] = [n - v * f.lanes for v in (4, 3, 2, 1)]
     at = torch.tensor(first)[:, None] + torch.arange(f.lanes)
     z, r, c = at // (oh * ow), at // ow % oh, at % ow
-    masks = _masks(torch.stack([(0 <= z + a) & (z + a < d) & (0 <= r + b) & (r + b < h) & (0 <= c + e) & (c + e < w)
-                                for a, b, e in product(*taps)]).unflatten(1, (groups, 4)).transpose(0, 1))
+    within = [_within(z + a, d) & _within(r + b, h) & _within(c + e, w) for a, b, e in product(*taps)]
+    masks = _masks(torch.stack(within).unflatten(1, (groups, 4)).transpose(0, 1))
     shifts = array("q", [f.size * ((a * h + b) * w + e) for a, b, e in product(*taps)])
     places = array("q", [f.size * i for i in first])
     values = {
@@ -853,6 +854,10 @@ def _flat(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape:
         "masks": masks.data_ptr()}
     return Flat(array("q", [values[name] for name in FLAT]), (shifts, places, masks),
                 1 if 8 * x_shape[0] * channels * n * len(shifts) < _SERIAL else nt)
+
+
+def _within(at: Tensor, size: int) -> Tensor:
+    return (at >= 0) & (at < size)
 
 
 def _mask_bytes(lanes: int) -> int:
@@ -879,7 +884,8 @@ def _run_flat(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, resid
     if not (x.stride(-1) == 1 and out.stride(-1) == 1 and _even(x.stride()[:1:-1], x.shape[:1:-1])
             and _even(out.stride()[:1:-1], out.shape[:1:-1])):
         return False
-    p = _flat(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation), transposed)
+    p = _flat(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(padding), tuple(dilation),
+              transposed)
     if p is None:
         return False
     _FLAT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
@@ -910,7 +916,7 @@ def _rows(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], size: in
     columns = array("q", [4 * v for i in first for v in (i * stride - pw, i)])
     starts = range(size) if stride == 1 else [j + k for j in range(0, size, 2) for k in (0, f.lanes)]
     at = stride * torch.tensor(first)[:, None, None] - pw + torch.tensor(list(starts))[:, None] + torch.arange(f.lanes)
-    masks = _masks((0 <= at) & (at < w))
+    masks = _masks(_within(at, w))
     taps = size * size
     values = {
         "images": n, "channels": channels, "outputs": channels // inputs, "h": h, "oh": oh, "ow": ow, "ph": ph,

@@ -86,7 +86,7 @@ def batched(elem_name: str) -> Any:
             cs = min(get(geo, _SLICE), channels - c0)
             turn(geo, x + n0 * get(geo, _XN) + c0 * get(geo, _XC), many, cs, first, positions + get(geo, _DEEP), planes)
             products(geo, w + (get(geo, _O) * c0 + o0 * cs) * taps * size, outputs // tile_rows, cs,
-                     get(geo, _TABLE) if cs == get(geo, _SLICE) else get(geo, _LAST_TABLE), c0 > 0, first, positions, planes, sums,
+                     get(geo, _TABLE if cs == get(geo, _SLICE) else _LAST_TABLE), c0 > 0, first, positions, planes, sums,
                      panel)
             c0 += cs
         width = get(geo, _TURNED)

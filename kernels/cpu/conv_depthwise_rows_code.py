@@ -1,9 +1,9 @@
 """Depthwise convolution of planes, as compiled: four rows of outputs at once, straight from the image.
 
-What a filter of K × K meets for four rows of a vector each is 3s + K rows of the image, s the stride. Of each of them K vectors are
-loaded, one a tap of the filter's row, and each goes to all the output rows that it is for: a load that does not begin where a
-cache line does takes as long as one and a half products. Masks leave out columns beyond the image; rows beyond it are passed
-over; nothing is copied. With stride 2 two vectors are loaded and their even and odd lanes are two taps.
+What a filter of K × K meets for four rows of a vector each is 3s + K rows of the image, s the stride. Of each of them K
+vectors are loaded, one a tap of the filter's row, and each goes to all the output rows that it is for: a load that does not
+begin where a cache line does takes as long as one and a half products. Masks leave out columns beyond the image; rows beyond it
+are passed over; nothing is copied. With stride 2 two vectors are loaded and their even and odd lanes are two taps.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .engine.simd import (
 )
 
 MANY = 4  # rows at once
-(_N, _C, _O, _H, _OH, _OW, _PH, _XN, _XC, _XH, _YN, _YC, _YH, _W_STEP, _W_FIRST, _W_ROW, _W_TAP, _SIZE, _STRIDE, _BLOCKS, _COLUMNS,
- _MASKS) = (8 * i for i in range(len(ROWS)))
+(_N, _C, _O, _H, _OH, _OW, _PH, _XN, _XC, _XH, _YN, _YC, _YH, _W_STEP, _W_FIRST, _W_ROW, _W_TAP, _SIZE, _STRIDE, _BLOCKS,
+ _COLUMNS, _MASKS) = (8 * i for i in range(len(ROWS)))
 
 
 def _met(size: int, stride: int, row: int) -> Any:
@@ -72,7 +72,7 @@ def _met(size: int, stride: int, row: int) -> Any:
                         f = builder.load(builder.inttoptr(at, e.memory.as_pointer()))
                         sums[o] = multiply_add(builder, splat(builder, f, e.lanes), v, sums[o])
             return cgutils.pack_array(builder, sums)
-        return types.UniTuple(a0, MANY)(elem, types.int64, there, *(types.int64,) * 3, *(a0,) * MANY), codegen
+        return types.containers.UniTuple(a0, MANY)(elem, types.int64, there, *(types.int64,) * 3, *(a0,) * MANY), codegen
     fn.__doc__ = """met(elem, x, there, w, w_row, w_tap, a0, a1, a2, a3) -> the four rows' sums with what they meet in that row"""
     return intrinsic(fn)
 
@@ -84,7 +84,7 @@ def _masks(count: int) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             return cgutils.pack_array(builder, [mask_from(builder, e, builder.add(args[1], i64(i * mask_bytes(e))))
                                                 for i in range(count)])
-        return types.UniTuple(Vector(types.boolean, e.lanes), count)(elem, types.int64), codegen
+        return types.containers.UniTuple(Vector(types.boolean, e.lanes), count)(elem, types.int64), codegen
     fn.__doc__ = """masks(elem, address) -> masks that lie in memory one behind the other"""
     return intrinsic(fn)
 
@@ -142,7 +142,8 @@ def rows(elem_name: str) -> Any:
                         prefetch(ahead)
                         ahead += xh
                     a0 = a1 = a2 = a3 = spread(e, start)
-                    a0, a1, a2, a3 = first(x + top * xh + get(columns, 0), xh, top, h, masks(e, mask), w, w_row, w_tap, a0, a1, a2, a3)
+                    a0, a1, a2, a3 = first(x + top * xh + get(columns, 0), xh, top, h, masks(e, mask), w, w_row, w_tap, a0, a1,
+                                           a2, a3)
                     to = r * yh + get(columns, 8)
                     n = min(lanes, ow)
                     # What a whole vector writes past a short row's end is the next row's.

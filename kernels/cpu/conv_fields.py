@@ -72,7 +72,8 @@ FLAT = [
 
 #: The same for depthwise convolutions of planes, four rows at once.
 ROWS = [
-    "images", "channels", "outputs", "h", "oh", "ow", "ph", "xn", "xc", "xh", "yn", "yc", "yh",  # outputs of a channel; byte strides
+    "images", "channels", "outputs", "h", "oh", "ow", "ph",  # outputs of a channel
+    "xn", "xc", "xh", "yn", "yc", "yh",  # byte strides
     "w_step", "w_first", "w_row", "w_tap",  # of the filters, in bytes; backwards in a transposed convolution
     "size", "stride",  # of a filter, along both dimensions
     "blocks", "columns",  # of a vector of outputs; where each begins in a row of the input and of the output
