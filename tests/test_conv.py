@@ -530,6 +530,41 @@ def test_depthwise_straight_from_the_image(problem: str, monkeypatch: pytest.Mon
     assert sum(served[way]) >= 6  # not the gradients of strided ones
 
 
+# input, weight, options: channels that fill vectors and do not, several blocks of them; rows that overlap; margins; strides
+CHANNELS_LAST: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "7": ("conv2d", (2, 37, 7, 7), (37, 1, 3, 3), {"padding": 1}), "even": ("conv2d", (1, 32, 6, 8), (32, 1, 3, 3), {"padding": 1}),
+    "wide": ("conv2d", (1, 24, 9, 33), (24, 1, 5, 5), {"padding": 2}), "valid": ("conv2d", (2, 5, 11, 12), (5, 1, 7, 7), {}),
+    "blocks": ("conv2d", (1, 200, 5, 5), (200, 1, 5, 5), {"padding": (2, 3)}),
+    "stride": ("conv2d", (2, 19, 11, 13), (19, 1, 3, 3), {"padding": 1, "stride": 2}),
+    "stride, wide": ("conv2d", (1, 17, 14, 16), (17, 1, 5, 5), {"padding": 2, "stride": 2}),
+    "transposed": ("conv_transpose2d", (2, 18, 6, 5), (18, 1, 5, 5), {"padding": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", CHANNELS_LAST)
+def test_depthwise_with_channels_last(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rule; epilogues; Inf and NaN; the same bits by any number of threads."""
+    op, x_shape, w_shape, options = CHANNELS_LAST[problem]
+    served = counted(monkeypatch, "_run_last")
+    options = {**options, "groups": x_shape[1]}
+    x, w, bias = FORMATS["last"](randn(*x_shape)), randn(*w_shape, seed=1), randn(w_shape[0], seed=2)
+    agree(op, x, w, bias, **options)
+    plain = getattr(F, op)(x, w, bias, **options)
+    more: dict[str, Any] = {"activation": "relu6"}
+    if op == "conv2d":
+        more["residual"] = FORMATS["last"](randn(*plain.shape, seed=3))
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        every.append(getattr(ours, op)(x, w, bias, **options, **more, backend="cpu"))
+    torch.testing.assert_close(every[0], F.relu6(plain + more.get("residual", 0)), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, every[0]) for a in every)
+    x[0, 1, 0, 0], x[-1, -1, -1, -1] = float("inf"), float("nan")
+    mine, theirs = getattr(ours, op)(x, w, **options, backend="cpu"), getattr(F, op)(x, w, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert sum(served) >= 5  # not the gradients of strided ones
+
+
 # input, weight, options: of several blocks of sequences, bands of positions, parts of outputs and slices of channels, the last of
 # them smaller; padding that all, some or none of the positions meet; strides, gaps
 SEQUENCES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

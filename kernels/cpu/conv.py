@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, FLAT, ROWS, SCATTER, WINOGRAD
+from .conv_fields import BATCHED, BETWEEN, DIRECT, FIELDS, FLAT, LAST, ROWS, SCATTER, WINOGRAD
 from .engine import overhead, packed, threads
 from .engine.activation_codes import CODES
 from .engine.build import Kernel, made_by
@@ -57,6 +57,7 @@ _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + 
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
 _FLAT = _kernel("conv_depthwise_flat_code", "flat", torch.float32, "i" * 8)
+_LAST = _kernel("conv_depthwise_last_code", "last", torch.float32, "i" * 8)
 _ROWS = _kernel("conv_depthwise_rows_code", "rows", torch.float32, "i" * 8)
 _BETWEEN = _kernel("conv_depthwise_transposed_code", "between", torch.float32, "i" * 8)
 _ARRANGE = {d: _kernel("conv_code", "arrange", d, "i" * 12) for d in _NAMES}
@@ -947,6 +948,59 @@ def _run_rows(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, resid
     return True
 
 
+# Depthwise, channels last -----------------------------------------------------------------------------------------------
+
+_AS_FAST = range(9, 32)  # rows of outputs in which 3 × 3 filters are as fast, or faster, position by position (Zen 4)
+
+
+@lru_cache(1024)
+def _last(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], size: int, y_shape: tuple[int, ...],
+          y_stride: tuple[int, ...], stride: int, padding: tuple[int, ...], transposed: bool) -> tuple[array[int], array[int], int]:
+    """The fields, the offsets by which the weight is arranged, the number of threads."""
+    (n, channels, h, w), (_, _, oh, ow) = x_shape, y_shape
+    ph, pw = (size - 1 - p if transposed else p for p in padding)
+    lanes = _format(torch.float32).lanes
+    block = channels if channels <= 160 else 64  # so much of what a few positions meet stays in the first cache
+    values = {
+        "images": n, "channels": channels, "h": h, "w": w, "oh": oh, "ow": ow, "ph": ph, "pw": pw, "xn": 4 * x_stride[0],
+        "xh": 4 * x_stride[2], "xw": 4 * x_stride[3], "yn": 4 * y_stride[0], "yh": 4 * y_stride[2], "yw": 4 * y_stride[3],
+        "size": size, "stride": stride, "block": block,
+        "part": channels if n * oh >= 16 * nt else _up(-(-channels // 2), lanes)}
+    offsets = array("q", [4 * i for i in range(size * size)])
+    if transposed:
+        offsets.reverse()
+    serial = 8 * n * channels * oh * ow * size * size < _SERIAL
+    return array("q", [values[name] for name in LAST]), offsets, 1 if serial else nt
+
+
+def _run_last(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+              padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
+    """A depthwise convolution in float32, channels last, with a common filter and stride. False where this is not so."""
+    if (x.dtype != torch.float32 or x.dim() != 4 or not groups == x.shape[1] == out.shape[1] or groups == 1 or act not in _CHEAP
+            or not weight.is_contiguous() or max(dilation) > 1):
+        return False
+    (size, other), (oh, ow) = weight.shape[2:], out.shape[2:]
+    if (size != other or stride[0] != stride[1] or (size, stride[0]) not in _ROW_FILTERS or oh < 2 or ow < 4
+            or (transposed and stride[0] > 1) or (size == 3 and stride[0] == 1 and ow in _AS_FAST)):
+        return False
+    fields, offsets, nt = _last(threads.count(), x.shape, x.stride(), size, out.shape, out.stride(), stride[0], tuple(padding),
+                                transposed)
+    lanes = _format(x.dtype).lanes
+    panels, taps = -(-groups // lanes), size * size
+
+    def arrange(address: int) -> int:
+        _ARRANGE[x.dtype].run(1, 1, groups, 1, taps, panels, weight.data_ptr(), 0, 4 * taps, 4, offsets.buffer_info()[0], address)
+        return 0
+    need = 4 * panels * lanes * taps
+    keep = _keep(weight, need, arrange, ("last", transposed)) if weight.numel() >= _SMALL_WEIGHT else None
+    at = keep.address if keep else workspace(need)
+    if keep is None:
+        arrange(at)
+    _LAST.run(nt, fields.buffer_info()[0], x.data_ptr(), at, out.data_ptr(), 0 if bias is None else bias.data_ptr(),
+              0 if residual is None else residual.data_ptr(), act)
+    return True
+
+
 # Depthwise, transposed, stride 2, in planes -----------------------------------------------------------------------------
 
 
@@ -1025,6 +1079,8 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         return
     if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
             and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
+        return
+    if last and _run_last(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return
     if not last and _run_rows(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return

@@ -79,3 +79,10 @@ ROWS = [
     "blocks", "columns",  # of a vector of outputs; where each begins in a row of the input and of the output
     "masks",  # what there is of each vector that is loaded for them
 ]
+
+#: The same for depthwise convolutions with channels last.
+LAST = [
+    "images", "channels", "h", "w", "oh", "ow", "ph", "pw", "xn", "xh", "xw", "yn", "yh", "yw",  # sizes; padding; byte strides
+    "size", "stride",  # of a filter, along both dimensions
+    "block", "part",  # channels at once, of a task
+]
