@@ -308,6 +308,10 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
         (lambda s, k=kind, x=x: getattr(s, f"{k}_pool{x.dim() - 2}d")(x[0, 0], 2), "[0-9]D")
         for kind, x in itertools.product(("max", "avg", "adaptive_max", "adaptive_avg"), (X1, X2, X3))
     ),
+    *(
+        (lambda s, k=k, p=p, d=d: s.max_pool2d(X2, k, 1, p, d), f"padding.*{p}.*kernel_size.*{k}")
+        for k, p, d in ((2, 2, 4), (3, 2, 3), (3, 3, 3))
+    ),
     (lambda s: s.max_pool2d(X2, 2, dilation=0), "dilation.*0"),
     (lambda s: s.max_pool2d(X3, 2), "5D"),
     (lambda s: s.avg_pool2d(X2, 2, divisor_override=0), "divisor.*0"),
