@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import fastnn
 import fastnn.functional as ours
 from fastnn import ops
-from fastnn._numerics import sum_of_magnitudes
+from fastnn._numerics import error, sum_of_magnitudes
 from fastnn.kernels.cpu import conv as host
 from fastnn.kernels.cpu.engine import packed
 from fastnn.kernels.cpu.engine.host import simd
-from rule import DTYPES, LAYOUTS, check, randn
+from rule import DTYPES, FLOOR, LAYOUTS, check, randn
 
 F = torch.nn.functional
 pytestmark = pytest.mark.usefixtures("poison", "threads")
@@ -148,6 +148,28 @@ def test_gradients_of_a_sum() -> None:
         mine = torch.autograd.grad(getattr(ours, op)(*tensors, **options, backend="cpu").sum(), tensors)
         theirs = torch.autograd.grad(getattr(F, op)(*tensors, **options).sum(), tensors)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_gradient_of_the_bias_is_ours(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long sums of one sign too, read where it lies: no sum of torch's and no copy."""
+    problems = (("conv2d", (3, 2, 121, 130), (7, 2, 1, 1)), ("conv_transpose2d", (2, 2, 40, 131), (2, 5, 2, 2)),
+                ("conv1d", (2, 1, 5001), (3, 1, 2)), ("conv3d", (1, 2, 9, 8, 70), (6, 2, 1, 1, 1)), ("conv2d", (1, 1, 3, 3), (1, 1, 3, 3)))
+    for op, x, w in problems:
+        outputs = w[1] if "transpose" in op else w[0]
+        tensors = [FORMATS[form](randn(*s, dtype=dtype)) for s in (x, w)]
+        bias = torch.zeros(outputs, dtype=dtype, requires_grad=True)
+        y = getattr(ours, op)(*tensors, bias, backend="cpu")
+        grad = FORMATS[form](randn(*y.shape, dtype=dtype).abs())
+        theirs = torch.autograd.grad(getattr(F, op)(*tensors, bias), bias, grad)[0]
+        with monkeypatch.context() as patched:
+            for name in ("sum", "contiguous", "clone"):
+                patched.setattr(Tensor, name, None)
+            (mine,) = torch.autograd.grad(y, bias, grad)
+        truth = grad.double().sum([0, *range(2, grad.dim())])
+        our, their = error(mine, truth), error(theirs, truth)
+        assert our.worst <= 2 * their.worst + FLOOR[dtype], (op, our.worst, their.worst)
 
 
 @pytest.mark.parametrize("form", FORMATS)
