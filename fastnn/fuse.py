@@ -1,4 +1,5 @@
-"""`fuse(model)`: for inference, batch norm folded into the layer before it, activation and residual into its last step.
+"""`fuse(model)`: for inference, batch norm folded into the layer before it, activation and residual into its last step, zeros
+around an image into the convolution's padding.
 
 What may be fused is found in the graph that torch.fx traces, so it does not matter what layers are called or whether an
 activation is a module, a function or a method. What cannot be traced is not entered; what is inside it is fused by itself.
@@ -41,6 +42,7 @@ _FUNCTIONS = {
     if hasattr(space, name + tail)
 }
 _METHODS = {name + tail: name for name in _MODULES.values() for tail in ("", "_") if hasattr(Tensor, name + tail)}
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -61,7 +63,9 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
 
     A batch norm directly after a convolution, a transposed one or a linear layer is folded into its weights. Activations
     without parameters and the addition of a residual become part of such a layer's last step (a transposed convolution
-    takes no residual); these layers are fastnn's then. `fastnn.replace` switches the others of the copy.
+    takes no residual); these layers are fastnn's then. Zeros that F.pad or a module adds for a convolution alone become its
+    padding, where that can be said: as much on both sides, or as "same" divides it. `fastnn.replace` switches the others of the
+    copy.
 
     The copy is what torch.fx makes of the model; its state_dict has no entries for what was folded. Layers with hooks and
     what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and the modules inside them
@@ -291,6 +295,9 @@ def _fuse_layer(
     kind = _THEIRS[type(layer)]
     taken, parts, place = [node], [], node
     norm = residual = activation = None
+    pad, padding = _zeros_before(node, layer, modules)
+    if pad is not None:
+        parts.append("padding")
     after = _only_user(node)
     if after is not None and after.op == "call_module" and after.args == (node,) and _why_apart(after, modules) is None:
         norm = modules[str(after.target)]
@@ -312,6 +319,10 @@ def _fuse_layer(
     if residual is not None or activation is not None:
         fused.__class__ = REPLACEMENTS[kind]
         fused.__dict__["activation"] = activation
+    if pad is not None:
+        fused.__dict__["padding"] = padding
+        if padding == "same":  # which torch's own convolutions make a copy for, with a warning
+            fused.__class__ = REPLACEMENTS[kind]
     if norm is not None:
         _fold(fused, norm)
     path = str(node.target)
@@ -320,7 +331,8 @@ def _fuse_layer(
     traced.add_submodule(path, fused)
     modules[path] = fused
     with graph.inserting_before(place):
-        new = graph.call_module(path, node.args, {} if residual is None else {"residual": residual})
+        inputs = node.args if pad is None else (pad.all_input_nodes[0],)
+        new = graph.call_module(path, inputs, {} if residual is None else {"residual": residual})
     if isinstance(norm, nn.BatchNorm1d):
         check = str(taken[1].target)
         while _uses(graph, check) > (check == taken[1].target):
@@ -330,9 +342,56 @@ def _fuse_layer(
         with graph.inserting_after(new):
             new = graph.call_module(check, (new,))
     taken[-1].replace_all_uses_with(new)
-    for step in reversed(taken):
+    for step in reversed(taken if pad is None else [pad, *taken]):
         graph.erase_node(step)
     report.fused.insert(0, Entry(inner(str(node.target)), kind.__name__, "with " + ", ".join(parts)))
+
+
+def _zeros_before(
+    node: fx.Node, layer: Any, modules: dict[str, nn.Module]
+) -> tuple[fx.Node, tuple[int, ...] | str] | tuple[None, None]:
+    """The step that adds zeros around the input of the convolution that `node` calls, for it alone, and the convolution's
+    padding in its place; two None where there is none or the convolution cannot say so."""
+    pad = node.args[0]
+    if isinstance(layer, (nn.Linear, *_TRANSPOSED)) or layer.padding_mode != "zeros" or layer.padding == "same":
+        return None, None
+    if not isinstance(pad, fx.Node) or _only_user(pad) is not node or (zeros := _zeros(pad, modules)) is None:
+        return None, None
+    between = node.prev
+    while between is not pad:
+        if _changes(between, modules):
+            return None, None  # the input may be another one by now
+        between = between.prev
+    dims = len(layer.kernel_size)
+    zeros += [0] * (2 * dims - len(zeros))
+    sides = list(zip(zeros[::2], zeros[1::2]))  # of the last dimension first
+    if min(zeros) < 0 or any(map(any, sides[dims:])):
+        return None, None
+    sides = sides[dims - 1 :: -1]
+    before = (0,) * dims if layer.padding == "valid" else layer.padding
+    if all(left == right for left, right in sides):
+        return pad, tuple(p + left for p, (left, _) in zip(before, sides, strict=True))
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    same = all(side == (t // 2, t - t // 2) for side, t in zip(sides, total, strict=True))
+    return (pad, "same") if same and not any(before) and all(s == 1 for s in layer.stride) else (None, None)
+
+
+def _zeros(node: fx.Node, modules: dict[str, nn.Module]) -> list[int] | None:
+    """How many zeros `node` adds around a tensor, as F.pad has it; None if it does something else."""
+    value: Any = None
+    sizes: Any = None
+    mode = "constant"
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        module: Any = modules[str(node.target)]
+        if type(module) in _PADS and not _hooked(module) and "forward" not in module.__dict__:
+            sizes, value = module.padding, module.value
+    elif node.op == "call_function" and node.target is torch_functional.pad:
+        bound = inspect.signature(torch_functional.pad).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        _, sizes, mode, value = bound.args
+    if not isinstance(sizes, (tuple, list)) or len(sizes) % 2 or any(type(n) is not int for n in sizes):
+        return None
+    return list(sizes) if mode == "constant" and (value is None or (type(value) in (int, float) and value == 0)) else None
 
 
 def _uses(graph: fx.Graph, path: str) -> int:

@@ -155,7 +155,8 @@ def test_gradients_of_a_sum() -> None:
 def test_the_gradient_of_the_bias_is_ours(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of long sums of one sign too, read where it lies: no sum of torch's and no copy."""
     problems = (("conv2d", (3, 2, 121, 130), (7, 2, 1, 1)), ("conv_transpose2d", (2, 2, 40, 131), (2, 5, 2, 2)),
-                ("conv1d", (2, 1, 5001), (3, 1, 2)), ("conv3d", (1, 2, 9, 8, 70), (6, 2, 1, 1, 1)), ("conv2d", (1, 1, 3, 3), (1, 1, 3, 3)))
+                ("conv1d", (2, 1, 5001), (3, 1, 2)), ("conv3d", (1, 2, 9, 8, 70), (6, 2, 1, 1, 1)),
+                ("conv2d", (1, 1, 3, 3), (1, 1, 3, 3)))
     for op, x, w in problems:
         outputs = w[1] if "transpose" in op else w[0]
         tensors = [FORMATS[form](randn(*s, dtype=dtype)) for s in (x, w)]

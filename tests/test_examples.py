@@ -136,6 +136,9 @@ def test_pitch_stays(size: str, every: int, share: float) -> None:
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
     served = crepe.ours(model)
+    found = [m.padding for m in served.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert found == [(254, 0), *["same"] * 5], "zeros that the model adds by itself are convolutions' paddings"
+    assert "pad(" not in served.code  # type: ignore[operator]
     with torch.inference_mode():
         for audio, pitch in crepe.signals().values():
             x, true = crepe.frames(audio)[::every], crepe.truth(pitch)[::every]

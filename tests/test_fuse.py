@@ -345,3 +345,93 @@ def test_sixteen_bits() -> None:
     truth = copy.deepcopy(model).double()(x.double())
     worst = [(m(x).double() - truth).abs().max() for m in (other, model)]
     assert worst[0] <= 2 * worst[1] + 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+class Pads(nn.Module):
+    """Zeros around the input of a convolution"""
+
+    def __init__(self, conv: nn.Module, pad: Any) -> None:
+        super().__init__()
+        self.conv, self.pad = conv, pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad(x * 2)).relu()
+
+
+def by(*sizes: int, **how: Any) -> Any:
+    return lambda x: F.pad(x, sizes, **how)
+
+
+PADS: list[tuple[nn.Module, Any, Any]] = [  # the convolution, what adds zeros before it, the padding that it has then
+    (nn.Conv1d(4, 5, 3), by(1, 1), (1,)),
+    (nn.Conv1d(4, 5, 8, padding=2), by(7, 7, mode="constant", value=0), (9,)),
+    (nn.Conv1d(4, 5, 8), by(3, 4), "same"),
+    (nn.Conv1d(4, 5, 4, dilation=3, padding="valid"), nn.ConstantPad1d((4, 5), 0.0), "same"),
+    (nn.Conv2d(4, 5, (8, 1)), by(0, 0, 3, 4), "same"),
+    (nn.Conv2d(4, 5, (16, 1), (4, 1)), by(0, 0, 6, 6), (6, 0)),
+    (nn.Conv2d(4, 5, 3, 2, padding=(1, 0), groups=1), by(2, 2, 1, 1, 0, 0), (2, 2)),
+    (nn.Conv2d(4, 8, (3, 2), groups=2), nn.ZeroPad2d((0, 1, 1, 1)), "same"),
+    (nn.Conv2d(4, 5, 3, padding="valid"), nn.ZeroPad2d(2), (2, 2)),
+    (nn.Conv3d(4, 5, (2, 3, 1)), by(0, 0, 1, 1, 0, 1), "same"),
+    (nn.Conv3d(4, 5, 3, dilation=(1, 2, 1)), nn.ZeroPad3d((1, 1, 2, 2, 1, 1)), (1, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("number", range(len(PADS)))
+def test_zeros_become_a_convolutions_padding(number: int, replaced: bool) -> None:
+    conv, pad, padding = PADS[number]
+    model = Pads(copy.deepcopy(conv), pad).eval()
+    if replaced:
+        fastnn.replace(model)
+    x = randn(2, 4, *[13, 11, 12][: len(conv.kernel_size)])  # type: ignore[arg-type]
+    other = check(model, x, fused=["conv: padding, relu"])
+    assert other.get_submodule("conv").padding == padding
+    assert len(steps(other, x)) == 1
+    torch.testing.assert_close(other(x[0]), model(x[0]))
+    assert fastnn.fuse(other)[1].fused == []
+
+
+APART_PADS: list[tuple[nn.Module, Any]] = [
+    (nn.Conv2d(4, 5, 3), by(1, 1, 1, 1, value=0.5)), (nn.Conv2d(4, 5, 3), nn.ConstantPad2d(1, 1.0)),
+    (nn.Conv2d(4, 5, 3), by(1, 1, 1, 1, mode="reflect")), (nn.Conv2d(4, 5, 3), nn.ReflectionPad2d(1)),
+    (nn.Conv2d(4, 5, 3), by(1, 1, -1, -1)), (nn.Conv2d(4, 5, 3), by(1, 2, 1, 2)), (nn.Conv2d(4, 5, 3, 2), by(0, 1, 0, 1)),
+    (nn.Conv2d(4, 5, 2, padding=1), by(0, 1, 0, 1)), (nn.Conv2d(4, 5, 2), by(1, 0, 1, 0)),
+    (nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"), by(1, 1, 1, 1)),
+    (nn.Conv2d(4, 5, 3, padding="same"), by(1, 1, 1, 1)),
+    (nn.Conv2d(6, 5, 3), by(1, 1, 1, 1, 1, 1)), (nn.ConvTranspose2d(4, 5, 3), by(1, 1, 1, 1)), (nn.Linear(12, 5), by(1, 1)),
+    (nn.Conv2d(4, 5, 3), lambda x: [x := F.pad(y := x * 1, (1, 1, 1, 1)), y.mul_(2)][0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(APART_PADS)))
+def test_zeros_that_stay(number: int) -> None:
+    conv, pad = APART_PADS[number]
+    other = check(Pads(conv, pad).eval(), randn(2, 4, 9, 10), fused=["conv: relu"])
+    assert getattr(other.get_submodule("conv"), "padding", None) == getattr(conv, "padding", None)
+
+
+def test_zeros_that_two_read() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.pad(x, (1, 1, 1, 1))
+            return self.conv(y) * y.mean()
+
+    check(Twice().eval(), randn(2, 3, 5, 4), fused=[])
+
+
+def test_a_row_of_paddings_with_hooks() -> None:
+    """Its layers keep their places."""
+    first = nn.ZeroPad1d((1, 2)), nn.Conv1d(3, 4, 4), nn.BatchNorm1d(4)
+    model = settled(nn.Sequential(*first, nn.ZeroPad1d(1), nn.Conv1d(4, 3, 3)))
+    model.register_forward_hook(lambda *_: None)
+    other = check(model, randn(2, 3, 9), fused=["1: padding, BatchNorm1d", "4: padding"])
+    assert type(other.get_submodule("0")) is nn.Identity
+    assert type(other.get_submodule("1")) is fastnn.nn.Conv1d
+    assert type(other.get_submodule("4")) is nn.Conv1d
+    fastnn.restore(other)
+    assert type(other.get_submodule("1")) is nn.Conv1d
