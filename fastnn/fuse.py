@@ -62,8 +62,8 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
     """A copy of the model for inference, with fewer steps and the same results, and a report; the model stays as it is.
 
     A batch norm directly after a convolution, a transposed one or a linear layer is folded into its weights. Activations
-    without parameters and the addition of a residual become part of such a layer's last step (a transposed convolution
-    takes no residual); these layers are fastnn's then. Zeros that F.pad or a module adds for a convolution alone become its
+    without parameters and the addition of a residual become part of such a layer's last step; these layers are fastnn's
+    then. Zeros that F.pad or a module adds for a convolution alone become its
     padding, where that can be said: as much on both sides, or as "same" divides it. `fastnn.replace` switches the others of the
     copy.
 
@@ -304,7 +304,7 @@ def _fuse_layer(
         taken.append(after)
         parts.append(type(norm).__name__)
         after = _only_user(after)
-    if after is not None and kind not in _TRANSPOSED and (residual := _residual(after, taken, modules)) is not None:
+    if after is not None and (residual := _residual(after, taken, modules)) is not None:
         taken.append(place := after)
         parts.append("residual")
         after = _only_user(after)

@@ -138,6 +138,32 @@ def test_folding_in_every_rank(dims: int, transposed: bool) -> None:
     assert type(other.get_submodule("0")) is kind  # nothing of it is ours
 
 
+class Mirrored(nn.Module):
+    """A transposed convolution beside a way around it"""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.up = getattr(nn, f"ConvTranspose{dims}d")(4, 4, 4, 2, 1, 1, groups=2, dilation=2)
+        self.norm = getattr(nn, f"BatchNorm{dims}d")(4)
+        self.way = getattr(nn, f"ConvTranspose{dims}d")(4, 4, 5, 2, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.up(x)) + self.way(x)).relu()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_residuals_of_transposed_convolutions(dims: int) -> None:
+    model = settled(Mirrored(dims))
+    x = randn(2, 4, *[5] * dims)
+    other = check(model, x, fused=[f"up: BatchNorm{dims}d", "way: residual, relu"])
+    assert steps(other, x)[-1] == "conv"
+    way: Any = other.get_submodule("way")
+    with torch.no_grad():
+        y = model.get_submodule("way")(x[0])
+        torch.testing.assert_close(way(x[0], residual=y), (2 * y).relu(), msg="unbatched")
+        torch.testing.assert_close(way(x[0], residual=y.mean()), (y + y.mean()).relu(), msg="another shape")
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
