@@ -43,6 +43,23 @@ _FUNCTIONS = {
 }
 _METHODS = {name + tail: name for name in _MODULES.values() for tail in ("", "_") if hasattr(Tensor, name + tail)}
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_DROPOUTS = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+_DROPOUT_FUNCTIONS = {
+    getattr(space, name)
+    for space in (torch_functional, functional)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    if hasattr(space, name)
+}
+_PARAMETRISED = (nn.LeakyReLU, nn.ELU, nn.Hardtanh, nn.PReLU, nn.Softplus)
+_WEIGHTED = {
+    getattr(space, name)
+    for space in (torch, torch_functional, functional)
+    for name in ("linear", "batch_norm", *(f"conv{how}{dims}d" for how in ("", "_transpose") for dims in (1, 2, 3)))
+    if hasattr(space, name)
+}
+_CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -64,8 +81,8 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
     A batch norm directly after a convolution, a transposed one or a linear layer is folded into its weights. Activations
     without parameters and the addition of a residual become part of such a layer's last step; these layers are fastnn's
     then. Zeros that F.pad or a module adds for a convolution alone become its
-    padding, where that can be said: as much on both sides, or as "same" divides it. `fastnn.replace` switches the others of the
-    copy.
+    padding, where that can be said: as much on both sides, or as "same" divides it. Dropouts, which do nothing in eval mode, are
+    left out. Convolutions called as functions with weights of their own stay. `fastnn.replace` switches the others of the copy.
 
     The copy is what torch.fx makes of the model; its state_dict has no entries for what was folded. Layers with hooks and
     what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and the modules inside them
@@ -260,15 +277,24 @@ def _rewritten(module: nn.Module, graph: fx.Graph, inner: Callable[[str], str], 
     traced = fx.GraphModule(module, copy.deepcopy(graph), type(module).__name__)
     modules = dict(module.named_modules(remove_duplicate=False))
     for node in reversed(list(traced.graph.nodes)):
-        if node.op == "call_module" and type(modules[node.target]) is nn.Identity and not _hooked(modules[node.target]):
+        if _does_nothing(node, modules):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     for node in reversed(list(traced.graph.nodes)):
         if node.op == "call_module" and _is_layer(modules[node.target]):
             _fuse_layer(traced, node, modules, inner, report)
     for node in traced.graph.nodes:
-        if node.op == "call_module" and _THEIRS.get(type(norm := modules[node.target])) in _NORMS:
-            report.left.append(Entry(inner(node.target), type(norm).__name__, _why_apart(node, modules) or "not folded"))
+        if node.op == "call_module":
+            module = modules[node.target]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                reason = _why_apart(node, modules) or "another batch norm was folded into the layer before it"
+                report.left.append(Entry(inner(node.target), type(module).__name__, reason))
+            elif _THEIRS.get(type(module)) in _PARAMETRISED and _follows_a_layer(node, modules):
+                reason = "an activation with parameters is no part of a layer's last step"
+                report.left.append(Entry(inner(node.target), type(module).__name__, reason))
+        elif node.op == "call_function" and node.target in _WEIGHTED:
+            reason = "called as a function, with weights of its own: only modules are fused"
+            report.left.append(Entry(inner("").removesuffix("."), node.target.__name__, reason))
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
@@ -279,6 +305,21 @@ def _rewritten(module: nn.Module, graph: fx.Graph, inner: Callable[[str], str], 
 
 def _is_layer(module: nn.Module) -> bool:
     return _THEIRS.get(type(module)) in _LAYERS and why_left(module) is None and not _hooked(module)
+
+
+def _does_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the step's result is its input: identities, and dropouts where they are not in training."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        module = modules[str(node.target)]
+        return _THEIRS.get(type(module), type(module)) in _DROPOUTS and not _hooked(module)
+    if node.op != "call_function" or node.target not in _DROPOUT_FUNCTIONS or not node.args:
+        return False
+    return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("training") is False)  # type: ignore[arg-type]
+
+
+def _follows_a_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    before = node.args[0] if node.args else None
+    return isinstance(before, fx.Node) and before.op == "call_module" and _is_layer(modules[str(before.target)])
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -406,7 +447,7 @@ def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Why the batch norm that `node` calls is not folded into the layer before it."""
     norm = modules[str(node.target)]
     if _THEIRS.get(type(norm)) not in _NORMS:
-        return "not a batch norm"
+        return why_left(norm) or "not a batch norm"
     if _hooked(norm):
         return "it has hooks"
     if norm.running_mean is None or norm.running_var is None:
@@ -432,7 +473,9 @@ def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 def _residual(node: fx.Node, taken: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
     """What `node` adds to the last of the steps taken, if that can be done with it."""
-    if node.target not in _ADD or node.kwargs or len(node.args) != 2 or len(set(node.args)) != 2:
+    if node.op == "call_module" or node.target not in _ADD or node.kwargs not in ({}, {"alpha": 1}):
+        return None
+    if len(node.args) != 2 or len(set(node.args)) != 2:
         return None
     if node.target in (operator.iadd, "add_") and node.args[0] is not taken[-1]:
         return None  # it is the other one that changes
@@ -471,11 +514,18 @@ def _activation(node: fx.Node, before: fx.Node, modules: dict[str, nn.Module]) -
         return None
     options: dict[str, Any] = dict(node.kwargs)
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        name = _MODULES.get(_THEIRS.get(type(module)))  # type: ignore[arg-type]
+        module: Any = modules[str(node.target)]
+        kind = _THEIRS.get(type(module))
+        name = _MODULES.get(kind)  # type: ignore[arg-type]
+        if kind is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6):
+            name = "relu6"
         if name is None or _hooked(module) or options:
             return None
         options["approximate"] = getattr(module, "approximate", "none")
+    elif node.target in _CLAMPS:
+        bounds: dict[str, Any] = {**dict(zip(("min", "max"), node.args[1:])), **node.kwargs}
+        names: dict[Any, str] = {(0, 6): "relu6", (0, None): "relu"}
+        return names.get((bounds.get("min"), bounds.get("max")))
     elif node.op in ("call_function", "call_method"):
         name = _METHODS.get(node.target) if isinstance(node.target, str) else _FUNCTIONS.get(node.target)
         if name is None or len(node.args) > (1 if name == "gelu" else 2) or options.keys() - {"inplace", "approximate"}:

@@ -138,6 +138,50 @@ def test_folding_in_every_rank(dims: int, transposed: bool) -> None:
     assert type(other.get_submodule("0")) is kind  # nothing of it is ours
 
 
+class Clamps(nn.Module):
+    """Other names of relu6, relu and a plain addition"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(4, 4) for _ in range(5))
+        self.six = nn.Hardtanh(0, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.six(self.a(x))
+        x = self.b(x).clamp(0, 6)
+        x = torch.clamp(torch.add(self.c(x), x, alpha=1), min=0)
+        return torch.clip(self.d(x), max=6, min=0.0) + self.e(x).clamp(0, 5)
+
+
+def test_other_names() -> None:
+    check(Clamps().eval(), 5 * randn(3, 4), fused=["a: relu6", "b: relu6", "c: residual, relu", "d: relu6"])
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.drop, self.norm, self.other = nn.Dropout2d(), nn.BatchNorm2d(4), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(self.norm(self.drop(self.a(x)))).relu()
+        return F.dropout(self.b(x), 0.3, self.training).tanh()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_dropouts_are_left_out(replaced: bool) -> None:
+    model = settled(Dropped())
+    if replaced:
+        fastnn.replace(model)
+    other = check(model, randn(2, 3, 7, 6), fused=["a: BatchNorm2d, relu", "b: tanh"])
+    assert steps(other, randn(2, 3, 7, 6)) == ["conv"] * 2
+
+
+def test_synchronised_norms_are_in_the_report() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3)))
+    check(model, randn(1, 3, 4, 4), fused=[], left=["1: no fastnn kernel for SyncBatchNorm"])
+
+
 class Mirrored(nn.Module):
     """A transposed convolution beside a way around it"""
 
@@ -188,10 +232,18 @@ class Reads(nn.Module):
         self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
         self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU()
         self.up = nn.ConvTranspose2d(3, 3, 3, 2)
+        self.leaky = nn.LeakyReLU()
         self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1
+        if self.way == "functions":
+            y = F.conv2d(x, self.conv.weight, self.conv.bias)
+            return F.batch_norm(y, self.norm.running_mean, self.norm.running_var).relu()
+        if self.way == "folded before":
+            return self.norm(self.norm(self.conv(x)))
+        if self.way == "with parameters":
+            return self.leaky(self.conv(x))
         if self.way == "twice":
             y = self.conv(x)
             return self.norm(y) + y.relu()
@@ -226,6 +278,7 @@ class Reads(nn.Module):
         return self.norm(x).relu()
 
 
+FUNCTION = "called as a function, with weights of its own: only modules are fused"
 APART = "the output of the layer before it is used elsewhere"
 
 
@@ -234,6 +287,9 @@ APART = "the output of the layer before it is used elsewhere"
     ("wider", ["conv: residual"], []), ("changed later", ["conv: residual, relu"], []), ("activated before", ["conv: relu"], []),
     ("weight read", ["conv: BatchNorm2d"], []), ("changed input", [], []), ("changed other", [], []), ("doubled", [], []),
     ("scaled", [], []), ("first", [], ["norm: no convolution or linear layer is directly before it"]),
+    ("functions", [], [f": {FUNCTION}", f": {FUNCTION}"]),
+    ("folded before", ["conv: BatchNorm2d"], ["norm: another batch norm was folded into the layer before it"]),
+    ("with parameters", [], ["leaky: an activation with parameters is no part of a layer's last step"]),
     ("more than an input", [], ["norm: the layer before it is called with more than an input"]),
 ])  # fmt: skip
 def test_what_stays_apart(way: str, fused: list[str], left: list[str]) -> None:
