@@ -16,8 +16,9 @@ import fastnn.functional as ours
 from fastnn import ops
 from fastnn._numerics import error, sum_of_magnitudes
 from fastnn.kernels.cpu import conv as host
-from fastnn.kernels.cpu.engine import packed
-from fastnn.kernels.cpu.engine.host import simd
+from fastnn.kernels.cpu import matmul
+from fastnn.kernels.cpu.engine import packed, workspace
+from fastnn.kernels.cpu.engine.host import caches, simd
 from rule import DTYPES, FLOOR, LAYOUTS, check, randn
 
 F = torch.nn.functional
@@ -259,6 +260,37 @@ def test_extra_memory_is_a_tile_a_thread() -> None:
         (phase,) = host._plan(kind, torch.float32, 2, *tensors, (1, 1), (1, 1), (1, 1), False, 1)
         assert phase.scratch < 2 << 20
         assert phase.arranged <= 64 * 64 * 9 * 4
+
+
+def test_extra_memory_of_the_benchmarks_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory once the weight is kept, as it is from the second call on; and what is kept."""
+    from fastnn.bench.cases import conv as layers
+
+    asked: list[int] = []
+
+    def spy(size: int, real: Callable[[int], int] = workspace.workspace) -> int:
+        asked.append(size)
+        return real(size)
+
+    for module in (host, matmul):
+        monkeypatch.setattr(module, "workspace", spy)
+    torch.set_num_threads(1)
+    most = 4 * max(1 << 20, caches().l2)
+    for case in layers.CASES:
+        if "cpu" not in case.devices or case.mode == "train" or case.name.startswith("changing"):
+            continue
+        tensors = case.make(torch.float32)
+        packed.clear()
+        for _ in range(2):
+            asked.clear()
+            y = case.theirs(ours, *tensors)
+            if case.mode == "backward":
+                torch.autograd.grad(y, tensors, y.detach())
+        held, weight = packed.held(), tensors[1].nbytes
+        allowed = most + (weight if case.mode == "backward" else 0)  # the sums of the weight's gradient
+        assert max(asked, default=0) <= allowed, f"{case.name}: {max(asked) / 2**20:.1f} MiB of scratch memory"
+        assert held <= 4.6 * weight * (1 if case.mode == "forward" else 2) + 65536, f"{case.name}: {held / weight:.1f} weights kept"
+    packed.clear()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, way: str) -> list[bool]:
