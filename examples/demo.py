@@ -175,7 +175,7 @@ def run_pitch(step: Step, size: str) -> Result:
         result.checks += [
             Check(f"{name}: pitch tracks apart, cents", f"{apart:.1e}", "≤ 1", apart <= 1),
             Check(f"{name}: median error, cents", f"{off.median():.1f}", "≤ 10", bool(off.median() <= 10)),
-            Check(f"{name}: within 10 cents of the truth", f"{near:.0%}", f"torch's {theirs:.0%}", bool(near >= theirs - 1 / len(x))),
+            Check(f"{name}: within 10 cents", f"{near:.0%}", f"torch's {theirs:.0%}", bool(near >= theirs - 1 / len(x))),
         ]
     step(f"pitch: timing CREPE {size}")
     calls = {name: torch.inference_mode()(lambda m=m: m(x)) for name, m in ((TORCH, model), (FASTNN, fused))}

@@ -289,7 +289,8 @@ def test_extra_memory_of_the_benchmarks_layers(monkeypatch: pytest.MonkeyPatch) 
         held, weight = packed.held(), tensors[1].nbytes
         allowed = most + (weight if case.mode == "backward" else 0)  # the sums of the weight's gradient
         assert max(asked, default=0) <= allowed, f"{case.name}: {max(asked) / 2**20:.1f} MiB of scratch memory"
-        assert held <= 4.6 * weight * (1 if case.mode == "forward" else 2) + 65536, f"{case.name}: {held / weight:.1f} weights kept"
+        ways = 1 if case.mode == "forward" else 2
+        assert held <= 4.6 * ways * weight + 65536, f"{case.name}: {held / weight:.1f} weights kept"
     packed.clear()
 
 
