@@ -662,6 +662,15 @@ def test_errors(call: Callable[[Any], Any], message: str, rules: bool, monkeypat
         call(ours)
 
 
+def test_an_output_of_size_0_is_torchs() -> None:
+    """Of a transposed convolution: padding may leave nothing."""
+    x, w, bias = (randn(*shape).requires_grad_() for shape in ((2, 3, 1, 5), (3, 4, 2, 3), (4,)))
+    found = ours.conv_transpose2d(x, w, bias, padding=1, activation="relu")
+    assert found.shape == F.conv_transpose2d(x, w, bias, padding=1).shape == (2, 4, 0, 5)
+    for grad, t in zip(torch.autograd.grad(found.sum(), (x, w, bias)), (x, w, bias), strict=True):
+        assert torch.equal(grad, torch.zeros_like(t))
+
+
 def test_integers_and_numbers_that_torch_takes() -> None:
     """NumPy's integers, tensors of one; complex numbers, which torch serves."""
     x, w, two = randn(1, 4, 7, 7), randn(4, 2, 3, 3, seed=1), np.int64(2)

@@ -323,6 +323,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s.max_unpool2d(X2, X2.int(), 2), "int32"),
     (lambda s: s.max_unpool2d(X2, X2[:1].long(), 2), "indices.*1, 3"),
     (lambda s: s.max_unpool2d(X2, X2.long(), 2, output_size=(30, 7)), "30"),
+    (lambda s: s.max_unpool3d(X3, X3.long(), 2, 0), "stride.*0, 0, 0"),
     (lambda s: s.max_unpool1d(X1[0, 0], X1[0, 0].long(), 2), "1D"),
     (lambda s: s.max_pool2d(3, 2), "Tensor"),
     (lambda s: s.max_pool2d(X2, True), "kernel_size.*True"),

@@ -63,6 +63,8 @@ def _check(
         for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
             if t is not None and t.dtype != dtype:
                 raise RuntimeError(f"{op}(): {name} must have the same dtype as input, {dtype}, got {t.dtype}")
+    if transposed and 0 in shape[2:]:
+        return "an output of size 0"
     return shape if dtype in FLOATING else no_kernel_for(dtype)
 
 
@@ -166,10 +168,10 @@ def _transposed_size(
                 f"{tuple(dilation)}, got {tuple(output_padding)}"
             )
         n = (m - 1) * s - 2 * p + d * (k - 1) + 1 + more
-        if m < 1 or n < 1:
+        if m < 1 or n < 0:
             raise RuntimeError(
                 f"{op}(): input of size {tuple(x[2:])}, kernel {tuple(w[2:])} and padding {tuple(padding)} would give "
-                f"an output of size {n}; it must be at least 1, of an input that is not empty"
+                f"an output of size {n}; it must be at least 0, of an input that is not empty"
             )
         size.append(n)
     return size
