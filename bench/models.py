@@ -39,6 +39,13 @@ class Model:
         fastnn.replace(after)
         return cls(before, after, inputs)
 
+    @classmethod
+    def fused(cls, before: nn.Module, inputs: Inputs) -> Model:
+        """What inference would use: ``fastnn.fuse`` before ``fastnn.replace``."""
+        after, _ = fastnn.fuse(before)
+        fastnn.replace(after)
+        return cls(before, after, inputs)
+
 
 class Training(nn.Module):
     """The classifier with its loss: what is differentiated in a step of training."""
@@ -96,22 +103,17 @@ def _minilm(sentences: int = 0, length: int = 0) -> Model:
     return Model.of(model.requires_grad_(False), inputs)
 
 
-def _crepe(size: str, windows: int) -> Model:
+def _crepe(size: str, windows: int, fused: bool) -> Model:
     crepe = example("crepe")
     audio, _ = crepe.signals()["vibrato"]
-    return Model.of(crepe.crepe(size), (crepe.frames(audio)[:windows],))
+    model, inputs = crepe.crepe(size), (crepe.frames(audio)[:windows],)
+    return Model.fused(model, inputs) if fused else Model.of(model, inputs)
 
 
 def _resnet(fused: bool) -> Model:
-    """Layer for layer, or ``fused``: what inference would use, batch norms folded."""
     torch.manual_seed(0)
-    before = example("cnn").resnet(64).eval().requires_grad_(False)
-    x = torch.randn(8, 1, 32, 32)
-    if not fused:
-        return Model.of(before, (x,))
-    after, _ = fastnn.fuse(before)
-    fastnn.replace(after)
-    return Model(before, after, (x,))
+    model, inputs = example("cnn").resnet(64).eval().requires_grad_(False), (torch.randn(8, 1, 32, 32),)
+    return Model.fused(model, inputs) if fused else Model.of(model, inputs)
 
 
 def _voices(parts: int) -> Model:
@@ -139,8 +141,10 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "minilm/embeddings/96": _minilm,
     "minilm/embeddings/32x64": lambda: _minilm(32, 64),
     "minilm/embeddings/1x16": lambda: _minilm(1, 16),
-    "crepe_tiny/94": lambda: _crepe("tiny", 94),
-    "crepe_full/32": lambda: _crepe("full", 32),
+    "crepe_tiny/94": lambda: _crepe("tiny", 94, fused=False),
+    "crepe_full/32": lambda: _crepe("full", 32, fused=False),
+    "crepe_tiny/fused/94": lambda: _crepe("tiny", 94, fused=True),
+    "crepe_full/fused/32": lambda: _crepe("full", 32, fused=True),
     "resnet/replaced/8": lambda: _resnet(fused=False),
     "resnet/fused/8": lambda: _resnet(fused=True),
     "resemblyzer/voices/48": lambda: _voices(48),

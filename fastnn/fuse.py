@@ -1,4 +1,5 @@
-"""`fuse(model)`: for inference, batch norm folded into the layer before it, activation and residual into its last step.
+"""`fuse(model)`: for inference, batch norm folded into the layer before it, activation and residual into its last step, zeros
+around an image into the convolution's padding.
 
 What may be fused is found in the graph that torch.fx traces, so it does not matter what layers are called or whether an
 activation is a module, a function or a method. What cannot be traced is not entered; what is inside it is fused by itself.
@@ -41,6 +42,24 @@ _FUNCTIONS = {
     if hasattr(space, name + tail)
 }
 _METHODS = {name + tail: name for name in _MODULES.values() for tail in ("", "_") if hasattr(Tensor, name + tail)}
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_DROPOUTS = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+_DROPOUT_FUNCTIONS = {
+    getattr(space, name)
+    for space in (torch_functional, functional)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    if hasattr(space, name)
+}
+_PARAMETRISED = (nn.LeakyReLU, nn.ELU, nn.Hardtanh, nn.PReLU, nn.Softplus)
+_WEIGHTED = {
+    getattr(space, name)
+    for space in (torch, torch_functional, functional)
+    for name in ("linear", "batch_norm", *(f"conv{how}{dims}d" for how in ("", "_transpose") for dims in (1, 2, 3)))
+    if hasattr(space, name)
+}
+_CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -60,8 +79,10 @@ def fuse(model: nn.Module) -> tuple[nn.Module, Fusion]:
     """A copy of the model for inference, with fewer steps and the same results, and a report; the model stays as it is.
 
     A batch norm directly after a convolution, a transposed one or a linear layer is folded into its weights. Activations
-    without parameters and the addition of a residual become part of such a layer's last step (a transposed convolution
-    takes no residual); these layers are fastnn's then. `fastnn.replace` switches the others of the copy.
+    without parameters and the addition of a residual become part of such a layer's last step; these layers are fastnn's
+    then. Zeros that F.pad or a module adds for a convolution alone become its
+    padding, where that can be said: as much on both sides, or as "same" divides it. Dropouts, which do nothing in eval mode, are
+    left out. Convolutions called as functions with weights of their own stay. `fastnn.replace` switches the others of the copy.
 
     The copy is what torch.fx makes of the model; its state_dict has no entries for what was folded. Layers with hooks and
     what follows them stay apart. Modules that cannot be traced, or have hooks, keep their class, and the modules inside them
@@ -256,15 +277,24 @@ def _rewritten(module: nn.Module, graph: fx.Graph, inner: Callable[[str], str], 
     traced = fx.GraphModule(module, copy.deepcopy(graph), type(module).__name__)
     modules = dict(module.named_modules(remove_duplicate=False))
     for node in reversed(list(traced.graph.nodes)):
-        if node.op == "call_module" and type(modules[node.target]) is nn.Identity and not _hooked(modules[node.target]):
+        if _does_nothing(node, modules):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     for node in reversed(list(traced.graph.nodes)):
         if node.op == "call_module" and _is_layer(modules[node.target]):
             _fuse_layer(traced, node, modules, inner, report)
     for node in traced.graph.nodes:
-        if node.op == "call_module" and _THEIRS.get(type(norm := modules[node.target])) in _NORMS:
-            report.left.append(Entry(inner(node.target), type(norm).__name__, _why_apart(node, modules) or "not folded"))
+        if node.op == "call_module":
+            module = modules[node.target]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                reason = _why_apart(node, modules) or "another batch norm was folded into the layer before it"
+                report.left.append(Entry(inner(node.target), type(module).__name__, reason))
+            elif _THEIRS.get(type(module)) in _PARAMETRISED and _follows_a_layer(node, modules):
+                reason = "an activation with parameters is no part of a layer's last step"
+                report.left.append(Entry(inner(node.target), type(module).__name__, reason))
+        elif node.op == "call_function" and node.target in _WEIGHTED:
+            reason = "called as a function, with weights of its own: only modules are fused"
+            report.left.append(Entry(inner("").removesuffix("."), node.target.__name__, reason))
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
@@ -275,6 +305,21 @@ def _rewritten(module: nn.Module, graph: fx.Graph, inner: Callable[[str], str], 
 
 def _is_layer(module: nn.Module) -> bool:
     return _THEIRS.get(type(module)) in _LAYERS and why_left(module) is None and not _hooked(module)
+
+
+def _does_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the step's result is its input: identities, and dropouts where they are not in training."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        module = modules[str(node.target)]
+        return _THEIRS.get(type(module), type(module)) in _DROPOUTS and not _hooked(module)
+    if node.op != "call_function" or node.target not in _DROPOUT_FUNCTIONS or not node.args:
+        return False
+    return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("training") is False)  # type: ignore[arg-type]
+
+
+def _follows_a_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    before = node.args[0] if node.args else None
+    return isinstance(before, fx.Node) and before.op == "call_module" and _is_layer(modules[str(before.target)])
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -291,13 +336,16 @@ def _fuse_layer(
     kind = _THEIRS[type(layer)]
     taken, parts, place = [node], [], node
     norm = residual = activation = None
+    pad, padding = _zeros_before(node, layer, modules)
+    if pad is not None:
+        parts.append("padding")
     after = _only_user(node)
     if after is not None and after.op == "call_module" and after.args == (node,) and _why_apart(after, modules) is None:
         norm = modules[str(after.target)]
         taken.append(after)
         parts.append(type(norm).__name__)
         after = _only_user(after)
-    if after is not None and kind not in _TRANSPOSED and (residual := _residual(after, taken, modules)) is not None:
+    if after is not None and (residual := _residual(after, taken, modules)) is not None:
         taken.append(place := after)
         parts.append("residual")
         after = _only_user(after)
@@ -312,6 +360,10 @@ def _fuse_layer(
     if residual is not None or activation is not None:
         fused.__class__ = REPLACEMENTS[kind]
         fused.__dict__["activation"] = activation
+    if pad is not None:
+        fused.__dict__["padding"] = padding
+        if padding == "same":  # which torch's own convolutions make a copy for, with a warning
+            fused.__class__ = REPLACEMENTS[kind]
     if norm is not None:
         _fold(fused, norm)
     path = str(node.target)
@@ -320,7 +372,8 @@ def _fuse_layer(
     traced.add_submodule(path, fused)
     modules[path] = fused
     with graph.inserting_before(place):
-        new = graph.call_module(path, node.args, {} if residual is None else {"residual": residual})
+        inputs = node.args if pad is None else (pad.all_input_nodes[0],)
+        new = graph.call_module(path, inputs, {} if residual is None else {"residual": residual})
     if isinstance(norm, nn.BatchNorm1d):
         check = str(taken[1].target)
         while _uses(graph, check) > (check == taken[1].target):
@@ -330,9 +383,56 @@ def _fuse_layer(
         with graph.inserting_after(new):
             new = graph.call_module(check, (new,))
     taken[-1].replace_all_uses_with(new)
-    for step in reversed(taken):
+    for step in reversed(taken if pad is None else [pad, *taken]):
         graph.erase_node(step)
     report.fused.insert(0, Entry(inner(str(node.target)), kind.__name__, "with " + ", ".join(parts)))
+
+
+def _zeros_before(
+    node: fx.Node, layer: Any, modules: dict[str, nn.Module]
+) -> tuple[fx.Node, tuple[int, ...] | str] | tuple[None, None]:
+    """The step that adds zeros around the input of the convolution that `node` calls, for it alone, and the convolution's
+    padding in its place; two None where there is none or the convolution cannot say so."""
+    pad = node.args[0]
+    if isinstance(layer, (nn.Linear, *_TRANSPOSED)) or layer.padding_mode != "zeros" or layer.padding == "same":
+        return None, None
+    if not isinstance(pad, fx.Node) or _only_user(pad) is not node or (zeros := _zeros(pad, modules)) is None:
+        return None, None
+    between = node.prev
+    while between is not pad:
+        if _changes(between, modules):
+            return None, None  # the input may be another one by now
+        between = between.prev
+    dims = len(layer.kernel_size)
+    zeros += [0] * (2 * dims - len(zeros))
+    sides = list(zip(zeros[::2], zeros[1::2]))  # of the last dimension first
+    if min(zeros) < 0 or any(map(any, sides[dims:])):
+        return None, None
+    sides = sides[dims - 1 :: -1]
+    before = (0,) * dims if layer.padding == "valid" else layer.padding
+    if all(left == right for left, right in sides):
+        return pad, tuple(p + left for p, (left, _) in zip(before, sides, strict=True))
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    same = all(side == (t // 2, t - t // 2) for side, t in zip(sides, total, strict=True))
+    return (pad, "same") if same and not any(before) and all(s == 1 for s in layer.stride) else (None, None)
+
+
+def _zeros(node: fx.Node, modules: dict[str, nn.Module]) -> list[int] | None:
+    """How many zeros `node` adds around a tensor, as F.pad has it; None if it does something else."""
+    value: Any = None
+    sizes: Any = None
+    mode = "constant"
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        module: Any = modules[str(node.target)]
+        if type(module) in _PADS and not _hooked(module) and "forward" not in module.__dict__:
+            sizes, value = module.padding, module.value
+    elif node.op == "call_function" and node.target is torch_functional.pad:
+        bound = inspect.signature(torch_functional.pad).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        _, sizes, mode, value = bound.args
+    if not isinstance(sizes, (tuple, list)) or len(sizes) % 2 or any(type(n) is not int for n in sizes):
+        return None
+    return list(sizes) if mode == "constant" and (value is None or (type(value) in (int, float) and value == 0)) else None
 
 
 def _uses(graph: fx.Graph, path: str) -> int:
@@ -347,7 +447,7 @@ def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Why the batch norm that `node` calls is not folded into the layer before it."""
     norm = modules[str(node.target)]
     if _THEIRS.get(type(norm)) not in _NORMS:
-        return "not a batch norm"
+        return why_left(norm) or "not a batch norm"
     if _hooked(norm):
         return "it has hooks"
     if norm.running_mean is None or norm.running_var is None:
@@ -373,7 +473,9 @@ def _why_apart(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 def _residual(node: fx.Node, taken: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
     """What `node` adds to the last of the steps taken, if that can be done with it."""
-    if node.target not in _ADD or node.kwargs or len(node.args) != 2 or len(set(node.args)) != 2:
+    if node.op == "call_module" or node.target not in _ADD or node.kwargs not in ({}, {"alpha": 1}):
+        return None
+    if len(node.args) != 2 or len(set(node.args)) != 2:
         return None
     if node.target in (operator.iadd, "add_") and node.args[0] is not taken[-1]:
         return None  # it is the other one that changes
@@ -412,11 +514,18 @@ def _activation(node: fx.Node, before: fx.Node, modules: dict[str, nn.Module]) -
         return None
     options: dict[str, Any] = dict(node.kwargs)
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        name = _MODULES.get(_THEIRS.get(type(module)))  # type: ignore[arg-type]
+        module: Any = modules[str(node.target)]
+        kind = _THEIRS.get(type(module))
+        name = _MODULES.get(kind)  # type: ignore[arg-type]
+        if kind is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6):
+            name = "relu6"
         if name is None or _hooked(module) or options:
             return None
         options["approximate"] = getattr(module, "approximate", "none")
+    elif node.target in _CLAMPS:
+        bounds: dict[str, Any] = {**dict(zip(("min", "max"), node.args[1:])), **node.kwargs}
+        names: dict[Any, str] = {(0, 6): "relu6", (0, None): "relu"}
+        return names.get((bounds.get("min"), bounds.get("max")))
     elif node.op in ("call_function", "call_method"):
         name = _METHODS.get(node.target) if isinstance(node.target, str) else _FUNCTIONS.get(node.target)
         if name is None or len(node.args) > (1 if name == "gelu" else 2) or options.keys() - {"inplace", "approximate"}:

@@ -158,6 +158,32 @@ def _layer_norm(
     return functional.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Tensor:  # fmt: skip
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    use_input_stats: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Tensor:  # fmt: skip
+    return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:  # fmt: skip
+    return functional.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
+    """F.max_pool2d with return_indices is a function of its own in torch, whose argument of that name says nothing."""
+    return lambda *args, **kwargs: pool(*args, **{**kwargs, "return_indices": True})
+
+
 def _softmax_method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.softmax(input, dim, dtype=None) in terms of the functional, which has _stacklevel in between."""
 
@@ -195,6 +221,15 @@ def _served() -> dict[Callable[..., Any], Callable[..., Any]]:
     served[torch.embedding] = _embedding
     served[torch.layer_norm] = _layer_norm
     served[torch.rms_norm] = functional.rms_norm
+    served[torch.batch_norm] = _batch_norm
+    served[torch.instance_norm] = _instance_norm
+    served[torch.group_norm] = _group_norm
+    for name in ("max_pool1d", "max_pool2d", "max_pool3d"):
+        served[getattr(torch, name)] = getattr(functional, name)
+        for kind in (name, f"adaptive_{name}"):
+            served[getattr(torch_functional, f"{kind}_with_indices")] = _with_indices(getattr(functional, kind))
+    served[torch.max_pool1d_with_indices] = _with_indices(functional.max_pool1d)
+    served[torch.adaptive_max_pool1d] = _with_indices(functional.adaptive_max_pool1d)
     for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
         served[getattr(torch, name)] = getattr(functional, name)
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):

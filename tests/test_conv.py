@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import fastnn
 import fastnn.functional as ours
 from fastnn import ops
-from fastnn._numerics import sum_of_magnitudes
+from fastnn._numerics import error, sum_of_magnitudes
 from fastnn.kernels.cpu import conv as host
-from fastnn.kernels.cpu.engine import packed
-from fastnn.kernels.cpu.engine.host import simd
-from rule import DTYPES, LAYOUTS, check, randn
+from fastnn.kernels.cpu import matmul
+from fastnn.kernels.cpu.engine import packed, workspace
+from fastnn.kernels.cpu.engine.host import caches, simd
+from rule import DTYPES, FLOOR, LAYOUTS, check, randn
 
 F = torch.nn.functional
 pytestmark = pytest.mark.usefixtures("poison", "threads")
@@ -150,6 +151,29 @@ def test_gradients_of_a_sum() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_gradient_of_the_bias_is_ours(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long sums of one sign too, read where it lies: no sum of torch's and no copy."""
+    problems = (("conv2d", (3, 2, 121, 130), (7, 2, 1, 1)), ("conv_transpose2d", (2, 2, 40, 131), (2, 5, 2, 2)),
+                ("conv1d", (2, 1, 5001), (3, 1, 2)), ("conv3d", (1, 2, 9, 8, 70), (6, 2, 1, 1, 1)),
+                ("conv2d", (1, 1, 3, 3), (1, 1, 3, 3)))
+    for op, x, w in problems:
+        outputs = w[1] if "transpose" in op else w[0]
+        tensors = [FORMATS[form](randn(*s, dtype=dtype)) for s in (x, w)]
+        bias = torch.zeros(outputs, dtype=dtype, requires_grad=True)
+        y = getattr(ours, op)(*tensors, bias, backend="cpu")
+        grad = FORMATS[form](randn(*y.shape, dtype=dtype).abs())
+        theirs = torch.autograd.grad(getattr(F, op)(*tensors, bias), bias, grad)[0]
+        with monkeypatch.context() as patched:
+            for name in ("sum", "contiguous", "clone"):
+                patched.setattr(Tensor, name, None)
+            (mine,) = torch.autograd.grad(y, bias, grad)
+        truth = grad.double().sum([0, *range(2, grad.dim())])
+        our, their = error(mine, truth), error(theirs, truth)
+        assert our.worst <= 2 * their.worst + FLOOR[dtype], (op, our.worst, their.worst)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_epilogue(form: str) -> None:
     place = FORMATS[form]
@@ -236,6 +260,38 @@ def test_extra_memory_is_a_tile_a_thread() -> None:
         (phase,) = host._plan(kind, torch.float32, 2, *tensors, (1, 1), (1, 1), (1, 1), False, 1)
         assert phase.scratch < 2 << 20
         assert phase.arranged <= 64 * 64 * 9 * 4
+
+
+def test_extra_memory_of_the_benchmarks_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory once the weight is kept, as it is from the second call on; and what is kept."""
+    from fastnn.bench.cases import conv as layers
+
+    asked: list[int] = []
+
+    def spy(size: int, real: Callable[[int], int] = workspace.workspace) -> int:
+        asked.append(size)
+        return real(size)
+
+    for module in (host, matmul):
+        monkeypatch.setattr(module, "workspace", spy)
+    torch.set_num_threads(1)
+    most = 4 * max(1 << 20, caches().l2)
+    for case in layers.CASES:
+        if "cpu" not in case.devices or case.mode == "train" or case.name.startswith("changing"):
+            continue
+        tensors = case.make(torch.float32)
+        packed.clear()
+        for _ in range(2):
+            asked.clear()
+            y = case.theirs(ours, *tensors)
+            if case.mode == "backward":
+                torch.autograd.grad(y, tensors, y.detach())
+        held, weight = packed.held(), tensors[1].nbytes
+        allowed = most + (weight if case.mode == "backward" else 0)  # the sums of the weight's gradient
+        assert max(asked, default=0) <= allowed, f"{case.name}: {max(asked) / 2**20:.1f} MiB of scratch memory"
+        ways = 1 if case.mode == "forward" else 2
+        assert held <= 4.6 * ways * weight + 65536, f"{case.name}: {held / weight:.1f} weights kept"
+    packed.clear()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, way: str) -> list[bool]:
@@ -639,6 +695,15 @@ def test_errors(call: Callable[[Any], Any], message: str, rules: bool, monkeypat
         call(F)
     with pytest.raises(type(theirs.value), match=message):
         call(ours)
+
+
+def test_an_output_of_size_0_is_torchs() -> None:
+    """Of a transposed convolution: padding may leave nothing."""
+    x, w, bias = (randn(*shape).requires_grad_() for shape in ((2, 3, 1, 5), (3, 4, 2, 3), (4,)))
+    found = ours.conv_transpose2d(x, w, bias, padding=1, activation="relu")
+    assert found.shape == F.conv_transpose2d(x, w, bias, padding=1).shape == (2, 4, 0, 5)
+    for grad, t in zip(torch.autograd.grad(found.sum(), (x, w, bias)), (x, w, bias), strict=True):
+        assert torch.equal(grad, torch.zeros_like(t))
 
 
 def test_integers_and_numbers_that_torch_takes() -> None:

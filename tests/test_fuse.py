@@ -138,6 +138,76 @@ def test_folding_in_every_rank(dims: int, transposed: bool) -> None:
     assert type(other.get_submodule("0")) is kind  # nothing of it is ours
 
 
+class Clamps(nn.Module):
+    """Other names of relu6, relu and a plain addition"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(4, 4) for _ in range(5))
+        self.six = nn.Hardtanh(0, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.six(self.a(x))
+        x = self.b(x).clamp(0, 6)
+        x = torch.clamp(torch.add(self.c(x), x, alpha=1), min=0)
+        return torch.clip(self.d(x), max=6, min=0.0) + self.e(x).clamp(0, 5)
+
+
+def test_other_names() -> None:
+    check(Clamps().eval(), 5 * randn(3, 4), fused=["a: relu6", "b: relu6", "c: residual, relu", "d: relu6"])
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.drop, self.norm, self.other = nn.Dropout2d(), nn.BatchNorm2d(4), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(self.norm(self.drop(self.a(x)))).relu()
+        return F.dropout(self.b(x), 0.3, self.training).tanh()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_dropouts_are_left_out(replaced: bool) -> None:
+    model = settled(Dropped())
+    if replaced:
+        fastnn.replace(model)
+    other = check(model, randn(2, 3, 7, 6), fused=["a: BatchNorm2d, relu", "b: tanh"])
+    assert steps(other, randn(2, 3, 7, 6)) == ["conv"] * 2
+
+
+def test_synchronised_norms_are_in_the_report() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3)))
+    check(model, randn(1, 3, 4, 4), fused=[], left=["1: no fastnn kernel for SyncBatchNorm"])
+
+
+class Mirrored(nn.Module):
+    """A transposed convolution beside a way around it"""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.up = getattr(nn, f"ConvTranspose{dims}d")(4, 4, 4, 2, 1, 1, groups=2, dilation=2)
+        self.norm = getattr(nn, f"BatchNorm{dims}d")(4)
+        self.way = getattr(nn, f"ConvTranspose{dims}d")(4, 4, 5, 2, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.up(x)) + self.way(x)).relu()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_residuals_of_transposed_convolutions(dims: int) -> None:
+    model = settled(Mirrored(dims))
+    x = randn(2, 4, *[5] * dims)
+    other = check(model, x, fused=[f"up: BatchNorm{dims}d", "way: residual, relu"])
+    assert steps(other, x)[-1] == "conv"
+    way: Any = other.get_submodule("way")
+    with torch.no_grad():
+        y = model.get_submodule("way")(x[0])
+        torch.testing.assert_close(way(x[0], residual=y), (2 * y).relu(), msg="unbatched")
+        torch.testing.assert_close(way(x[0], residual=y.mean()), (y + y.mean()).relu(), msg="another shape")
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,10 +232,18 @@ class Reads(nn.Module):
         self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
         self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU()
         self.up = nn.ConvTranspose2d(3, 3, 3, 2)
+        self.leaky = nn.LeakyReLU()
         self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1
+        if self.way == "functions":
+            y = F.conv2d(x, self.conv.weight, self.conv.bias)
+            return F.batch_norm(y, self.norm.running_mean, self.norm.running_var).relu()
+        if self.way == "folded before":
+            return self.norm(self.norm(self.conv(x)))
+        if self.way == "with parameters":
+            return self.leaky(self.conv(x))
         if self.way == "twice":
             y = self.conv(x)
             return self.norm(y) + y.relu()
@@ -200,6 +278,7 @@ class Reads(nn.Module):
         return self.norm(x).relu()
 
 
+FUNCTION = "called as a function, with weights of its own: only modules are fused"
 APART = "the output of the layer before it is used elsewhere"
 
 
@@ -208,6 +287,9 @@ APART = "the output of the layer before it is used elsewhere"
     ("wider", ["conv: residual"], []), ("changed later", ["conv: residual, relu"], []), ("activated before", ["conv: relu"], []),
     ("weight read", ["conv: BatchNorm2d"], []), ("changed input", [], []), ("changed other", [], []), ("doubled", [], []),
     ("scaled", [], []), ("first", [], ["norm: no convolution or linear layer is directly before it"]),
+    ("functions", [], [f": {FUNCTION}", f": {FUNCTION}"]),
+    ("folded before", ["conv: BatchNorm2d"], ["norm: another batch norm was folded into the layer before it"]),
+    ("with parameters", [], ["leaky: an activation with parameters is no part of a layer's last step"]),
     ("more than an input", [], ["norm: the layer before it is called with more than an input"]),
 ])  # fmt: skip
 def test_what_stays_apart(way: str, fused: list[str], left: list[str]) -> None:
@@ -345,3 +427,93 @@ def test_sixteen_bits() -> None:
     truth = copy.deepcopy(model).double()(x.double())
     worst = [(m(x).double() - truth).abs().max() for m in (other, model)]
     assert worst[0] <= 2 * worst[1] + 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+class Pads(nn.Module):
+    """Zeros around the input of a convolution"""
+
+    def __init__(self, conv: nn.Module, pad: Any) -> None:
+        super().__init__()
+        self.conv, self.pad = conv, pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad(x * 2)).relu()
+
+
+def by(*sizes: int, **how: Any) -> Any:
+    return lambda x: F.pad(x, sizes, **how)
+
+
+PADS: list[tuple[nn.Module, Any, Any]] = [  # the convolution, what adds zeros before it, the padding that it has then
+    (nn.Conv1d(4, 5, 3), by(1, 1), (1,)),
+    (nn.Conv1d(4, 5, 8, padding=2), by(7, 7, mode="constant", value=0), (9,)),
+    (nn.Conv1d(4, 5, 8), by(3, 4), "same"),
+    (nn.Conv1d(4, 5, 4, dilation=3, padding="valid"), nn.ConstantPad1d((4, 5), 0.0), "same"),
+    (nn.Conv2d(4, 5, (8, 1)), by(0, 0, 3, 4), "same"),
+    (nn.Conv2d(4, 5, (16, 1), (4, 1)), by(0, 0, 6, 6), (6, 0)),
+    (nn.Conv2d(4, 5, 3, 2, padding=(1, 0), groups=1), by(2, 2, 1, 1, 0, 0), (2, 2)),
+    (nn.Conv2d(4, 8, (3, 2), groups=2), nn.ZeroPad2d((0, 1, 1, 1)), "same"),
+    (nn.Conv2d(4, 5, 3, padding="valid"), nn.ZeroPad2d(2), (2, 2)),
+    (nn.Conv3d(4, 5, (2, 3, 1)), by(0, 0, 1, 1, 0, 1), "same"),
+    (nn.Conv3d(4, 5, 3, dilation=(1, 2, 1)), nn.ZeroPad3d((1, 1, 2, 2, 1, 1)), (1, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("number", range(len(PADS)))
+def test_zeros_become_a_convolutions_padding(number: int, replaced: bool) -> None:
+    conv, pad, padding = PADS[number]
+    model = Pads(copy.deepcopy(conv), pad).eval()
+    if replaced:
+        fastnn.replace(model)
+    x = randn(2, 4, *[13, 11, 12][: len(conv.kernel_size)])  # type: ignore[arg-type]
+    other = check(model, x, fused=["conv: padding, relu"])
+    assert other.get_submodule("conv").padding == padding
+    assert len(steps(other, x)) == 1
+    torch.testing.assert_close(other(x[0]), model(x[0]))
+    assert fastnn.fuse(other)[1].fused == []
+
+
+APART_PADS: list[tuple[nn.Module, Any]] = [
+    (nn.Conv2d(4, 5, 3), by(1, 1, 1, 1, value=0.5)), (nn.Conv2d(4, 5, 3), nn.ConstantPad2d(1, 1.0)),
+    (nn.Conv2d(4, 5, 3), by(1, 1, 1, 1, mode="reflect")), (nn.Conv2d(4, 5, 3), nn.ReflectionPad2d(1)),
+    (nn.Conv2d(4, 5, 3), by(1, 1, -1, -1)), (nn.Conv2d(4, 5, 3), by(1, 2, 1, 2)), (nn.Conv2d(4, 5, 3, 2), by(0, 1, 0, 1)),
+    (nn.Conv2d(4, 5, 2, padding=1), by(0, 1, 0, 1)), (nn.Conv2d(4, 5, 2), by(1, 0, 1, 0)),
+    (nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"), by(1, 1, 1, 1)),
+    (nn.Conv2d(4, 5, 3, padding="same"), by(1, 1, 1, 1)),
+    (nn.Conv2d(6, 5, 3), by(1, 1, 1, 1, 1, 1)), (nn.ConvTranspose2d(4, 5, 3), by(1, 1, 1, 1)), (nn.Linear(12, 5), by(1, 1)),
+    (nn.Conv2d(4, 5, 3), lambda x: [x := F.pad(y := x * 1, (1, 1, 1, 1)), y.mul_(2)][0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(APART_PADS)))
+def test_zeros_that_stay(number: int) -> None:
+    conv, pad = APART_PADS[number]
+    other = check(Pads(conv, pad).eval(), randn(2, 4, 9, 10), fused=["conv: relu"])
+    assert getattr(other.get_submodule("conv"), "padding", None) == getattr(conv, "padding", None)
+
+
+def test_zeros_that_two_read() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.pad(x, (1, 1, 1, 1))
+            return self.conv(y) * y.mean()
+
+    check(Twice().eval(), randn(2, 3, 5, 4), fused=[])
+
+
+def test_a_row_of_paddings_with_hooks() -> None:
+    """Its layers keep their places."""
+    first = nn.ZeroPad1d((1, 2)), nn.Conv1d(3, 4, 4), nn.BatchNorm1d(4)
+    model = settled(nn.Sequential(*first, nn.ZeroPad1d(1), nn.Conv1d(4, 3, 3)))
+    model.register_forward_hook(lambda *_: None)
+    other = check(model, randn(2, 3, 9), fused=["1: padding, BatchNorm1d", "4: padding"])
+    assert type(other.get_submodule("0")) is nn.Identity
+    assert type(other.get_submodule("1")) is fastnn.nn.Conv1d
+    assert type(other.get_submodule("4")) is nn.Conv1d
+    fastnn.restore(other)
+    assert type(other.get_submodule("1")) is nn.Conv1d

@@ -29,6 +29,7 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
         "digits_mlp/training_step/64",
         "minilm/embeddings/1x16",
         "crepe_tiny/94",
+        "crepe_tiny/fused/94",
         "resnet/replaced/8",
         "resnet/fused/8",
         "gpt/characters/16x128",

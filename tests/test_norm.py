@@ -251,6 +251,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s.instance_norm(X, W, None), "both be None"),
     (lambda s: s.group_norm(X, 0), "got 0"),
     (lambda s: s.group_norm(X, -2), "-2"),
+    (lambda s: s.group_norm(W, 0), "4"),
     (lambda s: s.group_norm(X, 3), "3"),
     (lambda s: s.group_norm(X, 2, torch.ones(5)), "5"),
     (lambda s: s.group_norm(torch.ones(3), 1), "3"),
@@ -281,4 +282,9 @@ def test_empty_is_torchs(calls: list[Any]) -> None:
         mean = W.clone()
         assert f.batch_norm(x, mean, W.clone(), training=True).shape == x.shape
     assert f.batch_norm(X[:, :0], W[:0], W[:0], training=True).shape == (2, 0, 3, 3)
+    for x in (X[:0], X[:, :0]):
+        means = [torch.zeros(x.shape[1]) for _ in range(2)]
+        for space, mean in zip((F, f), means, strict=True):
+            assert space.instance_norm(x, mean, torch.ones_like(mean)).shape == x.shape
+        torch.testing.assert_close(means[1], means[0], equal_nan=True)
     assert {c.backend for c in calls} == {"torch"}

@@ -308,6 +308,10 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
         (lambda s, k=kind, x=x: getattr(s, f"{k}_pool{x.dim() - 2}d")(x[0, 0], 2), "[0-9]D")
         for kind, x in itertools.product(("max", "avg", "adaptive_max", "adaptive_avg"), (X1, X2, X3))
     ),
+    *(
+        (lambda s, k=k, p=p, d=d: s.max_pool2d(X2, k, 1, p, d), f"padding.*{p}.*kernel_size.*{k}")
+        for k, p, d in ((2, 2, 4), (3, 2, 3), (3, 3, 3))
+    ),
     (lambda s: s.max_pool2d(X2, 2, dilation=0), "dilation.*0"),
     (lambda s: s.max_pool2d(X3, 2), "5D"),
     (lambda s: s.avg_pool2d(X2, 2, divisor_override=0), "divisor.*0"),
@@ -319,6 +323,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s.max_unpool2d(X2, X2.int(), 2), "int32"),
     (lambda s: s.max_unpool2d(X2, X2[:1].long(), 2), "indices.*1, 3"),
     (lambda s: s.max_unpool2d(X2, X2.long(), 2, output_size=(30, 7)), "30"),
+    (lambda s: s.max_unpool3d(X3, X3.long(), 2, 0), "stride.*0, 0, 0"),
     (lambda s: s.max_unpool1d(X1[0, 0], X1[0, 0].long(), 2), "1D"),
     (lambda s: s.max_pool2d(3, 2), "Tensor"),
     (lambda s: s.max_pool2d(X2, True), "kernel_size.*True"),

@@ -291,6 +291,44 @@ def test_use_serves_torchs_own_calls() -> None:
     assert calls == []
 
 
+def torchs_own_pools_and_norms(x: Tensor, v: Tensor) -> list[Any]:
+    t: Any = torch  # whose stubs do not have all of these
+    flat, deep = x[0], x.unsqueeze(2)
+    return [
+        F.max_pool1d(flat, 2, return_indices=True),
+        F.max_pool2d(x, 2, stride=1, return_indices=True),
+        F.max_pool3d(deep, (1, 2, 2), return_indices=True),
+        F.adaptive_max_pool1d(flat, 2, return_indices=True),
+        F.adaptive_max_pool2d(x, 2, return_indices=True),
+        F.adaptive_max_pool3d(deep, (1, 2, 2), return_indices=True),
+        F.max_pool2d_with_indices(x, (2, 2)),
+        t.max_pool1d_with_indices(flat, 2),
+        t.adaptive_max_pool1d(flat, 2),
+        F.max_pool2d(x, 2),
+        t.max_pool1d(flat, 2),
+        t.max_pool2d(x, 2, 1, 1, 1, True),
+        t.max_pool3d(deep, (1, 2, 2)),
+        t.avg_pool1d(flat, 2),
+        t.adaptive_avg_pool1d(flat, 2),
+        F.max_unpool2d(x[..., :2, :2], torch.arange(4).view(2, 2).expand(2, 4, 2, 2), (2, 2)),
+        t.batch_norm(x, v, None, v, v.abs(), False, 0.1, 1e-5, True),
+        t.batch_norm(x, None, v, None, None, True, 0.1, 1e-3, True),
+        t.group_norm(x, 2, v, v),
+        t.instance_norm(x, v, None, None, None, True, 0.1, 1e-5, True),
+        F.instance_norm(x),
+        F.group_norm(x, 2),
+    ]
+
+
+def test_use_serves_torchs_own_pools_and_norms() -> None:
+    x, v = torch.randn(2, 4, 6, 7), torch.randn(4)
+    expected = torchs_own_pools_and_norms(x, v)
+    with fastnn.use(), fastnn.trace() as calls:
+        results = torchs_own_pools_and_norms(x, v)
+    torch.testing.assert_close(results, expected)
+    assert len(calls) == len(expected)
+
+
 def test_rmatmul_is_served() -> None:
     x, w = torch.randn(3, 4), torch.randn(4, 4)
     with fastnn.use(), fastnn.trace() as calls:

@@ -227,6 +227,31 @@ def test_a_forked_child_computes_by_itself() -> None:
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_a_forked_child_differentiates_a_convolution(op: str, form: torch.memory_format) -> None:
+    """Its bias too, whose gradient is a sum: torch's, by several threads, would hang."""
+    torch.set_num_threads(4)
+    x, w = torch.randn(4, 32, 64, 64).contiguous(memory_format=form), torch.randn(32, 32, 3, 3, requires_grad=True)
+    b = torch.randn(32, requires_grad=True)
+    (x + 1).sum()  # torch's pool is there
+
+    def gradients() -> list[Tensor]:
+        y = getattr(F, op)(x, w, b, padding=1, backend="cpu")
+        return list(torch.autograd.grad(y, (w, b), x))
+
+    wanted = gradients()
+
+    def child() -> bool:
+        results = gradients()
+        torch.set_num_threads(1)
+        return all(right(result, other) for result, other in zip(results, wanted, strict=True))
+
+    in_a_child(child, 20)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_parent_and_child_have_scratch_memory_of_their_own() -> None:
     torch.set_num_threads(1)
     a, b = torch.randn(300, 500), torch.randn(500, 400)

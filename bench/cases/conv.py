@@ -137,6 +137,11 @@ CASES = [
         for layer in layers
     ),
     *(resnet(kind, 1, *layer, last=True) for kind in ("3x3", "3x3_stride", "stem") for layer in RESNET50[kind]),
+    *(resnet("1x1", 1, *RESNET50["1x1"][n], last=True) for n in (1, 2, 8, 10)),
+    *(
+        conv(f"1x1/mobilenetv2_{c}_{o}", (1, c, size, size), o, 1, goals=_GOALS["1x1"])
+        for c, o, size in ((24, 144, 56), (144, 24, 56), (320, 1280, 7))
+    ),
     *(
         conv(f"3x3/vgg16_{c}_{o}", (1, c, size, size), o, 3, padding=1, goals={"best": 1.25})
         for c, o, size in ((3, 64, 224), (64, 128, 112), (128, 256, 56), (256, 512, 28), (512, 512, 14))
@@ -169,8 +174,9 @@ CASES = [
         )
     ),
     *(
-        conv(f"conv3d/r3d18_{c}", (1, c, t, size, size), c, 3, padding=1, goals={"best": 4.0})
+        conv(f"conv3d/r3d18_{c}", (1, c, t, size, size), c, 3, padding=1, last=last, goals={"best": 4.0})
         for c, t, size in ((64, 8, 28), (128, 4, 28), (256, 2, 14))
+        for last in (False, True)
     ),
     conv("conv3d/r3d18_stem", (1, 3, 8, 56, 56), 64, (3, 7, 7), padding=3, goals={"best": 4.0}),
     *(

@@ -78,6 +78,7 @@ def _case(
     )
 
 
+_CREPE_FULL = {"torch": 1.4, "torch.compile": 1.15, "onnxruntime": 1.0}
 CASES = [
     inference("digits_mlp/inference/1437", quick=True),
     training("digits_mlp/training_step/64"),
@@ -87,7 +88,9 @@ CASES = [
         for shape in ("32x64", "1x16")
     ),
     inference("crepe_tiny/94"),
-    inference("crepe_full/32", goals={"torch": 1.4, "torch.compile": 1.15, "onnxruntime": 1.0}),
+    inference("crepe_full/32", goals=_CREPE_FULL),
+    inference("crepe_tiny/fused/94"),
+    inference("crepe_full/fused/32", goals=_CREPE_FULL),
     inference("resnet/replaced/8"),
     inference("resnet/fused/8"),
     inference("resemblyzer/voices/48", goals={"best": 1.3}),

@@ -47,6 +47,10 @@ def _group_norm(F: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bi
     return F.group_norm(x, 32, weight, bias)
 
 
+def _instance_norm(F: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.instance_norm(x, None, None, weight, bias)
+
+
 def _scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
     """Differences and sums over a channel cancel: counted at 8, and in gradients at the pixels of a channel, where a
     parameter's is their sum."""
@@ -62,12 +66,17 @@ def norm(kind: str, model: str, last: bool, mode: str = "forward", **extra: Any)
     shape = SHAPES[model]
     n, train = torch.Size(shape).numel(), mode == "train"
     passes = ((n, n), (2 * n, n)) if train else ((n, n),)  # the moments may be taken of what the cache holds
-    name = {"eval": "batch_norm_eval", "batch": "batch_norm", "group": "group_norm"}[kind]
+    name, theirs = {
+        "eval": ("batch_norm_eval", _batch_norm(False)),
+        "batch": ("batch_norm", _batch_norm(True)),
+        "group": ("group_norm", _group_norm),
+        "instance": ("instance_norm", _instance_norm),
+    }[kind]
     return Case(
         "norm",
         f"{name}/{model}{'_nhwc' if last else ''}/{'x'.join(map(str, shape))}",
         _inputs(shape, last, train),
-        theirs=_group_norm if kind == "group" else _batch_norm(kind == "batch"),
+        theirs=theirs,
         parameters=(1, 2, 3, 4),
         passes=passes,
         mode=mode,
@@ -77,6 +86,7 @@ def norm(kind: str, model: str, last: bool, mode: str = "forward", **extra: Any)
 
 
 _CPU_SHAPES = list(SHAPES)
+SHAPES["style_128"] = (4, 128, 64, 64)
 SHAPES["resnet50_b64"] = (64, 256, 56, 56)
 ROWS = {"bert_base": (4096, 768), "gpt2": (1024, 768), "minilm": (2048, 384), "llama": (512, 4096), "bert_base_one": (128, 768)}
 _CPU_ROWS = list(ROWS)
@@ -144,6 +154,7 @@ CASES = [
     *(norm("batch", *which, "train", goals={"best": 2.5}) for which in _IMAGES),
     *(norm("group", *which, goals={"best": 1.0}) for which in _IMAGES),
     *(norm("group", *which, "train", goals={"best": 1.0}) for which in _IMAGES),
+    *(norm("instance", "style_128", last, mode, goals={"best": 1.0}) for mode in ("forward", "train") for last in (False, True)),
 ]
 
 # What `make gpu` measures

@@ -25,6 +25,8 @@ LAYERS: dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor], Tensor]]] = {
     "avg_inception": ((8, 192, 35, 35), lambda F, x: F.avg_pool2d(x, 3, 1, 1)),
     "avg_global_resnet50": ((8, 2048, 7, 7), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
     "avg_adaptive_vgg16": ((8, 512, 14, 14), lambda F, x: F.adaptive_avg_pool2d(x, 7)),
+    "avg_i3d": ((8, 1024, 8, 7, 7), lambda F, x: F.avg_pool3d(x, (2, 7, 7), 1)),
+    "max_segnet": ((4, 64, 112, 112), lambda F, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), (2, 2))),  # both ways
     # those that a GPU is asked for
     "max_resnet50_b64": ((64, 64, 112, 112), lambda F, x: F.max_pool2d(x, 3, 2, 1)),
     "max_vgg16_b32": ((32, 64, 224, 224), lambda F, x: F.max_pool2d(x, 2)),

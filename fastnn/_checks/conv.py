@@ -36,6 +36,16 @@ def checks() -> Iterator[Check]:
                     place(normal(24, 1, 5, 5, seed=5)), normal(24, seed=6))  # fmt: skip
         yield check(f"conv_transpose2d{form}", conv("conv_transpose2d", stride=2, padding=1), place(small),
                     place(normal(24, 31, 4, 4, seed=7, scale=0.1)), bias)  # fmt: skip
+    def added(F: Any, x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return F.conv2d(x, w, b, padding=1) + r
+
+    for form, place in (("", lambda make: make), (", channels last", last)):
+        x, w = normal(2, 24, 7, 9, seed=1), normal(19, 24, 3, 3, seed=2, scale=0.1)
+        b, r = normal(19, seed=3), normal(2, 19, 7, 9, seed=4)
+        yield Check("conv", f"conv2d + bias + residual + relu{form}", all_of(place(x), place(w), b, place(r)),
+                    lambda F, *tensors: F.relu(added(F, *tensors)),
+                    lambda F, x, w, b, r: F.conv2d(x, w, b, padding=1, residual=r, activation="relu"),
+                    ("input", "weight", "bias", "residual"), sum_of_magnitudes(added))  # fmt: skip
     yield check("conv2d, dilation, groups", conv("conv2d", padding=2, dilation=2, groups=4), image,
                 normal(32, 6, 3, 3, seed=8), normal(32, seed=9))  # fmt: skip
     yield check("conv1d", conv("conv1d", stride=3, padding=4), normal(2, 5, 211, seed=1), normal(17, 5, 10, seed=2),

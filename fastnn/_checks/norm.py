@@ -43,6 +43,12 @@ def checks() -> Iterator[Check]:
     def instance_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.instance_norm(x, None, None, weight, bias)
 
+    def instance_norm_updating(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The result and the running statistics after it"""
+        mean, var = (torch.linspace(-1, 1, x.shape[1]).to(x.dtype) for _ in range(2))
+        out = F.instance_norm(x, mean, var, weight, bias)
+        return torch.cat([out.flatten(), mean, var])
+
     functions = (("batch_norm", batch_norm), ("batch_norm, known moments", known), ("group_norm", group_norm),
                  ("instance_norm", instance_norm))  # fmt: skip
     for last in (False, True):
@@ -55,6 +61,10 @@ def checks() -> Iterator[Check]:
                 (", special values", _special(33, last, name)),
             ):
                 yield norm(name + kind + suffix, function, make, 33)
+        yield norm(f"instance_norm with running statistics{suffix}", instance_norm_updating,
+                   images(normal(4 * 33 * 63, seed=1), 4, 33, 9, 7, last=last), 33)  # fmt: skip
+        deep = images(normal(2 * 7 * 105, seed=1), 2, 7, 5, 3, 7, last=last)
+        yield norm(f"instance_norm, three dimensions{suffix}", instance_norm, deep, 7)
     yield norm("batch_norm of rows", batch_norm, normal(97, 37, seed=1), 37)
 
     def layer_norm(F: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

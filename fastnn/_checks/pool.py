@@ -31,13 +31,18 @@ def checks() -> Iterator[Check]:
             ("max_pool1d", (2, 5, 131), lambda F, x: F.max_pool1d(x, 3, 2, 1)),
             ("max_pool2d", (2, 5, 13, 37), lambda F, x: F.max_pool2d(x, 3, 2, 1)),
             ("max_pool2d, overlapping", (2, 35, 9, 7), lambda F, x: F.max_pool2d(x, 3, 1, 1)),
+            ("max_pool2d, dilation, ceil_mode", (2, 5, 13, 37), lambda F, x: F.max_pool2d(x, 3, 2, 1, 2, True)),
             ("max_pool3d", (2, 3, 6, 7, 9), lambda F, x: F.max_pool3d(x, 2)),
             ("adaptive_max_pool2d", (2, 5, 13, 37), lambda F, x: F.adaptive_max_pool2d(x, 5)),
             ("avg_pool2d", (2, 5, 13, 37), lambda F, x: F.avg_pool2d(x, 3, 2, 1)),
             ("avg_pool2d, overlapping", (2, 35, 9, 7), lambda F, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
+            ("avg_pool3d", (2, 3, 6, 7, 9), lambda F, x: F.avg_pool3d(x, 3, 2, 1)),
+            ("lp_pool2d", (2, 5, 12, 20), lambda F, x: F.lp_pool2d(x, 2.0, 2)),
             ("adaptive_avg_pool2d", (2, 5, 13, 37), lambda F, x: F.adaptive_avg_pool2d(x, 5)),
             ("adaptive_avg_pool2d, global", (2, 5, 31, 37), lambda F, x: F.adaptive_avg_pool2d(x, 1)),
             ("max_pool2d with indices", (2, 5, 12, 20), with_indices),
+            ("max_unpool1d", (2, 5, 131), lambda F, x: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2)),
+            ("max_unpool3d", (2, 3, 6, 8, 10), lambda F, x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2)),
             ("max_unpool2d", (2, 5, 12, 20), lambda F, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
         ):
             n = torch.Size(shape).numel()

@@ -113,8 +113,10 @@ def instance_norm(
     """
     _check_running("instance_norm", running_mean, running_var)
     named = backend if is_dynamo_compiling() else backend or backends.context()
-    if named == "torch":  # whose group_norm is not its instance_norm: less exact for large means
-        backends.torch_serves("instance_norm", (input,), backend, "backend 'torch' was named")
+    empty = isinstance(input, Tensor) and input.numel() == 0
+    if named == "torch" or empty:  # torch's group_norm is not its instance_norm: less exact for large means
+        reason = "an empty input has no mean" if empty else "backend 'torch' was named"
+        backends.torch_serves("instance_norm", (input,), backend, reason)
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if not use_input_stats:
         if running_mean is None or running_var is None:

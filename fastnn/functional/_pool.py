@@ -201,6 +201,8 @@ def _unpool(name: str, dims: int) -> Callable[..., Tensor]:
         size = ints(name, "kernel_size", kernel_size, dims)
         steps = size if stride is None else ints(name, "stride", stride, dims)
         pads = ints(name, "padding", padding, dims)
+        if dims == 3 and min(steps) <= 0:  # torch looks at it in three dimensions only
+            raise RuntimeError(f"{name}(): strides should be greater than zero, but got stride={tuple(steps)}")
         if input.dim() in (dims + 1, dims + 2):
             wanted = _unpooled(name, input, size, steps, pads, output_size)
         else:

@@ -36,13 +36,22 @@ def _shape(self: Any, input: Tensor, padding: Any) -> tuple[int, ...]:
     return (*input.shape[: -dims - 1], self.out_channels, *size)
 
 
-def _transposed(self: Any, convolve: Callable[..., Tensor], input: Tensor, output_size: list[int] | None) -> Tensor:
+def _transposed(
+    self: Any, convolve: Callable[..., Tensor], input: Tensor, output_size: list[int] | None, residual: Tensor | None
+) -> Tensor:
     if self.padding_mode != "zeros":
         raise ValueError(f"{type(self).__name__}: padding_mode must be 'zeros', got {self.padding_mode!r}")
-    dims = len(self.kernel_size)
+    dims, activation = len(self.kernel_size), self.activation
     more = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
     options = (self.stride, self.padding, more, self.groups, self.dilation)
-    return convolve(input, self.weight, self.bias, *options, activation=self.activation, backend=self.backend)
+    if residual is None:
+        return convolve(input, self.weight, self.bias, *options, activation=activation, backend=self.backend)
+    each = zip(input.shape[-dims:], self.kernel_size, self.stride, self.padding, self.dilation, more)
+    size = ((n - 1) * s - 2 * p + d * (k - 1) + 1 + m for n, k, s, p, d, m in each)
+    if may_add(residual, input, self.weight, (*input.shape[: -dims - 1], self.out_channels, *size)):
+        both = {"activation": activation, "residual": residual}
+        return convolve(input, self.weight, self.bias, *options, **both, backend=self.backend)
+    return apart(convolve(input, self.weight, self.bias, *options, backend=self.backend), residual, activation, self.backend)
 
 
 class Conv1d(Epilogue, nn.Conv1d):
@@ -55,8 +64,8 @@ class Conv1d(Epilogue, nn.Conv1d):
 class ConvTranspose1d(Epilogue, nn.ConvTranspose1d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, F.conv_transpose1d, input, output_size)
+    def forward(self, input: Tensor, output_size: list[int] | None = None, *, residual: Tensor | None = None) -> Tensor:
+        return _transposed(self, F.conv_transpose1d, input, output_size, residual)
 
 
 class Conv2d(Epilogue, nn.Conv2d):
@@ -69,8 +78,8 @@ class Conv2d(Epilogue, nn.Conv2d):
 class ConvTranspose2d(Epilogue, nn.ConvTranspose2d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, F.conv_transpose2d, input, output_size)
+    def forward(self, input: Tensor, output_size: list[int] | None = None, *, residual: Tensor | None = None) -> Tensor:
+        return _transposed(self, F.conv_transpose2d, input, output_size, residual)
 
 
 class Conv3d(Epilogue, nn.Conv3d):
@@ -83,5 +92,5 @@ class Conv3d(Epilogue, nn.Conv3d):
 class ConvTranspose3d(Epilogue, nn.ConvTranspose3d):
     backend: str | None = None
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, F.conv_transpose3d, input, output_size)
+    def forward(self, input: Tensor, output_size: list[int] | None = None, *, residual: Tensor | None = None) -> Tensor:
+        return _transposed(self, F.conv_transpose3d, input, output_size, residual)

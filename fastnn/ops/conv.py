@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._operator import FLOATING, PLAIN, Operator, empty_matrix
 from .activation import PARAMETERLESS, activation_backward, apply_torch, no_kernel_for
+from .matmul import matmul, sum_of_rows
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -62,6 +63,8 @@ def _check(
         for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
             if t is not None and t.dtype != dtype:
                 raise RuntimeError(f"{op}(): {name} must have the same dtype as input, {dtype}, got {t.dtype}")
+    if transposed and 0 in shape[2:]:
+        return "an output of size 0"
     return shape if dtype in FLOATING else no_kernel_for(dtype)
 
 
@@ -165,10 +168,10 @@ def _transposed_size(
                 f"{tuple(dilation)}, got {tuple(output_padding)}"
             )
         n = (m - 1) * s - 2 * p + d * (k - 1) + 1 + more
-        if m < 1 or n < 1:
+        if m < 1 or n < 0:
             raise RuntimeError(
                 f"{op}(): input of size {tuple(x[2:])}, kernel {tuple(w[2:])} and padding {tuple(padding)} would give "
-                f"an output of size {n}; it must be at least 1, of an input that is not empty"
+                f"an output of size {n}; it must be at least 0, of an input that is not empty"
             )
         size.append(n)
     return size
@@ -206,6 +209,17 @@ def _save(ctx: Any, args: Any, out: Tensor) -> None:
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
 
 
+def _sum_of_channels(grad: Tensor, backend: str | None) -> Tensor:
+    """Of (N, C, …), each channel's sum (C). On the CPU products that read it where it lies; see matmul's ``sum_of_rows``."""
+    if grad.is_cuda:
+        return grad.sum([0, *range(2, grad.dim())])
+    pixels = grad.movedim(1, -1)
+    if pixels.is_contiguous():
+        return sum_of_rows(pixels.flatten(0, -2), backend)
+    planes = grad.flatten(2)
+    return sum_of_rows(matmul.call(planes, planes.new_ones(planes.shape[-1]), backend), backend)
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors[:2]
     stride, padding, dilation, transposed, _, groups = ctx.options
@@ -234,7 +248,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         into, of = (input, grad) if transposed else (grad, input)
         grad_weight = conv_weight.call(into, of, list(w[2:]), stride, padding, dilation, groups, ctx.backend)
     if needs_bias:
-        grad_bias = grad.sum([0, *range(2, grad.dim())])
+        grad_bias = _sum_of_channels(grad, ctx.backend)
     return grad_input, grad_weight, grad_bias, grad if needs_residual else None, *[None] * 7
 
 

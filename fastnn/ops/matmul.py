@@ -39,7 +39,7 @@ def _broadcast(op: str, a: torch.Size, b: torch.Size) -> torch.Size:
         ) from None
 
 
-def _sum_of_rows(rows: Tensor, backend: str | None) -> Tensor:
+def sum_of_rows(rows: Tensor, backend: str | None) -> Tensor:
     """Of a matrix. On the CPU a product too: torch's sum, where it takes several threads, would hang in a forked process."""
     return rows.sum(0) if rows.is_cuda else matmul.call(rows.new_ones(rows.shape[0]), rows, backend)
 
@@ -156,7 +156,7 @@ def _addmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = None
     if needs_input:
         vector = grad.dim() == 2 and ctx.shape in ((grad.shape[1],), (1, grad.shape[1]))
-        summed = _sum_of_rows(grad, ctx.backend).reshape(ctx.shape) if vector else grad.sum_to_size(ctx.shape)
+        summed = sum_of_rows(grad, ctx.backend).reshape(ctx.shape) if vector else grad.sum_to_size(ctx.shape)
         grad_input = summed if ctx.beta == 1 else summed * ctx.beta
     return (
         grad_input, product(grad, mat2.mT) if needs_mat1 else None, product(mat1.mT, grad) if needs_mat2 else None, None, None
@@ -257,7 +257,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
         grad_weight = matmul.call(rows.mT, inputs, ctx.backend)
     if needs_bias:
-        grad_bias = _sum_of_rows(rows, ctx.backend)
+        grad_bias = sum_of_rows(rows, ctx.backend)
     return grad_input, grad_weight, grad_bias, grad if needs_residual else None, None
 
 

@@ -129,9 +129,9 @@ batch_norm_backward: Operator = Operator(
 def _check_group_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> str | None:
+    reason = _check_channels("group_norm", input, weight=weight, bias=bias)
     if groups <= 0:
         raise (RuntimeError if groups else ZeroDivisionError)(f"group_norm(): num_groups must be greater than zero, got {groups}")
-    reason = _check_channels("group_norm", input, weight=weight, bias=bias)
     if input.shape[1] % groups:
         raise RuntimeError(
             "group_norm(): Expected number of channels in input to be divisible by num_groups, but got input of shape "

@@ -64,13 +64,13 @@ def _checked_shape(
     for argument, values in (("kernel_size", size), ("stride", stride), ("dilation", dilation)):
         if min(values) <= 0:
             raise RuntimeError(f"{op}(): {argument} must be greater than zero, but got {tuple(values)}")
-    for k, p, d in zip(size, padding, dilation, strict=True):
+    for k, p in zip(size, padding, strict=True):
         if p < 0:
             raise RuntimeError(f"{op}(): padding must be non-negative, but got {tuple(padding)}")
-        if p > ((k - 1) * d + 1) // 2:
+        if p > k // 2:  # as in torch, whatever the dilation
             raise RuntimeError(
-                f"{op}(): padding should be at most half of effective kernel size, but got padding={tuple(padding)}, "
-                f"kernel_size={tuple(size)} and dilation={tuple(dilation)}"
+                f"{op}(): padding should be at most half of kernel size, but got padding={tuple(padding)} and "
+                f"kernel_size={tuple(size)}"
             )
     outs = reference.output_size(sizes, adaptive, size, stride, padding, dilation, ceil_mode)
     if min(outs) <= 0:
