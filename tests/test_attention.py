@@ -97,6 +97,12 @@ def test_a_float32_mask_beside_others(dtype: torch.dtype) -> None:
     (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.double(), expected))
     assert grad.dtype == torch.float32
     torch.testing.assert_close(grad, wanted, rtol=2 * tolerance, atol=2 * tolerance)
+    for expanded in (mask[:1].expand(2, 17, 31), mask[:, :1].expand(2, 17, 31)):
+        rows = kernels._readable(expanded, q)
+        assert rows is not None
+        assert rows.untyped_storage().nbytes() <= mask.nbytes * 2
+        out, expected = attention(q, k, v, expanded, backend="cpu"), torchs(q.double(), k.double(), v.double(), expanded.double())
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -423,6 +429,7 @@ Q = torch.randn(1, 4, 5, 8)
 ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (RuntimeError, {"key": Q[..., :4]}, ["one size", "(1, 4, 5, 8)", "(1, 4, 5, 4)"]),
     (RuntimeError, {"value": Q[:, :, :3]}, ["one length", "(1, 4, 3, 8)"]),
+    (RuntimeError, {"value": Q.repeat(1, 1, 2, 1)}, ["one length", "(1, 4, 10, 8)"]),
     (RuntimeError, {"key": Q[:, :3], "value": Q[:, :3]}, ["broadcast", "(1, 3, 5, 8)"]),
     (RuntimeError, {"key": Q[:, :3], "value": Q[:, :3], "enable_gqa": True}, ["divide", "(1, 3, 5, 8)"]),
     (RuntimeError, {"key": Q.double()}, ["same dtype", "torch.float64"]),
@@ -444,8 +451,11 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("rules", [False, True], ids=["kernels", "rules"])
 @pytest.mark.parametrize(("kind", "change", "words"), ERRORS, ids=lambda v: "-".join(v) if isinstance(v, dict) else None)
-def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str]) -> None:
+def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str], rules: bool,
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", rules)  # by rule calls as small as these are torch's
     with pytest.raises(kind) as error:
         attention(**{"query": Q, "key": Q, "value": Q} | change)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -518,6 +528,17 @@ def test_few_multiplications_are_torchs_by_rule(calls: list[Any], monkeypatch: p
         out = attention(*inputs, enable_gqa=True, **options)
         torch.testing.assert_close(out, attention(*inputs, enable_gqa=True, backend="cpu", **options))
     assert [c.backend for c in calls][::2] == ["torch", "torch", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (None, 0)}, {}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_what_torch_gets_wrong_is_not_its_by_rule(scale: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal and with a scale that is not positive, torch's -Inf for a hidden key becomes NaN or +Inf."""
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", True)
+    inputs = tensors(1, 2, 2, 6, 6, 8, 8, grad=False)
+    out = attention(*inputs, scale=scale, **options)
+    expected = attention(*(t.double() for t in inputs), scale=scale, backend="reference", **options)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_plain_maths_is_torchs() -> None:
