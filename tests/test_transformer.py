@@ -143,6 +143,21 @@ def test_layers(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> N
     same(ours, theirs, lambda m, x, y: m(x, y, memory_key_padding_mask=pads, tgt_key_padding_mask=padded)[kept], x, memory)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_autocast_keeps_the_residuals(kind: Any, norm_first: bool, training: bool) -> None:
+    """Products in bfloat16, their sum with what came in as torch has it: the same dtype, and an error near torch's own"""
+    made = pair(kind(E, H, 20, 0.0, batch_first=True, norm_first=norm_first).train(training))
+    inputs = [randn(B, L, E) * 20] * (1 if kind is nn.TransformerEncoderLayer else 2)
+    truth = copy.deepcopy(made[1]).double()(*(t.double() for t in inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m(*inputs) for m in made)
+    assert ours.dtype == theirs.dtype
+    error, allowed = (float((y.double() - truth).abs().max()) for y in (ours, theirs))
+    assert error <= 2 * allowed
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested")
 def test_a_whole_transformer(norm_first: bool, calls: list[Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional._multihead import attend
+from ._epilogue import may_add
 from .activation import GELU, Dropout, ReLU, SiLU
 from .matmul import Linear
 from .norm import LayerNorm
@@ -39,10 +40,14 @@ def _fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _linear(layer: Any, part: Any, x: Tensor, activation: Any = None, residual: Tensor | None = None) -> Tensor:
-    """activation(part(x) + residual)"""
+    """activation(part(x)), or part(x) + residual"""
     name = _fused_name(activation) if activation is not None else None
     if _plain(part, nn.Linear, Linear):
-        x = F.linear(x, part.weight, part.bias, activation=name, residual=residual, backend=layer.backend)
+        inside = may_add(residual, x, part.weight, (*x.shape[:-1], part.out_features))
+        more: dict[str, Any] = {"activation": name, "residual": residual if inside else None}
+        x = F.linear(x, part.weight, part.bias, **more, backend=layer.backend)
+        if residual is not None and not inside:
+            x = x + residual
         return x if name is not None or activation is None else activation(x)
     x = part(x)
     x = x if residual is None else x + residual
