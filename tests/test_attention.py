@@ -413,6 +413,20 @@ def test_compiled_with_extras() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_compiled_dropout_with_a_mask_and_a_causal_window(kind: str) -> None:
+    """Drawn by torch, which has no word for both: each row's values are among those that it sees."""
+    q, k, v = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 9, 8), torch.eye(9)[None, None]
+    mask = torch.ones(1, 9).bool() if kind == "bool" else torch.zeros(1, 9)
+    mask[0, 2] = False if kind == "bool" else -INF
+    torch._dynamo.reset()
+    step = torch.compile(lambda *t: attention(*t, dropout_p=0.1, window=(None, 0)), fullgraph=True, backend="aot_eager")
+    weights = sum(step(q, k, v, mask) for _ in range(20))[0, 0] > 0
+    seen = torch.ones(9, 9).bool().tril()
+    seen[:, 2] = False
+    assert torch.equal(weights, seen)
+
+
 def test_use_serves_torchs_call() -> None:
     q, k, v = tensors(1, 4, 2, 9, 11, 8, 8)
     expected = torchs(q, k, v, is_causal=True, enable_gqa=True)

@@ -91,6 +91,40 @@ def test_self_attention_is_one_product(batch_first: bool, calls: list[Any]) -> N
     assert [c.op for c in calls if c.op == "linear"] == ["linear"] * 2
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_a_causal_hint_beside_padding_skips_what_is_hidden(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask that is said to be causal is not read: what the kernel gets is the padding, a row a sequence."""
+    attention, masks = f.scaled_dot_product_attention, []
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Any:
+        masks.append(mask)
+        return attention(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr("fastnn.functional._multihead.scaled_dot_product_attention", seen)
+    ours, theirs = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    causal, pads = (m if kind == torch.bool else torch.zeros(m.shape).masked_fill_(m, -torch.inf) for m in (CAUSAL, PADDED[:, :L]))
+    options: dict[str, Any] = {"key_padding_mask": pads, "is_causal": True, "need_weights": False}
+    x = randn(B, L, E)
+    same(ours, theirs, lambda m, x: m(x, x, x, attn_mask=causal, **options), x)
+    assert {tuple(m.shape) for m in masks if m is not None} == {(B, 1, 1, L)}
+    assert len(masks) == 2
+    if kind != torch.bool:  # a learned one has its gradient
+        learned = [causal.clone().requires_grad_() for _ in range(2)]
+        for m, mask in zip((ours, theirs), learned, strict=True):
+            m(x, x, x, attn_mask=mask, **options)[0].sum().backward()
+        torch.testing.assert_close(learned[0].grad, learned[1].grad)
+
+
+def test_compiled_with_a_causal_hint_padding_and_dropout() -> None:
+    layer = fastnn.nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+    x, calls = randn(B, L, E), {"key_padding_mask": PADDED[:, :L], "attn_mask": CAUSAL, "is_causal": True, "need_weights": False}
+    torch._dynamo.reset()
+    step = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert step(x, x, x, **calls)[0].isfinite().all()
+    layer.eval()
+    torch.testing.assert_close(step(x, x, x, **calls)[0], layer(x, x, x, **calls)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     ours, theirs = pair(nn.TransformerEncoderLayer(E, H, 20, 0.0, batch_first=True).to(dtype))
@@ -141,6 +175,8 @@ def test_layers(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> N
     pads = torch.arange(S) >= torch.tensor([[7], [2], [4]])
     same(ours, theirs, lambda m, x, y: m(x, y, CAUSAL, tgt_is_causal=True), x, memory)
     same(ours, theirs, lambda m, x, y: m(x, y, memory_key_padding_mask=pads, tgt_key_padding_mask=padded)[kept], x, memory)
+    both: dict[str, Any] = {"tgt_mask": CAUSAL, "tgt_is_causal": True, "tgt_key_padding_mask": padded}
+    same(ours, theirs, lambda m, x, y: m(x, y, **both)[kept], x, memory)
 
 
 @pytest.mark.parametrize("training", [False, True])

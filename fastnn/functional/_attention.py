@@ -124,6 +124,10 @@ def _traced_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         raise RuntimeError(
             "scaled_dot_product_attention(): dropout in a traced call needs a seed beside fastnn's own keywords"
         )
+    if causal and mask is not None:  # which torch does not take both
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+        causal = False
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, p, causal, scale=scale, enable_gqa=grouped
     )
