@@ -311,6 +311,16 @@ def test_bad_input(number: int) -> None:
         call(ours)
 
 
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
+def test_heads_that_do_not_divide(name: str) -> None:
+    for sizes in ((10, 3), (10, 0)):
+        with pytest.raises((AssertionError, ValueError)) as expected:
+            getattr(nn, name)(*sizes)
+        with pytest.raises(expected.type, match=rf"{sizes[0]}.*\b{sizes[1]}\b"):
+            getattr(fastnn.nn, name)(*sizes)
+    assert fastnn.nn.Transformer(nhead=4, num_encoder_layers=0, num_decoder_layers=0).d_model == 512
+
+
 def test_static_keys_are_torchs(calls: list[Any]) -> None:
     m = nn.MultiheadAttention(E, H)
     static = randn(B * H, S, E // H)
