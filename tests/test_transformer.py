@@ -311,6 +311,7 @@ def test_bad_input(number: int) -> None:
         call(ours)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
 def test_heads_that_do_not_divide(name: str) -> None:
     for sizes in ((10, 3), (10, 0)):
