@@ -102,7 +102,8 @@ def test_a_causal_hint_beside_padding_skips_what_is_hidden(kind: torch.dtype, mo
 
     monkeypatch.setattr("fastnn.functional._multihead.scaled_dot_product_attention", seen)
     ours, theirs = pair(nn.MultiheadAttention(E, H, batch_first=True))
-    causal, pads = (m if kind == torch.bool else torch.zeros(m.shape).masked_fill_(m, -torch.inf) for m in (CAUSAL, PADDED[:, :L]))
+    hidden = CAUSAL, PADDED[:, :L]
+    causal, pads = (m if kind == torch.bool else torch.zeros(m.shape).masked_fill_(m, -torch.inf) for m in hidden)
     options: dict[str, Any] = {"key_padding_mask": pads, "is_causal": True, "need_weights": False}
     x = randn(B, L, E)
     same(ours, theirs, lambda m, x: m(x, x, x, attn_mask=causal, **options), x)
