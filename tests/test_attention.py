@@ -3,6 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,7 +182,7 @@ def against_plain(call: Callable[[str, list[Tensor]], Any], inputs: list[Tensor]
         grads = torch.autograd.grad(finite, [t for t in leaves if t.requires_grad], upstream)
         found.append([t.double() for t in (out.detach(), lse.detach(), *grads)])
     for mine, wanted in zip(*found, strict=True):
-        largest = max(1.0, float(wanted[wanted.isfinite()].abs().amax()))
+        largest = max(1.0, float(wanted.masked_fill(~wanted.isfinite(), 0).abs().amax()))
         torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
@@ -220,6 +221,61 @@ def test_variable_lengths(options: dict[str, Any]) -> None:
             one = inputs[0][:, a:b], inputs[1][:, c:d], inputs[2][:, c:d]
             alone = attention(*one, enable_gqa=True, backend="cpu", **options)
             torch.testing.assert_close(out[:, a:b], alone, rtol=1e-5, atol=1e-6)
+
+
+def drawn(number: int) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
+    """Query, key and value, a mask, and options: each as likely as not, in any dtype, size and layout."""
+    rng = Random(number)
+    dtype, batch, heads, group = rng.choice(DTYPES), rng.choice((1, 2, 3)), rng.choice((1, 2, 3)), rng.choice((1, 1, 2, 4))
+    lq, size = rng.choice((1, 2, 5, 13, 49, 121)), rng.choice((1, 7, 8, 33, 64, 65, 257))
+    lk, value = rng.choice((lq, 1, 3, 33, 129, 513)), rng.choice((size, 5, 40, 129))
+    joined, h = rng.random() < 0.2, heads * group
+    batch = 1 if joined else batch
+    seeds = itertools.count(number * 100)
+
+    def made(*shape: int) -> Tensor:
+        return randn(*shape, dtype=torch.float64, seed=next(seeds))
+
+    shapes = (batch, h, lq, size), (batch, heads, lk, size), (batch, heads, lk, value)
+    layouts = "contiguous", "transposed", "rotated", "stepped", "offset"
+    inputs = [LAYOUTS[rng.choice(layouts)](made(*shape).to(dtype)) for shape in shapes]
+    options: dict[str, Any] = {"scale": rng.choice((None, None, 0.3, -0.5, 0.0))}
+    kind, mask = rng.choice(("none", "bool", "own", "float32")), None
+    if kind != "none":
+        shape = rng.choice(((lq, lk), (1, lk), (lq, 1), (1, 1), (batch, 1, 1, lk), (batch, h, lq, lk), (h, 1, lk), (1, h, lq, 1)))
+        mask = made(*shape)
+        mask = mask > -0.8 if kind == "bool" else mask.masked_fill(made(*shape) > 1.2, -INF)
+        mask = mask if kind == "bool" else mask.to(dtype if kind == "own" else torch.float32)
+        mask = rng.choice((mask, mask.mT.contiguous().mT, mask.expand(torch.broadcast_shapes(mask.shape, (h, 1, 1)))))
+    elif rng.random() < 0.4:
+        options["is_causal"] = True
+    more: dict[str, Callable[[], Any]] = {
+        "window": lambda: (rng.choice((None, 0, 3, 20)), rng.choice((None, 0, 2, 15))),
+        "align": lambda: "bottom-right", "softcap": lambda: 2.0, "global_prefix": lambda: rng.choice((1, 5, 70)),
+        "alibi_slopes": lambda: (made(h) if joined else made(batch, h)).abs().float(),
+    }  # fmt: skip
+    options |= {name: draw() for name, draw in more.items() if rng.random() < 0.3}
+    if rng.random() < 0.25:
+        options |= {"dropout_p": 0.3, "seed": rng.randrange(2**62)}
+    if joined:
+        for name, length in (("cu_seqlens_q", lq), ("cu_seqlens_k", lk)):
+            cuts = sorted(rng.randrange(length + 1) for _ in range(2))
+            options[name] = torch.tensor([0, *cuts, length], dtype=rng.choice((torch.int32, torch.int64)))
+    return inputs, mask, options
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_all_that_may_come_together(number: int) -> None:
+    inputs, mask, options = drawn(number)
+    learned = mask is not None and mask.dtype != torch.bool
+    leaves = [t.detach().requires_grad_() for t in (*inputs, *([mask] if learned and mask is not None else []))]
+
+    def call(backend: str, leaves: list[Tensor]) -> Any:
+        added = leaves[3] if learned else mask
+        return attention(*leaves[:3], added, enable_gqa=True, return_lse=True, backend=backend, **options)
+    tolerance = {torch.float32: 3e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 6e-3}[inputs[0].dtype]
+    mixed = learned and mask is not None and mask.dtype != inputs[0].dtype
+    against_plain(call, leaves, max(tolerance, 1e-6) if mixed else tolerance)
 
 
 @pytest.mark.parametrize("window", [(9, 4), (None, 6), (9, 0)], ids=str)
