@@ -92,6 +92,30 @@ def test_self_attention_is_one_product(batch_first: bool, calls: list[Any]) -> N
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_a_sample_of_padding_alone(kind: torch.dtype) -> None:
+    """0 before the last product, with and without weights, and finite gradients; torch's is NaN"""
+    ours, _ = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    pads = PADDED | (torch.arange(B) == 1)[:, None]
+    pads = pads if kind == torch.bool else torch.zeros(B, S).masked_fill_(pads, -torch.inf)
+    x, y = randn(B, L, E), randn(B, S, E)
+    with_weights, weights = ours(x, y, y, key_padding_mask=pads)
+    without = ours(x, y, y, key_padding_mask=pads, need_weights=False)[0]
+    torch.testing.assert_close(with_weights, without)
+    assert not weights[1].any()
+    assert weights[0].any()
+    for out in (with_weights, without):
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), list(ours.parameters())))
+
+
+def test_autocast_with_weights_and_an_added_mask() -> None:
+    ours, theirs = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    x, mask = randn(B, L, E), randn(L, L)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (m(x, x, x, attn_mask=mask) for m in (ours, theirs))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
 def test_a_causal_hint_beside_padding_skips_what_is_hidden(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask that is said to be causal is not read: what the kernel gets is the padding, a row a sequence."""
     attention, masks = f.scaled_dot_product_attention, []

@@ -140,9 +140,13 @@ def attend(
     attention = None
     if need_weights:
         scores = matmul(q * each**-0.5, k.mT, backend=backend)
+        blind = None  # rows that see nothing: 0, as where the weights are not asked for
         if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            blind = (mask if mask.dtype == torch.bool else mask == float("-inf")).all(-1, keepdim=True)
+            mask = mask.masked_fill(blind, 0)
+            scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
         attention = softmax(scores, -1, backend=backend)
+        attention = attention if blind is None else attention.masked_fill(blind, 0)
         if dropout_p > 0:
             attention = dropout(attention, dropout_p, True, backend=backend)
         out = matmul(attention, v, backend=backend)
