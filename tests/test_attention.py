@@ -517,7 +517,14 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 5])}, ["cu_seqlens_q and cu_seqlens_k"]),
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_k": torch.tensor([0, 5])},
      ["cu_seqlens_q", "from 0 to 5", "[0, 4]"]),
-    (TypeError, {"query": [1.0]}, ["query", "list"]),
+    (TypeError, {"query": [1.0]}, ["scaled_dot_product_attention(): argument 'query'", "list"]),
+    (TypeError, {"attn_mask": [[1]]}, ["scaled_dot_product_attention(): argument 'attn_mask'", "list"]),
+    (TypeError, {"attn_mask": [[1]], "is_causal": True}, ["'attn_mask'", "list"]),
+    (TypeError, {"alibi_slopes": [1.0]}, ["'alibi_slopes'", "list"]),
+    (TypeError, {"cu_seqlens_k": [0, 5]}, ["'cu_seqlens_k'", "list"]),
+    (RuntimeError, {"alibi_slopes": torch.ones(4).long()}, ["alibi_slopes", "torch.int64"]),
+    *((TypeError, {"window": window}, ["window", str(window)]) for window in (3, (1,), (1.5, 2))),
+    (ValueError, {"softcap": NAN}, ["softcap", "nan"]),
 ]  # fmt: skip
 
 
@@ -583,6 +590,10 @@ def test_cache_errors() -> None:
         cache.crop(6)
     with pytest.raises(IndexError, match=r"\[0, 3\)"):
         cache.reorder(torch.tensor([0, 1, 3]))
+    with pytest.raises(TypeError, match="list and Tensor"):
+        cache.append([1], v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="list"):
+        cache.reorder([0, 1, 2])  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="beams"):
         cache.reorder(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="-1"):
