@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
@@ -151,6 +152,38 @@ _MAKERS: dict[str, Callable[[], Model]] = {
     "resemblyzer/one_voice/1": lambda: _voices(1),
     "gpt/characters/16x128": _gpt,
     "vit/digits/256": _vit,
+}
+
+
+class SelfAttention(nn.Module):
+    """MultiheadAttention of a sequence to itself, without its weights."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return out
+
+
+def _transformers_part(kind: str, model: str, training: bool) -> Model:
+    """A layer of an encoder, or its attention. Without dropout, which would be another one for everybody."""
+    batch, length, size, heads = ENCODERS[model]
+    torch.manual_seed(0)
+    part: nn.Module = SelfAttention(size, heads)
+    if kind == "encoder_layer":
+        part = nn.TransformerEncoderLayer(size, heads, 4 * size, 0.0, "gelu", batch_first=True)
+    return Model.of(part.train(training).requires_grad_(training), (torch.randn(batch, length, size, requires_grad=training),))
+
+
+#: batch, length, size, heads
+ENCODERS = {"minilm": (32, 64, 384, 12), "bert_base": (8, 128, 768, 12)}
+_MAKERS |= {
+    f"{kind}/{model}/{mode}": partial(_transformers_part, kind, model, mode == "train")
+    for kind in ("multihead_attention", "encoder_layer")
+    for model in ENCODERS
+    for mode in ("forward", "train")
 }
 
 

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from fastnn._numerics import TORCH
+from fastnn._numerics import TORCH, all_of
 
 from .cases import Case, Inputs
 
@@ -54,15 +54,15 @@ class Job:
         return [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
 
 
-#: Does the work and returns its results: the output, or the gradients of the inputs that require one.
+#: Does the work and returns its results: the output or outputs, or the gradients of the inputs that require one.
 Work = Callable[[], tuple[Tensor, ...]]
 
 
-def as_work(job: Job, function: Callable[..., Tensor]) -> Work:
+def as_work(job: Job, function: Callable[..., Any]) -> Work:
     """The zero-argument call of a mode: forward, backward of a forward done here and now, or both."""
     inputs, leaves, grad = job.inputs, job.leaves, job.grad
     if job.case.mode == "forward":
-        return lambda: (function(*inputs),)
+        return lambda: all_of(function(*inputs))
     if job.case.mode == "train":
         return lambda: torch.autograd.grad(function(*inputs), leaves, grad)
     out = function(*inputs)
@@ -210,7 +210,7 @@ class MaxAutotune(TorchCompile):
         compiled = _compiled(with_weights, mode="max-autotune")
         with inductor.patch(freezing=True), redirect_stderr(StringIO()):  # where it lists all that it tries
             compiled(*with_weights.others)  # compiles here, where freezing is on
-        return lambda: (compiled(*with_weights.others),)
+        return lambda: all_of(compiled(*with_weights.others))
 
 
 class MaxAutotuneGPU(TorchCompile):
@@ -244,7 +244,7 @@ class _WithWeights(nn.Module):
         self.others = tuple(t for n, t in enumerate(job.inputs) if n not in job.case.parameters)
         self.eval()
 
-    def forward(self, *others: Tensor) -> Tensor:
+    def forward(self, *others: Tensor) -> Any:
         rest = iter(others)
         return self.run(
             TORCH, *(self.weights[str(n)] if str(n) in self.weights else next(rest) for n in range(self.length))
@@ -284,24 +284,28 @@ class OnnxRuntime(Peer):
             with patch.object(torch._C, "_jit_onnx_log", create=True):  # what it cannot export it would print as a whole
                 torch.onnx.export(module, module.others, file, input_names=names, dynamo=False, opset_version=20)
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        out = module(*module.others)
-        if out.dtype not in (torch.float32, torch.float64, torch.float16):
-            raise NotImplementedError(f"NumPy, through which results pass, has no {out.dtype}")
+        outs = all_of(module(*module.others))
+        for out in outs:
+            if out.dtype not in (torch.float32, torch.float64, torch.float16):
+                raise NotImplementedError(f"NumPy, through which results pass, has no {out.dtype}")
         used = {place.name for place in session.get_inputs()}  # the exporter drops what the case makes no use of
         arrays = {name: t.numpy() for name, t in zip(names, module.others, strict=True) if name in used}
-        if out.nbytes < 1 << 20:
+        if sum(out.nbytes for out in outs) < 1 << 20:
             return lambda: tuple(session.run(None, arrays))
         binding = session.io_binding()
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
-        (result,) = session.get_outputs()
-        kind, shape, dtype = out.numpy().dtype, tuple(out.shape), out.dtype
+        places = [
+            (place.name, out.numpy().dtype, tuple(out.shape), out.dtype)
+            for place, out in zip(session.get_outputs(), outs, strict=True)
+        ]
 
-        def work() -> tuple[Tensor]:
-            out = torch.empty(shape, dtype=dtype)
-            binding.bind_output(result.name, "cpu", 0, kind, shape, out.data_ptr())
+        def work() -> tuple[Tensor, ...]:
+            results = tuple(torch.empty(shape, dtype=dtype) for _, _, shape, dtype in places)
+            for (name, kind, shape, _), out in zip(places, results, strict=True):
+                binding.bind_output(name, "cpu", 0, kind, shape, out.data_ptr())
             session.run_with_iobinding(binding)
-            return (out,)
+            return results
 
         return work
 

@@ -211,6 +211,10 @@ ROWS = (
         "a step of the MLP's training",
         "minilm/embeddings/{96,32x64,1x16}", "crepe_{full,tiny}/[0-9]*", "crepe_{full,tiny}/fused/*", "digits_mlp/* resnet/*",
         "{gpt,vit}/*", "train digits_mlp/*"),
+    row("models", "MultiheadAttention to itself, MiniLM's 32 × 64, BERT-base's 8 × 128: evaluation · training · "
+        "TransformerEncoderLayer, the same: evaluation · training",
+        *(f"{mode} {kind}/{{minilm,bert_base}}/*" for kind in ("multihead_attention", "encoder_layer")
+          for mode in ("forward", "train"))),
     row("conv", "3×3, stride 1 (Winograd; shares as the plain sum counts): ResNet-50, batch 1, 8 · channels last, batch 1 · "
         "VGG-16, batch 1",
         "3x3/resnet50_*[0-9]", "3x3/*/channels_last", "3x3/vgg16_*"),

@@ -279,11 +279,16 @@ def widen(value: Any, absolute: bool = False) -> Any:
     return (wide.abs() if absolute else wide).requires_grad_(value.requires_grad)
 
 
-def results(function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
-    """The output, or with ``grad`` the gradients of all inputs that require one."""
+def all_of(found: Any) -> tuple[Any, ...]:
+    """A result, or several, as a tuple."""
+    return found if isinstance(found, tuple) else (found,)
+
+
+def results(function: Callable[..., Any], inputs: Sequence[Any], grad: Tensor | None) -> tuple[Tensor, ...]:
+    """The output (outputs, of a tuple), or with ``grad`` the gradients of all inputs that require one."""
     if grad is None:
         with torch.no_grad():
-            return (function(*inputs),)
+            return all_of(function(*inputs))
     with torch.enable_grad():
         leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         return torch.autograd.grad(function(*inputs), leaves, grad)

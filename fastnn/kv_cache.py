@@ -66,6 +66,9 @@ class KVCache:
         if is_grad_enabled() or (_is_torch_function_mode_enabled() and type(key) in PLAIN and type(value) in PLAIN):
             with torch.no_grad(), DisableTorchFunction():  # a mode, use() for one, would be asked about each property
                 return self.append(key, value)
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+            kinds = type(key).__name__, type(value).__name__
+            raise TypeError(f"KVCache.append(): key and value must be tensors, got {kinds[0]} and {kinds[1]}")
         start, shape, keys, values = self.length, key.shape, self._keys, self._values
         count = shape[2] if len(shape) == 4 else 0
         for name, new, own in (("key", key, keys), ("value", value, values)):
@@ -110,6 +113,8 @@ class KVCache:
         Raises RuntimeError if beams is no vector of the batch's size of int32 or int64.
         """
         batch = self._keys.shape[0]
+        if not isinstance(beams, Tensor):
+            raise TypeError(f"KVCache.reorder(): beams must be a tensor, got {type(beams).__name__}")
         if beams.dtype not in (torch.int32, torch.int64) or tuple(beams.shape) != (batch,):
             raise RuntimeError(
                 f"KVCache.reorder(): beams must be ({batch},) of int64, got {tuple(beams.shape)} of {beams.dtype}"

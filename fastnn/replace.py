@@ -9,12 +9,13 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch._C import _is_torch_function_mode_enabled
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import _hugging_face, backends, functional
 from .nn import REPLACEMENTS
 from .nn._epilogue import Epilogue
-from .nn._lookalike import gelu_class, originals, rms_norm_class
+from .nn._lookalike import gelu_class, leave_norms, originals, rms_norm_class, serve_norms
 from .ops._operator import PLAIN
 
 _ORIGINALS = originals  # which has the classes that are made when a look-alike is found
@@ -246,14 +247,21 @@ _inside_use: ContextVar[bool] = ContextVar("fastnn_inside_use", default=False)
 class use(TorchFunctionMode):
     """``with fastnn.use():`` torch's own calls inside (torch.matmul, @, F.linear, F.gelu, Tensor.softmax, …) are served
     by fastnn.functional, in this thread. Dropout too: see fastnn.functional.dropout for what it draws. A form of call that
-    only torch has (an ``out=`` of torch.tanh, ``x.addmm(2, a, b)``) goes to torch as it is."""
+    only torch has (an ``out=`` of torch.tanh, ``x.addmm(2, a, b)``) goes to torch as it is. Root-mean-square norms of other
+    libraries (LlamaRMSNorm, T5LayerNorm, …) call no function that is a norm: here they are known by their class, which has "norm"
+    in its name, is there when the block begins, and is tried once."""
 
     _table: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
 
     def __enter__(self) -> Self:
         if not use._table:
             use._table.update(_served())
+        serve_norms(_in_use)
         return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        leave_norms()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -272,3 +280,9 @@ class use(TorchFunctionMode):
 
 
 _find = use._table.get
+
+
+def _in_use() -> bool:
+    """Whether a call is made in a block of use() of this thread, and not by what serves one there."""
+    on = _is_torch_function_mode_enabled() and not _inside_use.get()
+    return on and any(isinstance(mode, use) for mode in _get_current_function_mode_stack())

@@ -3,6 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,12 @@ def test_a_float32_mask_beside_others(dtype: torch.dtype) -> None:
     (grad,), (wanted,) = (torch.autograd.grad(y.sum(), mask) for y in (out.double(), expected))
     assert grad.dtype == torch.float32
     torch.testing.assert_close(grad, wanted, rtol=2 * tolerance, atol=2 * tolerance)
+    for expanded in (mask[:1].expand(2, 17, 31), mask[:, :1].expand(2, 17, 31)):
+        rows = kernels._readable(expanded, q)
+        assert rows is not None
+        assert rows.untyped_storage().nbytes() <= mask.nbytes * 2
+        out, expected = attention(q, k, v, expanded, backend="cpu"), torchs(q.double(), k.double(), v.double(), expanded.double())
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -175,7 +182,7 @@ def against_plain(call: Callable[[str, list[Tensor]], Any], inputs: list[Tensor]
         grads = torch.autograd.grad(finite, [t for t in leaves if t.requires_grad], upstream)
         found.append([t.double() for t in (out.detach(), lse.detach(), *grads)])
     for mine, wanted in zip(*found, strict=True):
-        largest = max(1.0, float(wanted[wanted.isfinite()].abs().amax()))
+        largest = max(1.0, float(wanted.masked_fill(~wanted.isfinite(), 0).abs().amax()))
         torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
@@ -214,6 +221,61 @@ def test_variable_lengths(options: dict[str, Any]) -> None:
             one = inputs[0][:, a:b], inputs[1][:, c:d], inputs[2][:, c:d]
             alone = attention(*one, enable_gqa=True, backend="cpu", **options)
             torch.testing.assert_close(out[:, a:b], alone, rtol=1e-5, atol=1e-6)
+
+
+def drawn(number: int) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
+    """Query, key and value, a mask, and options: each as likely as not, in any dtype, size and layout."""
+    rng = Random(number)
+    dtype, batch, heads, group = rng.choice(DTYPES), rng.choice((1, 2, 3)), rng.choice((1, 2, 3)), rng.choice((1, 1, 2, 4))
+    lq, size = rng.choice((1, 2, 5, 13, 49, 121)), rng.choice((1, 7, 8, 33, 64, 65, 257))
+    lk, value = rng.choice((lq, 1, 3, 33, 129, 513)), rng.choice((size, 5, 40, 129))
+    joined, h = rng.random() < 0.2, heads * group
+    batch = 1 if joined else batch
+    seeds = itertools.count(number * 100)
+
+    def made(*shape: int) -> Tensor:
+        return randn(*shape, dtype=torch.float64, seed=next(seeds))
+
+    shapes = (batch, h, lq, size), (batch, heads, lk, size), (batch, heads, lk, value)
+    layouts = "contiguous", "transposed", "rotated", "stepped", "offset"
+    inputs = [LAYOUTS[rng.choice(layouts)](made(*shape).to(dtype)) for shape in shapes]
+    options: dict[str, Any] = {"scale": rng.choice((None, None, 0.3, -0.5, 0.0))}
+    kind, mask = rng.choice(("none", "bool", "own", "float32")), None
+    if kind != "none":
+        shape = rng.choice(((lq, lk), (1, lk), (lq, 1), (1, 1), (batch, 1, 1, lk), (batch, h, lq, lk), (h, 1, lk), (1, h, lq, 1)))
+        mask = made(*shape)
+        mask = mask > -0.8 if kind == "bool" else mask.masked_fill(made(*shape) > 1.2, -INF)
+        mask = mask if kind == "bool" else mask.to(dtype if kind == "own" else torch.float32)
+        mask = rng.choice((mask, mask.mT.contiguous().mT, mask.expand(torch.broadcast_shapes(mask.shape, (h, 1, 1)))))
+    elif rng.random() < 0.4:
+        options["is_causal"] = True
+    more: dict[str, Callable[[], Any]] = {
+        "window": lambda: (rng.choice((None, 0, 3, 20)), rng.choice((None, 0, 2, 15))),
+        "align": lambda: "bottom-right", "softcap": lambda: 2.0, "global_prefix": lambda: rng.choice((1, 5, 70)),
+        "alibi_slopes": lambda: (made(h) if joined else made(batch, h)).abs().float(),
+    }  # fmt: skip
+    options |= {name: draw() for name, draw in more.items() if rng.random() < 0.3}
+    if rng.random() < 0.25:
+        options |= {"dropout_p": 0.3, "seed": rng.randrange(2**62)}
+    if joined:
+        for name, length in (("cu_seqlens_q", lq), ("cu_seqlens_k", lk)):
+            cuts = sorted(rng.randrange(length + 1) for _ in range(2))
+            options[name] = torch.tensor([0, *cuts, length], dtype=rng.choice((torch.int32, torch.int64)))
+    return inputs, mask, options
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_all_that_may_come_together(number: int) -> None:
+    inputs, mask, options = drawn(number)
+    learned = mask is not None and mask.dtype != torch.bool
+    leaves = [t.detach().requires_grad_() for t in (*inputs, *([mask] if learned and mask is not None else []))]
+
+    def call(backend: str, leaves: list[Tensor]) -> Any:
+        added = leaves[3] if learned else mask
+        return attention(*leaves[:3], added, enable_gqa=True, return_lse=True, backend=backend, **options)
+    tolerance = {torch.float32: 3e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 6e-3}[inputs[0].dtype]
+    mixed = learned and mask is not None and mask.dtype != inputs[0].dtype
+    against_plain(call, leaves, max(tolerance, 1e-6) if mixed else tolerance)
 
 
 @pytest.mark.parametrize("window", [(9, 4), (None, 6), (9, 0)], ids=str)
@@ -407,6 +469,20 @@ def test_compiled_with_extras() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_compiled_dropout_with_a_mask_and_a_causal_window(kind: str) -> None:
+    """Drawn by torch, which has no word for both: each row's values are among those that it sees."""
+    q, k, v = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 9, 8), torch.eye(9)[None, None]
+    mask = torch.ones(1, 9).bool() if kind == "bool" else torch.zeros(1, 9)
+    mask[0, 2] = False if kind == "bool" else -INF
+    torch._dynamo.reset()
+    step = torch.compile(lambda *t: attention(*t, dropout_p=0.1, window=(None, 0)), fullgraph=True, backend="aot_eager")
+    weights = sum(step(q, k, v, mask) for _ in range(20))[0, 0] > 0
+    seen = torch.ones(9, 9).bool().tril()
+    seen[:, 2] = False
+    assert torch.equal(weights, seen)
+
+
 def test_use_serves_torchs_call() -> None:
     q, k, v = tensors(1, 4, 2, 9, 11, 8, 8)
     expected = torchs(q, k, v, is_causal=True, enable_gqa=True)
@@ -423,6 +499,7 @@ Q = torch.randn(1, 4, 5, 8)
 ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (RuntimeError, {"key": Q[..., :4]}, ["one size", "(1, 4, 5, 8)", "(1, 4, 5, 4)"]),
     (RuntimeError, {"value": Q[:, :, :3]}, ["one length", "(1, 4, 3, 8)"]),
+    (RuntimeError, {"value": Q.repeat(1, 1, 2, 1)}, ["one length", "(1, 4, 10, 8)"]),
     (RuntimeError, {"key": Q[:, :3], "value": Q[:, :3]}, ["broadcast", "(1, 3, 5, 8)"]),
     (RuntimeError, {"key": Q[:, :3], "value": Q[:, :3], "enable_gqa": True}, ["divide", "(1, 3, 5, 8)"]),
     (RuntimeError, {"key": Q.double()}, ["same dtype", "torch.float64"]),
@@ -440,12 +517,22 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], list[str]]] = [
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 5])}, ["cu_seqlens_q and cu_seqlens_k"]),
     (RuntimeError, {"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_k": torch.tensor([0, 5])},
      ["cu_seqlens_q", "from 0 to 5", "[0, 4]"]),
-    (TypeError, {"query": [1.0]}, ["query", "list"]),
+    (TypeError, {"query": [1.0]}, ["scaled_dot_product_attention(): argument 'query'", "list"]),
+    (TypeError, {"attn_mask": [[1]]}, ["scaled_dot_product_attention(): argument 'attn_mask'", "list"]),
+    (TypeError, {"attn_mask": [[1]], "is_causal": True}, ["'attn_mask'", "list"]),
+    (TypeError, {"alibi_slopes": [1.0]}, ["'alibi_slopes'", "list"]),
+    (TypeError, {"cu_seqlens_k": [0, 5]}, ["'cu_seqlens_k'", "list"]),
+    (RuntimeError, {"alibi_slopes": torch.ones(4).long()}, ["alibi_slopes", "torch.int64"]),
+    *((TypeError, {"window": window}, ["window", str(window)]) for window in (3, (1,), (1.5, 2))),
+    (ValueError, {"softcap": NAN}, ["softcap", "nan"]),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("rules", [False, True], ids=["kernels", "rules"])
 @pytest.mark.parametrize(("kind", "change", "words"), ERRORS, ids=lambda v: "-".join(v) if isinstance(v, dict) else None)
-def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str]) -> None:
+def test_errors(kind: type[Exception], change: dict[str, Any], words: list[str], rules: bool,
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", rules)  # by rule calls as small as these are torch's
     with pytest.raises(kind) as error:
         attention(**{"query": Q, "key": Q, "value": Q} | change)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -503,6 +590,10 @@ def test_cache_errors() -> None:
         cache.crop(6)
     with pytest.raises(IndexError, match=r"\[0, 3\)"):
         cache.reorder(torch.tensor([0, 1, 3]))
+    with pytest.raises(TypeError, match="list and Tensor"):
+        cache.append([1], v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="list"):
+        cache.reorder([0, 1, 2])  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="beams"):
         cache.reorder(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="-1"):
@@ -518,6 +609,17 @@ def test_few_multiplications_are_torchs_by_rule(calls: list[Any], monkeypatch: p
         out = attention(*inputs, enable_gqa=True, **options)
         torch.testing.assert_close(out, attention(*inputs, enable_gqa=True, backend="cpu", **options))
     assert [c.backend for c in calls][::2] == ["torch", "torch", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (None, 0)}, {}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_what_torch_gets_wrong_is_not_its_by_rule(scale: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal and with a scale that is not positive, torch's -Inf for a hidden key becomes NaN or +Inf."""
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", True)
+    inputs = tensors(1, 2, 2, 6, 6, 8, 8, grad=False)
+    out = attention(*inputs, scale=scale, **options)
+    expected = attention(*(t.double() for t in inputs), scale=scale, backend="reference", **options)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_plain_maths_is_torchs() -> None:

@@ -76,6 +76,8 @@ def _for_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, i
     for name in ("layer_norm", "rms_norm"):
         for added in (False, True):
             yield norm.rows(name, "few", added=added), 1 + added
+    monkeypatch.setitem(norm.ROWS, "more", (2100, 64))  # so large that its results are bound
+    yield norm.rows("layer_norm", "more", added=True), 2
     monkeypatch.setitem(norm.SHAPES, "small", (2, 64, 5, 3))
     for kind in ("eval", "batch", "group"):
         yield norm.norm(kind, "small", False), 1
@@ -104,6 +106,23 @@ def test_the_cases_are_of_the_models_that_people_run() -> None:
     models = ("bert_base", "gpt2", "llama_gqa", "vit_b", "resnet50", "mobilenetv2", "unet", "wav2vec2", "crepe", "deepspeech",
               "mnist", "minilm")  # fmt: skip
     assert [model for model in models if model not in names] == []
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_norm_of_a_sum_and_the_sum_are_two_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined into one they would be read again, which is nobody's work."""
+    monkeypatch.setitem(norm.ROWS, "few", (7, 64))
+    case = norm.rows(name, "few", added=True)
+    inputs = case.make(torch.float32)
+    works = {"fastnn": peers.Fastnn().prepare(Job.of(case, torch.float32, 1)), "torch": lambda: case.theirs(peers.TORCH, *inputs)}
+    for work in works.values():
+        with torch.no_grad():
+            y, total = work()
+        assert torch.equal(total, inputs[0] + inputs[1])
+        assert y.shape == total.shape
+    allowed, errors = run.check(Job.of(case, torch.float32, 1), {"fastnn": works["fastnn"]})
+    assert errors["fastnn"].within(allowed, torch.float32)
+    assert allowed.worst < LOOSE
 
 
 def _counted(case: Case) -> int:

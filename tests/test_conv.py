@@ -588,7 +588,8 @@ def test_depthwise_straight_from_the_image(problem: str, monkeypatch: pytest.Mon
 
 # input, weight, options: channels that fill vectors and do not, several blocks of them; rows that overlap; margins; strides
 CHANNELS_LAST: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "7": ("conv2d", (2, 37, 7, 7), (37, 1, 3, 3), {"padding": 1}), "even": ("conv2d", (1, 32, 6, 8), (32, 1, 3, 3), {"padding": 1}),
+    "7": ("conv2d", (2, 37, 7, 7), (37, 1, 3, 3), {"padding": 1}),
+    "even": ("conv2d", (1, 32, 6, 8), (32, 1, 3, 3), {"padding": 1}),
     "wide": ("conv2d", (1, 24, 9, 33), (24, 1, 5, 5), {"padding": 2}), "valid": ("conv2d", (2, 5, 11, 12), (5, 1, 7, 7), {}),
     "blocks": ("conv2d", (1, 200, 5, 5), (200, 1, 5, 5), {"padding": (2, 3)}),
     "stride": ("conv2d", (2, 19, 11, 13), (19, 1, 3, 3), {"padding": 1, "stride": 2}),

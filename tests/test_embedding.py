@@ -151,8 +151,9 @@ def test_empty() -> None:
 
 W = torch.ones(4, 3)
 WRONG: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda s: s.embedding(torch.tensor([1, 4]), W), "index out of range"),
-    (lambda s: s.embedding(torch.tensor([1, -1]), W), "index out of range"),
+    (lambda s: s.embedding(torch.tensor([1, 4]), W), "index out of range.*4.* 0 to 3"),
+    (lambda s: s.embedding(torch.tensor([1, -1]), W), "index out of range.*-1.* 0 to 3"),
+    (lambda s: s.embedding(torch.tensor([[1, 9]]), W.clone(), max_norm=1.0), r"index 9 out of range.*4, 3"),
     (lambda s: s.embedding(torch.tensor([1.0]), W), "indices.*Float|indices.*float32"),
     (lambda s: s.embedding(torch.tensor([1]), W[0]), r"2-D"),
     (lambda s: s.embedding(torch.tensor([1]), W, 4), "Padding_idx"),
@@ -160,9 +161,11 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("rules", [False, True], ids=["kernels", "rules"])
 @pytest.mark.parametrize("number", range(len(WRONG)))
-def test_bad_input(number: int) -> None:
-    """torch's error type, and a message with the numbers in it"""
+def test_bad_input(number: int, rules: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's error type, and a message with the numbers in it, where torch serves too"""
+    monkeypatch.setattr("fastnn.kernels.cpu.engine.overhead.RULES", rules)
     call, message = WRONG[number]
     with pytest.raises(Exception) as theirs:  # whatever torch raises
         call(F)

@@ -258,7 +258,10 @@ def test_a_gpt_writes_the_same_with_and_without_its_cache() -> None:
     expected = transformer.generate(model, data[None, :20], 40, cached=False)
     fastnn.replace(model)
     with fastnn.use():
-        assert torch.equal(transformer.generate(model, data[None, :20], 40), expected)
+        for cached in (True, False):
+            speed, written = transformer.timed(model, data[None, :20], 40, cached)
+            assert speed > 0
+            assert torch.equal(written, expected)
     assert expected.shape == (1, 60)
 
 

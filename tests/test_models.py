@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 import fastnn.bench.cases as cases
@@ -34,6 +35,8 @@ def _measure(name: str, *names: str, dtype: torch.dtype = torch.float32) -> dict
         "resnet/fused/8",
         "gpt/characters/16x128",
         "vit/digits/256",
+        "multihead_attention/minilm/train",
+        "encoder_layer/minilm/forward",
     ],
 )
 def test_models_keep_their_numbers(name: str) -> None:
@@ -83,6 +86,19 @@ def test_a_network_is_compared_layer_for_layer_and_fused() -> None:
 
     replaced, fused = models.load("resnet/replaced/8"), models.load("resnet/fused/8")
     assert norms(replaced.after) == norms(replaced.before) == norms(fused.before) > 0 == norms(fused.after)
+
+
+def test_operations_of_transformers_parts_are_as_many_as_torch_counts() -> None:
+    for name, maker in models._MAKERS.items():
+        if not name.startswith(("multihead_attention/", "encoder_layer/")):
+            continue
+        case, model = next(c for c in cases.cases("models") if c.name == name), maker().before.to("meta").train()
+        x = torch.randn(models.ENCODERS[name.split("/")[1]][:3], device="meta", requires_grad=True) * 1
+        with FlopCounterMode(display=False) as counter:
+            out = model(x)
+            if case.mode == "train":
+                torch.autograd.grad(out, [x, *model.parameters()], torch.empty_like(out))
+        assert case.flops == pytest.approx(counter.get_total_flops(), rel=0.06), name
 
 
 def test_every_model_has_a_case() -> None:

@@ -91,6 +91,65 @@ def test_self_attention_is_one_product(batch_first: bool, calls: list[Any]) -> N
     assert [c.op for c in calls if c.op == "linear"] == ["linear"] * 2
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_a_sample_of_padding_alone(kind: torch.dtype) -> None:
+    """0 before the last product, with and without weights, and finite gradients; torch's is NaN"""
+    ours, _ = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    pads = PADDED | (torch.arange(B) == 1)[:, None]
+    pads = pads if kind == torch.bool else torch.zeros(B, S).masked_fill_(pads, -torch.inf)
+    x, y = randn(B, L, E), randn(B, S, E)
+    with_weights, weights = ours(x, y, y, key_padding_mask=pads)
+    without = ours(x, y, y, key_padding_mask=pads, need_weights=False)[0]
+    torch.testing.assert_close(with_weights, without)
+    assert not weights[1].any()
+    assert weights[0].any()
+    for out in (with_weights, without):
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), list(ours.parameters())))
+
+
+def test_autocast_with_weights_and_an_added_mask() -> None:
+    ours, theirs = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    x, mask = randn(B, L, E), randn(L, L)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (m(x, x, x, attn_mask=mask) for m in (ours, theirs))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_a_causal_hint_beside_padding_skips_what_is_hidden(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask that is said to be causal is not read: what the kernel gets is the padding, a row a sequence."""
+    attention, masks = f.scaled_dot_product_attention, []
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Any:
+        masks.append(mask)
+        return attention(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr("fastnn.functional._multihead.scaled_dot_product_attention", seen)
+    ours, theirs = pair(nn.MultiheadAttention(E, H, batch_first=True))
+    hidden = CAUSAL, PADDED[:, :L]
+    causal, pads = (m if kind == torch.bool else torch.zeros(m.shape).masked_fill_(m, -torch.inf) for m in hidden)
+    options: dict[str, Any] = {"key_padding_mask": pads, "is_causal": True, "need_weights": False}
+    x = randn(B, L, E)
+    same(ours, theirs, lambda m, x: m(x, x, x, attn_mask=causal, **options), x)
+    assert {tuple(m.shape) for m in masks if m is not None} == {(B, 1, 1, L)}
+    assert len(masks) == 2
+    if kind != torch.bool:  # a learned one has its gradient
+        learned = [causal.clone().requires_grad_() for _ in range(2)]
+        for m, mask in zip((ours, theirs), learned, strict=True):
+            m(x, x, x, attn_mask=mask, **options)[0].sum().backward()
+        torch.testing.assert_close(learned[0].grad, learned[1].grad)
+
+
+def test_compiled_with_a_causal_hint_padding_and_dropout() -> None:
+    layer = fastnn.nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+    x, calls = randn(B, L, E), {"key_padding_mask": PADDED[:, :L], "attn_mask": CAUSAL, "is_causal": True, "need_weights": False}
+    torch._dynamo.reset()
+    step = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert step(x, x, x, **calls)[0].isfinite().all()
+    layer.eval()
+    torch.testing.assert_close(step(x, x, x, **calls)[0], layer(x, x, x, **calls)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     ours, theirs = pair(nn.TransformerEncoderLayer(E, H, 20, 0.0, batch_first=True).to(dtype))
@@ -141,6 +200,23 @@ def test_layers(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> N
     pads = torch.arange(S) >= torch.tensor([[7], [2], [4]])
     same(ours, theirs, lambda m, x, y: m(x, y, CAUSAL, tgt_is_causal=True), x, memory)
     same(ours, theirs, lambda m, x, y: m(x, y, memory_key_padding_mask=pads, tgt_key_padding_mask=padded)[kept], x, memory)
+    both: dict[str, Any] = {"tgt_mask": CAUSAL, "tgt_is_causal": True, "tgt_key_padding_mask": padded}
+    same(ours, theirs, lambda m, x, y: m(x, y, **both)[kept], x, memory)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_autocast_keeps_the_residuals(kind: Any, norm_first: bool, training: bool) -> None:
+    """Products in bfloat16, their sum with what came in as torch has it: the same dtype, and an error near torch's own"""
+    made = pair(kind(E, H, 20, 0.0, batch_first=True, norm_first=norm_first).train(training))
+    inputs = [randn(B, L, E) * 20] * (1 if kind is nn.TransformerEncoderLayer else 2)
+    truth = copy.deepcopy(made[1]).double()(*(t.double() for t in inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m(*inputs) for m in made)
+    assert ours.dtype == theirs.dtype
+    error, allowed = (float((y.double() - truth).abs().max()) for y in (ours, theirs))
+    assert error <= 2 * allowed
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -258,6 +334,17 @@ def test_bad_input(number: int) -> None:
         call(theirs)
     with pytest.raises(expected.type, match=message):
         call(ours)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
+def test_heads_that_do_not_divide(name: str) -> None:
+    for sizes in ((10, 3), (10, 0)):
+        with pytest.raises((AssertionError, ValueError)) as expected:
+            getattr(nn, name)(*sizes)
+        with pytest.raises(expected.type, match=rf"{sizes[0]}.*\b{sizes[1]}\b"):
+            getattr(fastnn.nn, name)(*sizes)
+    assert fastnn.nn.Transformer(nhead=4, num_encoder_layers=0, num_decoder_layers=0).d_model == 512
 
 
 def test_static_keys_are_torchs(calls: list[Any]) -> None:

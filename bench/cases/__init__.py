@@ -30,7 +30,7 @@ class Case:
         make: dtype → the inputs, the same for every provider. Tensors that require a gradient get one in ``backward``
             and ``train``.
         theirs: the work in PyTorch's words: ``theirs(F, *inputs)``, F having torch's functions; also the float64
-            reference.
+            reference. Its result is a tensor or, without gradients, may be a tuple of several.
         reference: the float64 reference where ``theirs`` has weights of its own, which float64 inputs do not widen.
         judge: what of the output is compared where the output itself is random: ``judge(output, *inputs)``.
         ours: the same in fastnn's words, where they differ (``activation=`` for a fused GELU).
@@ -55,8 +55,8 @@ class Case:
     family: str
     name: str
     make: Callable[[torch.dtype], Inputs]
-    theirs: Callable[..., Tensor]
-    ours: Callable[..., Tensor] | None = None
+    theirs: Callable[..., Any]
+    ours: Callable[..., Any] | None = None
     numpy: Callable[..., Any] | None = None
     reference: Callable[..., Tensor] | None = None
     judge: Callable[..., Tensor] | None = None

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from fastnn._numerics import Scale, results
 
-from ..models import load, loaded
+from ..models import ENCODERS, load, loaded
 from . import Case, Inputs
 
 
@@ -79,6 +79,17 @@ def _case(
 
 
 _CREPE_FULL = {"torch": 1.4, "torch.compile": 1.15, "onnxruntime": 1.0}
+
+
+def transformers_part(kind: str, model: str, mode: str) -> Case:
+    """An encoder's layer, or its attention alone."""
+    batch, length, size, _ = ENCODERS[model]
+    times = (1, 1) if mode == "forward" else (3, 3.5)  # who keeps no scores computes them again
+    products, scores = batch * length * size * size * (24 if kind == "encoder_layer" else 8), 4 * batch * length**2 * size
+    make = inference if mode == "forward" else training
+    return make(f"{kind}/{model}/{mode}", flops=int(times[0] * products + times[1] * scores))
+
+
 CASES = [
     inference("digits_mlp/inference/1437", quick=True),
     training("digits_mlp/training_step/64"),
@@ -97,4 +108,10 @@ CASES = [
     inference("resemblyzer/one_voice/1", goals={"best": 1.3}),
     inference("gpt/characters/16x128"),
     inference("vit/digits/256"),
+    *(
+        transformers_part(kind, model, mode)
+        for kind in ("multihead_attention", "encoder_layer")
+        for model in ENCODERS
+        for mode in ("forward", "train")
+    ),
 ]

@@ -94,7 +94,7 @@ ROWS |= {"llama_batch": (8192, 4096), "long_rows": (64, 1 << 19)}
 
 
 def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtypes: Any = (torch.float32,), **extra: Any) -> Case:
-    """layer_norm or rms_norm; ``added``: of the sum with a residual, which is a result too"""
+    """layer_norm or rms_norm; ``added``: of the sum with a residual, which is the second result: what the next one is added to"""
     n, size = shape = ROWS[model]
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -103,24 +103,23 @@ def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtyp
         parameters = [torch.rand(size, generator=generator).add_(0.5).to(dtype) for _ in range(2 if name == "layer_norm" else 1)]
         return tuple(t.requires_grad_(mode == "train") for t in (x, *((other,) if added else ()), *parameters))
 
-    def run(F: Any, x: Tensor, *rest: Tensor) -> Tensor:
+    def run(F: Any, x: Tensor, *rest: Tensor) -> Any:
         if not added:
             return normal(F, x, *rest)
         total = x + rest[0]
-        return normal(F, total, *rest[1:]) + total
+        return normal(F, total, *rest[1:]), total
 
     def normal(F: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         if name == "rms_norm" and torch.onnx.is_in_onnx_export():  # the exporter has no word for it; ONNX Runtime finds it again
             return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * parameters[0]
         return getattr(F, name)(x, (size,), *parameters)
 
-    def fused(F: Any, x: Tensor, *rest: Tensor) -> Tensor:
-        y, total = getattr(F, name)(x, (size,), *rest[1:], residual=rest[0], return_sum=True)
-        return y + total
+    def fused(F: Any, x: Tensor, *rest: Tensor) -> Any:
+        return getattr(F, name)(x, (size,), *rest[1:], residual=rest[0], return_sum=True)
 
     def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
         """As in ``_scale``: a parameter's gradient is a sum over rows"""
-        wanted = inputs if grad is not None else inputs[:1]
+        wanted = inputs if grad is not None else inputs[: 2 if added else 1]
         return tuple(torch.full_like(t, 8.0 if t.dim() > 1 else n, dtype=torch.float64) for t in wanted)
 
     count, first = n * size * (2 if added else 1), 2 if added else 1

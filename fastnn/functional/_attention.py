@@ -50,14 +50,16 @@ def scaled_dot_product_attention(
     return_lse: also log Σ exp(scores) of each row, (…, Lq), in float32 at least. seed: of dropout; a weight is kept as a
     function of (seed, its index in (…, Lq, Lk)), and without a seed one is drawn from torch's default generator.
 
-    Raises RuntimeError for shapes and dtypes that do not fit, dropout_p outside [0, 1), both attn_mask and is_causal, and
-    slopes that require a gradient;
-    ValueError for an unknown align or a negative window, softcap or global_prefix.
+    Raises TypeError for what is no tensor or no pair; RuntimeError for shapes and dtypes that do not fit, dropout_p outside
+    [0, 1), both attn_mask and is_causal, and slopes that require a gradient; ValueError for an unknown align or a negative
+    window, softcap or global_prefix.
     """
     if align not in ("top-left", "bottom-right"):
         raise ValueError(
             f"scaled_dot_product_attention(): align got {align!r}, allowed are 'top-left' and 'bottom-right'"
         )
+    if not (attn_mask is alibi_slopes is cu_seqlens_q is cu_seqlens_k is None):
+        _need_tensors(attn_mask=attn_mask, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if attn_mask is not None and is_causal:
         raise RuntimeError(
             "scaled_dot_product_attention(): Explicit attn_mask should not be set when is_causal=True, got a mask of "
@@ -67,7 +69,7 @@ def scaled_dot_product_attention(
         raise RuntimeError(
             "scaled_dot_product_attention(): alibi_slopes have no gradient: detach() them, or pass what they add as attn_mask"
         )
-    left, right = (-1, -1) if window is None else (-1 if side is None else side for side in window)
+    left, right = (-1, -1) if window is None else _sides(window)
     if is_causal:
         right = 0 if right < 0 else min(right, 0)
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
@@ -78,6 +80,8 @@ def scaled_dot_product_attention(
                 query, key, value = _broadcast(query, key, value, enable_gqa)
         if scale is None:
             scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
+    else:
+        _need_tensors(query=query, key=key, value=value)
     if dropout_p and seed is None:
         if is_traced():
             reason = "a traced call cannot draw a new seed each time"
@@ -94,6 +98,19 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_p, seed or 0, scale,
         left, right, align == "bottom-right", global_prefix, softcap, backend,
     )  # fmt: skip
+
+
+def _need_tensors(**given: Any) -> None:
+    for name, t in given.items():
+        if t is not None and not isinstance(t, Tensor):
+            kind = type(t).__name__
+            raise TypeError(f"scaled_dot_product_attention(): argument '{name}' must be Tensor, not {kind}")
+
+
+def _sides(window: Any) -> list[int]:
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(n is None or isinstance(n, int) for n in window)):
+        raise TypeError(f"scaled_dot_product_attention(): window must be two integers, each may be None, got {window!r}")
+    return [-1 if side is None else side for side in window]
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +141,10 @@ def _traced_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         raise RuntimeError(
             "scaled_dot_product_attention(): dropout in a traced call needs a seed beside fastnn's own keywords"
         )
+    if causal and mask is not None:  # which torch does not take both
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+        causal = False
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, p, causal, scale=scale, enable_gqa=grouped
     )

@@ -116,11 +116,12 @@ def attend(
     _check_mask("attn_mask", attn_mask, [(length, keys), (batch * heads, length, keys)])
     _check_mask("key_padding_mask", key_padding_mask, [(batch, keys)])
 
-    if is_causal and key_padding_mask is None and not need_weights and extra[0] is None and not zero:
-        mask = None
+    pads = None if key_padding_mask is None else key_padding_mask.view(batch, 1, 1, keys)
+    learned = pads is not None and attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if is_causal and not (learned or need_weights or extra[0] is not None or zero):
+        mask = pads
     else:
         is_causal = False
-        pads = None if key_padding_mask is None else key_padding_mask.view(batch, 1, 1, keys)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.view(batch, heads, length, keys)
         mask = _merged(attn_mask, pads, query.dtype)
@@ -139,16 +140,21 @@ def attend(
     attention = None
     if need_weights:
         scores = matmul(q * each**-0.5, k.mT, backend=backend)
+        blind = None  # rows that see nothing: 0, as where the weights are not asked for
         if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            blind = (mask if mask.dtype == torch.bool else mask == float("-inf")).all(-1, keepdim=True)
+            mask = mask.masked_fill(blind, 0)
+            scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
         attention = softmax(scores, -1, backend=backend)
+        attention = attention if blind is None else attention.masked_fill(blind, 0)
         if dropout_p > 0:
             attention = dropout(attention, dropout_p, True, backend=backend)
         out = matmul(attention, v, backend=backend)
         attention = attention.mean(1) if average else attention
     else:
         keep = mask.logical_not() if mask is not None and mask.dtype == torch.bool else mask  # True: attended to
-        out = scaled_dot_product_attention(q, k, v, keep, dropout_p, is_causal, backend=backend)
+        window = (None, 0) if is_causal else None  # which may stand beside a mask
+        out = scaled_dot_product_attention(q, k, v, keep, dropout_p, window=window, backend=backend)
     out = linear(out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2), out_weight, out_bias, backend=backend)
     if alone:
         out = out.squeeze(0 if batch_first else 1)

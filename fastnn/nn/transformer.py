@@ -4,7 +4,8 @@ In torch's layers a residual is added where the next normalisation, or the produ
 was changed (another class, hooks, a forward of its own) is called as the module that it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional._multihead import attend
+from ._epilogue import may_add
 from .activation import GELU, Dropout, ReLU, SiLU
 from .matmul import Linear
 from .norm import LayerNorm
@@ -39,10 +41,14 @@ def _fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _linear(layer: Any, part: Any, x: Tensor, activation: Any = None, residual: Tensor | None = None) -> Tensor:
-    """activation(part(x) + residual)"""
+    """activation(part(x)), or part(x) + residual"""
     name = _fused_name(activation) if activation is not None else None
     if _plain(part, nn.Linear, Linear):
-        x = F.linear(x, part.weight, part.bias, activation=name, residual=residual, backend=layer.backend)
+        inside = may_add(residual, x, part.weight, (*x.shape[:-1], part.out_features))
+        more: dict[str, Any] = {"activation": name, "residual": residual if inside else None}
+        x = F.linear(x, part.weight, part.bias, **more, backend=layer.backend)
+        if residual is not None and not inside:
+            x = x + residual
         return x if name is not None or activation is None else activation(x)
     x = part(x)
     x = x if residual is None else x + residual
@@ -69,8 +75,21 @@ def _switch_children(module: nn.Module) -> None:
             child.__class__ = REPLACEMENTS[type(child)]
 
 
+@contextmanager
+def _with_numbers(size: int, heads: int) -> Iterator[None]:
+    """What torch's constructors raise for heads that do not divide, and the numbers."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{error}, got {size} and {heads}") from None
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     backend: str | None = None
+
+    def __init__(self, embed_dim: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
+        with _with_numbers(embed_dim, num_heads):
+            super().__init__(embed_dim, num_heads, *args, **kwargs)
 
     def forward(
         self,
@@ -99,8 +118,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     backend: str | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, d_model: int, nhead: int, *args: Any, **kwargs: Any) -> None:
+        with _with_numbers(d_model, nhead):
+            super().__init__(d_model, nhead, *args, **kwargs)
         _switch_children(self)
 
     def forward(
@@ -123,8 +143,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     backend: str | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, d_model: int, nhead: int, *args: Any, **kwargs: Any) -> None:
+        with _with_numbers(d_model, nhead):
+            super().__init__(d_model, nhead, *args, **kwargs)
         _switch_children(self)
 
     def forward(
@@ -187,8 +208,9 @@ class TransformerDecoder(nn.TransformerDecoder):
 class Transformer(nn.Transformer):
     backend: str | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, d_model: int = 512, nhead: int = 8, *args: Any, **kwargs: Any) -> None:
+        with _with_numbers(d_model, nhead):
+            super().__init__(d_model, nhead, *args, **kwargs)
         _switch_children(self)
 
 

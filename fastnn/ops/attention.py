@@ -66,7 +66,7 @@ def _check(
     for word, number in (("left", o.left), ("right", o.right)):
         if number < -1:
             raise ValueError(f"{name}(): window's {word} side must be -1 (all keys) or more, got {number}")
-    if o.prefix < 0 or o.softcap < 0:
+    if o.prefix < 0 or not o.softcap >= 0:
         raise ValueError(f"{name}(): global_prefix and softcap must not be negative, got {o.prefix} and {o.softcap}")
     _check_batch(name, query, key, value)
     scores = (*query.shape[:-1], key.shape[-2])
@@ -82,6 +82,8 @@ def _check(
         raise RuntimeError(
             f"{name}(): alibi_slopes must broadcast to {tuple(query.shape[:-2])}, got {tuple(slopes.shape)}"
         )
+    if slopes is not None and not slopes.is_floating_point():
+        raise RuntimeError(f"{name}(): alibi_slopes must be of a floating dtype, got {slopes.dtype}")
     _check_offsets(name, query, key, offsets_q, offsets_k)
     if query.shape[-1] == 0:
         return "heads of size 0 have no fastnn kernel"

@@ -21,6 +21,13 @@ def _check(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq
     return only_torch(weight.dtype)
 
 
+def _explain(weight: Tensor, indices: Tensor, *rest: Any) -> None:
+    """What torch's error for a number out of range does not say: which"""
+    wrong = indices[(indices < 0) | (indices >= weight.shape[0])]
+    if wrong.numel():
+        raise IndexError(f"embedding(): index out of range: got {int(wrong[0])}, allowed are 0 to {weight.shape[0] - 1}")
+
+
 def _check_backward(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool) -> str | None:
     _check_indices("embedding_backward", indices)
     if grad.dim() == 0 or grad.shape[:-1] != indices.shape:
@@ -40,6 +47,7 @@ embedding: Operator = Operator(
     "embedding(Tensor weight, Tensor indices, int padding_idx, bool scale_grad_by_freq) -> Tensor",
     "embedding",
     check=_check,
+    explain=_explain,
     allocate=lambda plan, weight, indices, *_: weight.new_empty((*indices.shape, weight.shape[1])),
     torch=torch.embedding,
     save=_save,

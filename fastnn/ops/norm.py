@@ -272,8 +272,8 @@ def _make_rows(name: str, centred: bool) -> tuple[Operator, Operator, Operator]:
         return _torch_rows(centred, total, *rest), total
 
     def check_sum(input: Tensor, residual: Tensor, weight: Any, bias: Any, shape: Sequence[int], eps: float) -> str | None:
-        reason = _check_rows(f"add_{name}", input, shape, weight, bias)
-        _check_like(f"add_{name}", "residual", residual, input)
+        reason = _check_rows(name, input, shape, weight, bias)
+        _check_like(name, "residual", residual, input)
         return reason
 
     def check_backward(

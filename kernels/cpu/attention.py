@@ -86,13 +86,20 @@ def _unit(t: Tensor, exact: bool = False) -> Tensor:
         return t
     if exact:
         return t.contiguous()
-    return t[tuple(slice(0, 1 if step == 0 else size) for size, step in zip(t.shape, t.stride()))].contiguous()
+    return _distinct(t).contiguous()
+
+
+def _distinct(t: Tensor) -> Tensor:
+    """What an expanded tensor was expanded from"""
+    return t[tuple(slice(0, 1 if step == 0 else size) for size, step in zip(t.shape, t.stride()))]
 
 
 def _readable(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The mask as the kernels know it: bool, or of the queries' dtype or the one that they are computed in"""
     mask = None if mask is None else _unit(mask)
-    return mask.double() if mask is not None and mask.dtype == torch.float32 and query.dtype == torch.float64 else mask
+    if mask is not None and mask.dtype == torch.float32 and query.dtype == torch.float64:
+        return _distinct(mask).double()
+    return mask
 
 
 class Plan:
@@ -375,8 +382,10 @@ _SHORTER = 1 << 18, 1 << 20
 
 def _few(query: Tensor, key: Tensor, value: Tensor, mask: Any, slopes: Any, offsets_q: Any, offsets_k: Any, dropout: float,
          seed: int, scale: float, left: int, right: int, *rest: Any) -> str | None:
-    """Of calls that torch's own function serves; not with masks, as rows might see nothing, nor dropout, which draws others."""
-    if mask is slopes is offsets_q is offsets_k is None and not dropout and left == -1 and right in (-1, 0) and not any(rest):
+    """Of calls that torch's own function serves; not with masks, as rows might see nothing, nor dropout, which draws others. Of
+    keys and values that differ in length it reads as many of both, and a scale of 0 or less makes NaN of what is_causal hides."""
+    plain = mask is slopes is offsets_q is offsets_k is None and not dropout and left == -1 and right in (-1, 0) and not any(rest)
+    if plain and key.shape[-2:-1] == value.shape[-2:-1] and scale > 0:
         size = query.numel() * key.shape[-2] * 2 if key.dim() > 1 else 0
         return torch_is_shorter(query, *_SHORTER, size=size) if size else None
     return None

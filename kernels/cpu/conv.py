@@ -955,7 +955,8 @@ _AS_FAST = range(9, 32)  # rows of outputs in which 3 × 3 filters are as fast, 
 
 @lru_cache(1024)
 def _last(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], size: int, y_shape: tuple[int, ...],
-          y_stride: tuple[int, ...], stride: int, padding: tuple[int, ...], transposed: bool) -> tuple[array[int], array[int], int]:
+          y_stride: tuple[int, ...], stride: int, padding: tuple[int, ...],
+          transposed: bool) -> tuple[array[int], array[int], int]:
     """The fields, the offsets by which the weight is arranged, the number of threads."""
     (n, channels, h, w), (_, _, oh, ow) = x_shape, y_shape
     ph, pw = (size - 1 - p if transposed else p for p in padding)

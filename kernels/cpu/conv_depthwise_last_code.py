@@ -35,7 +35,8 @@ from .engine.simd import (
 )
 
 HIGH, WIDE = 2, 4  # positions at once
-(_N, _C, _H, _W, _OH, _OW, _PH, _PW, _XN, _XH, _XW, _YN, _YH, _YW, _SIZE, _STRIDE, _BLOCK, _PART) = (8 * i for i in range(len(LAST)))
+(_N, _C, _H, _W, _OH, _OW, _PH, _PW, _XN, _XH, _XW, _YN, _YH, _YW, _SIZE, _STRIDE, _BLOCK, _PART) = (
+    8 * i for i in range(len(LAST)))
 
 
 def _met(size: int, stride: int, row: int) -> Any:
