@@ -275,8 +275,8 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         source, target = wide(elem, vectors), wide(c_elem, vectors)
 
         @inline
-        def reduce(x, xd, xh, dt, ht, ahead, y, n):
-            """y = the reduction of dt · ht rows; those that the next output row adds are fetched"""
+        def reduce(x, xd, xh, dt, ht, y, n):
+            """y = the reduction of dt · ht rows"""
             total = spread(target, nothing)
             for d in range(dt):
                 row = x + d * xd
@@ -292,7 +292,6 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         w_in, w_out, k, stride, pad = at(g, IN + 2), at(g, OUT + 2), at(g, SIZE + 2), at(g, STRIDE + 2), at(g, PAD + 2)
         tap = at(g, DILATION + 2) * c_size
         xd, xh = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1)
-        ahead = at(g, STRIDE + 1) * at(g, X + 3)
         whole, adaptive, divisor = at(g, WHOLE), at(g, ADAPTIVE), at(g, DIVISOR)
         counts = scratch + thread * at(g, ROOM)
         buffers = counts + (w_out + L) * c_size
@@ -324,16 +323,16 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                 n, c, od, oh = next_row(g, channels, n, c, od, oh)
                 i = 0
                 while i + W <= w_in:
-                    column_several(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, W)
+                    column_several(source + i * size, xd, xh, dt, ht, here + i * c_size, W)
                     i += W
                 while i + L <= w_in:
-                    column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
+                    column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
                     i += L
                 if i < w_in and w_in >= L:
                     i = w_in - L
-                    column_one(source + i * size, xd, xh, dt, ht, ahead, here + i * c_size, L)
+                    column_one(source + i * size, xd, xh, dt, ht, here + i * c_size, L)
                 elif i < w_in:
-                    column_rest(source, xd, xh, dt, ht, ahead, here, w_in)
+                    column_rest(source, xd, xh, dt, ht, here, w_in)
             for r in range(rows):
                 buffer, target = buffers + r * length * c_size, row_of(g, Y, y, n2, c2, od2, oh2)
                 scale = float(divisor if divisor else window(g, 0, od2)[2] * window(g, 1, oh2)[2])
