@@ -38,7 +38,6 @@ from .engine.simd import (
     load_scalar,
     load_steps,
     maximum_fast,
-    prefetch,
     reduce_add,
     reduce_max,
     select,
@@ -68,7 +67,6 @@ from .pool_slots import (
     Y,
 )
 
-LINE = 64  # bytes
 WIDTH = 4  # vectors that are worked on at once
 FAR = 2**30  # the place of what is not in the image
 ENTRY = 24  # bytes of an entry in the list of windows that cover a pixel
@@ -703,19 +701,16 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     def step(source: Elem, target: Elem, masked: bool) -> Any:
         @inline
         def chunk(i, n, args):
-            x, xd, xh, xw, dt, ht, wt, ahead, y, count = args
+            x, xd, xh, xw, dt, ht, wt, y, count = args
             total = spread(target, nothing)
             for d in range(dt):
                 row = x + d * xd + i * size
                 for _h in range(ht):
-                    part, place = spread(target, nothing), row
+                    part, place = spread(target, nothing) if average else total, row
                     for _w in range(wt):
-                        if source.lanes > elem.lanes:  # what the next pixel's window adds
-                            prefetch(place + ahead)
-                            prefetch(place + ahead + LINE)
                         part = both(part, load_n(source, place, n) if masked else load(source, place))
                         place += xw
-                    total = both(total, part)
+                    total = both(total, part) if average else part
                     row += xh
             if average:
                 total = total / count
@@ -730,7 +725,6 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
     def body(thread, threads, x, y, g, scratch):
         width, channels, block, divisor = at(g, OUT + 2), at(g, C), at(g, BLOCK), at(g, DIVISOR)
         xd, xh, xw = at(g, X + 2) * at(g, DILATION), at(g, X + 3) * at(g, DILATION + 1), at(g, X + 4) * at(g, DILATION + 2)
-        ahead = 0 if at(g, ADAPTIVE) else at(g, STRIDE + 2) * at(g, X + 4)
         blocks = (channels + block - 1) // block
         first, end = over(thread, threads, at(g, N) * blocks * at(g, OUT) * at(g, OUT + 1))
         n, b, od, oh = first_row(g, first, blocks)
@@ -742,7 +736,7 @@ def pool_across(elem_name: str, average: bool) -> Callable[..., Any]:
             n, b, od, oh = next_row(g, blocks, n, b, od, oh)
             for ow in range(width):
                 w0, wt, wc = window(g, 2, ow)
-                chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, ahead, target + ow * at(g, Y + 4),
+                chunks(c0, c1, (source + w0 * at(g, X + 4), xd, xh, xw, dt, ht, wt, target + ow * at(g, Y + 4),
                                 float(divisor if divisor else dc * hc * wc)))
 
     def kernel(threads, x, y, g, scratch):
