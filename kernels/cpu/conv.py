@@ -4,9 +4,9 @@ Everything is three-dimensional here: a missing dimension has size 1. A convolut
 one falls into as many *phases* as the product of its strides, each a convolution of stride 1 with some of the taps, so that
 nothing is multiplied by the zeros between (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
 
-More ways, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, filters of one tap as
-a plain product, transposed ones of long rows as a product for all taps and a sum, small groups and large filters from padded
-planes, large filters over many short sequences with sequences side by side in a vector, and depthwise ones straight from the image.
+More ways, for float32: 3 × 3 filters by Winograd's algorithm where its errors obey the rule and it is faster, filters of one tap
+as a plain product, transposed ones of long rows as a product for all taps and a sum, small groups and large filters from padded
+planes, large filters over many short sequences with sequences side by side in a vector, depthwise ones straight from the image.
 Which one is taken depends on shapes and strides alone, so a call has the same bits each time; only an image with an Inf or NaN is
 computed anew where Winograd's way met it.
 

@@ -21,7 +21,7 @@ from .engine import threads
 from .engine.build import Kernel, made_by
 from .engine.host import simd
 from .engine.workspace import workspace
-from .pool_slots import OWN, ROWS
+from .pool_slots import OWN, ROW_ENTRY, ROWS
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SERIAL = 32 << 10  # bytes below which a second thread costs more than it brings
@@ -83,6 +83,8 @@ def _plan(kind: str, across: bool, item: int, count: int, dims: int, x_size: Siz
     line = (outs[2] + lanes) * s[2] + k[2] * d[2] + sizes[2] + 4 * lanes
     room = ((ROWS if kind == "forward" else 2) * line + 2 * (outs[2] + lanes)) * compute + OWN
     back = kind == "backward"
+    if kind == "forward" and not across:
+        room += ROW_ENTRY * outs[0] * outs[1]
     block = c
     if n * (volume if back else pixels) < 4 * threads:
         block = -(-c // threads // 16) * 16

@@ -57,6 +57,7 @@ from .pool_slots import (
     OUT,
     PAD,
     ROOM,
+    ROW_ENTRY,
     ROWS,
     SIZE,
     STRIDE,
@@ -298,13 +299,13 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
         for o in range(w_out + L):
             count = window(g, 2, o)[2] if o < w_out and not divisor else 1
             store_scalar(c_elem, counts + o * c_size, count)
-        first, end = over(thread, threads, at(g, N) * at(g, C) * at(g, OUT) * at(g, OUT + 1))
-        channels = at(g, C)
-        n, c, od, oh = first_row(g, first, channels)
+        channels, depth, height = at(g, C), at(g, OUT), at(g, OUT + 1)
+        xn, xc, yn, yc = at(g, X), at(g, X + 1), at(g, Y), at(g, Y + 1)
         if whole:
             scale = 1.0 / float(divisor if divisor else w_in)
-            xn, xc, yn, yc = at(g, X), at(g, X + 1), at(g, Y), at(g, Y + 1)
-            for _unit in range(first, end):
+            first, end = over(thread, threads, at(g, N) * channels)
+            n, c = first // channels, first % channels
+            for _plane in range(first, end):
                 total = run_input(x + n * xn + c * xc, w_in)
                 store_scalar(elem, y + n * yn + c * yc, total * scale if average else total)
                 c += 1
@@ -312,13 +313,31 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                     c = 0
                     n += 1
             return
+        # Of each row of a plane's outputs: where its window begins, where it goes, rows of the window, what an average divides by
+        table = buffers + ROWS * length * c_size
+        for od in range(depth):
+            d0, dt, dc = window(g, 0, od)
+            for oh in range(height):
+                h0, ht, hc = window(g, 1, oh)
+                entry = table + (od * height + oh) * ROW_ENTRY
+                store_scalar(INT64, entry, d0 * at(g, X + 2) + h0 * at(g, X + 3))
+                store_scalar(INT64, entry + 8, od * at(g, Y + 2) + oh * at(g, Y + 3))
+                store_scalar(INT64, entry + 16, dt)
+                store_scalar(INT64, entry + 24, ht)
+                store_scalar(INT64, entry + 32, divisor if divisor else dc * hc)
+        last = table + depth * height * ROW_ENTRY
+        first, end = over(thread, threads, at(g, N) * channels * depth * height)
+        plane = first // (depth * height)
+        entry = table + first % (depth * height) * ROW_ENTRY
+        n, c = plane // channels, plane % channels
         for unit in range(first, end, ROWS):
-            rows, n2, c2, od2, oh2 = min(ROWS, end - unit), n, c, od, oh
+            rows, again, n2, c2 = min(ROWS, end - unit), entry, n, c
             for r in range(rows):
-                d0, dt, _ = window(g, 0, od)
-                h0, ht, _ = window(g, 1, oh)
-                source, here = row_of(g, X, x, n, c, d0, h0), buffers + (r * length + pad) * c_size
-                n, c, od, oh = next_row(g, channels, n, c, od, oh)
+                source, here = x + n * xn + c * xc + load_scalar(INT64, entry), buffers + (r * length + pad) * c_size
+                dt, ht = load_scalar(INT64, entry + 16), load_scalar(INT64, entry + 24)
+                entry += ROW_ENTRY
+                if entry == last:
+                    entry, n, c = table, n + (c + 1) // channels, (c + 1) % channels
                 i = 0
                 while i + W <= w_in:
                     column_several(source + i * size, xd, xh, dt, ht, here + i * c_size, W)
@@ -332,9 +351,11 @@ def pool_along(elem_name: str, average: bool) -> Callable[..., Any]:
                 elif i < w_in:
                     column_rest(source, xd, xh, dt, ht, here, w_in)
             for r in range(rows):
-                buffer, target = buffers + r * length * c_size, row_of(g, Y, y, n2, c2, od2, oh2)
-                scale = float(divisor if divisor else window(g, 0, od2)[2] * window(g, 1, oh2)[2])
-                n2, c2, od2, oh2 = next_row(g, channels, n2, c2, od2, oh2)
+                buffer, target = buffers + r * length * c_size, y + n2 * yn + c2 * yc + load_scalar(INT64, again + 8)
+                scale = float(load_scalar(INT64, again + 32))
+                again += ROW_ENTRY
+                if again == last:
+                    again, n2, c2 = table, n2 + (c2 + 1) // channels, (c2 + 1) % channels
                 if adaptive or (k > 2 * L and stride > 2):
                     for o in range(w_out):
                         place, taps = o * stride, k

@@ -13,3 +13,4 @@ BLOCK = 34  # across: channels that a thread works on at once
 OWN = 512  # bytes at the beginning of a thread's scratch memory for two vectors of numbers and of places
 ROOM = 35  # bytes of scratch memory a thread
 ROWS = 8  # along: rows whose columns are reduced before their windows are: what was just stored is slow to load at other places
+ROW_ENTRY = 40  # along: bytes of an entry in the table of a plane's rows
