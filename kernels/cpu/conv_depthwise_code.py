@@ -142,6 +142,25 @@ def putter(p: Any) -> Any:
     return put_vector
 
 
+def part_putter(e: Any) -> Any:
+    """put(…): the same for the first n lanes, or all; the bias is in the sums already"""
+    lanes = e.lanes
+
+    @inline
+    def put(v, y, res, act, n):
+        if res != 0:
+            v = v + load_n(e, res, n) if n < lanes else v + load(e, res)
+        if act != 0:
+            v = maximum_fast(0.0, v)
+            if act == RELU6:
+                v = minimum_fast(6.0, v)
+        if n < lanes:
+            store_n(e, y, v, n)
+        else:
+            store(e, y, v)
+    return put
+
+
 def bands(e: Any) -> Any:
     """(lay_out, copy_band): a part of the image with its padding, one row behind the other, so that no tap leaves it."""
     p = compute_elem(e)

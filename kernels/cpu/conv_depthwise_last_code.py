@@ -14,7 +14,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .conv_code import get
-from .conv_depthwise_code import RELU6
+from .conv_depthwise_code import part_putter
 from .conv_fields import LAST
 from .engine.region import parallel
 from .engine.simd import (
@@ -25,13 +25,9 @@ from .engine.simd import (
     inline,
     load_n,
     load_vector,
-    maximum_fast,
-    minimum_fast,
     multiply_add,
     outline,
     spread,
-    store,
-    store_n,
 )
 
 HIGH, WIDE = 2, 4  # positions at once
@@ -76,20 +72,7 @@ def _met(size: int, stride: int, row: int) -> Any:
 def last(elem_name: str) -> Any:
     """``conv_fields.LAST`` lists what ``geo`` points to; weights in panels of one vector."""
     e = FLOAT32
-    lanes = e.lanes
-
-    @inline
-    def put(v, y, res, act, n):
-        if res != 0:
-            v = v + load_n(e, res, n)
-        if act != 0:
-            v = maximum_fast(0.0, v)
-            if act == RELU6:
-                v = minimum_fast(6.0, v)
-        if n < lanes:
-            store_n(e, y, v, n)
-        else:
-            store(e, y, v)
+    lanes, put = e.lanes, part_putter(e)
 
     def filters(size: int, stride: int) -> Any:
         several = (HIGH - 1) * stride + size

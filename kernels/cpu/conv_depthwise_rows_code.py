@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .conv_code import get
-from .conv_depthwise_code import RELU6
+from .conv_depthwise_code import part_putter
 from .conv_fields import ROWS
 from .engine.region import parallel
 from .engine.simd import (
@@ -24,21 +24,15 @@ from .engine.simd import (
     Vector,
     i64,
     inline,
-    load,
-    load_n,
     load_scalar,
     load_vector,
     mask_bytes,
     mask_from,
-    maximum_fast,
-    minimum_fast,
     multiply_add,
     outline,
     prefetch,
     splat,
     spread,
-    store,
-    store_n,
 )
 
 MANY = 4  # rows at once
@@ -92,20 +86,7 @@ def _masks(count: int) -> Any:
 def rows(elem_name: str) -> Any:
     """``conv_fields.ROWS`` lists what ``geo`` points to."""
     e = FLOAT32
-    lanes, bits = e.lanes, mask_bytes(e)
-
-    @inline
-    def put(v, y, res, act, n):
-        if res != 0:
-            v = v + load_n(e, res, n) if n < lanes else v + load(e, res)
-        if act != 0:
-            v = maximum_fast(0.0, v)
-            if act == RELU6:
-                v = minimum_fast(6.0, v)
-        if n < lanes:
-            store_n(e, y, v, n)
-        else:
-            store(e, y, v)
+    lanes, bits, put = e.lanes, mask_bytes(e), part_putter(e)
 
     def filters(size: int, stride: int) -> Any:
         several = (MANY - 1) * stride + size
