@@ -52,7 +52,7 @@ _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff")
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
 _WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
-_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 13)
+_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 15)
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
@@ -438,17 +438,17 @@ def _tile_count(size: int, n: int, dilation: int) -> int:
 
 
 @lru_cache(1024)
-def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_stride: tuple[int, ...],
-           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int],
+def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], planes: int, w_stride: tuple[int, ...],
+           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
            transposed: bool, sets: int) -> Tiles:
-    """The description of a problem that ``_by_winograd`` accepts."""
+    """The description of a problem that ``_by_winograd`` accepts, of filters of so many planes."""
     f = _format(torch.float32)
-    n, channels, h, w = x_shape
-    _, outputs, oh, ow = y_shape
+    (n, channels, *_), outputs = x_shape, y_shape[1]
+    (d, h, w), (od, oh, ow), (_, dh, dw) = _three(x_shape[2:], 1), _three(y_shape[2:], 1), _three(dilation, 1)
     channels, outputs = channels // sets, outputs // sets
-    dh, dw = dilation
+    depth = planes * channels
     th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
-    total, vectors = n * th * tw, -(-outputs // f.lanes)
+    total, vectors = n * od * th * tw, -(-outputs // f.lanes)
     # Few tiles: each thread transforms them all and computes some of the outputs.
     cuts = 1 if total >= 16 * nt or sets >= 4 * nt else nt
     blocks = -(-total // 32)
@@ -458,11 +458,11 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     panels = -(-vectors // f.vecs)
     groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
     cuts = min(cuts, groups)
-    each = 30 * (vectors * f.lanes * channels * f.unit + groups * 320)
+    each = 30 * (vectors * f.lanes * depth * f.unit + groups * 320)
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
-    place = _spread(_up(block, f.lanes) * channels * f.unit)
+    place = _spread(_up(block, f.lanes) * depth * f.unit)
     m_place = _spread(block * row)
     at_segments = _up(8 * (block + f.lanes), 64)
     at_short = _up(at_segments + 120 * (block + 1), 64)
@@ -470,16 +470,17 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     at_lines = at_zeros + _up(max(width, channels + f.lanes, w + 8 + f.lanes) * f.unit, 64)
     at_v = _up(max(at_lines + 6 * width * f.unit, f.lanes * 12 * block * f.unit, 12 * row), 4096)
     at_m = _up(at_v + 30 * place, 64)
-    steps = [s * f.size for s in (*x_stride, *y_stride)]
-    pads = [2 * d - p for p, d in zip(padding, dilation, strict=True)] if transposed else padding
+    xs, ys = ([f.size * s for s in (*t[:2], *_three(t[2:], 0))] for t in (x_stride, y_stride))
+    pd, ph, pw = (end - p if transposed else p for p, end in zip(_three(padding, 0), (planes - 1, 2 * dh, 2 * dw), strict=True))
     values = {
-        "images": n, "channels": channels, "outputs": outputs, "h": h, "w": w, "oh": oh, "ow": ow, "ph": pads[0], "pw": pads[1],
-        "dh": dh, "dw": dw, "xn": steps[0], "xc": steps[1], "xh": steps[2], "xw": steps[3], "yn": steps[4], "yo": steps[5],
-        "yh": steps[6], "yw": steps[7], "th": th, "tw": tw, "block": block, "cuts": cuts, "panels": panels, "groups": groups,
-        "sets": sets, "set": each, "chain": _cut(channels, 16 if channels < 128 else 32), "x_last": int(last),
+        "images": n, "channels": channels, "outputs": outputs, "d": d, "h": h, "w": w, "od": od, "oh": oh, "ow": ow, "pd": pd,
+        "ph": ph, "pw": pw, "dh": dh, "dw": dw, "taps": planes, "xn": xs[0], "xc": xs[1], "xd": xs[2], "xh": xs[3], "xw": xs[4],
+        "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw, "block": block, "cuts": cuts,
+        "panels": panels, "groups": groups, "sets": sets, "set": each, "chain": _cut(depth, 16 if depth < 128 else 32),
+        "x_last": int(last),
         "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
-    taps = [(i * w_stride[2] + j * w_stride[3]) * f.size for i in range(3) for j in range(3)]
+    taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(3) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
                  sets * each, _up(at_m + 30 * m_place, 4096), nt)
 
@@ -499,16 +500,17 @@ _LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 12, (0.45, 0.6), 64
 
 def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
                  transposed: bool, groups: int) -> bool:
-    """Whether Winograd's way can and is to be taken: 3 × 3 filters, stride 1, enough channels, a margin of one pixel at most
-    (beyond, a corner meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels. Dilated, the
-    images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
+    """Whether Winograd's way can and is to be taken: 3 × 3 filters, or several such planes of them, stride 1, enough channels, a
+    margin of one pixel at most (beyond, a corner meets one tap alone, and its error is that of a whole tile), dilation's steps
+    taken for pixels. Dilated, the images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
     shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    if (x.dtype != torch.float32 or len(shape) != 4 or shape[1] // groups < least or weight.shape[2:] != (3, 3)
-            or (groups > 1 and max(dilation) > 1) or max(stride) > 1 or not WINOGRAD_ALLOWED or x.stride(1 if last else 3) != 1):
+    if (x.dtype != torch.float32 or len(shape) < 4 or shape[1] // groups < least or weight.shape[-2:] != (3, 3)
+            or (max(dilation) > 1 and (groups > 1 or len(shape) > 4)) or max(stride) > 1 or not WINOGRAD_ALLOWED
+            or x.stride(1 if last else -1) != 1):
         return False
     sizes, tiles = [], 1
-    for n, p, d, outputs in zip(shape[2:], padding, dilation, (3, 4), strict=True):
+    for n, p, d, outputs in zip(shape[-2:], padding[-2:], dilation[-2:], (3, 4), strict=True):
         p = 2 * d - p if transposed else p
         if not 0 <= p <= d or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
             return False
@@ -523,16 +525,19 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
                   padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
-    p = _tiles(last, threads.count(), x.shape, x.stride(), weight.stride(), out.shape, out.stride(), tuple(padding),
+    planes = weight.shape[2] if weight.dim() == 5 else 1
+    p = _tiles(last, threads.count(), x.shape, x.stride(), planes, weight.stride(), out.shape, out.stride(), tuple(padding),
                tuple(dilation), transposed, sets)
 
     def transform(address: int) -> int:
-        s_o, s_c = weight.stride(0) * 4, weight.stride(1) * 4
+        s_o, s_c, s_a = (4 * weight.stride(d) for d in range(3))
         s_set = weight.shape[0] // sets * s_o
+        start = weight.data_ptr()
         if transposed:
             s_o, s_c = s_c, s_o
-        _WINOGRAD_WEIGHT.run(p.threads, sets, out.shape[1] // sets, x.shape[1] // sets, p.panels, p.groups, weight.data_ptr(),
-                             s_set, s_o, s_c, p.taps.buffer_info()[0], address, p.arranged // sets)
+            start, s_a = start + (planes - 1) * s_a, -s_a
+        _WINOGRAD_WEIGHT.run(p.threads, sets, out.shape[1] // sets, planes, x.shape[1] // sets, p.panels, p.groups, start,
+                             s_set, s_o, s_a if planes > 1 else 0, s_c, p.taps.buffer_info()[0], address, p.arranged // sets)
         return 0
     keep = _keep(weight, p.arranged, transform, ("winograd", transposed, sets, p.groups, p.panels))
     scratch = 64 + p.threads * p.scratch

@@ -15,8 +15,9 @@ FIELDS = [
 
 #: The same for Winograd's kernel.
 WINOGRAD = [
-    "images", "channels", "outputs", "h", "w", "oh", "ow", "ph", "pw", "dh", "dw",  # sizes; the padding in front; the dilation
-    "xn", "xc", "xh", "xw", "yn", "yo", "yh", "yw",  # byte strides
+    "images", "channels", "outputs", "d", "h", "w", "od", "oh", "ow", "pd", "ph", "pw",  # sizes; the padding in front
+    "dh", "dw", "taps",  # the dilation; the filter's planes
+    "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
     "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
     "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up

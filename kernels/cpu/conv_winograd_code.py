@@ -50,9 +50,9 @@ from .engine.simd import (
 from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
-(_N, _C, _O, _H, _W, _OH, _OW, _PH, _PW, _DH, _DW, _XN, _XC, _XH, _XW, _YN, _YO, _YH, _YW, _TH, _TW, _BLOCK, _CUTS, _PANELS,
- _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES,
- _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
+(_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
+ _TW, _BLOCK, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT,
+ _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -339,16 +339,30 @@ def winograd(elem_name: str) -> Any:
         for j in range(0, count, lanes):
             store(e, dst + j * size, spread(e, 0.0))
 
+    @inline
+    def source(geo, i, a):
+        """Of output plane i, numbered through all images: where the input's plane lies that the filter's plane a meets, its number"""
+        image = i // get(geo, _OD)
+        z = i - image * get(geo, _OD) + a - get(geo, _PD)
+        return image * get(geo, _XN) + z * get(geo, _XD), z
+
+    @inline
+    def target(geo, i):
+        image = i // get(geo, _OD)
+        return image * get(geo, _YN) + (i - image * get(geo, _OD)) * get(geo, _YD)
+
     @outline
-    def into_planes(geo, x, t0, n, v, ws):
-        """Tiles t0 … t0 + n of an image whose rows are dense, as V[place][ROWS tiles][channel][tile].
+    def into_planes(geo, x, a, t0, n, v, ws):
+        """Tiles t0 … t0 + n of an image whose rows are dense, as the filter's plane a meets them, as V[place][ROWS tiles][k][tile],
+        k = (a, channel).
 
         A *segment* is a stretch of tiles next to each other: their rows are transformed into lines, with the padding, and
         the tiles found there.
         """
         tw, th, channels, w, dh, dw = (
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W), get(geo, _DH), get(geo, _DW))
-        width, group, place = get(geo, _WIDTH), channels * unit, get(geo, _PLACE)
+        width, group, place = get(geo, _WIDTH), get(geo, _TAPS) * channels * unit, get(geo, _PLACE)
+        v += a * channels * unit
         tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
         zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
         clear(zeros, width)
@@ -359,6 +373,7 @@ def winograd(elem_name: str) -> Any:
             j = t0 + done - line * tw
             i = line // th
             y, left = start(line - i * th, DOWN_N, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW)
+            image, z = source(geo, i, a)
             many = min(n - done, tw - j)
             length = ALONG_N * many + 2 * dw
             at = segments + count * SEGMENT
@@ -367,9 +382,8 @@ def winograd(elem_name: str) -> Any:
             store_scalar(INT64, at + 16, lines + column * size)
             for r in range(DOWN_TAPS):
                 row = y + r * dh
-                inside = row >= 0 and row < get(geo, _H)
-                store_scalar(INT64, at + 24 + 8 * r,
-                             x + i * get(geo, _XN) + row * get(geo, _XH) + left * size if inside else zeros)
+                inside = z >= 0 and z < get(geo, _D) and row >= 0 and row < get(geo, _H)
+                store_scalar(INT64, at + 24 + 8 * r, x + image + row * get(geo, _XH) + left * size if inside else zeros)
                 store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
             for t in range(many):
                 store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, ALONG_N, dw)) * size)
@@ -407,45 +421,46 @@ def winograd(elem_name: str) -> Any:
                         transform_columns_stepped(*rest)
 
     @outline
-    def into_pixels(geo, x, t0, n, v, ws):
-        """Tiles t0 … t0 + n of an image whose channels are dense, as V[place][tile][channel]"""
+    def into_pixels(geo, x, a, t0, n, v, ws):
+        """As ``into_planes``, of an image whose channels are dense, as V[place][tile][k]"""
         tw, th, channels, place, dh, dw = (
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE), get(geo, _DH), get(geo, _DW))
-        zeros = ws + get(geo, _AT_ZEROS)
+        zeros, taps = ws + get(geo, _AT_ZEROS), get(geo, _TAPS)
         clear(zeros, channels)
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
+            image, z = source(geo, i, a)
             top = start(line - i * th, DOWN_N, dh) - get(geo, _PH)
             left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW)
             for r in range(DOWN_TAPS):
                 for s in range(ALONG_TAPS):
                     h, w = top + r * dh, left + s * dw
-                    inside = h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
+                    inside = z >= 0 and z < get(geo, _D) and h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
                     store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8,
-                                 x + i * get(geo, _XN) + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
+                                 x + image + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
             k = 0
             while k < channels:
                 k = min(k, channels - lanes)
-                transform_pixels(ws, k * size, v + (t * channels + k) * size, place)
+                transform_pixels(ws, k * size, v + ((t * taps + a) * channels + k) * size, place)
                 k += lanes
 
     @outline
     def products(geo, q0, q1, blocks, v, w, m, row):
         """M = V U for each place: the tiles by the outputs of panels q0 … q1"""
-        channels, panels, place = get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
+        depth, panels, place = get(geo, _TAPS) * get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
         vectors = (get(geo, _O) + lanes - 1) // lanes
-        a_row, a_k, a_step = size, unit, channels * unit
+        a_row, a_k, a_step = size, unit, depth * unit
         if get(geo, _X_LAST):
-            a_row, a_k = channels * size, size
+            a_row, a_k = depth * size, size
         stretch = get(geo, _CHAIN)
         for at in range(PLACES):
-            c, u = m + at * get(geo, _M_PLACE), w + at * (row * channels + PAD)
+            c, u = m + at * get(geo, _M_PLACE), w + at * (row * depth + PAD)
             for q in range(q0, q1):
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
                 b_k = vecs * lanes * size
-                ahead = u + channels * b_k
-                multiply(vecs, blocks, channels, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row,
+                ahead = u + depth * b_k
+                multiply(vecs, blocks, depth, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row,
                          lanes, ahead, b_k // blocks)
                 u = ahead
                 c += b_k
@@ -466,7 +481,7 @@ def winograd(elem_name: str) -> Any:
             rows, columns = min(DOWN_N, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
             # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
             spills = columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
-            at = i * get(geo, _YN) + first * get(geo, _YH) + j * ALONG_N * size
+            at = target(geo, i) + first * get(geo, _YH) + j * ALONG_N * size
             for o in range(o0, o1, lanes):
                 for t in range(many):
                     rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, ALONG_N, dw) * size, length,
@@ -498,7 +513,7 @@ def winograd(elem_name: str) -> Any:
                                            ALONG_N * row, row, 0)
             for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
                 for s in range(min(ALONG_N, (w - left + dw - 1) // dw)):
-                    to = i * get(geo, _YN) + (first + r * dh) * get(geo, _YH) + (left + s * dw) * get(geo, _YW) + o0 * size
+                    to = target(geo, i) + (first + r * dh) * get(geo, _YH) + (left + s * dw) * get(geo, _YW) + o0 * size
                     finish(o1 - o0, strip + (r * ALONG_N + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
                            res + to if res != 0 else 0, act, p0, p1)
         return any_lane(seen != seen)
@@ -506,8 +521,8 @@ def winograd(elem_name: str) -> Any:
     @inline
     def body(t, task, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag):
         cuts, groups, panels, block = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS), get(geo, _BLOCK)
-        channels, outputs = get(geo, _C), get(geo, _O)
-        total, vectors = get(geo, _N) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
+        channels, outputs, taps = get(geo, _C), get(geo, _O), get(geo, _TAPS)
+        total, vectors = get(geo, _N) * get(geo, _OD) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
         mine = ws + t * ws_size
         v, m = mine + get(geo, _AT_V), mine + get(geo, _AT_M)
         number = task // cuts
@@ -519,16 +534,16 @@ def winograd(elem_name: str) -> Any:
         x, w, y = x + own * channels * get(geo, _XC), w + own * get(geo, _SET), y + own * outputs * get(geo, _YO)
         bias = bias + own * outputs * size if bias != 0 else 0
         res = res + own * outputs * get(geo, _YO) if res != 0 else 0
-        if get(geo, _X_LAST):
-            into_pixels(geo, x, t0, n, v, mine)
-        else:
-            into_planes(geo, x, t0, n, v, mine)
+        for a in range(taps):
+            if get(geo, _X_LAST):
+                into_pixels(geo, x, a, t0, n, v, mine)
+            else:
+                into_planes(geo, x, a, t0, n, v, mine)
         for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
             q0, q1 = panels * g // groups, panels * (g + 1) // groups
             v0, v1 = vectors * q0 // panels, vectors * q1 // panels
             row = (v1 - v0) * lanes * size
-            products(geo, q0, q1, (n + ROWS - 1) // ROWS, v, w + PLACES * (v0 * lanes * channels * size + g * PAD),
-                     m, row)
+            products(geo, q0, q1, (n + ROWS - 1) // ROWS, v, w + PLACES * (v0 * lanes * taps * channels * size + g * PAD), m, row)
             if get(geo, _Y_LAST):
                 lost = out_of_pixels(geo, t0, n, v0 * lanes, min(outputs, v1 * lanes), m, row, y, bias, res, act, p0, p1, mine)
             else:
@@ -538,20 +553,21 @@ def winograd(elem_name: str) -> Any:
 
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, flag, p0, p1):
         store_scalar(INT64, flag, 0)
-        tiles, block = get(geo, _N) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK)
+        tiles, block = get(geo, _N) * get(geo, _OD) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK)
         parallel_tasks(nt, get(geo, _SETS) * ((tiles + block - 1) // block) * get(geo, _CUTS), body,
                        (geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag))
     return kernel
 
 
 def winograd_weight(elem_name: str) -> Any:
-    """A weight, transformed: [set][group of panels][place][panel][channel][output]. Element (output o, channel c, tap t) of a
-    set lies at ``src + set·s_set + o·s_o + c·s_c + taps[t]``; sets are ``dst_set`` bytes apart."""
+    """A weight, transformed: [set][group of panels][place][panel][plane of the filter][channel][output]. Element (output o,
+    plane a, channel c, tap t) of a set lies at ``src + set·s_set + o·s_o + a·s_a + c·s_c + taps[t]``; sets are ``dst_set`` bytes
+    apart."""
     lanes, size = FLOAT32.lanes, FLOAT32.size
 
     @inline
-    def body(t, nt, sets, outputs, channels, panels, groups, src0, s_set, s_o, s_c, taps, dst0, dst_set):
-        vectors = (outputs + lanes - 1) // lanes
+    def body(t, nt, sets, outputs, planes, channels, panels, groups, src0, s_set, s_o, s_a, s_c, taps, dst0, dst_set):
+        vectors, depth = (outputs + lanes - 1) // lanes, planes * channels
         for task in range(sets * panels * t // nt, sets * panels * (t + 1) // nt):
             own = task // panels
             q, src, dst = task - own * panels, src0 + own * s_set, dst0 + own * dst_set
@@ -559,13 +575,14 @@ def winograd_weight(elem_name: str) -> Any:
             v0, v1 = vectors * (panels * g // groups) // panels, vectors * (panels * (g + 1) // groups) // panels
             first = vectors * q // panels
             vecs = vectors * (q + 1) // panels - first
-            to = dst + (v0 * PLACES + first - v0) * lanes * channels * size + g * PLACES * PAD
-            place = (v1 - v0) * lanes * channels * size + PAD
-            for c in range(channels):
-                for v in range(vecs):
-                    transform_filter(src + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps,
-                                     to + (c * vecs + v) * lanes * size, place)
+            to = dst + (v0 * PLACES + first - v0) * lanes * depth * size + g * PLACES * PAD
+            place = (v1 - v0) * lanes * depth * size + PAD
+            for a in range(planes):
+                for c in range(channels):
+                    for v in range(vecs):
+                        transform_filter(src + a * s_a + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps,
+                                         to + ((a * channels + c) * vecs + v) * lanes * size, place)
 
-    def kernel(nt, sets, outputs, channels, panels, groups, src, s_set, s_o, s_c, taps, dst, dst_set):
-        parallel(nt, body, (sets, outputs, channels, panels, groups, src, s_set, s_o, s_c, taps, dst, dst_set))
+    def kernel(nt, sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, dst, dst_set):
+        parallel(nt, body, (sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, dst, dst_set))
     return kernel
