@@ -354,6 +354,45 @@ def test_winograd(shape: str, form: str, winograd: list[bool]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(every[2:], every))
 
 
+# input, weight, padding: several bands of planes, planes that meet some of the filter's, fewer of them than it has, as many as one
+VOLUMES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]] = {
+    "bands": ((1, 35, 11, 8, 13), (19, 35, 3, 3, 3), (1, 1, 1), 1), "images": ((3, 64, 5, 7, 7), (37, 64, 2, 3, 3), (0, 1, 0), 1),
+    "shallow": ((2, 64, 2, 14, 15), (64, 64, 3, 3, 3), (2, 1, 1), 1), "deep": ((1, 32, 9, 6, 7), (8, 32, 5, 3, 3), (3, 0, 1), 1),
+    "one plane": ((2, 66, 6, 9, 5), (50, 66, 1, 3, 3), (0, 1, 1), 1), "groups": ((1, 66, 4, 13, 9), (18, 33, 3, 3, 3), (1, 1, 1), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", VOLUMES)
+def test_winograd_in_three_dimensions(shape: str, form: str, winograd: list[bool]) -> None:
+    """As ``test_winograd``"""
+    x, weight, padding, groups = VOLUMES[shape]
+    place, last = FORMATS[form], weight[2] - 1
+    for positive in (False, True):
+        image, w = randn(*x), randn(*weight, seed=1)
+        if positive:
+            image, w = image.relu(), w.abs()
+        agree("conv3d", place(image), place(w), randn(weight[0], seed=2), padding=padding, groups=groups)
+        turned = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        agree("conv_transpose3d", place(image), place(turned), padding=(last - padding[0], 1, 1), groups=groups)
+    assert len(winograd) >= 6
+    assert all(winograd)
+    options = {"padding": padding, "groups": groups}
+    plain = F.conv3d(image, w, **options)
+    residual, bias = place(randn(*plain.shape, seed=3)), randn(weight[0], seed=2)
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with fastnn.backend("cpu"):
+            every.append(ours.conv3d(place(image), place(w), bias, **options, residual=residual, activation="relu"))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(every[0], other) for other in every)
+    image[0, 3, -1, 2, 4] = float("nan")
+    mine = ours.conv3d(place(image), place(w), **options, backend="cpu")
+    torch.testing.assert_close(mine, F.conv3d(image, w, **options), equal_nan=True, rtol=1e-4, atol=1e-3)
+    assert not winograd.pop()
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_winograd_by_groups(form: str, winograd: list[bool]) -> None:
     """Short rows, whose ends are written with the next one's beginnings; a number of outputs that is no vector's."""

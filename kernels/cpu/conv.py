@@ -437,6 +437,9 @@ def _tile_count(size: int, n: int, dilation: int) -> int:
     return -(-size // (n * dilation)) * dilation
 
 
+_LARGE_PLACE = 384 << 10  # bytes of a transformed weight's thirtieth part (Zen 4)
+
+
 @lru_cache(1024)
 def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], planes: int, w_stride: tuple[int, ...],
            y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
@@ -448,11 +451,17 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     channels, outputs = channels // sets, outputs // sets
     depth = planes * channels
     th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
-    total, vectors = n * od * th * tw, -(-outputs // f.lanes)
-    # Few tiles: each thread transforms them all and computes some of the outputs.
-    cuts = 1 if total >= 16 * nt or sets >= 4 * nt else nt
-    blocks = -(-total // 32)
-    if cuts == 1 and sets < 4 * nt:
+    total, vectors = n * th * tw, -(-outputs // f.lanes)
+    band = _cut(od, 4)  # neighbouring planes of the output share what they need of the input
+    if od >= 2 * nt and -(-od // band) % nt:
+        band = _cut(od, -(-od // nt))
+    bands = -(-od // band)
+    # Few tiles, or not many of one image for a weight that comes from memory for each block: each thread transforms them all and
+    # computes some of the outputs.
+    least = 40 if n == 1 and vectors * f.lanes * depth * f.unit > _LARGE_PLACE else 16
+    cuts = 1 if total * bands >= least * nt or sets >= 4 * nt else nt
+    blocks = -(-total // max(f.lanes, (32 if cuts == 1 else 64) // band))
+    if cuts == 1 and sets < 4 * nt and bands % nt:
         blocks = _up(blocks, nt)
     block = _up(_up(-(-total // blocks), f.rows), dw)
     panels = -(-vectors // f.vecs)
@@ -462,8 +471,9 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
-    place = _spread(_up(block, f.lanes) * depth * f.unit)
-    m_place = _spread(block * row)
+    slots = min(d, band + planes - 1)
+    place = _spread(_up(block, f.lanes) * slots * channels * f.unit)
+    m_place = _spread(block * band * row)
     at_segments = _up(8 * (block + f.lanes), 64)
     at_short = _up(at_segments + 120 * (block + 1), 64)
     at_zeros = _up(at_short + 64 + 6 * f.lanes * f.unit, 64)
@@ -475,10 +485,9 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     values = {
         "images": n, "channels": channels, "outputs": outputs, "d": d, "h": h, "w": w, "od": od, "oh": oh, "ow": ow, "pd": pd,
         "ph": ph, "pw": pw, "dh": dh, "dw": dw, "taps": planes, "xn": xs[0], "xc": xs[1], "xd": xs[2], "xh": xs[3], "xw": xs[4],
-        "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw, "block": block, "cuts": cuts,
-        "panels": panels, "groups": groups, "sets": sets, "set": each, "chain": _cut(depth, 16 if depth < 128 else 32),
-        "x_last": int(last),
-        "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
+        "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw, "block": block,
+        "band": band, "slots": slots, "cuts": cuts, "panels": panels, "groups": groups, "sets": sets, "set": each,
+        "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
     taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(3) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
@@ -507,7 +516,7 @@ def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], p
     shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
     if (x.dtype != torch.float32 or len(shape) < 4 or shape[1] // groups < least or weight.shape[-2:] != (3, 3)
             or (max(dilation) > 1 and (groups > 1 or len(shape) > 4)) or max(stride) > 1 or not WINOGRAD_ALLOWED
-            or x.stride(1 if last else -1) != 1):
+            or x.stride(1 if last else -1) != 1 or (len(shape) > 4 and padding[0] >= weight.shape[2])):
         return False
     sizes, tiles = [], 1
     for n, p, d, outputs in zip(shape[-2:], padding[-2:], dilation[-2:], (3, 4), strict=True):

@@ -18,7 +18,8 @@ WINOGRAD = [
     "images", "channels", "outputs", "d", "h", "w", "od", "oh", "ow", "pd", "ph", "pw",  # sizes; the padding in front
     "dh", "dw", "taps",  # the dilation; the filter's planes
     "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
-    "th", "tw", "block", "cuts", "panels", "groups",  # tiles; tiles a block; the division of the outputs
+    "th", "tw", "block", "band", "slots", "cuts", "panels", "groups",  # tiles; tiles and planes of a task, the input's planes that
+    # these need; the division of the outputs
     "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense

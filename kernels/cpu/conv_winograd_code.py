@@ -51,8 +51,8 @@ from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
- _TW, _BLOCK, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE, _AT_SEGMENTS, _AT_SHORT,
- _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
+ _TW, _BLOCK, _BAND, _SLOTS, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE,
+ _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -339,30 +339,17 @@ def winograd(elem_name: str) -> Any:
         for j in range(0, count, lanes):
             store(e, dst + j * size, spread(e, 0.0))
 
-    @inline
-    def source(geo, i, a):
-        """Of output plane i, numbered through all images: where the input's plane lies that the filter's plane a meets, its number"""
-        image = i // get(geo, _OD)
-        z = i - image * get(geo, _OD) + a - get(geo, _PD)
-        return image * get(geo, _XN) + z * get(geo, _XD), z
-
-    @inline
-    def target(geo, i):
-        image = i // get(geo, _OD)
-        return image * get(geo, _YN) + (i - image * get(geo, _OD)) * get(geo, _YD)
-
     @outline
-    def into_planes(geo, x, a, t0, n, v, ws):
-        """Tiles t0 … t0 + n of an image whose rows are dense, as the filter's plane a meets them, as V[place][ROWS tiles][k][tile],
-        k = (a, channel).
+    def into_planes(geo, x, slot, t0, n, v, ws):
+        """Tiles t0 … t0 + n of an image whose rows are dense, as V[place][ROWS tiles][slot][channel][tile].
 
         A *segment* is a stretch of tiles next to each other: their rows are transformed into lines, with the padding, and
         the tiles found there.
         """
         tw, th, channels, w, dh, dw = (
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W), get(geo, _DH), get(geo, _DW))
-        width, group, place = get(geo, _WIDTH), get(geo, _TAPS) * channels * unit, get(geo, _PLACE)
-        v += a * channels * unit
+        width, group, place = get(geo, _WIDTH), get(geo, _SLOTS) * channels * unit, get(geo, _PLACE)
+        v += slot * channels * unit
         tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
         zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
         clear(zeros, width)
@@ -373,7 +360,6 @@ def winograd(elem_name: str) -> Any:
             j = t0 + done - line * tw
             i = line // th
             y, left = start(line - i * th, DOWN_N, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW)
-            image, z = source(geo, i, a)
             many = min(n - done, tw - j)
             length = ALONG_N * many + 2 * dw
             at = segments + count * SEGMENT
@@ -382,8 +368,8 @@ def winograd(elem_name: str) -> Any:
             store_scalar(INT64, at + 16, lines + column * size)
             for r in range(DOWN_TAPS):
                 row = y + r * dh
-                inside = z >= 0 and z < get(geo, _D) and row >= 0 and row < get(geo, _H)
-                store_scalar(INT64, at + 24 + 8 * r, x + image + row * get(geo, _XH) + left * size if inside else zeros)
+                inside = row >= 0 and row < get(geo, _H)
+                store_scalar(INT64, at + 24 + 8 * r, x + i * get(geo, _XN) + row * get(geo, _XH) + left * size if inside else zeros)
                 store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
             for t in range(many):
                 store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, ALONG_N, dw)) * size)
@@ -421,52 +407,57 @@ def winograd(elem_name: str) -> Any:
                         transform_columns_stepped(*rest)
 
     @outline
-    def into_pixels(geo, x, a, t0, n, v, ws):
-        """As ``into_planes``, of an image whose channels are dense, as V[place][tile][k]"""
+    def into_pixels(geo, x, slot, t0, n, v, ws):
+        """Tiles t0 … t0 + n of an image whose channels are dense, as V[place][tile][slot][channel]"""
         tw, th, channels, place, dh, dw = (
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE), get(geo, _DH), get(geo, _DW))
-        zeros, taps = ws + get(geo, _AT_ZEROS), get(geo, _TAPS)
+        zeros, slots = ws + get(geo, _AT_ZEROS), get(geo, _SLOTS)
         clear(zeros, channels)
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            image, z = source(geo, i, a)
             top = start(line - i * th, DOWN_N, dh) - get(geo, _PH)
             left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW)
             for r in range(DOWN_TAPS):
                 for s in range(ALONG_TAPS):
                     h, w = top + r * dh, left + s * dw
-                    inside = z >= 0 and z < get(geo, _D) and h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
+                    inside = h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
                     store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8,
-                                 x + image + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
+                                 x + i * get(geo, _XN) + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
             k = 0
             while k < channels:
                 k = min(k, channels - lanes)
-                transform_pixels(ws, k * size, v + ((t * taps + a) * channels + k) * size, place)
+                transform_pixels(ws, k * size, v + ((t * slots + slot) * channels + k) * size, place)
                 k += lanes
 
     @outline
-    def products(geo, q0, q1, blocks, v, w, m, row):
-        """M = V U for each place: the tiles by the outputs of panels q0 … q1"""
-        depth, panels, place = get(geo, _TAPS) * get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
-        vectors = (get(geo, _O) + lanes - 1) // lanes
-        a_row, a_k, a_step = size, unit, depth * unit
+    def products(geo, q0, q1, f0, f1, z0, blocks, v, w, m, row):
+        """M = V U for each place, planes f0 … f1 of the output: the tiles by the outputs of panels q0 … q1. The input's planes in V
+        begin with z0, and those that the filter meets follow each other as its own do."""
+        channels, taps, panels, place = get(geo, _C), get(geo, _TAPS), get(geo, _PANELS), get(geo, _PLACE)
+        vectors, depth = (get(geo, _O) + lanes - 1) // lanes, taps * channels
+        a_row, a_k, a_step, a_plane = size, unit, get(geo, _SLOTS) * channels * unit, channels * unit
         if get(geo, _X_LAST):
-            a_row, a_k = depth * size, size
+            a_row, a_k, a_plane = get(geo, _SLOTS) * channels * size, size, channels * size
         stretch = get(geo, _CHAIN)
         for at in range(PLACES):
             c, u = m + at * get(geo, _M_PLACE), w + at * (row * depth + PAD)
             for q in range(q0, q1):
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
                 b_k = vecs * lanes * size
-                ahead = u + depth * b_k
-                multiply(vecs, blocks, depth, stretch, v + at * place, a_row, a_k, a_step, u, b_k, 0, 0, 0, c, row, ROWS * row,
-                         lanes, ahead, b_k // blocks)
-                u = ahead
+                ahead, ahead_k = u + depth * b_k, b_k // (blocks * (f1 - f0))
+                for f in range(f0, f1):
+                    z = f - get(geo, _PD)
+                    first, end = max(0, -z), min(taps, get(geo, _D) - z)
+                    multiply(vecs, blocks, (end - first) * channels, stretch, v + at * place + (z + first - z0) * a_plane, a_row,
+                             a_k, a_step, u + first * channels * b_k, b_k, 0, 0, 0, c + (f - f0) * blocks * ROWS * row, row,
+                             ROWS * row, lanes, ahead, ahead_k)
+                    ahead += blocks * depth * ahead_k
+                u += depth * b_k
                 c += b_k
 
     @outline
-    def out_of_planes(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
+    def out_of_planes(geo, f, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
         """From M to an output whose rows are dense; whether all that came was finite"""
         tw, th, h, w, dh, dw = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW), get(geo, _DH), get(geo, _DW)
         place = get(geo, _M_PLACE)
@@ -481,7 +472,7 @@ def winograd(elem_name: str) -> Any:
             rows, columns = min(DOWN_N, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
             # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
             spills = columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
-            at = target(geo, i) + first * get(geo, _YH) + j * ALONG_N * size
+            at = i * get(geo, _YN) + f * get(geo, _YD) + first * get(geo, _YH) + j * ALONG_N * size
             for o in range(o0, o1, lanes):
                 for t in range(many):
                     rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, ALONG_N, dw) * size, length,
@@ -499,7 +490,7 @@ def winograd(elem_name: str) -> Any:
         return any_lane(seen != seen)
 
     @outline
-    def out_of_pixels(geo, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
+    def out_of_pixels(geo, f, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
         """From M to an output whose channels are dense"""
         tw, th, h, w, dh, dw = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW), get(geo, _DH), get(geo, _DW)
         place = get(geo, _M_PLACE)
@@ -513,48 +504,52 @@ def winograd(elem_name: str) -> Any:
                                            ALONG_N * row, row, 0)
             for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
                 for s in range(min(ALONG_N, (w - left + dw - 1) // dw)):
-                    to = target(geo, i) + (first + r * dh) * get(geo, _YH) + (left + s * dw) * get(geo, _YW) + o0 * size
+                    to = (i * get(geo, _YN) + f * get(geo, _YD) + (first + r * dh) * get(geo, _YH)
+                          + (left + s * dw) * get(geo, _YW) + o0 * size)
                     finish(o1 - o0, strip + (r * ALONG_N + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
                            res + to if res != 0 else 0, act, p0, p1)
         return any_lane(seen != seen)
 
     @inline
     def body(t, task, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag):
-        cuts, groups, panels, block = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS), get(geo, _BLOCK)
+        cuts, groups, panels, block, band = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS), get(geo, _BLOCK), get(geo, _BAND)
         channels, outputs, taps = get(geo, _C), get(geo, _O), get(geo, _TAPS)
-        total, vectors = get(geo, _N) * get(geo, _OD) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
+        total, vectors = get(geo, _N) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
         mine = ws + t * ws_size
         v, m = mine + get(geo, _AT_V), mine + get(geo, _AT_M)
         number = task // cuts
         cut = task - number * cuts
-        blocks = (total + block - 1) // block
-        own = number // blocks  # which set of channels
-        t0 = (number - own * blocks) * block
-        n = min(block, total - t0)
+        blocks, bands = (total + block - 1) // block, (get(geo, _OD) + band - 1) // band
+        own = number // (blocks * bands)  # which set of channels
+        number -= own * blocks * bands
+        t0, f0 = number % blocks * block, number // blocks * band
+        n, f1 = min(block, total - t0), min(f0 + band, get(geo, _OD))
+        rows = (n + ROWS - 1) // ROWS
+        z0, z1 = max(0, f0 - get(geo, _PD)), min(get(geo, _D), f1 - 1 - get(geo, _PD) + taps)
         x, w, y = x + own * channels * get(geo, _XC), w + own * get(geo, _SET), y + own * outputs * get(geo, _YO)
         bias = bias + own * outputs * size if bias != 0 else 0
         res = res + own * outputs * get(geo, _YO) if res != 0 else 0
-        for a in range(taps):
+        for z in range(z0, z1):
             if get(geo, _X_LAST):
-                into_pixels(geo, x, a, t0, n, v, mine)
+                into_pixels(geo, x + z * get(geo, _XD), z - z0, t0, n, v, mine)
             else:
-                into_planes(geo, x, a, t0, n, v, mine)
+                into_planes(geo, x + z * get(geo, _XD), z - z0, t0, n, v, mine)
         for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
             q0, q1 = panels * g // groups, panels * (g + 1) // groups
             v0, v1 = vectors * q0 // panels, vectors * q1 // panels
             row = (v1 - v0) * lanes * size
-            products(geo, q0, q1, (n + ROWS - 1) // ROWS, v, w + PLACES * (v0 * lanes * taps * channels * size + g * PAD), m, row)
-            if get(geo, _Y_LAST):
-                lost = out_of_pixels(geo, t0, n, v0 * lanes, min(outputs, v1 * lanes), m, row, y, bias, res, act, p0, p1, mine)
-            else:
-                lost = out_of_planes(geo, t0, n, v0 * lanes, min(outputs, v1 * lanes), m, row, y, bias, res, act, p0, p1, mine)
-            if lost:
-                store_scalar(INT64, flag, 1)
+            products(geo, q0, q1, f0, f1, z0, rows, v, w + PLACES * (v0 * lanes * taps * channels * size + g * PAD), m, row)
+            for f in range(f0, f1):
+                rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), m + (f - f0) * rows * ROWS * row, row, y, bias, res, act,
+                        p0, p1, mine)
+                if out_of_pixels(geo, *rest) if get(geo, _Y_LAST) else out_of_planes(geo, *rest):
+                    store_scalar(INT64, flag, 1)
 
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, flag, p0, p1):
         store_scalar(INT64, flag, 0)
-        tiles, block = get(geo, _N) * get(geo, _OD) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK)
-        parallel_tasks(nt, get(geo, _SETS) * ((tiles + block - 1) // block) * get(geo, _CUTS), body,
+        tiles, block, band = get(geo, _N) * get(geo, _TH) * get(geo, _TW), get(geo, _BLOCK), get(geo, _BAND)
+        tasks = (tiles + block - 1) // block * ((get(geo, _OD) + band - 1) // band)
+        parallel_tasks(nt, get(geo, _SETS) * tasks * get(geo, _CUTS), body,
                        (geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag))
     return kernel
 
