@@ -51,8 +51,11 @@ _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
-_WINOGRAD = _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff")
-_WINOGRAD_WEIGHT = _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 15)
+# By how many rows of outputs a tile has: filters of planes of 3 × 3 taps, and of one row
+_WINOGRAD = {3: _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff"),
+             1: _kernel("conv_winograd_code", "winograd_row", torch.float32, "i" * 11 + "ff")}
+_WINOGRAD_WEIGHT = {3: _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 16),
+                    1: _kernel("conv_winograd_code", "winograd_row_weight", torch.float32, "i" * 16)}
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
@@ -420,6 +423,7 @@ class Tiles(NamedTuple):
 
     fields: array[int]
     taps: array[int]
+    planes: int
     panels: int
     groups: int
     arranged: int
@@ -441,16 +445,23 @@ _LARGE_PLACE = 384 << 10  # bytes of a transformed weight's thirtieth part (Zen 
 
 
 @lru_cache(1024)
-def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], planes: int, w_stride: tuple[int, ...],
-           y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-           transposed: bool, sets: int) -> Tiles:
-    """The description of a problem that ``_by_winograd`` accepts, of filters of so many planes."""
-    f = _format(torch.float32)
+def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], kernel: tuple[int, ...],
+           w_stride: tuple[int, ...], y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, ...],
+           dilation: tuple[int, ...], transposed: bool, sets: int) -> Tiles:
+    """The description of a problem that ``_winograd_tile`` accepts, with so many rows of outputs a tile."""
+    f, places = _format(torch.float32), 30 if down == 3 else 6
     (n, channels, *_), outputs = x_shape, y_shape[1]
     (d, h, w), (od, oh, ow), (_, dh, dw) = _three(x_shape[2:], 1), _three(y_shape[2:], 1), _three(dilation, 1)
+    xs, ys = ([f.size * s for s in (*t[:2], *_three(t[2:], 0))] for t in (x_stride, y_stride))
+    pd, ph, pw = (g * (k - 1) - p if transposed else p for k, g, p in zip(
+        _three(kernel, 1), (1, dh, dw), _three(padding, 0), strict=True))
+    planes, shift = _three(kernel, 1)[0], 0
+    if down == 1:  # three taps of a row are a plane, which meets the input further along
+        d = planes = -(-kernel[-1] // 3)
+        od, pd, shift, xs[2], ys[2] = 1, 0, 3 * dw, 0, 0
     channels, outputs = channels // sets, outputs // sets
     depth = planes * channels
-    th, tw = _tile_count(oh, 3, dh), _tile_count(ow, 4, dw)
+    th, tw = _tile_count(oh, down, dh), _tile_count(ow, 4, dw)
     total, vectors = n * th * tw, -(-outputs // f.lanes)
     band = _cut(od, 4)  # neighbouring planes of the output share what they need of the input
     if od >= 2 * nt and -(-od // band) % nt:
@@ -467,7 +478,7 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     panels = -(-vectors // f.vecs)
     groups = max(1, min(panels, _up(-(-panels // 4), cuts)))
     cuts = min(cuts, groups)
-    each = 30 * (vectors * f.lanes * depth * f.unit + groups * 320)
+    each = places * (vectors * f.lanes * depth * f.unit + groups * 320)
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
@@ -479,19 +490,18 @@ def _tiles(last: bool, nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, .
     at_zeros = _up(at_short + 64 + 6 * f.lanes * f.unit, 64)
     at_lines = at_zeros + _up(max(width, channels + f.lanes, w + 8 + f.lanes) * f.unit, 64)
     at_v = _up(max(at_lines + 6 * width * f.unit, f.lanes * 12 * block * f.unit, 12 * row), 4096)
-    at_m = _up(at_v + 30 * place, 64)
-    xs, ys = ([f.size * s for s in (*t[:2], *_three(t[2:], 0))] for t in (x_stride, y_stride))
-    pd, ph, pw = (end - p if transposed else p for p, end in zip(_three(padding, 0), (planes - 1, 2 * dh, 2 * dw), strict=True))
+    at_m = _up(at_v + places * place, 64)
     values = {
         "images": n, "channels": channels, "outputs": outputs, "d": d, "h": h, "w": w, "od": od, "oh": oh, "ow": ow, "pd": pd,
-        "ph": ph, "pw": pw, "dh": dh, "dw": dw, "taps": planes, "xn": xs[0], "xc": xs[1], "xd": xs[2], "xh": xs[3], "xw": xs[4],
-        "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw, "block": block,
-        "band": band, "slots": slots, "cuts": cuts, "panels": panels, "groups": groups, "sets": sets, "set": each,
-        "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last), "width": width, "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short,
-        "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
-    taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(3) for j in range(3)]
-    return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps[::-1] if transposed else taps), panels, groups,
-                 sets * each, _up(at_m + 30 * m_place, 4096), nt)
+        "ph": ph, "pw": pw, "dh": dh, "dw": dw, "taps": planes, "shift": shift, "xn": xs[0], "xc": xs[1], "xd": xs[2],
+        "xh": xs[3], "xw": xs[4], "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw,
+        "block": block, "band": band, "slots": slots, "cuts": cuts, "panels": panels, "groups": groups, "sets": sets, "set": each,
+        "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last), "width": width,
+        "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short, "at_zeros": at_zeros,
+        "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
+    taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(down) for j in range(3)]
+    return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", [-t for t in taps] if transposed else taps), planes,
+                 panels, groups, sets * each, _up(at_m + places * m_place, 4096), nt)
 
 
 #: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
@@ -507,55 +517,63 @@ _LEAST_CHANNELS_DILATED = 64
 _LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 12, (0.45, 0.6), 64
 
 
-def _by_winograd(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                 transposed: bool, groups: int) -> bool:
-    """Whether Winograd's way can and is to be taken: 3 × 3 filters, or several such planes of them, stride 1, enough channels, a
-    margin of one pixel at most (beyond, a corner meets one tap alone, and its error is that of a whole tile), dilation's steps
-    taken for pixels. Dilated, the images that it falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
+def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+                   transposed: bool, groups: int) -> int:
+    """How many rows of outputs a tile has, if Winograd's way can and is to be taken, else 0: three for filters of 3 × 3 taps, or
+    of several such planes, one for those of one row. Stride 1, enough channels, a margin of one pixel at most (beyond, a corner
+    meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels. Dilated, the images that it
+    falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
-    shape, least = x.shape, _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    if (x.dtype != torch.float32 or len(shape) < 4 or shape[1] // groups < least or weight.shape[-2:] != (3, 3)
-            or (max(dilation) > 1 and (groups > 1 or len(shape) > 4)) or max(stride) > 1 or not WINOGRAD_ALLOWED
-            or x.stride(1 if last else -1) != 1 or (len(shape) > 4 and padding[0] >= weight.shape[2])):
-        return False
-    sizes, tiles = [], 1
-    for n, p, d, outputs in zip(shape[-2:], padding[-2:], dilation[-2:], (3, 4), strict=True):
-        p = 2 * d - p if transposed else p
-        if not 0 <= p <= d or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
-            return False
-        sizes.append(n + 2 * (p - d))
-        tiles *= _tile_count(sizes[-1], outputs, d)
-    outputs = shape[0] * sizes[0] * sizes[1]
-    if max(dilation) > 1 and (outputs < _LEAST_FILLED[last] * 12 * tiles * shape[0] or max(dilation) > _MOST_DILATION):
-        return False
-    return outputs >= _LEAST_OUTPUTS or not overhead.RULES
+    shape, kernel = x.shape, weight.shape[2:]
+    least = _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
+    if (x.dtype != torch.float32 or shape[1] // groups < least or max(stride) > 1 or x.stride(1 if last else -1) != 1
+            or (max(dilation) > 1 and (groups > 1 or len(shape) > 4)) or not WINOGRAD_ALLOWED):
+        return 0
+    if len(shape) > 3 and kernel[-2:] == (3, 3):
+        tile: tuple[int, ...] = (3, 4)
+        if len(shape) > 4 and padding[0] >= kernel[0]:
+            return 0
+    elif len(shape) < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(padding[:-1], default=0) == 0:
+        tile = (4,)
+    else:
+        return 0
+    outputs, tiles = math.prod(shape[2 : -len(tile)]) * shape[0], 1
+    for n, k, p, d, many in zip(*(v[-len(tile):] for v in (shape, kernel, padding, dilation)), tile, strict=True):
+        p = (k - 1) * d - p if transposed else p
+        if not 0 <= p <= (d if k == 3 else (k - 1) * d) or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
+            return 0
+        size = n + 2 * p - (k - 1) * d
+        outputs *= size
+        tiles *= _tile_count(size, many, d) * many
+    if max(dilation) > 1 and (outputs < _LEAST_FILLED[last] * tiles * shape[0] or max(dilation) > _MOST_DILATION):
+        return 0
+    return (3 if len(tile) > 1 else 1) if outputs >= _LEAST_OUTPUTS or not overhead.RULES else 0
 
 
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int) -> bool:
+                  padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int, down: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
-    planes = weight.shape[2] if weight.dim() == 5 else 1
-    p = _tiles(last, threads.count(), x.shape, x.stride(), planes, weight.stride(), out.shape, out.stride(), tuple(padding),
+    kernel, steps = tuple(weight.shape[2:]), [4 * s for s in weight.stride()]
+    p = _tiles(down, last, threads.count(), x.shape, x.stride(), kernel, weight.stride(), out.shape, out.stride(), tuple(padding),
                tuple(dilation), transposed, sets)
 
     def transform(address: int) -> int:
-        s_o, s_c, s_a = (4 * weight.stride(d) for d in range(3))
-        s_set = weight.shape[0] // sets * s_o
-        start = weight.data_ptr()
-        if transposed:
-            s_o, s_c = s_c, s_o
-            start, s_a = start + (planes - 1) * s_a, -s_a
-        _WINOGRAD_WEIGHT.run(p.threads, sets, out.shape[1] // sets, planes, x.shape[1] // sets, p.panels, p.groups, start,
-                             s_set, s_o, s_a if planes > 1 else 0, s_c, p.taps.buffer_info()[0], address, p.arranged // sets)
+        (s_o, s_c), s_set, start = steps[:2], weight.shape[0] // sets * steps[0], weight.data_ptr()
+        s_plane = 3 * steps[-1] if down == 1 else steps[2] if len(kernel) == 3 else 0
+        if transposed:  # from the last tap to the first
+            s_o, s_c, s_plane, start = s_c, s_o, -s_plane, start + sum(s * (k - 1) for s, k in zip(steps[2:], kernel, strict=True))
+        _WINOGRAD_WEIGHT[down].run(p.threads, sets, out.shape[1] // sets, p.planes, x.shape[1] // sets, p.panels, p.groups, start,
+                                   s_set, s_o, s_plane, s_c, p.taps.buffer_info()[0], kernel[-1] if down == 1 else 3 * p.planes,
+                                   address, p.arranged // sets)
         return 0
     keep = _keep(weight, p.arranged, transform, ("winograd", transposed, sets, p.groups, p.panels))
     scratch = 64 + p.threads * p.scratch
     ws = workspace(scratch + (0 if keep else p.arranged))
     if keep is None:
         transform(ws + scratch)
-    _WINOGRAD.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
-                  0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws + 64, p.scratch,
-                  ws, 0.0, 0.0)
+    _WINOGRAD[down].run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
+                        0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws + 64,
+                        p.scratch, ws, 0.0, 0.0)
     return ctypes.c_int64.from_address(ws).value == 0
 
 
@@ -1092,8 +1110,9 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     act = CODES[activation] if activation is not None else 0
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
         return
-    if (out.stride(1 if last else -1) == 1 and _by_winograd(input, weight, last, stride, padding, dilation, transposed, groups)
-            and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act)):
+    tile = _winograd_tile(input, weight, last, stride, padding, dilation, transposed, groups) if out.stride(
+        1 if last else -1) == 1 else 0
+    if tile and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act, tile):
         return
     if last and _run_last(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return
@@ -1169,10 +1188,10 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
     size = positions * weight.numel()
     if (size <= _SMALL_PRODUCT and max(weight.shape[2:]) == 1) or (size <= _SMALL and last):
         return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
-    if groups > 1 and last and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups):
+    if groups > 1 and last and not _winograd_tile(x, weight, last, stride, padding, dilation, transposed, groups):
         return "groups with channels last: oneDNN's kernel is faster"
     if (last and not transposed and weight.dim() == 4 and (weight.shape[0] <= 128 or max(dilation) > 1)
-            and not _by_winograd(x, weight, last, stride, padding, dilation, transposed, groups)):
+            and not _winograd_tile(x, weight, last, stride, padding, dilation, transposed, groups)):
         return "channels last and few outputs, or dilated: oneDNN's tile wastes less of its width and leaves out taps of zeros"
     return None
 

@@ -16,7 +16,7 @@ FIELDS = [
 #: The same for Winograd's kernel.
 WINOGRAD = [
     "images", "channels", "outputs", "d", "h", "w", "od", "oh", "ow", "pd", "ph", "pw",  # sizes; the padding in front
-    "dh", "dw", "taps",  # the dilation; the filter's planes
+    "dh", "dw", "taps", "shift",  # the dilation; the filter's planes, how many positions along a row each begins after the one before
     "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
     "th", "tw", "block", "band", "slots", "cuts", "panels", "groups",  # tiles; tiles and planes of a task, the input's planes that
     # these need; the division of the outputs

@@ -50,7 +50,7 @@ from .engine.simd import (
 from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
-(_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
+(_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _SHIFT, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
  _TW, _BLOCK, _BAND, _SLOTS, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE,
  _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
@@ -59,15 +59,17 @@ SEGMENT = 120  # bytes: first and end of what is within the image, the line, six
 
 class Side:
     """F(n, 3) along one dimension, by Cook and Toom: interpolation through the points and infinity. Every point but 0 is followed
-    by its negative.
+    by its negative. Without points F(1, 1), of a filter that has one tap there.
 
     Attributes:
-        n, taps: outputs and inputs of a tile.
+        n, taps, size: outputs and inputs of a tile, taps of the filter.
         a_t, g, b_t: the matrices Aᵀ, G and Bᵀ.
     """
 
     def __init__(self, *points: Fraction) -> None:
-        self.points, self.n, self.taps = points, len(points) - 1, len(points) + 1
+        self.size = 3 if points else 1
+        self.taps = len(points) + 1
+        self.n = self.taps - self.size + 1
         self.g, self.b_t = [], []
         for i, p in enumerate(points):
             others = points[:i] + points[i + 1 :]
@@ -75,7 +77,7 @@ class Side:
             self.b_t.append(self._polynomial(others))
             self.g.append([p**k / scale for k in range(3)])
         self.b_t.append(self._polynomial(points))
-        self.g.append([Fraction(0), Fraction(0), Fraction(1)])
+        self.g.append([Fraction(k == self.size - 1) for k in range(self.size)])
         self.a_t = [[p**k for p in points] + [Fraction(k == self.n - 1)] for k in range(self.n)]
         self.pairs = [i for i, p in enumerate(points) if p > 0]
 
@@ -110,8 +112,7 @@ class Side:
 
 A, B = Fraction(11, 16), Fraction(23, 16)
 DOWN, ALONG = Side(Fraction(13, 32), -Fraction(13, 32), Fraction(5, 4), -Fraction(5, 4)), Side(Fraction(0), A, -A, B, -B)
-PLACES = DOWN.taps * ALONG.taps
-DOWN_N, DOWN_TAPS, ALONG_N, ALONG_TAPS = DOWN.n, DOWN.taps, ALONG.n, ALONG.taps
+ALONG_N, ALONG_TAPS = ALONG.n, ALONG.taps
 
 
 # Transforms ----------------------------------------------------------------------------------------------------------
@@ -187,17 +188,18 @@ def _store_parts(builder: ir.IRBuilder, address: Any, value: Any, width: int, st
         builder.store(part, place).align = 4
 
 
-@intrinsic
-def transform_rows(typingctx, rows, offset, dst, dst_row):
-    """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, whose addresses are at ``rows``; one vector of each"""
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        rows, offset, dst, dst_row = args
-        first = builder.inttoptr(rows, i64.as_pointer())
-        d = [_loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i)])), offset)) for i in range(DOWN.taps)]
-        for i, v in enumerate(DOWN.into(builder, d)):
-            store_vector(builder, FLOAT32, builder.add(dst, builder.mul(dst_row, i64(i))), v)
-        return context.get_dummy_value()
-    return types.none(*(types.int64,) * 4), codegen
+def _transform_rows(down: Side) -> Any:
+    def fn(typingctx, rows, offset, dst, dst_row):
+        """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, whose addresses are at ``rows``; one vector of each"""
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            rows, offset, dst, dst_row = args
+            first = builder.inttoptr(rows, i64.as_pointer())
+            d = [_loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i)])), offset)) for i in range(down.taps)]
+            for i, v in enumerate(down.into(builder, d)):
+                store_vector(builder, FLOAT32, builder.add(dst, builder.mul(dst_row, i64(i))), v)
+            return context.get_dummy_value()
+        return types.none(*(types.int64,) * 4), codegen
+    return intrinsic(fn)
 
 
 def _transform_columns(dense: bool) -> Any:
@@ -223,33 +225,34 @@ def _transform_columns(dense: bool) -> Any:
 transform_columns, transform_columns_stepped = _transform_columns(True), _transform_columns(False)
 
 
-@intrinsic
-def transform_pixels(typingctx, pixels, offset, dst, dst_place):
-    """transform_pixels(pixels, offset, dst, dst_place): Bᵀ d B of a vector of channels of a tile's
-    pixels, their addresses at ``pixels``"""
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pixels, offset, dst, dst_place = args
-        first = builder.inttoptr(pixels, i64.as_pointer())
-        columns = [DOWN.into(builder, [
-            _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * ALONG.taps + j)])), offset))
-            for i in range(DOWN.taps)]) for j in range(ALONG.taps)]
-        for i in range(DOWN.taps):
-            for j, v in enumerate(ALONG.into(builder, [column[i] for column in columns])):
-                place = builder.mul(dst_place, i64(i * ALONG.taps + j))
-                store_vector(builder, FLOAT32, builder.add(dst, place), v)
-        return context.get_dummy_value()
-    return types.none(*(types.int64,) * 4), codegen
+def _transform_pixels(down: Side) -> Any:
+    def fn(typingctx, pixels, offset, dst, dst_place):
+        """transform_pixels(pixels, offset, dst, dst_place): Bᵀ d B of a vector of channels of a tile's pixels, their addresses at
+        ``pixels``"""
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            pixels, offset, dst, dst_place = args
+            first = builder.inttoptr(pixels, i64.as_pointer())
+            columns = [down.into(builder, [
+                _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * ALONG.taps + j)])), offset))
+                for i in range(down.taps)]) for j in range(ALONG.taps)]
+            for i in range(down.taps):
+                for j, v in enumerate(ALONG.into(builder, [column[i] for column in columns])):
+                    place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                    store_vector(builder, FLOAT32, builder.add(dst, place), v)
+            return context.get_dummy_value()
+        return types.none(*(types.int64,) * 4), codegen
+    return intrinsic(fn)
 
 
-def _transform_back(last: bool, dense: bool) -> Any:
+def _transform_back(down: Side, last: bool, dense: bool) -> Any:
     def fn(typingctx, seen, src, src_place, dst, dst_row, dst_pixel, dst_channel):
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             seen, src, src_place, dst, dst_row, dst_pixel, dst_channel = args
-            columns = [DOWN.back(builder, [
-                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * ALONG.taps + j)))) for i in range(DOWN.taps)])
+            columns = [down.back(builder, [
+                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * ALONG.taps + j)))) for i in range(down.taps)])
                 for j in range(ALONG.taps)]
             zero = ir.Constant(seen.type, [0.0] * FLOAT32.lanes)
-            for r in range(DOWN.n):
+            for r in range(down.n):
                 row = ALONG.back(builder, [column[r] for column in columns])
                 for v in row:
                     seen = multiply_add(builder, v, zero, seen)
@@ -275,36 +278,34 @@ def _transform_back(last: bool, dense: bool) -> Any:
     return intrinsic(fn)
 
 
-transform_back, transform_back_stepped, transform_back_last = (
-    _transform_back(last, dense) for last, dense in ((False, True), (False, False), (True, True)))
-
-
-@intrinsic
-def transform_filter(typingctx, src, o, last, s_o, taps, dst, dst_place):
-    """transform_filter(src, o, last, s_o, taps, dst, dst_place): G g Gᵀ for a vector of outputs from o on (after ``last``, that
-    one again), in float64"""
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        src, o, last, s_o, taps, dst, dst_place = args
-        lanes = FLOAT32.lanes
-        wide = ir.VectorType(ir.DoubleType(), lanes)
-        offsets = builder.inttoptr(taps, i64.as_pointer())
-        starts = []
-        for k in range(lanes):
-            n = builder.add(o, i64(k))
-            n = builder.select(builder.icmp_signed("<", n, last), n, last)
-            starts.append(builder.add(src, builder.mul(n, s_o)))
-        g = []
-        for tap in range(9):
-            offset = builder.load(builder.gep(offsets, [i64(tap)]))
-            g.append(builder.fpext(_gathered(builder, starts, offset), wide))
-        columns = [[_sum(builder, list(zip(row, g[j::3], strict=True))) for row in DOWN.g] for j in range(3)]
-        for i in range(DOWN.taps):
-            for j, row in enumerate(ALONG.g):
-                v = _sum(builder, [(c, column[i]) for c, column in zip(row, columns, strict=True)])
-                place = builder.mul(dst_place, i64(i * ALONG.taps + j))
-                store_vector(builder, FLOAT32, builder.add(dst, place), builder.fptrunc(v, FLOAT32.vector.llvm))
-        return context.get_dummy_value()
-    return types.none(*(types.int64,) * 7), codegen
+def _transform_filter(down: Side) -> Any:
+    def fn(typingctx, src, o, last, s_o, taps, along, dst, dst_place):
+        """transform_filter(src, o, last, s_o, taps, along, dst, dst_place): G g Gᵀ for a vector of outputs from o on (after
+        ``last``, that one again), in float64; taps from ``along`` on along a row are zeros."""
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            src, o, last, s_o, taps, along, dst, dst_place = args
+            lanes = FLOAT32.lanes
+            wide = ir.VectorType(ir.DoubleType(), lanes)
+            offsets = builder.inttoptr(taps, i64.as_pointer())
+            starts = []
+            for k in range(lanes):
+                n = builder.add(o, i64(k))
+                n = builder.select(builder.icmp_signed("<", n, last), n, last)
+                starts.append(builder.add(src, builder.mul(n, s_o)))
+            g = []
+            for tap in range(down.size * 3):
+                offset, exists = builder.load(builder.gep(offsets, [i64(tap)])), builder.icmp_signed("<", i64(tap % 3), along)
+                v = builder.fpext(_gathered(builder, starts, builder.select(exists, offset, i64(0))), wide)
+                g.append(builder.select(exists, v, ir.Constant(wide, [0.0] * lanes)))
+            columns = [[_sum(builder, list(zip(row, g[j::3], strict=True))) for row in down.g] for j in range(3)]
+            for i in range(down.taps):
+                for j, row in enumerate(ALONG.g):
+                    v = _sum(builder, [(c, column[i]) for c, column in zip(row, columns, strict=True)])
+                    place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                    store_vector(builder, FLOAT32, builder.add(dst, place), builder.fptrunc(v, FLOAT32.vector.llvm))
+            return context.get_dummy_value()
+        return types.none(*(types.int64,) * 8), codegen
+    return intrinsic(fn)
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -326,10 +327,13 @@ def start(tile, n, d):
     return tile * n if d == 1 else tile // d * (n * d) + tile % d
 
 
-def winograd(elem_name: str) -> Any:
+def _winograd(down: Side) -> Any:
     """A convolution of stride 1; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What ``flag`` points to becomes 1 where
     an output is not finite."""
-    e = FLOAT32
+    e, down_n, down_taps, places = FLOAT32, down.n, down.taps, down.taps * ALONG.taps
+    transform_rows, transform_pixels = _transform_rows(down), _transform_pixels(down)
+    transform_back, transform_back_stepped, transform_back_last = (
+        _transform_back(down, last, dense) for last, dense in ((False, True), (False, False), (True, True)))
     lanes, size, unit = e.lanes, e.size, ROWS * e.size
     finish = finisher(e)
     multiply = by_width(*(Tile(e, ROWS, v) for v in (1, 2, 3)))
@@ -340,7 +344,7 @@ def winograd(elem_name: str) -> Any:
             store(e, dst + j * size, spread(e, 0.0))
 
     @outline
-    def into_planes(geo, x, slot, t0, n, v, ws):
+    def into_planes(geo, x, shift, slot, t0, n, v, ws):
         """Tiles t0 … t0 + n of an image whose rows are dense, as V[place][ROWS tiles][slot][channel][tile].
 
         A *segment* is a stretch of tiles next to each other: their rows are transformed into lines, with the padding, and
@@ -353,20 +357,20 @@ def winograd(elem_name: str) -> Any:
         tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
         zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
         clear(zeros, width)
-        clear(lines, DOWN_TAPS * width)
+        clear(lines, down_taps * width)
         count, done, column = 0, 0, 0
         while done < n:
             line = (t0 + done) // tw
             j = t0 + done - line * tw
             i = line // th
-            y, left = start(line - i * th, DOWN_N, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW)
+            y, left = start(line - i * th, down_n, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW) + shift
             many = min(n - done, tw - j)
             length = ALONG_N * many + 2 * dw
             at = segments + count * SEGMENT
             store_scalar(INT64, at, max(0, -left))
             store_scalar(INT64, at + 8, max(max(0, -left), min(length, w - left)))
             store_scalar(INT64, at + 16, lines + column * size)
-            for r in range(DOWN_TAPS):
+            for r in range(down_taps):
                 row = y + r * dh
                 inside = row >= 0 and row < get(geo, _H)
                 store_scalar(INT64, at + 24 + 8 * r, x + i * get(geo, _XN) + row * get(geo, _XH) + left * size if inside else zeros)
@@ -388,18 +392,18 @@ def winograd(elem_name: str) -> Any:
                         transform_rows(rows, s * size, line + s * size, width * size)
                         s += lanes
                 elif end > s:
-                    for r in range(DOWN_TAPS):
+                    for r in range(down_taps):
                         store(e, short + 64 + r * lanes * size, spread(e, 0.0))
                         for q in range(end - s):
                             store_scalar(e, short + 64 + (r * lanes + q) * size,
                                          load_scalar(e, load_scalar(INT64, rows + 8 * r) + (s + q) * size))
                         store_scalar(INT64, short + 8 * r, short + 64 + r * lanes * size)
                     transform_rows(short, 0, line + s * size, width * size)
-                for r in range(0, 8 * DOWN_TAPS, 8):
+                for r in range(0, 8 * down_taps, 8):
                     store_scalar(INT64, rows + r, load_scalar(INT64, rows + r) + load_scalar(INT64, rows + 48 + r))
             for t in range(0, n, lanes):
                 to = v + t // ROWS * group + k * unit + t % ROWS * size
-                for r in range(DOWN_TAPS):
+                for r in range(down_taps):
                     rest = lines + r * width * size, tiles + t * 8, dw * size, to + r * ALONG_TAPS * place, place, group
                     if dw == 1:
                         transform_columns(*rest)
@@ -407,7 +411,7 @@ def winograd(elem_name: str) -> Any:
                         transform_columns_stepped(*rest)
 
     @outline
-    def into_pixels(geo, x, slot, t0, n, v, ws):
+    def into_pixels(geo, x, shift, slot, t0, n, v, ws):
         """Tiles t0 … t0 + n of an image whose channels are dense, as V[place][tile][slot][channel]"""
         tw, th, channels, place, dh, dw = (
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _PLACE), get(geo, _DH), get(geo, _DW))
@@ -416,9 +420,9 @@ def winograd(elem_name: str) -> Any:
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            top = start(line - i * th, DOWN_N, dh) - get(geo, _PH)
-            left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW)
-            for r in range(DOWN_TAPS):
+            top = start(line - i * th, down_n, dh) - get(geo, _PH)
+            left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW) + shift
+            for r in range(down_taps):
                 for s in range(ALONG_TAPS):
                     h, w = top + r * dh, left + s * dw
                     inside = h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
@@ -440,7 +444,7 @@ def winograd(elem_name: str) -> Any:
         if get(geo, _X_LAST):
             a_row, a_k, a_plane = get(geo, _SLOTS) * channels * size, size, channels * size
         stretch = get(geo, _CHAIN)
-        for at in range(PLACES):
+        for at in range(places):
             c, u = m + at * get(geo, _M_PLACE), w + at * (row * depth + PAD)
             for q in range(q0, q1):
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
@@ -467,16 +471,16 @@ def winograd(elem_name: str) -> Any:
             line = (t0 + done) // tw
             j = t0 + done - line * tw
             i = line // th
-            many, first = min(n - done, tw - j), start(line - i * th, DOWN_N, dh)
+            many, first = min(n - done, tw - j), start(line - i * th, down_n, dh)
             length = ALONG_N * many * size
-            rows, columns = min(DOWN_N, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
+            rows, columns = min(down_n, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
             # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
             spills = columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
             at = i * get(geo, _YN) + f * get(geo, _YD) + first * get(geo, _YH) + j * ALONG_N * size
             for o in range(o0, o1, lanes):
                 for t in range(many):
                     rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, ALONG_N, dw) * size, length,
-                            dw * size, DOWN_N * length)
+                            dw * size, down_n * length)
                     if dw == 1:
                         seen = transform_back(seen, *rest)
                     else:
@@ -484,7 +488,7 @@ def winograd(elem_name: str) -> Any:
                 for k in range(min(lanes, o1 - o)):
                     for r in range(rows):
                         to = at + (o + k) * get(geo, _YO) + r * dh * get(geo, _YH)
-                        finish(lanes if spills and r + 1 < rows else columns, strip + (k * DOWN_N + r) * length, y + to, size,
+                        finish(lanes if spills and r + 1 < rows else columns, strip + (k * down_n + r) * length, y + to, size,
                                bias + (o + k) * size if bias != 0 else 0, 0, res + to if res != 0 else 0, act, p0, p1)
             done += many
         return any_lane(seen != seen)
@@ -498,11 +502,11 @@ def winograd(elem_name: str) -> Any:
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            first, left = start(line - i * th, DOWN_N, dh), start(t0 + t - line * tw, ALONG_N, dw)
+            first, left = start(line - i * th, down_n, dh), start(t0 + t - line * tw, ALONG_N, dw)
             for o in range(0, o1 - o0, lanes):
                 seen = transform_back_last(seen, m + t * row + o * size, place, strip + o * size,
                                            ALONG_N * row, row, 0)
-            for r in range(min(DOWN_N, (h - first + dh - 1) // dh)):
+            for r in range(min(down_n, (h - first + dh - 1) // dh)):
                 for s in range(min(ALONG_N, (w - left + dw - 1) // dw)):
                     to = (i * get(geo, _YN) + f * get(geo, _YD) + (first + r * dh) * get(geo, _YH)
                           + (left + s * dw) * get(geo, _YW) + o0 * size)
@@ -531,14 +535,14 @@ def winograd(elem_name: str) -> Any:
         res = res + own * outputs * get(geo, _YO) if res != 0 else 0
         for z in range(z0, z1):
             if get(geo, _X_LAST):
-                into_pixels(geo, x + z * get(geo, _XD), z - z0, t0, n, v, mine)
+                into_pixels(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
             else:
-                into_planes(geo, x + z * get(geo, _XD), z - z0, t0, n, v, mine)
+                into_planes(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
         for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
             q0, q1 = panels * g // groups, panels * (g + 1) // groups
             v0, v1 = vectors * q0 // panels, vectors * q1 // panels
             row = (v1 - v0) * lanes * size
-            products(geo, q0, q1, f0, f1, z0, rows, v, w + PLACES * (v0 * lanes * taps * channels * size + g * PAD), m, row)
+            products(geo, q0, q1, f0, f1, z0, rows, v, w + places * (v0 * lanes * taps * channels * size + g * PAD), m, row)
             for f in range(f0, f1):
                 rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), m + (f - f0) * rows * ROWS * row, row, y, bias, res, act,
                         p0, p1, mine)
@@ -554,14 +558,15 @@ def winograd(elem_name: str) -> Any:
     return kernel
 
 
-def winograd_weight(elem_name: str) -> Any:
+def _winograd_weight(down: Side) -> Any:
     """A weight, transformed: [set][group of panels][place][panel][plane of the filter][channel][output]. Element (output o,
     plane a, channel c, tap t) of a set lies at ``src + set·s_set + o·s_o + a·s_a + c·s_c + taps[t]``; sets are ``dst_set`` bytes
-    apart."""
-    lanes, size = FLOAT32.lanes, FLOAT32.size
+    apart. Planes have three taps along a row, of ``along`` in all."""
+    lanes, size, places = FLOAT32.lanes, FLOAT32.size, down.taps * ALONG.taps
+    transform_filter = _transform_filter(down)
 
     @inline
-    def body(t, nt, sets, outputs, planes, channels, panels, groups, src0, s_set, s_o, s_a, s_c, taps, dst0, dst_set):
+    def body(t, nt, sets, outputs, planes, channels, panels, groups, src0, s_set, s_o, s_a, s_c, taps, along, dst0, dst_set):
         vectors, depth = (outputs + lanes - 1) // lanes, planes * channels
         for task in range(sets * panels * t // nt, sets * panels * (t + 1) // nt):
             own = task // panels
@@ -570,14 +575,32 @@ def winograd_weight(elem_name: str) -> Any:
             v0, v1 = vectors * (panels * g // groups) // panels, vectors * (panels * (g + 1) // groups) // panels
             first = vectors * q // panels
             vecs = vectors * (q + 1) // panels - first
-            to = dst + (v0 * PLACES + first - v0) * lanes * depth * size + g * PLACES * PAD
+            to = dst + (v0 * places + first - v0) * lanes * depth * size + g * places * PAD
             place = (v1 - v0) * lanes * depth * size + PAD
             for a in range(planes):
                 for c in range(channels):
                     for v in range(vecs):
-                        transform_filter(src + a * s_a + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps,
+                        transform_filter(src + a * s_a + c * s_c, (first + v) * lanes, outputs - 1, s_o, taps, along - 3 * a,
                                          to + ((a * channels + c) * vecs + v) * lanes * size, place)
 
-    def kernel(nt, sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, dst, dst_set):
-        parallel(nt, body, (sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, dst, dst_set))
+    def kernel(nt, sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, along, dst, dst_set):
+        parallel(nt, body, (sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, along, dst, dst_set))
     return kernel
+
+
+def winograd(elem_name: str) -> Any:
+    """Filters of 3 × 3 taps, or of several such planes"""
+    return _winograd(DOWN)
+
+
+def winograd_weight(elem_name: str) -> Any:
+    return _winograd_weight(DOWN)
+
+
+def winograd_row(elem_name: str) -> Any:
+    """Filters of one row of taps, three of which are taken for a plane"""
+    return _winograd(Side())
+
+
+def winograd_row_weight(elem_name: str) -> Any:
+    return _winograd_weight(Side())
