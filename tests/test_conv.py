@@ -393,6 +393,51 @@ def test_winograd_in_three_dimensions(shape: str, form: str, winograd: list[bool
     assert not winograd.pop()
 
 
+# op, input, weight, options: one tile and many, filters that fill their last plane or do not, several stretches of planes, sequences
+# that are one pixel wide images, an image's rows, groups, dilation
+ROWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "three taps": ("conv1d", (2, 35, 131), (19, 35, 3), {"padding": 1}), "four": ("conv1d", (1, 64, 60), (37, 64, 4), {"padding": 2}),
+    "many taps": ("conv1d", (3, 130, 70), (40, 130, 17), {"padding": 8}), "short": ("conv1d", (17, 32, 64), (16, 32, 63), {"padding": 1}),
+    "one pixel wide": ("conv2d", (2, 33, 90, 1), (64, 33, 7, 1), {"padding": (3, 0)}),
+    "rows": ("conv2d", (2, 64, 5, 17), (50, 64, 1, 7), {"padding": (0, 3)}),
+    "short rows": ("conv2d", (3, 64, 11, 7), (200, 64, 1, 3), {"padding": (0, 1)}),
+    "groups": ("conv1d", (2, 66, 50), (34, 33, 5), {"padding": 2, "groups": 2}),
+    "dilation": ("conv1d", (2, 64, 200), (18, 64, 5), {"padding": 8, "dilation": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", ROWS)
+def test_winograd_along_rows(case: str, form: str, winograd: list[bool]) -> None:
+    """As ``test_winograd``, for filters of one row"""
+    op, shape, weight, options = ROWS[case]
+    if form == "last" and len(shape) == 3:
+        shape, weight, op = (*shape[:2], 1, shape[2]), (*weight[:2], 1, weight[2]), "conv2d"
+        options = options | {"padding": (0, options["padding"])} | ({"dilation": (1, 4)} if "dilation" in options else {})
+    elif form == "last" and shape[-1] == 1:
+        shape, weight, options = (*shape[:2], 1, shape[2]), (*weight[:2], 1, weight[2]), {"padding": options["padding"][::-1]}
+    place, groups = FORMATS[form], options.get("groups", 1)
+    for positive in (False, True):
+        x, w = randn(*shape), randn(*weight, seed=1)
+        if positive:
+            x, w = x.relu(), w.abs()
+        agree(op, place(x), place(w), randn(weight[0], seed=2), **options)
+        turned = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        agree(f"conv_transpose{op[4:]}", place(x), place(turned), **options)
+    assert len(winograd) >= 4
+    assert all(winograd)
+    plain = getattr(F, op)(x, w, **options)
+    residual, bias = place(randn(*plain.shape, seed=3)), randn(weight[0], seed=2)
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        more = {"residual": residual, "activation": "relu", "backend": "cpu"}
+        every.append(getattr(ours, op)(place(x), place(w), bias, **options, **more))
+    expected = plain + bias.reshape(-1, *[1] * (plain.dim() - 2)) + residual
+    torch.testing.assert_close(every[0], expected.relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(every[0], other) for other in every)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_winograd_by_groups(form: str, winograd: list[bool]) -> None:
     """Short rows, whose ends are written with the next one's beginnings; a number of outputs that is no vector's."""

@@ -482,9 +482,11 @@ def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
-    slots = min(d, band + planes - 1)
+    stretch = planes if down == 3 else max(1, 256 // channels)
+    slots = min(d, band + stretch - 1)
     place = _spread(_up(block, f.lanes) * slots * channels * f.unit)
     m_place = _spread(block * band * row)
+    m_group = places * m_place if stretch < planes else 0  # sums wait in memory for the planes to come
     at_segments = _up(8 * (block + f.lanes), 64)
     at_short = _up(at_segments + 120 * (block + 1), 64)
     at_zeros = _up(at_short + 64 + 6 * f.lanes * f.unit, 64)
@@ -495,13 +497,13 @@ def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
         "images": n, "channels": channels, "outputs": outputs, "d": d, "h": h, "w": w, "od": od, "oh": oh, "ow": ow, "pd": pd,
         "ph": ph, "pw": pw, "dh": dh, "dw": dw, "taps": planes, "shift": shift, "xn": xs[0], "xc": xs[1], "xd": xs[2],
         "xh": xs[3], "xw": xs[4], "yn": ys[0], "yo": ys[1], "yd": ys[2], "yh": ys[3], "yw": ys[4], "th": th, "tw": tw,
-        "block": block, "band": band, "slots": slots, "cuts": cuts, "panels": panels, "groups": groups, "sets": sets, "set": each,
-        "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last), "width": width,
-        "place": place, "m_place": m_place, "at_segments": at_segments, "at_short": at_short, "at_zeros": at_zeros,
-        "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
+        "block": block, "band": band, "slots": slots, "stretch": stretch, "cuts": cuts, "panels": panels, "groups": groups,
+        "sets": sets, "set": each, "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last),
+        "width": width, "place": place, "m_place": m_place, "m_group": m_group, "at_segments": at_segments, "at_short": at_short,
+        "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
     taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(down) for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", [-t for t in taps] if transposed else taps), planes,
-                 panels, groups, sets * each, _up(at_m + places * m_place, 4096), nt)
+                 panels, groups, sets * each, _up(at_m + places * m_place + (-(-groups // cuts) - 1) * m_group, 4096), nt)
 
 
 #: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
@@ -509,12 +511,20 @@ WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
 # Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
 # what is allowed at 32 channels, 0.7 at 64, 1.3 at 16 (of a group). Outputs a channel from which on it is faster, on a Zen 3.
 _LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
+# For filters of one row: outputs from which on it is faster; the share of products that are not with padding, below which many
+# sequences are served faster by the way that leaves those out (Zen 4).
+_LEAST_OUTPUTS_IN_ROW, _LEAST_MET = 16, 0.6
 # Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
 # corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
 # pixels 1.7, five by twelve 1.11 in one draw, six 1.3, ten 1.07 in one, twelve 0.8. The share of the tiles' outputs that has to
 # be within the image, channels first and last. A block of tiles is at least as wide as the dilation.
 _LEAST_CHANNELS_DILATED = 64
 _LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 12, (0.45, 0.6), 64
+
+
+def _dims(x: Tensor, weight: Tensor, last: bool, padding: Sequence[int]) -> int:
+    """Of the tensors: an image one pixel wide is a sequence."""
+    return 3 if x.dim() == 4 and x.shape[3] == weight.shape[3] == 1 and padding[1] == 0 and not last else x.dim()
 
 
 def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
@@ -524,25 +534,29 @@ def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int],
     meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels. Dilated, the images that it
     falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
     """
-    shape, kernel = x.shape, weight.shape[2:]
-    least = _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    if (x.dtype != torch.float32 or shape[1] // groups < least or max(stride) > 1 or x.stride(1 if last else -1) != 1
-            or (max(dilation) > 1 and (groups > 1 or len(shape) > 4)) or not WINOGRAD_ALLOWED):
+    dims, least = _dims(x, weight, last, padding), _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
+    shape, kernel, padding, dilation = x.shape[:dims], weight.shape[2:dims], padding[: dims - 2], dilation[: dims - 2]
+    if (x.dtype != torch.float32 or shape[1] // groups < least or max(stride) > 1 or x.stride(1 if last else dims - 1) != 1
+            or (max(dilation) > 1 and (groups > 1 or dims > 4)) or not WINOGRAD_ALLOWED):
         return 0
-    if len(shape) > 3 and kernel[-2:] == (3, 3):
+    if dims > 3 and kernel[-2:] == (3, 3):
         tile: tuple[int, ...] = (3, 4)
-        if len(shape) > 4 and padding[0] >= kernel[0]:
+        if dims > 4 and padding[0] >= kernel[0]:
             return 0
-    elif len(shape) < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(padding[:-1], default=0) == 0:
+    elif dims < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(padding[:-1], default=0) == 0:
         tile = (4,)
+        if (weight.shape[1] if transposed else weight.shape[0] // groups) < _LEAST_OUTPUTS_IN_ROW:
+            return 0
     else:
         return 0
     outputs, tiles = math.prod(shape[2 : -len(tile)]) * shape[0], 1
     for n, k, p, d, many in zip(*(v[-len(tile):] for v in (shape, kernel, padding, dilation)), tile, strict=True):
         p = (k - 1) * d - p if transposed else p
-        if not 0 <= p <= (d if k == 3 else (k - 1) * d) or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
+        if not 0 <= p <= k // 2 * d or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
             return 0
         size = n + 2 * p - (k - 1) * d
+        if len(tile) == 1 and shape[0] >= _LEAST_SEQUENCES and 2 * k >= _LEAST_TAPS and _met(n, size, k, 1, p, d) < _LEAST_MET:
+            return 0
         outputs *= size
         tiles *= _tile_count(size, many, d) * many
     if max(dilation) > 1 and (outputs < _LEAST_FILLED[last] * tiles * shape[0] or max(dilation) > _MOST_DILATION):
@@ -553,9 +567,12 @@ def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int],
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
                   padding: Sequence[int], dilation: Sequence[int], transposed: bool, sets: int, act: int, down: int) -> bool:
     """False where the result is not finite: then another way has to find out what it is."""
-    kernel, steps = tuple(weight.shape[2:]), [4 * s for s in weight.stride()]
-    p = _tiles(down, last, threads.count(), x.shape, x.stride(), kernel, weight.stride(), out.shape, out.stride(), tuple(padding),
-               tuple(dilation), transposed, sets)
+    dims = _dims(x, weight, last, padding)
+    if out.stride(1 if last else dims - 1) != 1:
+        return False
+    kernel, steps = tuple(weight.shape[2:dims]), [4 * s for s in weight.stride()[:dims]]
+    p = _tiles(down, last, threads.count(), x.shape[:dims], x.stride()[:dims], kernel, weight.stride()[:dims], out.shape[:dims],
+               out.stride()[:dims], tuple(padding[: dims - 2]), tuple(dilation[: dims - 2]), transposed, sets)
 
     def transform(address: int) -> int:
         (s_o, s_c), s_set, start = steps[:2], weight.shape[0] // sets * steps[0], weight.data_ptr()
@@ -1110,8 +1127,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     act = CODES[activation] if activation is not None else 0
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
         return
-    tile = _winograd_tile(input, weight, last, stride, padding, dilation, transposed, groups) if out.stride(
-        1 if last else -1) == 1 else 0
+    tile = _winograd_tile(input, weight, last, stride, padding, dilation, transposed, groups)
     if tile and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act, tile):
         return
     if last and _run_last(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):

@@ -18,12 +18,13 @@ WINOGRAD = [
     "images", "channels", "outputs", "d", "h", "w", "od", "oh", "ow", "pd", "ph", "pw",  # sizes; the padding in front
     "dh", "dw", "taps", "shift",  # the dilation; the filter's planes, how many positions along a row each begins after the one before
     "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
-    "th", "tw", "block", "band", "slots", "cuts", "panels", "groups",  # tiles; tiles and planes of a task, the input's planes that
-    # these need; the division of the outputs
+    "th", "tw", "block", "band",  # tiles; tiles and planes of a task
+    "slots", "stretch",  # planes of the input, and of the filter, at once
+    "cuts", "panels", "groups",  # the division of the outputs
     "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
-    "width", "place", "m_place", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
+    "width", "place", "m_place", "m_group", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
 ]
 
 #: The same for the transposed convolution as a product and a sum.

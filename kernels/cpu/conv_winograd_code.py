@@ -51,8 +51,8 @@ from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
 (_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _SHIFT, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
- _TW, _BLOCK, _BAND, _SLOTS, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE,
- _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
+ _TW, _BLOCK, _BAND, _SLOTS, _STRETCH, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE,
+ _M_GROUP, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -435,28 +435,29 @@ def _winograd(down: Side) -> Any:
                 k += lanes
 
     @outline
-    def products(geo, q0, q1, f0, f1, z0, blocks, v, w, m, row):
-        """M = V U for each place, planes f0 … f1 of the output: the tiles by the outputs of panels q0 … q1. The input's planes in V
-        begin with z0, and those that the filter meets follow each other as its own do."""
-        channels, taps, panels, place = get(geo, _C), get(geo, _TAPS), get(geo, _PANELS), get(geo, _PLACE)
-        vectors, depth = (get(geo, _O) + lanes - 1) // lanes, taps * channels
+    def products(geo, q0, q1, f0, f1, z0, a0, a1, blocks, v, w, m, row):
+        """M = V U for each place, planes f0 … f1 of the output, or M += V U if a0 > 0: the tiles by the outputs of panels q0 … q1.
+        Of the filter's planes a0 … a1; the input's planes in V begin with z0, and those that the filter meets follow each other as
+        its own do."""
+        channels, panels, place = get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
+        vectors, depth = (get(geo, _O) + lanes - 1) // lanes, get(geo, _TAPS) * channels
         a_row, a_k, a_step, a_plane = size, unit, get(geo, _SLOTS) * channels * unit, channels * unit
         if get(geo, _X_LAST):
             a_row, a_k, a_plane = get(geo, _SLOTS) * channels * size, size, channels * size
-        stretch = get(geo, _CHAIN)
         for at in range(places):
             c, u = m + at * get(geo, _M_PLACE), w + at * (row * depth + PAD)
             for q in range(q0, q1):
                 vecs = vectors * (q + 1) // panels - vectors * q // panels
                 b_k = vecs * lanes * size
-                ahead, ahead_k = u + depth * b_k, b_k // (blocks * (f1 - f0))
+                ahead, ahead_k = u + (depth + a0 * channels) * b_k, b_k // (blocks * (f1 - f0))
                 for f in range(f0, f1):
-                    z = f - get(geo, _PD)
-                    first, end = max(0, -z), min(taps, get(geo, _D) - z)
-                    multiply(vecs, blocks, (end - first) * channels, stretch, v + at * place + (z + first - z0) * a_plane, a_row,
-                             a_k, a_step, u + first * channels * b_k, b_k, 0, 0, 0, c + (f - f0) * blocks * ROWS * row, row,
-                             ROWS * row, lanes, ahead, ahead_k)
-                    ahead += blocks * depth * ahead_k
+                    z, to = f - get(geo, _PD), c + (f - f0) * blocks * ROWS * row
+                    first, end = max(a0, -z), min(a1, get(geo, _D) - z)
+                    init, init_step = (to, ROWS * row) if a0 > 0 else (0, 0)
+                    multiply(vecs, blocks, (end - first) * channels, get(geo, _CHAIN), v + at * place + (z + first - z0) * a_plane,
+                             a_row, a_k, a_step, u + first * channels * b_k, b_k, init, row, init_step, to, row, ROWS * row, lanes,
+                             ahead, ahead_k)
+                    ahead += blocks * (a1 - a0) * channels * ahead_k
                 u += depth * b_k
                 c += b_k
 
@@ -529,25 +530,30 @@ def _winograd(down: Side) -> Any:
         t0, f0 = number % blocks * block, number // blocks * band
         n, f1 = min(block, total - t0), min(f0 + band, get(geo, _OD))
         rows = (n + ROWS - 1) // ROWS
-        z0, z1 = max(0, f0 - get(geo, _PD)), min(get(geo, _D), f1 - 1 - get(geo, _PD) + taps)
         x, w, y = x + own * channels * get(geo, _XC), w + own * get(geo, _SET), y + own * outputs * get(geo, _YO)
         bias = bias + own * outputs * size if bias != 0 else 0
         res = res + own * outputs * get(geo, _YO) if res != 0 else 0
-        for z in range(z0, z1):
-            if get(geo, _X_LAST):
-                into_pixels(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
-            else:
-                into_planes(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
-        for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
-            q0, q1 = panels * g // groups, panels * (g + 1) // groups
-            v0, v1 = vectors * q0 // panels, vectors * q1 // panels
-            row = (v1 - v0) * lanes * size
-            products(geo, q0, q1, f0, f1, z0, rows, v, w + places * (v0 * lanes * taps * channels * size + g * PAD), m, row)
-            for f in range(f0, f1):
-                rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), m + (f - f0) * rows * ROWS * row, row, y, bias, res, act,
-                        p0, p1, mine)
-                if out_of_pixels(geo, *rest) if get(geo, _Y_LAST) else out_of_planes(geo, *rest):
-                    store_scalar(INT64, flag, 1)
+        for a0 in range(0, taps, get(geo, _STRETCH)):
+            a1 = min(taps, a0 + get(geo, _STRETCH))
+            z0, z1 = max(0, f0 - get(geo, _PD) + a0), min(get(geo, _D), f1 - 1 - get(geo, _PD) + a1)
+            for z in range(z0, z1):
+                if get(geo, _X_LAST):
+                    into_pixels(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
+                else:
+                    into_planes(geo, x + z * get(geo, _XD), z * get(geo, _SHIFT), z - z0, t0, n, v, mine)
+            for g in range(groups * cut // cuts, groups * (cut + 1) // cuts):
+                q0, q1 = panels * g // groups, panels * (g + 1) // groups
+                v0, v1 = vectors * q0 // panels, vectors * q1 // panels
+                row, sums = (v1 - v0) * lanes * size, m + (g - groups * cut // cuts) * get(geo, _M_GROUP)
+                products(geo, q0, q1, f0, f1, z0, a0, a1, rows, v,
+                         w + places * (v0 * lanes * taps * channels * size + g * PAD), sums, row)
+                if a1 < taps:
+                    continue
+                for f in range(f0, f1):
+                    rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), sums + (f - f0) * rows * ROWS * row, row, y, bias, res,
+                            act, p0, p1, mine)
+                    if out_of_pixels(geo, *rest) if get(geo, _Y_LAST) else out_of_planes(geo, *rest):
+                        store_scalar(INT64, flag, 1)
 
     def kernel(nt, geo, x, w, y, bias, res, act, ws, ws_size, flag, p0, p1):
         store_scalar(INT64, flag, 0)
