@@ -51,11 +51,10 @@ _CONVOLUTION = {d: _kernel("conv_code", "convolution", d, "i" * 11 + "ff") for d
 _DEPTHWISE = {d: _kernel("conv_depthwise_code", "depthwise", d, "i" * 11 + "ff") for d in _NAMES}
 _DEPTHWISE_WEIGHT = {d: _kernel("conv_depthwise_weight_code", "depthwise_weight", d, "i" * 8) for d in _NAMES}
 _GROUPED = {d: _kernel("conv_grouped_code", "grouped", d, "i" * 10 + "ff") for d in _NAMES}
-# By how many rows of outputs a tile has: filters of planes of 3 × 3 taps, and of one row
-_WINOGRAD = {3: _kernel("conv_winograd_code", "winograd", torch.float32, "i" * 11 + "ff"),
-             1: _kernel("conv_winograd_code", "winograd_row", torch.float32, "i" * 11 + "ff")}
-_WINOGRAD_WEIGHT = {3: _kernel("conv_winograd_code", "winograd_weight", torch.float32, "i" * 16),
-                    1: _kernel("conv_winograd_code", "winograd_row_weight", torch.float32, "i" * 16)}
+# By how many rows of outputs a tile has
+_WINOGRAD = {n: Kernel(f"winograd_{n}", "i" * 11 + "ff", made_by("conv_winograd_code", "winograd", n)) for n in (1, 2, 3)}
+_WINOGRAD_WEIGHT = {n: Kernel(f"winograd_weight_{n}", "i" * 16, made_by("conv_winograd_code", "winograd_weight", n))
+                    for n in (1, 2, 3)}
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
@@ -449,7 +448,7 @@ def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
            w_stride: tuple[int, ...], y_shape: tuple[int, ...], y_stride: tuple[int, ...], padding: tuple[int, ...],
            dilation: tuple[int, ...], transposed: bool, sets: int) -> Tiles:
     """The description of a problem that ``_winograd_tile`` accepts, with so many rows of outputs a tile."""
-    f, places = _format(torch.float32), 30 if down == 3 else 6
+    f, places = _format(torch.float32), {1: 6, 2: 24, 3: 30}[down]
     (n, channels, *_), outputs = x_shape, y_shape[1]
     (d, h, w), (od, oh, ow), (_, dh, dw) = _three(x_shape[2:], 1), _three(y_shape[2:], 1), _three(dilation, 1)
     xs, ys = ([f.size * s for s in (*t[:2], *_three(t[2:], 0))] for t in (x_stride, y_stride))
@@ -482,7 +481,7 @@ def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
     row = -(-panels // groups) * f.vecs * f.lanes * f.unit
     segments = block // tw + 2 if tw < block else 2
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
-    stretch = planes if down == 3 else max(1, 256 // channels)
+    stretch = planes if down > 1 else max(1, 256 // channels)
     slots = min(d, band + stretch - 1)
     place = _spread(_up(block, f.lanes) * slots * channels * f.unit)
     m_place = _spread(block * band * row)
@@ -501,25 +500,37 @@ def _tiles(down: int, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
         "sets": sets, "set": each, "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last),
         "width": width, "place": place, "m_place": m_place, "m_group": m_group, "at_segments": at_segments, "at_short": at_short,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
-    taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(down) for j in range(3)]
+    taps = [(i * w_stride[-2] + j * w_stride[-1]) * f.size for i in range(3 if down > 1 else 1)
+            for j in range(3)]
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", [-t for t in taps] if transposed else taps), planes,
                  panels, groups, sets * each, _up(at_m + places * m_place + (-(-groups // cuts) - 1) * m_group, 4096), nt)
 
 
 #: Whether Winograd's way is taken where it is faster. FASTNN_WINOGRAD=0 turns it off.
 WINOGRAD_ALLOWED = os.environ.get("FASTNN_WINOGRAD", "1") != "0"
-# Channels from which on its errors were measured to be within the rule: random images of either sign and of one, at most 0.9 of
-# what is allowed at 32 channels, 0.7 at 64, 1.3 at 16 (of a group). Outputs a channel from which on it is faster, on a Zen 3.
-_LEAST_CHANNELS, _LEAST_OUTPUTS = 32, 49
+
+
+class Least(NamedTuple):
+    """What a tile needs, that its errors be within the rule: random images of either sign and of one, the worst of 8 or 16 draws,
+    as a share of what is allowed. Three rows 0.9–1.0 at 32 channels, 0.7 at 64, 1.3 at 16; two rows 0.97 at 16 (1.4 at 8); one
+    row 0.7 at 32. Dilated ones, of one sign: corners, where few taps meet the image, are more. Three rows, images that it falls
+    apart into of three pixels 1.7, of five by twelve 1.11, six 1.3, ten 1.07, twelve 0.8; two rows, of five and six pixels 1.0 at
+    64 channels, 0.86 from 128 on, of three 1.06.
+    """
+
+    channels: int  # of a group
+    dilated: int  # channels, and pixels of the images, of dilated ones
+    pixels: int
+
+
+_LEAST = {1: Least(32, 64, 12), 2: Least(16, 128, 5), 3: Least(32, 64, 12)}
+# Outputs a channel from which on it is faster (Zen 3), and up to which a smaller tile is, whose weight is less (Zen 4). The
+# share of a dilated one's tiles that has to be within the image, channels first and last. A block of tiles is at least as wide as
+# the dilation.
+_LEAST_OUTPUTS, _FEW, _LEAST_FILLED, _MOST_DILATION = 49, 64, (0.45, 0.6), 64
 # For filters of one row: outputs from which on it is faster; the share of products that are not with padding, below which many
 # sequences are served faster by the way that leaves those out (Zen 4).
 _LEAST_OUTPUTS_IN_ROW, _LEAST_MET = 16, 0.6
-# Of dilated ones: more channels, and with a margin so many pixels of the images that one falls apart into, for these have more
-# corners, where few taps meet the image. Errors of images of one sign, the worst of 8 or 16 draws, of what is allowed: three
-# pixels 1.7, five by twelve 1.11 in one draw, six 1.3, ten 1.07 in one, twelve 0.8. The share of the tiles' outputs that has to
-# be within the image, channels first and last. A block of tiles is at least as wide as the dilation.
-_LEAST_CHANNELS_DILATED = 64
-_LEAST_PIXELS, _LEAST_FILLED, _MOST_DILATION = 12, (0.45, 0.6), 64
 
 
 def _dims(x: Tensor, weight: Tensor, last: bool, padding: Sequence[int]) -> int:
@@ -527,41 +538,51 @@ def _dims(x: Tensor, weight: Tensor, last: bool, padding: Sequence[int]) -> int:
     return 3 if x.dim() == 4 and x.shape[3] == weight.shape[3] == 1 and padding[1] == 0 and not last else x.dim()
 
 
-def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                   transposed: bool, groups: int) -> int:
-    """How many rows of outputs a tile has, if Winograd's way can and is to be taken, else 0: three for filters of 3 × 3 taps, or
-    of several such planes, one for those of one row. Stride 1, enough channels, a margin of one pixel at most (beyond, a corner
-    meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels. Dilated, the images that it
-    falls apart into are not to be mostly corners, nor the tiles to lie beyond them.
+def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int], padding: Sequence[int],
+                   dilation: Sequence[int], transposed: bool, groups: int) -> int:
+    """How many rows of outputs a tile has, if Winograd's way can and is to be taken, else 0: two or three for filters of 3 × 3
+    taps, or of several such planes, one for those of one row. Stride 1, enough channels, padding that keeps the size at most
+    (beyond, a corner meets one tap alone, and its error is that of a whole tile), dilation's steps taken for pixels.
     """
-    dims, least = _dims(x, weight, last, padding), _LEAST_CHANNELS if max(dilation) == 1 else _LEAST_CHANNELS_DILATED
-    shape, kernel, padding, dilation = x.shape[:dims], weight.shape[2:dims], padding[: dims - 2], dilation[: dims - 2]
-    if (x.dtype != torch.float32 or shape[1] // groups < least or max(stride) > 1 or x.stride(1 if last else dims - 1) != 1
-            or (max(dilation) > 1 and (groups > 1 or dims > 4)) or not WINOGRAD_ALLOWED):
+    dims = _dims(x, weight, last, padding)
+    shape, kernel, dilation = x.shape[:dims], weight.shape[2:dims], dilation[: dims - 2]
+    dilated = max(dilation) > 1
+    if (x.dtype != torch.float32 or shape[1] // groups < _LEAST[2].channels or max(stride) > 1
+            or x.stride(1 if last else dims - 1) != 1 or (dilated and (groups > 1 or dims > 4)) or not WINOGRAD_ALLOWED):
+        return 0
+    pads = [d * (k - 1) - p if transposed else p for p, k, d in zip(padding, kernel, dilation)]
+    sizes = [n + 2 * p - d * (k - 1) for n, p, k, d in zip(shape[2:], pads, kernel, dilation, strict=True)]
+    outputs = shape[0] * math.prod(sizes)
+    if outputs < _LEAST_OUTPUTS and overhead.RULES:
         return 0
     if dims > 3 and kernel[-2:] == (3, 3):
-        tile: tuple[int, ...] = (3, 4)
-        if dims > 4 and padding[0] >= kernel[0]:
+        along, tiles = 2, (2, 3) if outputs <= _FEW else (3, 2)
+        if (dims > 4 and not 0 <= pads[0] < kernel[0]) or (  # short rows of small groups are faster from padded planes
+                groups > 1 and not last and shape[1] // groups < _LEAST[3].channels and sizes[-1] < 16):
             return 0
-    elif dims < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(padding[:-1], default=0) == 0:
-        tile = (4,)
-        if (weight.shape[1] if transposed else weight.shape[0] // groups) < _LEAST_OUTPUTS_IN_ROW:
+    elif dims < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(pads[:-1], default=0) == 0:
+        along, tiles = 1, (1,)
+        if (weight.shape[1] if transposed else weight.shape[0] // groups) < _LEAST_OUTPUTS_IN_ROW or (
+                shape[0] >= _LEAST_SEQUENCES and 2 * kernel[-1] >= _LEAST_TAPS
+                and _met(shape[-1], sizes[-1], kernel[-1], 1, pads[-1], dilation[-1]) < _LEAST_MET):
             return 0
     else:
         return 0
-    outputs, tiles = math.prod(shape[2 : -len(tile)]) * shape[0], 1
-    for n, k, p, d, many in zip(*(v[-len(tile):] for v in (shape, kernel, padding, dilation)), tile, strict=True):
-        p = (k - 1) * d - p if transposed else p
-        if not 0 <= p <= k // 2 * d or (max(dilation) > 1 and p > 0 and n < _LEAST_PIXELS * d):
-            return 0
-        size = n + 2 * p - (k - 1) * d
-        if len(tile) == 1 and shape[0] >= _LEAST_SEQUENCES and 2 * k >= _LEAST_TAPS and _met(n, size, k, 1, p, d) < _LEAST_MET:
-            return 0
-        outputs *= size
-        tiles *= _tile_count(size, many, d) * many
-    if max(dilation) > 1 and (outputs < _LEAST_FILLED[last] * tiles * shape[0] or max(dilation) > _MOST_DILATION):
+    inner = list(zip(shape[-along:], sizes[-along:], pads[-along:], kernel[-along:], dilation[-along:], strict=True))
+    if not all(0 <= p <= k // 2 * d for _, _, p, k, d in inner):
         return 0
-    return (3 if len(tile) > 1 else 1) if outputs >= _LEAST_OUTPUTS or not overhead.RULES else 0
+    for rows in tiles:
+        least = _LEAST[rows]
+        if not dilated:
+            if shape[1] // groups >= least.channels:
+                return rows
+        elif (shape[1] >= least.dilated and max(dilation) <= _MOST_DILATION
+              and all(p == 0 or n >= least.pixels * d for n, _, p, _, d in inner)):
+            filled = math.prod(size / (_tile_count(size, many, d) * many)
+                               for (_, size, _, _, d), many in zip(inner, (rows, 4)[-along:], strict=True))
+            if filled >= _LEAST_FILLED[last]:
+                return rows
+    return 0
 
 
 def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -578,19 +599,20 @@ def _run_winograd(last: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Tens
         (s_o, s_c), s_set, start = steps[:2], weight.shape[0] // sets * steps[0], weight.data_ptr()
         s_plane = 3 * steps[-1] if down == 1 else steps[2] if len(kernel) == 3 else 0
         if transposed:  # from the last tap to the first
-            s_o, s_c, s_plane, start = s_c, s_o, -s_plane, start + sum(s * (k - 1) for s, k in zip(steps[2:], kernel, strict=True))
+            s_o, s_c, s_plane = s_c, s_o, -s_plane
+            start += sum(s * (k - 1) for s, k in zip(steps[2:], kernel, strict=True))
         _WINOGRAD_WEIGHT[down].run(p.threads, sets, out.shape[1] // sets, p.planes, x.shape[1] // sets, p.panels, p.groups, start,
                                    s_set, s_o, s_plane, s_c, p.taps.buffer_info()[0], kernel[-1] if down == 1 else 3 * p.planes,
                                    address, p.arranged // sets)
         return 0
-    keep = _keep(weight, p.arranged, transform, ("winograd", transposed, sets, p.groups, p.panels))
+    keep = _keep(weight, p.arranged, transform, ("winograd", down, transposed, sets, p.groups, p.panels))
     scratch = 64 + p.threads * p.scratch
     ws = workspace(scratch + (0 if keep else p.arranged))
     if keep is None:
         transform(ws + scratch)
-    _WINOGRAD[down].run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch, out.data_ptr(),
-                        0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws + 64,
-                        p.scratch, ws, 0.0, 0.0)
+    _WINOGRAD[down].run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), keep.address if keep else ws + scratch,
+                        out.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                        0 if residual is None else residual.data_ptr(), act, ws + 64, p.scratch, ws, 0.0, 0.0)
     return ctypes.c_int64.from_address(ws).value == 0
 
 

@@ -16,7 +16,7 @@ FIELDS = [
 #: The same for Winograd's kernel.
 WINOGRAD = [
     "images", "channels", "outputs", "d", "h", "w", "od", "oh", "ow", "pd", "ph", "pw",  # sizes; the padding in front
-    "dh", "dw", "taps", "shift",  # the dilation; the filter's planes, how many positions along a row each begins after the one before
+    "dh", "dw", "taps", "shift",  # the dilation; the filter's planes, positions along a row from where one begins to the next
     "xn", "xc", "xd", "xh", "xw", "yn", "yo", "yd", "yh", "yw",  # byte strides
     "th", "tw", "block", "band",  # tiles; tiles and planes of a task
     "slots", "stretch",  # planes of the input, and of the filter, at once
@@ -24,7 +24,8 @@ WINOGRAD = [
     "sets", "set",  # the convolution's groups, of which the sizes above are; bytes of one's transformed weight
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
-    "width", "place", "m_place", "m_group", "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",  # a thread's memory
+    "width", "place", "m_place", "m_group",  # a thread's memory
+    "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",
 ]
 
 #: The same for the transposed convolution as a product and a sum.

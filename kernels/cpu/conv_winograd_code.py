@@ -1,4 +1,6 @@
-"""Winograd's convolution of 3 × 3 filters, as compiled: 30 multiplications for 3 × 4 outputs where the plain sum takes 108.
+"""Winograd's convolution of 3 × 3 filters, as compiled: 30 multiplications for 3 × 4 outputs where the plain sum takes 108, or 24
+for 2 × 4. Of a filter with several such planes, as in three dimensions, each meets the input's transformed planes. One row of
+taps is as many planes of three, each of which meets the input further along: 6 multiplications for 4 outputs and 12 products.
 
 Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A for each 5 × 6 tile d of the image (Lavin & Gray 2016, "Fast algorithms for convolutional neural
 networks", section 4). Over the channels, each of the 30 *places* of a transformed tile is a product of matrices: rows are tiles,
@@ -10,8 +12,8 @@ are numbered so that neighbours begin at neighbouring pixels, and a row is still
 
 What is lost to rounding, and how it is kept as low as the plain sum's (Barabasz et al. 2020, "Error analysis and improving the
 accuracy of Winograd convolution for deep neural networks"): the points of evaluation are those where Σ Aᵢ² |Bᵢ|² |Gᵢ|², by which
-variances grow, is least: 7.1 for four outputs, 3.2 for three, 1.7 for two; with the textbook's 0, ±1, ±2 it is 31 for four. The
-filter is transformed in float64. A chain of sums is short, for the sums' own rounding is most of the error.
+variances grow, is least: 7.1 for four outputs, 3.2 for three, 1.7 for two; with the textbook's 0, ±1, ±2 it is 31 for four. Both
+sides' multiply. The filter is transformed in float64. A chain of sums is short, for the sums' own rounding is most of the error.
 
 An Inf or NaN, or an overflow on the way, would reach all outputs of its tile. The kernel says so and the caller starts anew in
 the plain way.
@@ -50,9 +52,9 @@ from .engine.simd import (
 from .engine.tile import Tile, tile_size
 
 ROWS, VECS = tile_size()
-(_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _SHIFT, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH, _YW, _TH,
- _TW, _BLOCK, _BAND, _SLOTS, _STRETCH, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH, _PLACE, _M_PLACE,
- _M_GROUP, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
+(_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _SHIFT, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH,
+ _YW, _TH, _TW, _BLOCK, _BAND, _SLOTS, _STRETCH, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH,
+ _PLACE, _M_PLACE, _M_GROUP, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
@@ -110,8 +112,10 @@ class Side:
                 for k, row in enumerate(self.a_t)]
 
 
-A, B = Fraction(11, 16), Fraction(23, 16)
-DOWN, ALONG = Side(Fraction(13, 32), -Fraction(13, 32), Fraction(5, 4), -Fraction(5, 4)), Side(Fraction(0), A, -A, B, -B)
+A, B, C, D = Fraction(11, 16), Fraction(23, 16), Fraction(13, 32), Fraction(5, 4)
+ALONG = Side(Fraction(0), A, -A, B, -B)
+#: By the rows of outputs that a tile has. With two errors are less by a third, with one there is one row of taps.
+DOWN = {1: Side(), 2: Side(Fraction(0), Fraction(1), Fraction(-1)), 3: Side(C, -C, D, -D)}
 ALONG_N, ALONG_TAPS = ALONG.n, ALONG.taps
 
 
@@ -190,7 +194,7 @@ def _store_parts(builder: ir.IRBuilder, address: Any, value: Any, width: int, st
 
 def _transform_rows(down: Side) -> Any:
     def fn(typingctx, rows, offset, dst, dst_row):
-        """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, whose addresses are at ``rows``; one vector of each"""
+        """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, their addresses at ``rows``; one vector of each"""
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             rows, offset, dst, dst_row = args
             first = builder.inttoptr(rows, i64.as_pointer())
@@ -327,10 +331,11 @@ def start(tile, n, d):
     return tile * n if d == 1 else tile // d * (n * d) + tile % d
 
 
-def _winograd(down: Side) -> Any:
-    """A convolution of stride 1; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What ``flag`` points to becomes 1 where
-    an output is not finite."""
-    e, down_n, down_taps, places = FLOAT32, down.n, down.taps, down.taps * ALONG.taps
+def winograd(rows: int) -> Any:
+    """A convolution of stride 1, so many rows of outputs a tile; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What
+    ``flag`` points to becomes 1 where an output is not finite."""
+    e, down = FLOAT32, DOWN[rows]
+    down_n, down_taps, places = down.n, down.taps, down.taps * ALONG.taps
     transform_rows, transform_pixels = _transform_rows(down), _transform_pixels(down)
     transform_back, transform_back_stepped, transform_back_last = (
         _transform_back(down, last, dense) for last, dense in ((False, True), (False, False), (True, True)))
@@ -373,7 +378,8 @@ def _winograd(down: Side) -> Any:
             for r in range(down_taps):
                 row = y + r * dh
                 inside = row >= 0 and row < get(geo, _H)
-                store_scalar(INT64, at + 24 + 8 * r, x + i * get(geo, _XN) + row * get(geo, _XH) + left * size if inside else zeros)
+                from_ = x + i * get(geo, _XN) + row * get(geo, _XH) + left * size
+                store_scalar(INT64, at + 24 + 8 * r, from_ if inside else zeros)
                 store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
             for t in range(many):
                 store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, ALONG_N, dw)) * size)
@@ -436,9 +442,9 @@ def _winograd(down: Side) -> Any:
 
     @outline
     def products(geo, q0, q1, f0, f1, z0, a0, a1, blocks, v, w, m, row):
-        """M = V U for each place, planes f0 … f1 of the output, or M += V U if a0 > 0: the tiles by the outputs of panels q0 … q1.
-        Of the filter's planes a0 … a1; the input's planes in V begin with z0, and those that the filter meets follow each other as
-        its own do."""
+        """M = V U for each place, planes f0 … f1 of the output, or M += V U if a0 > 0: the tiles by the outputs of panels
+        q0 … q1, of the filter's planes a0 … a1. The input's planes in V begin with z0, and those that the filter meets follow
+        each other as its own do."""
         channels, panels, place = get(geo, _C), get(geo, _PANELS), get(geo, _PLACE)
         vectors, depth = (get(geo, _O) + lanes - 1) // lanes, get(geo, _TAPS) * channels
         a_row, a_k, a_step, a_plane = size, unit, get(geo, _SLOTS) * channels * unit, channels * unit
@@ -454,9 +460,9 @@ def _winograd(down: Side) -> Any:
                     z, to = f - get(geo, _PD), c + (f - f0) * blocks * ROWS * row
                     first, end = max(a0, -z), min(a1, get(geo, _D) - z)
                     init, init_step = (to, ROWS * row) if a0 > 0 else (0, 0)
-                    multiply(vecs, blocks, (end - first) * channels, get(geo, _CHAIN), v + at * place + (z + first - z0) * a_plane,
-                             a_row, a_k, a_step, u + first * channels * b_k, b_k, init, row, init_step, to, row, ROWS * row, lanes,
-                             ahead, ahead_k)
+                    multiply(vecs, blocks, (end - first) * channels, get(geo, _CHAIN),
+                             v + at * place + (z + first - z0) * a_plane, a_row, a_k, a_step, u + first * channels * b_k, b_k,
+                             init, row, init_step, to, row, ROWS * row, lanes, ahead, ahead_k)
                     ahead += blocks * (a1 - a0) * channels * ahead_k
                 u += depth * b_k
                 c += b_k
@@ -517,7 +523,8 @@ def _winograd(down: Side) -> Any:
 
     @inline
     def body(t, task, geo, x, w, y, bias, res, act, p0, p1, ws, ws_size, flag):
-        cuts, groups, panels, block, band = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS), get(geo, _BLOCK), get(geo, _BAND)
+        cuts, groups, panels = get(geo, _CUTS), get(geo, _GROUPS), get(geo, _PANELS)
+        block, band = get(geo, _BLOCK), get(geo, _BAND)
         channels, outputs, taps = get(geo, _C), get(geo, _O), get(geo, _TAPS)
         total, vectors = get(geo, _N) * get(geo, _TH) * get(geo, _TW), (outputs + lanes - 1) // lanes
         mine = ws + t * ws_size
@@ -550,8 +557,8 @@ def _winograd(down: Side) -> Any:
                 if a1 < taps:
                     continue
                 for f in range(f0, f1):
-                    rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), sums + (f - f0) * rows * ROWS * row, row, y, bias, res,
-                            act, p0, p1, mine)
+                    rest = (f, t0, n, v0 * lanes, min(outputs, v1 * lanes), sums + (f - f0) * rows * ROWS * row, row, y, bias,
+                            res, act, p0, p1, mine)
                     if out_of_pixels(geo, *rest) if get(geo, _Y_LAST) else out_of_planes(geo, *rest):
                         store_scalar(INT64, flag, 1)
 
@@ -564,12 +571,12 @@ def _winograd(down: Side) -> Any:
     return kernel
 
 
-def _winograd_weight(down: Side) -> Any:
+def winograd_weight(rows: int) -> Any:
     """A weight, transformed: [set][group of panels][place][panel][plane of the filter][channel][output]. Element (output o,
     plane a, channel c, tap t) of a set lies at ``src + set·s_set + o·s_o + a·s_a + c·s_c + taps[t]``; sets are ``dst_set`` bytes
     apart. Planes have three taps along a row, of ``along`` in all."""
-    lanes, size, places = FLOAT32.lanes, FLOAT32.size, down.taps * ALONG.taps
-    transform_filter = _transform_filter(down)
+    lanes, size, places = FLOAT32.lanes, FLOAT32.size, DOWN[rows].taps * ALONG.taps
+    transform_filter = _transform_filter(DOWN[rows])
 
     @inline
     def body(t, nt, sets, outputs, planes, channels, panels, groups, src0, s_set, s_o, s_a, s_c, taps, along, dst0, dst_set):
@@ -590,23 +597,6 @@ def _winograd_weight(down: Side) -> Any:
                                          to + ((a * channels + c) * vecs + v) * lanes * size, place)
 
     def kernel(nt, sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, along, dst, dst_set):
-        parallel(nt, body, (sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, along, dst, dst_set))
+        parallel(nt, body,
+                 (sets, outputs, planes, channels, panels, groups, src, s_set, s_o, s_a, s_c, taps, along, dst, dst_set))
     return kernel
-
-
-def winograd(elem_name: str) -> Any:
-    """Filters of 3 × 3 taps, or of several such planes"""
-    return _winograd(DOWN)
-
-
-def winograd_weight(elem_name: str) -> Any:
-    return _winograd_weight(DOWN)
-
-
-def winograd_row(elem_name: str) -> Any:
-    """Filters of one row of taps, three of which are taken for a plane"""
-    return _winograd(Side())
-
-
-def winograd_row_weight(elem_name: str) -> Any:
-    return _winograd_weight(Side())
