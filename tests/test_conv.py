@@ -624,8 +624,48 @@ def test_from_padded_planes(problem: str, monkeypatch: pytest.MonkeyPatch) -> No
     x[0, 1, 0, 5], x[-1, -1, -1, -1] = float("inf"), float("nan")
     mine, theirs = ours.conv2d(x, w, groups=groups, **options, backend="cpu"), F.conv2d(x, w, groups=groups, **options)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
-    assert len(taken) >= 5
-    assert all(taken)
+    assert taken.count(True) >= 5
+
+
+# op, input, weight, groups, options: few channels and many, blocks of outputs and taps that are not filled, bands of rows and
+# columns, steps that taps jump, one dimension, more inputs than outputs
+GROUPED: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = {
+    "resnext": ("conv2d", (2, 32, 13, 14), (32, 8, 3, 3), 4, {"padding": 1}),
+    "outputs": ("conv2d", (1, 12, 19, 9), (18, 4, 3, 3), 3, {"padding": (0, 2)}),
+    "dilation": ("conv2d", (3, 8, 21, 40), (8, 4, 5, 2), 2, {"padding": (4, 3), "dilation": (2, 3)}),
+    "row": ("conv1d", (2, 24, 3001), (16, 12, 5), 2, {"padding": 1}),
+    "bands": ("conv2d", (1, 64, 90, 70), (64, 32, 3, 3), 2, {"padding": 1}),
+    "transposed": ("conv_transpose2d", (2, 16, 17, 11), (16, 8, 3, 3), 4, {"padding": 1}),
+    "transposed, gaps": ("conv_transpose2d", (1, 16, 12, 20), (16, 4, 2, 3), 2, {"dilation": (4, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", GROUPED)
+def test_gradients_of_groups(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both gradients in ways of their own: the error rule, the same bits by any number of threads, values that are not finite."""
+    op, x_shape, w_shape, groups, options = GROUPED[problem]
+    inputs, weights = (counted(monkeypatch, way) for way in ("_run_direct", "_run_grouped_weight"))
+    x, w = randn(*x_shape), randn(*w_shape, seed=1)
+    agree(op, x, w, None, groups=groups, **options)
+    assert inputs.count(True) >= 2 or problem in ("outputs", "bands")  # no multiple of four; by Winograd
+    assert weights == [True]
+
+    def gradients(space: Any, x: Tensor, grad: Tensor | None, **more: Any) -> tuple[Tensor, ...]:
+        tensors = [t.detach().requires_grad_() for t in (x, w)]
+        y = getattr(space, op)(*tensors, groups=groups, **options, **more)
+        return torch.autograd.grad(y, tensors, randn(*y.shape, seed=3) if grad is None else grad)
+
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        every.append(gradients(ours, x, None, backend="cpu"))
+    assert all(torch.equal(a, b) for other in every for a, b in zip(every[0], other, strict=True))
+    weights.clear()
+    x[0, 1, ..., 0], x[-1, -1, ..., -1] = float("inf"), float("nan")
+    mine, theirs = gradients(ours, x, None, backend="cpu"), gradients(F, x, None)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2, equal_nan=True)
+    assert weights == [False]
 
 
 # what serves, input, weight, options: rows that one vector, several, or more than half of one hold, with overlaps and without,

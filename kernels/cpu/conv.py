@@ -57,6 +57,7 @@ _WINOGRAD_WEIGHT = {n: Kernel(f"winograd_weight_{n}", "i" * 16, made_by("conv_wi
                     for n in (1, 2, 3)}
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
+_GROUPED_WEIGHT = _kernel("conv_grouped_weight_code", "grouped_weight", torch.float32, "i" * 8)
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
 _FLAT = _kernel("conv_depthwise_flat_code", "flat", torch.float32, "i" * 8)
 _LAST = _kernel("conv_depthwise_last_code", "last", torch.float32, "i" * 8)
@@ -693,6 +694,7 @@ _NOWHERE = array("q", [0])  # the offset of a tap that is alone
 
 _MOST_IN_GROUP, _LARGE = 32, 48  # channels; taps of a filter, half as many for few outputs (Zen 3)
 _FEW_OUTPUTS = 64  # up to which planes are read in place: copying a panel costs as much as four outputs' products
+_LEAST_OF_GRADIENT = 6  # times the channels: positions from which on adding up a sum's lanes does not take longer than the sum
 _LEAST_POSITIONS, _LEAST_PART = 96, 64  # of a task, below which padding once more costs more than a free thread brings
 
 
@@ -709,6 +711,7 @@ class Direct(NamedTuple):
 def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shape: tuple[int, ...], y_shape: tuple[int, ...],
             y_stride: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
             groups: int) -> Direct:
+    """For ``grouped_weight`` nt is 0: all channels at once, and no division by the number of threads."""
     f, quarter = _format(torch.float32), caches().l2 // 4
     if len(x_shape) == 3:  # a sequence is an image of one row
         x_shape, w_shape, y_shape = ((*v[:2], 1, v[2]) for v in (x_shape, w_shape, y_shape))
@@ -731,7 +734,7 @@ def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shap
         return (-(-((rows + deep) * columns + f.lanes) * f.size // 64) | 1) * 64
 
     # Channels a sum, whose order must not depend on the number of threads.
-    depth = _cut(channels, max(1, min(768 // taps, quarter // (uh * uw * plane_of(band, seg + wide)))))
+    depth = _cut(channels, max(1, min(768 // taps, quarter // (uh * uw * plane_of(band, seg + wide))))) if nt else channels
 
     def tasks() -> int:
         return n * groups * -(-outputs // part) * -(-oh // band) * -(-ow // seg)
@@ -765,9 +768,13 @@ def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shap
 
 
 def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
-                padding: Sequence[int], dilation: Sequence[int], groups: int, act: int) -> bool:
+                padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> bool:
     """Planes in float32, small groups of them or large filters, where packing tap by tap is dear. False where this is not so."""
-    (outputs, channels, *_), taps = weight.shape, weight.shape[2:].numel()
+    outputs, channels, taps = out.shape[1], x.shape[1] // groups, weight.shape[2:].numel()
+    if transposed:
+        padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+        if max(stride) > 1 or min(padding) < 0:
+            return False
     if (x.dtype != torch.float32 or x.dim() > 4 or outputs // groups % 4 or not weight.is_contiguous() or out.stride(-1) != 1
             or x.stride(-1) != 1):
         return False
@@ -776,13 +783,42 @@ def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, res
             return False
     elif taps < (_LARGE if outputs > _FEW_OUTPUTS or channels == 1 else _LARGE // 2):
         return False
-    p = _direct(threads.count(), x.shape, x.stride(), weight.shape, out.shape, out.stride(), tuple(stride), tuple(padding),
-                tuple(dilation), groups)
-    ws = workspace(p.threads * p.scratch)
-    _DIRECT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), weight.data_ptr(), out.data_ptr(),
+    p = _direct(threads.count(), x.shape, x.stride(), (outputs, channels, *weight.shape[2:]), out.shape, out.stride(),
+                tuple(stride), tuple(padding), tuple(dilation), groups)
+
+    def turn(address: int) -> int:  # inputs and outputs exchanged, and from the last tap to the first
+        offsets = array("q", range(4 * (taps - 1), -4, -4))
+        row = 4 * weight.stride(0)
+        _ARRANGE[x.dtype].run(1, groups, outputs // groups, channels, taps, 0, weight.data_ptr(), channels * row, 4 * taps, row,
+                              offsets.buffer_info()[0], address)
+        return 0
+    need = weight.nbytes if transposed else 0
+    keep = _keep(weight, need, turn, "turned") if need and weight.numel() >= _SMALL_WEIGHT else None
+    ws = workspace(p.threads * p.scratch + (0 if keep else need))
+    w_at = keep.address if keep else ws + p.threads * p.scratch if need else weight.data_ptr()
+    if need and keep is None:
+        turn(w_at)
+    _DIRECT.run(p.threads, p.fields.buffer_info()[0], x.data_ptr(), w_at, out.data_ptr(),
                 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), act, ws, p.scratch,
                 0.0, 0.0)
     return True
+
+
+def _run_grouped_weight(out: Tensor, grad: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int],
+                        dilation: Sequence[int], groups: int) -> bool:
+    """The gradient of the weight of small groups in planes. False where this is not so, or where a sum is not finite: then
+    another way has to find out what it is.
+    """
+    channels, taps, positions = out.shape[1], out.shape[2:].numel(), grad.shape[2:].numel()
+    if (x.dtype != torch.float32 or x.dim() > 4 or groups < 2 or not 1 < channels <= _MOST_IN_GROUP or taps == 1
+            or positions < _LEAST_OF_GRADIENT * channels or not out.is_contiguous() or x.stride(-1) != 1 or grad.stride(-1) != 1):
+        return False
+    p = _direct(0, x.shape, x.stride(), out.shape, grad.shape, grad.stride(), tuple(stride), tuple(padding), tuple(dilation),
+                groups)
+    nt = 1 if grad.numel() * channels * taps < _SERIAL else threads.count()
+    ws = workspace(64 + nt * p.scratch)
+    _GROUPED_WEIGHT.run(nt, p.fields.buffer_info()[0], x.data_ptr(), out.data_ptr(), grad.data_ptr(), ws, ws + 64, p.scratch)
+    return ctypes.c_int64.from_address(ws).value == 0
 
 
 # Many short sequences ---------------------------------------------------------------------------------------------------
@@ -1164,7 +1200,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         return
     if not transposed and not last and _run_batched(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
         return
-    if not transposed and not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
+    if not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
         return
     _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
@@ -1182,6 +1218,8 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         return
     if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
         grad = grad.contiguous()
+    if _run_grouped_weight(out, grad, input, stride, padding, dilation, groups):
+        return
     kind, dtype = WEIGHTS if out.is_contiguous() else WEIGHTS_LAST, input.dtype
     turned = False
     if groups > 1 and input.shape[1] == groups:  # one channel each: the output does not tell

@@ -43,14 +43,10 @@ def gatherer(e: Any) -> Any:
     return gather
 
 
-def direct(elem_name: str) -> Any:
-    """Outputs of a group a multiple of four; ``conv_fields.DIRECT`` lists what ``geo`` points to."""
-    e = FLOAT32
+def padder(e: Any) -> tuple[Any, Any]:
+    """place and pad, which copy pixels between zeros"""
     lanes, size = e.lanes, e.size
-    finish = finisher(e)
     zeros, copy = copier(e)
-    gather = gatherer(e)
-    in_place, copied = (by_width(*(Tile(e, ROWS, v, table=table) for v in (1, 2, 3))) for table in (True, False))
 
     @outline
     def clear(d, pitch, rows, n, many, d_step):
@@ -123,6 +119,18 @@ def direct(elem_name: str) -> Any:
                           j1 - j0, n - j1, sw, channels, step, xc, end)
                 clear(dst + i1 * pitch, pitch, rows - i1, n, channels, step)
                 dst += plane
+
+    return place, pad
+
+
+def direct(elem_name: str) -> Any:
+    """Outputs of a group a multiple of four; ``conv_fields.DIRECT`` lists what ``geo`` points to."""
+    e = FLOAT32
+    lanes, size = e.lanes, e.size
+    finish = finisher(e)
+    _, pad = padder(e)
+    gather = gatherer(e)
+    in_place, copied = (by_width(*(Tile(e, ROWS, v, table=table) for v in (1, 2, 3))) for table in (True, False))
 
     @outline
     def products(geo, w, blocks, k, more, n, image, sums, panel):
