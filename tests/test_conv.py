@@ -501,6 +501,36 @@ def test_winograd_keeps_its_weights_by_version(winograd: list[bool]) -> None:
     packed.clear()
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 260, 8, 8), (3, 230, 9, 11), (1, 130, 17, 33), (9, 520, 4, 4)])
+def test_winograd_by_phases(shape: tuple[int, int, int, int], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``test_winograd``, where a transposed convolution doubles an image"""
+    monkeypatch.setattr(host.overhead, "RULES", False)
+    phases, place, (n, channels, h, w) = counted(monkeypatch, "_run_phases"), FORMATS[form], shape
+    options: dict[str, Any] = {"stride": 2, "padding": 1}
+    for positive in (False, True):
+        x, weight = randn(n, channels, h, w), randn(channels, 37, 4, 4, seed=1)
+        if positive:
+            x, weight = x.relu(), weight.abs()
+        agree("conv_transpose2d", place(x), place(weight), randn(37, seed=2), **options)
+        grouped = {**options, "groups": 2}
+        agree("conv_transpose2d", place(x.repeat(1, 2, 1, 1)), weight.repeat(2, 1, 1, 1), None, **grouped)
+    assert phases.count(True) >= 4
+    plain, bias, every = F.conv_transpose2d(x, weight, **options), randn(37, seed=2), []
+    residual = place(randn(*plain.shape, seed=3))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        more: dict[str, Any] = {"residual": residual, "activation": "relu", "backend": "cpu"}
+        every.append(ours.conv_transpose2d(place(x), weight, bias, **options, **more))
+    torch.testing.assert_close(every[0], (plain + bias[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(every[0], other) for other in every)
+    phases.clear()
+    x[0, 5, -1, 2] = float("inf")
+    mine = ours.conv_transpose2d(place(x), weight, **options, backend="cpu")
+    torch.testing.assert_close(mine, F.conv_transpose2d(x, weight, **options), equal_nan=True, rtol=1e-4, atol=1e-3)
+    assert phases == [False]
+
+
 # input, weight, options: overlapping taps and none, several bands of rows, groups of outputs, channels in parts, gaps
 SCATTERED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "few outputs": ((2, 35, 19, 33), (35, 3, 4, 4), {"stride": 2, "padding": 1}),

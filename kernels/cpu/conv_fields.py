@@ -25,7 +25,7 @@ WINOGRAD = [
     "chain",  # the most products that one accumulator sums up
     "x_last", "y_last",  # whether channels are dense
     "width", "place", "m_place", "m_group",  # a thread's memory
-    "at_segments", "at_short", "at_zeros", "at_lines", "at_v", "at_m",
+    "at_segments", "at_zeros", "at_lines", "at_v", "at_m",
 ]
 
 #: The same for the transposed convolution as a product and a sum.

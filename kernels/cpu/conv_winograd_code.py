@@ -54,32 +54,31 @@ from .engine.tile import Tile, tile_size
 ROWS, VECS = tile_size()
 (_N, _C, _O, _D, _H, _W, _OD, _OH, _OW, _PD, _PH, _PW, _DH, _DW, _TAPS, _SHIFT, _XN, _XC, _XD, _XH, _XW, _YN, _YO, _YD, _YH,
  _YW, _TH, _TW, _BLOCK, _BAND, _SLOTS, _STRETCH, _CUTS, _PANELS, _GROUPS, _SETS, _SET, _CHAIN, _X_LAST, _Y_LAST, _WIDTH,
- _PLACE, _M_PLACE, _M_GROUP, _AT_SEGMENTS, _AT_SHORT, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
+ _PLACE, _M_PLACE, _M_GROUP, _AT_SEGMENTS, _AT_ZEROS, _AT_LINES, _AT_V, _AT_M) = (8 * i for i in range(len(WINOGRAD)))
 PAD = 320  # bytes between the places of a transformed weight: no two of 30 streams in one set of L1
 SEGMENT = 120  # bytes: first and end of what is within the image, the line, six addresses, six steps to the next channel
 
 
 class Side:
-    """F(n, 3) along one dimension, by Cook and Toom: interpolation through the points and infinity. Every point but 0 is followed
-    by its negative. Without points F(1, 1), of a filter that has one tap there.
+    """F(n, size) along one dimension, by Cook and Toom: interpolation through the points and infinity. Every point but 0 is
+    followed by its negative.
 
     Attributes:
         n, taps, size: outputs and inputs of a tile, taps of the filter.
         a_t, g, b_t: the matrices Aᵀ, G and Bᵀ.
     """
 
-    def __init__(self, *points: Fraction) -> None:
-        self.size = 3 if points else 1
-        self.taps = len(points) + 1
-        self.n = self.taps - self.size + 1
+    def __init__(self, size: int, *points: Fraction) -> None:
+        self.size, self.taps = size, len(points) + 1
+        self.n = self.taps - size + 1
         self.g, self.b_t = [], []
         for i, p in enumerate(points):
             others = points[:i] + points[i + 1 :]
             scale = math.prod(p - q for q in others)
             self.b_t.append(self._polynomial(others))
-            self.g.append([p**k / scale for k in range(3)])
+            self.g.append([p**k / scale for k in range(size)])
         self.b_t.append(self._polynomial(points))
-        self.g.append([Fraction(k == self.size - 1) for k in range(self.size)])
+        self.g.append([Fraction(k == size - 1) for k in range(size)])
         self.a_t = [[p**k for p in points] + [Fraction(k == self.n - 1)] for k in range(self.n)]
         self.pairs = [i for i, p in enumerate(points) if p > 0]
 
@@ -112,11 +111,11 @@ class Side:
                 for k, row in enumerate(self.a_t)]
 
 
-A, B, C, D = Fraction(11, 16), Fraction(23, 16), Fraction(13, 32), Fraction(5, 4)
-ALONG = Side(Fraction(0), A, -A, B, -B)
-#: By the rows of outputs that a tile has. With two errors are less by a third, with one there is one row of taps.
-DOWN = {1: Side(), 2: Side(Fraction(0), Fraction(1), Fraction(-1)), 3: Side(C, -C, D, -D)}
-ALONG_N, ALONG_TAPS = ALONG.n, ALONG.taps
+ONE, A, B, C, D = Fraction(1), Fraction(11, 16), Fraction(23, 16), Fraction(13, 32), Fraction(5, 4)
+_FOUR = Side(3, Fraction(0), A, -A, B, -B)
+#: Down and along. With two rows errors are less by a third, with one there is one row of taps; the last is for 2 × 2 taps.
+TILES = {"1x4": (Side(1), _FOUR), "2x4": (Side(3, Fraction(0), ONE, -ONE), _FOUR), "3x4": (Side(3, C, -C, D, -D), _FOUR),
+         "2x2_of_4": (Side(2, ONE, -ONE), Side(2, ONE, -ONE))}
 
 
 # Transforms ----------------------------------------------------------------------------------------------------------
@@ -180,6 +179,13 @@ def _transpose_quads(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
     return [shuffle(t[k], t[k + 1], pick) for k in (0, 2) for pick in ([0, 1, 4, 5], [2, 3, 6, 7])]
 
 
+def _interleave(builder: ir.IRBuilder, a: Any, b: Any) -> list[Any]:
+    """Both vectors' lanes by turns, in two vectors"""
+    n = a.type.count
+    return [builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, n), [k // 2 + n * (k % 2) for k in range(s, s + n)]))
+            for s in (0, n)]
+
+
 def _store_parts(builder: ir.IRBuilder, address: Any, value: Any, width: int, step: Any) -> None:
     """The vector's stretches of ``width`` lanes, ``step`` bytes apart"""
     if value.type.count <= width:
@@ -192,31 +198,40 @@ def _store_parts(builder: ir.IRBuilder, address: Any, value: Any, width: int, st
         builder.store(part, place).align = 4
 
 
-def _transform_rows(down: Side) -> Any:
-    def fn(typingctx, rows, offset, dst, dst_row):
+def _transform_rows(down: Side) -> tuple[Any, Any]:
+    def transform(builder: ir.IRBuilder, rows: Any, offset: Any, n: Any, dst: Any, dst_row: Any) -> None:
+        first = builder.inttoptr(rows, i64.as_pointer())
+        each = [builder.add(builder.load(builder.gep(first, [i64(i)])), offset) for i in range(down.taps)]
+        for i, v in enumerate(down.into(builder, [load_vector(builder, FLOAT32, row, n) for row in each])):
+            store_vector(builder, FLOAT32, builder.add(dst, builder.mul(dst_row, i64(i))), v)
+
+    def whole(typingctx, rows, offset, dst, dst_row):
         """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, their addresses at ``rows``; one vector of each"""
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            rows, offset, dst, dst_row = args
-            first = builder.inttoptr(rows, i64.as_pointer())
-            d = [_loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i)])), offset)) for i in range(down.taps)]
-            for i, v in enumerate(down.into(builder, d)):
-                store_vector(builder, FLOAT32, builder.add(dst, builder.mul(dst_row, i64(i))), v)
+            transform(builder, *args[:2], None, *args[2:])
             return context.get_dummy_value()
         return types.none(*(types.int64,) * 4), codegen
-    return intrinsic(fn)
+
+    def some(typingctx, rows, offset, n, dst, dst_row):
+        """transform_rows_n(rows, offset, n, dst, dst_row): the same of a vector's first n lanes, zeros in the others"""
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            transform(builder, *args)
+            return context.get_dummy_value()
+        return types.none(*(types.int64,) * 5), codegen
+    return intrinsic(whole), intrinsic(some)
 
 
-def _transform_columns(dense: bool) -> Any:
+def _transform_columns(side: Side, dense: bool) -> Any:
     def fn(typingctx, line, tiles, step, dst, dst_place, dst_group):
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             line, tiles, step, dst, dst_place, dst_group = args
             first = builder.inttoptr(tiles, i64.as_pointer())
             each = [builder.add(line, builder.load(builder.gep(first, [i64(t)]))) for t in range(FLOAT32.lanes)]
             if dense:
-                d = _quads(builder, each, 0) + _quads(builder, each, 16)[:2]
+                d = [v for k in range(0, side.taps, 4) for v in _quads(builder, each, 4 * k)][: side.taps]
             else:
-                d = [_gathered(builder, each, builder.mul(step, i64(j))) for j in range(ALONG.taps)]
-            for j, v in enumerate(ALONG.into(builder, d)):
+                d = [_gathered(builder, each, builder.mul(step, i64(j))) for j in range(side.taps)]
+            for j, v in enumerate(side.into(builder, d)):
                 _store_parts(builder, builder.add(dst, builder.mul(dst_place, i64(j))), v, ROWS, dst_group)
             return context.get_dummy_value()
         return types.none(*(types.int64,) * 6), codegen
@@ -226,10 +241,7 @@ def _transform_columns(dense: bool) -> Any:
     return intrinsic(fn)
 
 
-transform_columns, transform_columns_stepped = _transform_columns(True), _transform_columns(False)
-
-
-def _transform_pixels(down: Side) -> Any:
+def _transform_pixels(down: Side, side: Side) -> Any:
     def fn(typingctx, pixels, offset, dst, dst_place):
         """transform_pixels(pixels, offset, dst, dst_place): Bᵀ d B of a vector of channels of a tile's pixels, their addresses at
         ``pixels``"""
@@ -237,38 +249,41 @@ def _transform_pixels(down: Side) -> Any:
             pixels, offset, dst, dst_place = args
             first = builder.inttoptr(pixels, i64.as_pointer())
             columns = [down.into(builder, [
-                _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * ALONG.taps + j)])), offset))
-                for i in range(down.taps)]) for j in range(ALONG.taps)]
+                _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * side.taps + j)])), offset))
+                for i in range(down.taps)]) for j in range(side.taps)]
             for i in range(down.taps):
-                for j, v in enumerate(ALONG.into(builder, [column[i] for column in columns])):
-                    place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                for j, v in enumerate(side.into(builder, [column[i] for column in columns])):
+                    place = builder.mul(dst_place, i64(i * side.taps + j))
                     store_vector(builder, FLOAT32, builder.add(dst, place), v)
             return context.get_dummy_value()
         return types.none(*(types.int64,) * 4), codegen
     return intrinsic(fn)
 
 
-def _transform_back(down: Side, last: bool, dense: bool) -> Any:
+def _transform_back(down: Side, side: Side, last: bool, dense: bool) -> Any:
     def fn(typingctx, seen, src, src_place, dst, dst_row, dst_pixel, dst_channel):
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             seen, src, src_place, dst, dst_row, dst_pixel, dst_channel = args
             columns = [down.back(builder, [
-                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * ALONG.taps + j)))) for i in range(down.taps)])
-                for j in range(ALONG.taps)]
+                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * side.taps + j)))) for i in range(down.taps)])
+                for j in range(side.taps)]
             zero = ir.Constant(seen.type, [0.0] * FLOAT32.lanes)
             for r in range(down.n):
-                row = ALONG.back(builder, [column[r] for column in columns])
+                row = side.back(builder, [column[r] for column in columns])
                 for v in row:
                     seen = multiply_add(builder, v, zero, seen)
                 if dense and not last:
-                    row = _transpose_quads(builder, row)
+                    row = _transpose_quads(builder, row) if side.n == 4 else _interleave(builder, *row)
                 at = builder.add(dst, builder.mul(dst_row, i64(r)))
                 for j, v in enumerate(row):
                     if last:
                         store_vector(builder, FLOAT32, builder.add(at, builder.mul(dst_pixel, i64(j))), v)
-                    elif dense:
+                    elif dense and side.n == 4:
                         place = builder.add(at, builder.mul(dst_channel, i64(j)))
                         _store_parts(builder, place, v, 4, builder.mul(dst_channel, i64(4)))
+                    elif dense:
+                        place = builder.add(at, builder.mul(dst_channel, i64(j * FLOAT32.lanes // 2)))
+                        _store_parts(builder, place, v, 2, dst_channel)
                     else:
                         place = builder.add(at, builder.mul(dst_pixel, i64(j)))
                         _store_parts(builder, place, v, 1, dst_channel)
@@ -278,11 +293,12 @@ def _transform_back(down: Side, last: bool, dense: bool) -> Any:
     not finite.
 
     Aᵀ m A of a vector of channels of one tile. Row r goes to dst + r · dst_row; for channels last as a vector for each of four
-    pixels, dst_pixel apart; else as four floats of each channel, dst_channel apart, which are neighbours if ``dense``."""
+    pixels (or two, as many as the tile has), dst_pixel apart; else as four floats of each channel, dst_channel apart, which are
+    neighbours if ``dense``."""
     return intrinsic(fn)
 
 
-def _transform_filter(down: Side) -> Any:
+def _transform_filter(down: Side, side: Side) -> Any:
     def fn(typingctx, src, o, last, s_o, taps, along, dst, dst_place):
         """transform_filter(src, o, last, s_o, taps, along, dst, dst_place): G g Gᵀ for a vector of outputs from o on (after
         ``last``, that one again), in float64; taps from ``along`` on along a row are zeros."""
@@ -297,15 +313,17 @@ def _transform_filter(down: Side) -> Any:
                 n = builder.select(builder.icmp_signed("<", n, last), n, last)
                 starts.append(builder.add(src, builder.mul(n, s_o)))
             g = []
-            for tap in range(down.size * 3):
-                offset, exists = builder.load(builder.gep(offsets, [i64(tap)])), builder.icmp_signed("<", i64(tap % 3), along)
+            for tap in range(down.size * side.size):
+                offset = builder.load(builder.gep(offsets, [i64(tap)]))
+                exists = builder.icmp_signed("<", i64(tap % side.size), along)
                 v = builder.fpext(_gathered(builder, starts, builder.select(exists, offset, i64(0))), wide)
                 g.append(builder.select(exists, v, ir.Constant(wide, [0.0] * lanes)))
-            columns = [[_sum(builder, list(zip(row, g[j::3], strict=True))) for row in down.g] for j in range(3)]
+            columns = [[_sum(builder, list(zip(row, g[j :: side.size], strict=True))) for row in down.g]
+                       for j in range(side.size)]
             for i in range(down.taps):
-                for j, row in enumerate(ALONG.g):
+                for j, row in enumerate(side.g):
                     v = _sum(builder, [(c, column[i]) for c, column in zip(row, columns, strict=True)])
-                    place = builder.mul(dst_place, i64(i * ALONG.taps + j))
+                    place = builder.mul(dst_place, i64(i * side.taps + j))
                     store_vector(builder, FLOAT32, builder.add(dst, place), builder.fptrunc(v, FLOAT32.vector.llvm))
             return context.get_dummy_value()
         return types.none(*(types.int64,) * 8), codegen
@@ -331,14 +349,15 @@ def start(tile, n, d):
     return tile * n if d == 1 else tile // d * (n * d) + tile % d
 
 
-def winograd(rows: int) -> Any:
-    """A convolution of stride 1, so many rows of outputs a tile; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What
+def winograd(tile: str) -> Any:
+    """A convolution of stride 1 by these tiles; ``conv_fields.WINOGRAD`` lists what ``geo`` points to. What
     ``flag`` points to becomes 1 where an output is not finite."""
-    e, down = FLOAT32, DOWN[rows]
-    down_n, down_taps, places = down.n, down.taps, down.taps * ALONG.taps
-    transform_rows, transform_pixels = _transform_rows(down), _transform_pixels(down)
+    e, (down, side) = FLOAT32, TILES[tile]
+    down_n, down_taps, along_n, along_taps, places = down.n, down.taps, side.n, side.taps, down.taps * side.taps
+    transform_rows, transform_rows_n, transform_pixels = *_transform_rows(down), _transform_pixels(down, side)
+    transform_columns, transform_columns_stepped = _transform_columns(side, True), _transform_columns(side, False)
     transform_back, transform_back_stepped, transform_back_last = (
-        _transform_back(down, last, dense) for last, dense in ((False, True), (False, False), (True, True)))
+        _transform_back(down, side, last, dense) for last, dense in ((False, True), (False, False), (True, True)))
     lanes, size, unit = e.lanes, e.size, ROWS * e.size
     finish = finisher(e)
     multiply = by_width(*(Tile(e, ROWS, v) for v in (1, 2, 3)))
@@ -359,7 +378,7 @@ def winograd(rows: int) -> Any:
             get(geo, _TW), get(geo, _TH), get(geo, _C), get(geo, _W), get(geo, _DH), get(geo, _DW))
         width, group, place = get(geo, _WIDTH), get(geo, _SLOTS) * channels * unit, get(geo, _PLACE)
         v += slot * channels * unit
-        tiles, segments, short = ws, ws + get(geo, _AT_SEGMENTS), ws + get(geo, _AT_SHORT)
+        tiles, segments = ws, ws + get(geo, _AT_SEGMENTS)
         zeros, lines = ws + get(geo, _AT_ZEROS), ws + get(geo, _AT_LINES)
         clear(zeros, width)
         clear(lines, down_taps * width)
@@ -368,9 +387,9 @@ def winograd(rows: int) -> Any:
             line = (t0 + done) // tw
             j = t0 + done - line * tw
             i = line // th
-            y, left = start(line - i * th, down_n, dh) - get(geo, _PH), start(j, ALONG_N, dw) - get(geo, _PW) + shift
+            y, left = start(line - i * th, down_n, dh) - get(geo, _PH), start(j, along_n, dw) - get(geo, _PW) + shift
             many = min(n - done, tw - j)
-            length = ALONG_N * many + 2 * dw
+            length = along_n * many + (along_taps - along_n) * dw
             at = segments + count * SEGMENT
             store_scalar(INT64, at, max(0, -left))
             store_scalar(INT64, at + 8, max(max(0, -left), min(length, w - left)))
@@ -382,7 +401,7 @@ def winograd(rows: int) -> Any:
                 store_scalar(INT64, at + 24 + 8 * r, from_ if inside else zeros)
                 store_scalar(INT64, at + 72 + 8 * r, get(geo, _XC) if inside else 0)
             for t in range(many):
-                store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, ALONG_N, dw)) * size)
+                store_scalar(INT64, tiles + (done + t) * 8, (column + start(t, along_n, dw)) * size)
             column += length + lanes
             done += many
             count += 1
@@ -398,19 +417,13 @@ def winograd(rows: int) -> Any:
                         transform_rows(rows, s * size, line + s * size, width * size)
                         s += lanes
                 elif end > s:
-                    for r in range(down_taps):
-                        store(e, short + 64 + r * lanes * size, spread(e, 0.0))
-                        for q in range(end - s):
-                            store_scalar(e, short + 64 + (r * lanes + q) * size,
-                                         load_scalar(e, load_scalar(INT64, rows + 8 * r) + (s + q) * size))
-                        store_scalar(INT64, short + 8 * r, short + 64 + r * lanes * size)
-                    transform_rows(short, 0, line + s * size, width * size)
+                    transform_rows_n(rows, s * size, end - s, line + s * size, width * size)
                 for r in range(0, 8 * down_taps, 8):
                     store_scalar(INT64, rows + r, load_scalar(INT64, rows + r) + load_scalar(INT64, rows + 48 + r))
             for t in range(0, n, lanes):
                 to = v + t // ROWS * group + k * unit + t % ROWS * size
                 for r in range(down_taps):
-                    rest = lines + r * width * size, tiles + t * 8, dw * size, to + r * ALONG_TAPS * place, place, group
+                    rest = lines + r * width * size, tiles + t * 8, dw * size, to + r * along_taps * place, place, group
                     if dw == 1:
                         transform_columns(*rest)
                     else:
@@ -427,12 +440,12 @@ def winograd(rows: int) -> Any:
             line = (t0 + t) // tw
             i = line // th
             top = start(line - i * th, down_n, dh) - get(geo, _PH)
-            left = start(t0 + t - line * tw, ALONG_N, dw) - get(geo, _PW) + shift
+            left = start(t0 + t - line * tw, along_n, dw) - get(geo, _PW) + shift
             for r in range(down_taps):
-                for s in range(ALONG_TAPS):
+                for s in range(along_taps):
                     h, w = top + r * dh, left + s * dw
                     inside = h >= 0 and h < get(geo, _H) and w >= 0 and w < get(geo, _W)
-                    store_scalar(INT64, ws + (r * ALONG_TAPS + s) * 8,
+                    store_scalar(INT64, ws + (r * along_taps + s) * 8,
                                  x + i * get(geo, _XN) + h * get(geo, _XH) + w * get(geo, _XW) if inside else zeros)
             k = 0
             while k < channels:
@@ -471,7 +484,7 @@ def winograd(rows: int) -> Any:
     def out_of_planes(geo, f, t0, n, o0, o1, m, row, y, bias, res, act, p0, p1, strip):
         """From M to an output whose rows are dense; whether all that came was finite"""
         tw, th, h, w, dh, dw = get(geo, _TW), get(geo, _TH), get(geo, _OH), get(geo, _OW), get(geo, _DH), get(geo, _DW)
-        place = get(geo, _M_PLACE)
+        place, step = get(geo, _M_PLACE), get(geo, _YW)
         seen = spread(e, 0.0)
         done = 0
         while done < n:
@@ -479,14 +492,15 @@ def winograd(rows: int) -> Any:
             j = t0 + done - line * tw
             i = line // th
             many, first = min(n - done, tw - j), start(line - i * th, down_n, dh)
-            length = ALONG_N * many * size
-            rows, columns = min(down_n, (h - first + dh - 1) // dh), min(ALONG_N * many, w - j * ALONG_N)
+            length = along_n * many * size
+            rows, columns = min(down_n, (h - first + dh - 1) // dh), min(along_n * many, w - j * along_n)
             # a short row may be written with a whole vector where the next one, which follows it in memory, comes after
-            spills = columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
-            at = i * get(geo, _YN) + f * get(geo, _YD) + first * get(geo, _YH) + j * ALONG_N * size
+            spills = (columns == w and 2 * w >= lanes and w < lanes <= length // size and dh == 1 and get(geo, _YH) == w * size
+                      and step == size)
+            at = i * get(geo, _YN) + f * get(geo, _YD) + first * get(geo, _YH) + j * along_n * step
             for o in range(o0, o1, lanes):
                 for t in range(many):
-                    rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, ALONG_N, dw) * size, length,
+                    rest = (m + (done + t) * row + (o - o0) * size, place, strip + start(t, along_n, dw) * size, length,
                             dw * size, down_n * length)
                     if dw == 1:
                         seen = transform_back(seen, *rest)
@@ -495,7 +509,7 @@ def winograd(rows: int) -> Any:
                 for k in range(min(lanes, o1 - o)):
                     for r in range(rows):
                         to = at + (o + k) * get(geo, _YO) + r * dh * get(geo, _YH)
-                        finish(lanes if spills and r + 1 < rows else columns, strip + (k * down_n + r) * length, y + to, size,
+                        finish(lanes if spills and r + 1 < rows else columns, strip + (k * down_n + r) * length, y + to, step,
                                bias + (o + k) * size if bias != 0 else 0, 0, res + to if res != 0 else 0, act, p0, p1)
             done += many
         return any_lane(seen != seen)
@@ -509,15 +523,15 @@ def winograd(rows: int) -> Any:
         for t in range(n):
             line = (t0 + t) // tw
             i = line // th
-            first, left = start(line - i * th, down_n, dh), start(t0 + t - line * tw, ALONG_N, dw)
+            first, left = start(line - i * th, down_n, dh), start(t0 + t - line * tw, along_n, dw)
             for o in range(0, o1 - o0, lanes):
                 seen = transform_back_last(seen, m + t * row + o * size, place, strip + o * size,
-                                           ALONG_N * row, row, 0)
+                                           along_n * row, row, 0)
             for r in range(min(down_n, (h - first + dh - 1) // dh)):
-                for s in range(min(ALONG_N, (w - left + dw - 1) // dw)):
+                for s in range(min(along_n, (w - left + dw - 1) // dw)):
                     to = (i * get(geo, _YN) + f * get(geo, _YD) + (first + r * dh) * get(geo, _YH)
                           + (left + s * dw) * get(geo, _YW) + o0 * size)
-                    finish(o1 - o0, strip + (r * ALONG_N + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
+                    finish(o1 - o0, strip + (r * along_n + s) * row, y + to, size, bias + o0 * size if bias != 0 else 0, size,
                            res + to if res != 0 else 0, act, p0, p1)
         return any_lane(seen != seen)
 
@@ -571,12 +585,13 @@ def winograd(rows: int) -> Any:
     return kernel
 
 
-def winograd_weight(rows: int) -> Any:
+def winograd_weight(tile: str) -> Any:
     """A weight, transformed: [set][group of panels][place][panel][plane of the filter][channel][output]. Element (output o,
     plane a, channel c, tap t) of a set lies at ``src + set·s_set + o·s_o + a·s_a + c·s_c + taps[t]``; sets are ``dst_set`` bytes
     apart. Planes have three taps along a row, of ``along`` in all."""
-    lanes, size, places = FLOAT32.lanes, FLOAT32.size, DOWN[rows].taps * ALONG.taps
-    transform_filter = _transform_filter(DOWN[rows])
+    down, side = TILES[tile]
+    lanes, size, places = FLOAT32.lanes, FLOAT32.size, down.taps * side.taps
+    transform_filter = _transform_filter(down, side)
 
     @inline
     def body(t, nt, sets, outputs, planes, channels, panels, groups, src0, s_set, s_o, s_a, s_c, taps, along, dst0, dst_set):
