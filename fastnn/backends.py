@@ -6,6 +6,7 @@ environment variable ``FASTNN_BACKEND`` (read at import), else ``"auto"``: the f
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ _INSTALL = {  # module that a kernel needs: what to do where it is missing
     "cupy": "CuPy is missing: `pip install cupy-cuda13x`, or -cuda12x for a driver of CUDA 12",
 }
 
-Kernel = Callable[..., None]  # (out, *args): writes the result into out, a tensor or a tuple of them
+# (out, *args): writes the result into out, a tensor or a tuple of them; returns the way that it took, if it has several
+Kernel = Callable[..., str | None]
 Predicate = Callable[..., str | None]  # (op, *args): None if the kernel serves the call, else the reason why not
 Rule = Callable[..., str | None]  # (*args): why torch is faster for this call, by measurement; None if it is not
 Entry = tuple[Kernel | None, Predicate | None, Rule | None]  # without a predicate: it serves all that the operator lets through
@@ -42,9 +44,10 @@ class Op(Protocol):
     public: Callable[..., str] | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """One traced call: the op, its tensors and other arguments, who served it and, if not the first choice, why."""
+    """One traced call: the op, its tensors and other arguments, who served it, in which of several ways, and, if not the first
+    choice, why."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
@@ -53,17 +56,20 @@ class Call:
     backend: str
     kernel: str
     reason: str
+    way: str = ""
 
     def __str__(self) -> str:
         shapes = ", ".join("×".join(map(str, shape)) or "scalar" for shape in self.shapes)
         dtypes = "/".join(sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes}))
         options = "".join(f", {option}" for option in self.options)
-        return f"{self.op}({shapes}; {dtypes}{options}) → {self.kernel}" + (f": {self.reason}" if self.reason else "")
+        how = (f" ({self.way})" if self.way else "") + (f": {self.reason}" if self.reason else "")
+        return f"{self.op}({shapes}; {dtypes}{options}) → {self.kernel}{how}"
 
 
 _environment = os.environ.get("FASTNN_BACKEND") or None
 _choice: ContextVar[str | None] = ContextVar("fastnn_backend", default=_environment)
 traces: list[list[Call]] = []
+_latest = threading.local()  # call: the thread's last one that was traced
 tables: dict[str, dict[str, Entry]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
 float32_precision: str | None = None  # what set_float32_precision was told
 context = _choice.get  # the backend that `with backend(…)` or the environment names
@@ -118,9 +124,16 @@ def record(op: str, args: Sequence[Any], backend: str, kernel: str, reason: str)
     tensors = [a for a in args if isinstance(a, Tensor)]
     shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
     options = tuple(a for a in args if not isinstance(a, Tensor) and a is not None and a != ())
-    call = Call(op, shapes, dtypes, options, backend, kernel, reason)
+    call = _latest.call = Call(op, shapes, dtypes, options, backend, kernel, reason)
     for calls in list(traces):
         calls.append(call)
+
+
+def took(way: str) -> None:
+    """Note the way in which a kernel served the thread's last call."""
+    call = getattr(_latest, "call", None)  # None where a trace began in another thread after the kernel was chosen
+    if call is not None:
+        call.way = way
 
 
 def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel | None:

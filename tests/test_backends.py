@@ -252,6 +252,19 @@ def test_trace_prints_a_line_a_call() -> None:
     assert str(calls[1]) == "softmax(2×3; float32, 1) → fastnn.kernels.reference.softmax.softmax"
 
 
+def test_the_trace_names_the_way_of_several() -> None:
+    ways: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+        "winograd 3x4": ((1, 64, 12, 12), (8, 64, 3, 3), {}), "product": ((1, 64, 16, 16), (8, 64, 1, 1), {}),
+        "depthwise": ((1, 8, 16, 20), (8, 1, 3, 3), {"groups": 8}),
+        "implicit im2col": ((1, 5, 9, 9), (8, 5, 3, 3), {"stride": 2}),
+    }  # fmt: skip
+    for way, (x, w, options) in ways.items():
+        with fastnn.trace() as calls:
+            fastnn.functional.conv2d(torch.randn(x), torch.randn(w), **options, backend="cpu")
+        assert [call.way for call in calls] == [way]
+        assert str(calls[0]).endswith(f"kernels.cpu.conv.conv ({way})")
+
+
 def test_the_trace_tells_plain_maths_from_torchs_own_op() -> None:
     x, target = torch.randn(2, 3), torch.tensor([0, 2])
     with fastnn.backend("torch"), fastnn.trace() as calls:

@@ -379,7 +379,7 @@ def test_winograd_in_three_dimensions(shape: str, form: str, winograd: list[bool
         agree("conv_transpose3d", place(image), place(turned), padding=(last - padding[0], 1, 1), groups=groups)
     assert len(winograd) >= 6
     assert all(winograd)
-    options = {"padding": padding, "groups": groups}
+    options: dict[str, Any] = {"padding": padding, "groups": groups}
     plain = F.conv3d(image, w, **options)
     residual, bias = place(randn(*plain.shape, seed=3)), randn(weight[0], seed=2)
     every = []

@@ -259,7 +259,9 @@ class Operator:
         result = self.allocate(plan, *args)
         if out is not None and _may_be_written(out, result, args):
             result = out
-        kernel(result, *args)
+        way = kernel(result, *args)
+        if way is not None and backends.traces:
+            backends.took(way)
         return result
 
     def _visible(self, out: Any) -> Any:

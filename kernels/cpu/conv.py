@@ -329,7 +329,7 @@ def _cut(n: int, most: int) -> int:
 
 
 def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> None:
+         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int, act: int) -> str:
     dtype = x.dtype
     nt = threads.count()
     phases = _plan(kind, dtype, nt, x.shape, x.stride(), weight.shape, weight.stride(), out.shape, out.stride(), tuple(stride),
@@ -350,6 +350,7 @@ def _run(kind: int, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
         kernel[dtype].run(p.threads, *which, p.fields.buffer_info()[0], x_at, at if p.arranged else w_at, y_at + p.start, b,
                           r + p.start if r else 0, act, ws, p.scratch, 0.0, 0.0)
         at += p.arranged
+    return "grouped" if phases[0].grouped else "depthwise" if phases[0].depthwise else "implicit im2col"
 
 
 def _arrange(weight: Tensor, kind: int, phases: list[Phase], transposed: bool, groups: int, at: int) -> None:
@@ -566,12 +567,12 @@ def _winograd_tile(x: Tensor, weight: Tensor, last: bool, stride: Sequence[int],
     if outputs < _LEAST_OUTPUTS and overhead.RULES:
         return ""
     if dims > 3 and kernel[-2:] == (3, 3):
-        along, tiles = 2, ("2x4", "3x4") if outputs <= _FEW else ("3x4", "2x4")
+        along, tiles = 2, ["2x4", "3x4"] if outputs <= _FEW else ["3x4", "2x4"]
         if (dims > 4 and not 0 <= pads[0] < kernel[0]) or (  # short rows of small groups are faster from padded planes
                 groups > 1 and not last and shape[1] // groups < _LEAST["3x4"].channels and sizes[-1] < 16):
             return ""
     elif dims < 5 and kernel[-1] >= 3 and max(kernel[:-1], default=1) == 1 and max(pads[:-1], default=0) == 0:
-        along, tiles = 1, ("1x4",)
+        along, tiles = 1, ["1x4"]
         if (weight.shape[1] if transposed else weight.shape[0] // groups) < _LEAST_OUTPUTS_IN_ROW or (
                 shape[0] >= _LEAST_SEQUENCES and 2 * kernel[-1] >= _LEAST_TAPS
                 and _met(shape[-1], sizes[-1], kernel[-1], 1, pads[-1], dilation[-1]) < _LEAST_MET):
@@ -1203,10 +1204,10 @@ def _run_between(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, re
 
 def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
          padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-         activation: str | None) -> None:
-    """out = act(input ⋆ weight + bias + residual), or the transposed convolution."""
+         activation: str | None) -> str | None:
+    """out = act(input ⋆ weight + bias + residual), or the transposed convolution. Returns the way that was taken."""
     if out.numel() == 0:
-        return
+        return None
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if residual is not None and residual.stride() != out.stride():
@@ -1216,44 +1217,45 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
         last = False  # several filters a channel: neighbours in the output are none in the input
     act = CODES[activation] if activation is not None else 0
     if _run_product(last, out, input, weight, bias, residual, stride, padding, transposed, groups, act):
-        return
+        return "product"
     tile = _winograd_tile(input, weight, last, stride, padding, dilation, transposed, groups)
     if tile and _run_winograd(last, out, input, weight, bias, residual, padding, dilation, transposed, groups, act, tile):
-        return
+        return f"winograd {tile}"
     if transposed and _run_phases(last, out, input, weight, bias, residual, stride, padding, dilation, groups, act):
-        return
+        return "winograd by phases"
     if last and _run_last(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
-        return
+        return "depthwise"
     if not last and _run_rows(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
-        return
+        return "depthwise"
     if not last and _run_flat(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
-        return
+        return "depthwise"
     if transposed and not last and _run_scatter(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
-        return
+        return "product and sum"
     if transposed and not last and _run_between(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
-        return
+        return "depthwise"
     if not transposed and not last and _run_batched(out, input, weight, bias, residual, stride, padding, dilation, groups, act):
-        return
+        return "sequences side by side"
     if not last and _run_direct(out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act):
-        return
-    _run(PIXELS if last else PLANES, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
+        return "padded planes"
+    kind = PIXELS if last else PLANES
+    return _run(kind, out, input, weight, bias, residual, stride, padding, dilation, transposed, groups, act)
 
 
 _SHORT_ROWS = 16  # positions up to which a row of a plane is turned into vectors of channels (Zen 3)
 
 
 def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
-                padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
+                padding: Sequence[int], dilation: Sequence[int], groups: int) -> str | None:
     """The gradient of a convolution's weight: a product over all output positions, divided by rows of it among the threads."""
     if out.numel() == 0:
-        return
+        return None
     if grad.numel() == 0:
         out.zero_()
-        return
+        return None
     if not _even(grad.stride()[:1:-1], grad.shape[:1:-1]):
         grad = grad.contiguous()
     if _run_grouped_weight(out, grad, input, stride, padding, dilation, groups):
-        return
+        return "products of planes"
     kind, dtype = WEIGHTS if out.is_contiguous() else WEIGHTS_LAST, input.dtype
     turned = False
     if groups > 1 and input.shape[1] == groups:  # one channel each: the output does not tell
@@ -1270,6 +1272,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
         _DEPTHWISE_WEIGHT[dtype].run(p.threads, 2 if turned else int(kind == WEIGHTS_LAST), *at, ws, p.scratch)
     else:
         _CONVOLUTION[dtype].run(p.threads, kind, *at, 0, 0, 0, ws, p.scratch, 0.0, 0.0)
+    return "depthwise" if p.depthwise else "implicit im2col"
 
 
 def _steps(grad: Tensor) -> tuple[int, ...]:
@@ -1277,7 +1280,7 @@ def _steps(grad: Tensor) -> tuple[int, ...]:
     return (*grad.stride()[:-1], _innermost([0] * (5 - grad.dim()) + list(grad.stride()[2:]), _three(grad.shape[2:], 1)))
 
 
-KERNELS: dict[str, Callable[..., None]] = {"conv": conv, "conv_weight": conv_weight}
+KERNELS: dict[str, Callable[..., str | None]] = {"conv": conv, "conv_weight": conv_weight}
 
 # The automatic choice, not a limit: float32 calls that torch (through oneDNN) was measured to serve faster, on a Zen 3 with AVX2.
 # `bench conv --backend cpu` shows both sides.

@@ -208,7 +208,8 @@ def _transform_rows(down: Side) -> tuple[Any, Any]:
     def whole(typingctx, rows, offset, dst, dst_row):
         """transform_rows(rows, offset, dst, dst_row): Bᵀ along a tile's rows, their addresses at ``rows``; one vector of each"""
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            transform(builder, *args[:2], None, *args[2:])
+            rows, offset, dst, dst_row = args
+            transform(builder, rows, offset, None, dst, dst_row)
             return context.get_dummy_value()
         return types.none(*(types.int64,) * 4), codegen
 
