@@ -16,7 +16,7 @@ import fastnn.functional as ours
 from fastnn import ops
 from fastnn._numerics import error, sum_of_magnitudes
 from fastnn.kernels.cpu import conv as host
-from fastnn.kernels.cpu import matmul
+from fastnn.kernels.cpu import conv_depthwise, conv_planes, conv_winograd, matmul
 from fastnn.kernels.cpu.engine import packed, workspace
 from fastnn.kernels.cpu.engine.host import caches, simd
 from rule import DTYPES, FLOOR, LAYOUTS, check, randn
@@ -272,7 +272,7 @@ def test_extra_memory_of_the_benchmarks_layers(monkeypatch: pytest.MonkeyPatch) 
         asked.append(size)
         return real(size)
 
-    for module in (host, matmul):
+    for module in (host, conv_depthwise, conv_planes, conv_winograd, matmul):
         monkeypatch.setattr(module, "workspace", spy)
     torch.set_num_threads(1)
     most = 4 * max(1 << 20, caches().l2)
@@ -480,7 +480,7 @@ def test_winograd_gives_way(form: str, winograd: list[bool], monkeypatch: pytest
                                    rtol=1e-4, atol=1e-3)  # fmt: skip
     ours.conv2d(x.double(), w.double(), backend="cpu")
     ours.conv2d(x[:, :15], w[:, :15], backend="cpu")
-    monkeypatch.setattr(host, "WINOGRAD_ALLOWED", False)
+    monkeypatch.setattr(conv_winograd, "WINOGRAD_ALLOWED", False)
     ours.conv2d(x, w, backend="cpu")
     assert len(winograd) == 4
 
@@ -505,7 +505,7 @@ def test_winograd_keeps_its_weights_by_version(winograd: list[bool]) -> None:
 @pytest.mark.parametrize("shape", [(2, 260, 8, 8), (3, 230, 9, 11), (1, 130, 17, 33), (9, 520, 4, 4)])
 def test_winograd_by_phases(shape: tuple[int, int, int, int], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``test_winograd``, where a transposed convolution doubles an image"""
-    monkeypatch.setattr(host.overhead, "RULES", False)
+    monkeypatch.setattr(conv_winograd.overhead, "RULES", False)
     phases, place, (n, channels, h, w) = counted(monkeypatch, "_run_phases"), FORMATS[form], shape
     options: dict[str, Any] = {"stride": 2, "padding": 1}
     for positive in (False, True):

@@ -51,6 +51,14 @@ def checks() -> Iterator[Check]:
     yield check("conv1d", conv("conv1d", stride=3, padding=4), normal(2, 5, 211, seed=1), normal(17, 5, 10, seed=2),
                 normal(17, seed=3))  # fmt: skip
     yield check("conv3d", conv("conv3d", padding=1), normal(1, 5, 5, 7, 6, seed=1), normal(9, 5, 3, 3, 3, seed=2))
+    yield check("conv1d, 7 taps of many channels", conv("conv1d", padding=3), normal(2, 40, 67, seed=1),
+                normal(24, 40, 7, seed=2, scale=0.1), normal(24, seed=3))  # fmt: skip
+    yield check("conv3d, many channels", conv("conv3d", padding=1), normal(1, 36, 4, 9, 10, seed=1),
+                normal(40, 36, 3, 3, 3, seed=2, scale=0.1), normal(40, seed=3))  # fmt: skip
+    yield check("conv2d, groups of 8", conv("conv2d", padding=1, groups=3), normal(2, 24, 13, 11, seed=1),
+                normal(24, 8, 3, 3, seed=2, scale=0.1))  # fmt: skip
+    yield check("conv_transpose2d, twice the size", conv("conv_transpose2d", stride=2, padding=1), normal(2, 260, 8, 8, seed=1),
+                normal(260, 20, 4, 4, seed=2, scale=0.1))  # fmt: skip
     yield check("conv_transpose1d", conv("conv_transpose1d", stride=3), normal(2, 7, 31, seed=1), normal(7, 5, 5, seed=2))
     yield check("conv_transpose3d", conv("conv_transpose3d", stride=2), normal(1, 5, 3, 4, 2, seed=1),
                 normal(5, 3, 3, 3, 3, seed=2))  # fmt: skip
