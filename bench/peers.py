@@ -46,7 +46,8 @@ class Job:
         if case.mode != "forward":
             with torch.no_grad():
                 out = case.theirs(TORCH, *inputs)
-            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(out.device, dtype)
+            # It lies as the output does, as the backward of a next layer in the same format leaves it.
+            grad = torch.empty_like(out).copy_(torch.randn(out.shape, generator=torch.Generator().manual_seed(99)))
         return cls(case, inputs, grad, threads)
 
     @property
