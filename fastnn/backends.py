@@ -159,6 +159,7 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel 
             if named != "auto":
                 raise RuntimeError(_cannot(op, args, named, reason))
             kernel = None
+    _latest.call = None
     if traces:
         record(op.name, args, "torch" if kernel is None else serving, _label(op, kernel), reason or "")
     return kernel

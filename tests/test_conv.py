@@ -325,6 +325,7 @@ DILATED: dict[str, tuple[tuple[int, ...], int, Any, Any]] = {
     "in long rows": ((1, 65, 38, 73), 9, 3, 3), "into small images": ((1, 130, 33, 33), 20, 6, 6),
     "along rows": ((3, 64, 12, 49), 65, (1, 0), (1, 4)), "down": ((1, 67, 61, 12), 64, (2, 1), (5, 1)),
     "with another padding": ((1, 70, 25, 37), 64, (1, 2), (2, 3)),
+    "into small images, many outputs": ((1, 130, 33, 33), 400, 6, 6),
 }  # fmt: skip
 
 
@@ -407,6 +408,7 @@ ROWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = 
     "short rows": ("conv2d", (3, 64, 11, 7), (200, 64, 1, 3), {"padding": (0, 1)}),
     "groups": ("conv1d", (2, 66, 50), (34, 33, 5), {"padding": 2, "groups": 2}),
     "dilation": ("conv1d", (2, 64, 200), (18, 64, 5), {"padding": 8, "dilation": 4}),
+    "dilation, stretches": ("conv1d", (1, 64, 200), (192, 64, 15), {"padding": 35, "dilation": 5}),
 }  # fmt: skip
 
 
@@ -417,7 +419,8 @@ def test_winograd_along_rows(case: str, form: str, winograd: list[bool]) -> None
     op, shape, weight, options = ROWS[case]
     if form == "last" and len(shape) == 3:
         shape, weight, op = (*shape[:2], 1, shape[2]), (*weight[:2], 1, weight[2]), "conv2d"
-        options = options | {"padding": (0, options["padding"])} | ({"dilation": (1, 4)} if "dilation" in options else {})
+        apart = {"dilation": (1, options["dilation"])} if "dilation" in options else {}
+        options = options | {"padding": (0, options["padding"])} | apart
     elif form == "last" and shape[-1] == 1:
         shape, weight, options = (*shape[:2], 1, shape[2]), (*weight[:2], 1, weight[2]), {"padding": options["padding"][::-1]}
     place, groups = FORMATS[form], options.get("groups", 1)
@@ -571,6 +574,7 @@ REGIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "stride": ("conv2d", (1, 3, 13, 17), (5, 3, 3, 3), {"padding": 5, "dilation": 5, "stride": 2}),
     "phases": ("conv_transpose2d", (1, 3, 6, 7), (3, 5, 3, 3), {"padding": 5, "dilation": 5, "stride": 2, "output_padding": 1}),
     "1d": ("conv1d", (2, 3, 29), (5, 3, 5), {"padding": 16, "dilation": 8}),
+    "depth": ("conv3d", (2, 3, 4, 9, 8), (5, 3, 3, 3, 3), {"padding": (3, 1, 1), "stride": (1, 2, 1)}),
     "3d": ("conv3d", (1, 3, 4, 5, 6), (2, 3, 2, 3, 2), {"padding": (3, 4, 5), "dilation": (3, 4, 5)}),
 }  # fmt: skip
 
@@ -578,7 +582,8 @@ REGIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]]
 @pytest.mark.parametrize("problem", REGIONS)
 def test_positions_that_meet_fewer_taps(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself, with the taps that it meets; forward, gradients, a residual."""
-    monkeypatch.setattr(host, "_LEAST_IN_REGIONS", 1)
+    for least in ("_LEAST_IN_REGIONS", "_LEAST_IN_PLANE"):
+        monkeypatch.setattr(host, least, 1)
     monkeypatch.setattr(host, "_MOST_OF_PRODUCTS", 1.0)
     host._plan.cache_clear()
     found: list[Any] = []
@@ -664,10 +669,22 @@ GROUPED: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int, dict[str, A
     "outputs": ("conv2d", (1, 12, 19, 9), (18, 4, 3, 3), 3, {"padding": (0, 2)}),
     "dilation": ("conv2d", (3, 8, 21, 40), (8, 4, 5, 2), 2, {"padding": (4, 3), "dilation": (2, 3)}),
     "row": ("conv1d", (2, 24, 3001), (16, 12, 5), 2, {"padding": 1}),
+    "long filters": ("conv1d", (2, 8, 205), (16, 4, 40), 2, {"padding": 7}),
+    "many outputs": ("conv2d", (1, 64, 16, 15), (640, 32, 3, 3), 2, {"padding": 1}),
+    "segments": ("conv2d", (1, 8, 3, 9001), (8, 4, 2, 3), 2, {}),
     "bands": ("conv2d", (1, 64, 90, 70), (64, 32, 3, 3), 2, {"padding": 1}),
     "transposed": ("conv_transpose2d", (2, 16, 17, 11), (16, 8, 3, 3), 4, {"padding": 1}),
     "transposed, gaps": ("conv_transpose2d", (1, 16, 12, 20), (16, 4, 2, 3), 2, {"dilation": (4, 1)}),
 }  # fmt: skip
+
+
+def test_a_turned_weight_is_kept_by_its_groups() -> None:
+    packed.clear()
+    x, w = randn(1, 32, 14, 14), randn(32, 16, 3, 3, seed=1)
+    for groups in (4, 4, 4, 2, 2, 2):
+        mine = ours.conv_transpose2d(x, w, groups=groups, padding=1, backend="cpu")
+        torch.testing.assert_close(mine, F.conv_transpose2d(x, w, groups=groups, padding=1), rtol=1e-4, atol=1e-3)
+    packed.clear()
 
 
 @pytest.mark.parametrize("problem", GROUPED)
@@ -677,7 +694,7 @@ def test_gradients_of_groups(problem: str, monkeypatch: pytest.MonkeyPatch) -> N
     inputs, weights = (counted(monkeypatch, way) for way in ("_run_direct", "_run_grouped_weight"))
     x, w = randn(*x_shape), randn(*w_shape, seed=1)
     agree(op, x, w, None, groups=groups, **options)
-    assert inputs.count(True) >= 2 or problem in ("outputs", "bands")  # no multiple of four; by Winograd
+    assert inputs.count(True) >= 2 or problem in ("outputs", "bands", "many outputs")  # no multiple of four; by Winograd
     assert weights == [True]
 
     def gradients(space: Any, x: Tensor, grad: Tensor | None, **more: Any) -> tuple[Tensor, ...]:

@@ -97,9 +97,10 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
                          for r in range(min(s, n))])
         else:
             axes.append([(0, n, [(i * d - p, i) for i in range(k)])])
-    if kind == PLANES and not depthwise and channels * outputs >= _LEAST_IN_REGIONS and max(dil) > 1:
+    if kind == PLANES and not depthwise and (max(dil) > 1 or (out_size[0] > 1 and math.prod(out_size[1:]) >= _LEAST_IN_PLANE)):
+        apart = max(dil) > 1 and channels * outputs >= _LEAST_IN_REGIONS  # along rows and columns too, not along the depth alone
         regions = [[part for whole in axis for part in _regions(*whole, 1 if transposed else s, n, s if transposed else 1)]
-                   for axis, s, n in zip(axes, step, in_size, strict=True)]
+                   if apart or i == 0 else axis for i, (axis, s, n) in enumerate(zip(axes, step, in_size, strict=True))]
         if math.prod(map(_products, regions)) <= _MOST_OF_PRODUCTS * math.prod(map(_products, axes)):
             axes = regions
     phases = []
@@ -166,9 +167,10 @@ def _plan(kind: int, dtype: torch.dtype, nt: int, x_shape: tuple[int, ...], x_st
 
 
 _Along = tuple[int, int, list[tuple[int, int]]]  # along a dimension: (first output, positions, taps (delta, index))
-# Channels times outputs from which on positions that meet fewer taps are problems of their own, where that leaves so much to do:
-# the weight is arranged for each of them, which new weights at each call must repay too.
-_LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 1 << 12, 0.75
+# Positions that meet fewer taps are problems of their own, where that leaves so much to do: of planes with so many positions
+# those that meet fewer of the filter's planes, dilated with so many channels times outputs all of them. The weight is arranged
+# for each problem, which new weights at each call must repay too.
+_LEAST_IN_PLANE, _LEAST_IN_REGIONS, _MOST_OF_PRODUCTS = 256, 1 << 12, 0.75
 
 
 def _regions(first: int, positions: int, taps: list[tuple[int, int]], move: int, size: int, apart: int) -> list[_Along]:
@@ -429,7 +431,8 @@ def _slower(dtype: torch.dtype, x: Tensor, weight: Tensor, stride: Sequence[int]
     size = positions * weight.numel()
     if (size <= _SMALL_PRODUCT and max(weight.shape[2:]) == 1) or (size <= _SMALL and last):
         return "a convolution this small, of 1×1 or with channels last, takes less time in torch"
-    if groups > 1 and last and not _winograd_tile(x, weight, last, stride, padding, dilation, transposed, groups):
+    if groups > 1 and last and (x.shape[1] < 32 * groups or not _winograd_tile(
+            x, weight, last, stride, padding, dilation, transposed, groups)):
         return "groups with channels last: oneDNN's kernel is faster"
     if (last and not transposed and weight.dim() == 4 and (weight.shape[0] <= 128 or max(dilation) > 1)
             and not _winograd_tile(x, weight, last, stride, padding, dilation, transposed, groups)):

@@ -80,13 +80,17 @@ def grouped_weight(elem_name: str) -> Any:
                     to += k * size
 
     @inline
-    def body(t, g, geo, x, out, grad, flag, ws, ws_size):
-        channels, outputs, taps, pitch = get(geo, _C), get(geo, _O), get(geo, _TAPS), get(geo, _PITCH)
+    def body(t, task, parts, geo, x, out, grad, flag, ws, ws_size):
+        channels, taps, pitch = get(geo, _C), get(geo, _TAPS), get(geo, _PITCH)
+        g = task // parts
+        part = task - g * parts
+        o0 = g * get(geo, _O) + get(geo, _O) * part // parts
+        outputs = g * get(geo, _O) + get(geo, _O) * (part + 1) // parts - o0
         image = ws + t * ws_size
         grads = image + get(geo, _AT_SUMS)
         ends = (get(geo, _N) - 1) * get(geo, _XN) + (get(geo, _G) * channels - 1) * get(geo, _XC)
         end = x + ends + (get(geo, _H) - 1) * get(geo, _XH) + get(geo, _W) * size
-        g_end = (grad + (get(geo, _N) - 1) * get(geo, _YN) + (get(geo, _G) * outputs - 1) * get(geo, _YO)
+        g_end = (grad + (get(geo, _N) - 1) * get(geo, _YN) + (get(geo, _G) * get(geo, _O) - 1) * get(geo, _YO)
                  + (get(geo, _OH) - 1) * get(geo, _YH) + get(geo, _OW) * size)
         more = False
         for i in range(get(geo, _N)):
@@ -94,22 +98,23 @@ def grouped_weight(elem_name: str) -> Any:
                 for seg in range(get(geo, _SEGS)):
                     row0, col0 = band * get(geo, _BAND), seg * get(geo, _SEG)
                     rows, cols = min(get(geo, _BAND), get(geo, _OH) - row0), min(get(geo, _SEG), get(geo, _OW) - col0)
+                    # What the last vectors hold beyond the planes is to be zeros on both sides. Of the image the next plane's
+                    # beginning may be among them, so this comes first.
+                    n = rows * pitch
+                    for c in range(channels * get(geo, _UH) * get(geo, _UW)):
+                        zeros(image + c * get(geo, _PLANE) + (rows + get(geo, _DEEP)) * pitch * size, get(geo, _WIDE) + lanes)
                     pad(geo, x + i * get(geo, _XN) + g * channels * get(geo, _XC), end, channels, row0, rows + get(geo, _DEEP),
-                        col0, cols + get(geo, _WIDE), image)
-                    from_ = grad + i * get(geo, _YN) + g * outputs * get(geo, _YO) + row0 * get(geo, _YH) + col0 * size
+                        col0, pitch, image)
+                    from_ = grad + i * get(geo, _YN) + o0 * get(geo, _YO) + row0 * get(geo, _YH) + col0 * size
                     place(grads, pitch * size, from_, get(geo, _YH), rows, 0, cols, pitch - cols, 1, outputs, get(geo, _SUMS),
                           get(geo, _YO), g_end)
-                    # What the last vector holds beyond the planes is to be zeros on both sides.
-                    n = rows * pitch
                     for o in range(outputs):
                         zeros(grads + o * get(geo, _SUMS) + n * size, lanes)
-                    for c in range(channels * get(geo, _UH) * get(geo, _UW)):
-                        zeros(image + c * get(geo, _PLANE) + (rows + get(geo, _DEEP)) * pitch * size, lanes)
                     products(more, get(geo, _TABLE), channels * taps, image, grads, get(geo, _SUMS), outputs,
-                             (n + lanes - 1) // lanes, out + g * outputs * channels * taps * size, flag)
+                             (n + lanes - 1) // lanes, out + o0 * channels * taps * size, flag)
                     more = True
 
-    def kernel(nt, geo, x, out, grad, flag, ws, ws_size):
+    def kernel(nt, parts, geo, x, out, grad, flag, ws, ws_size):
         store_scalar(INT64, flag, 0)
-        parallel_tasks(nt, get(geo, _G), body, (geo, x, out, grad, flag, ws, ws_size))
+        parallel_tasks(nt, get(geo, _G) * parts, body, (parts, geo, x, out, grad, flag, ws, ws_size))
     return kernel

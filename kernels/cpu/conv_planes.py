@@ -23,7 +23,7 @@ from .matmul import _format, multiply
 
 _SCATTER = _kernel("conv_transposed_code", "scatter", torch.float32, "i" * 10 + "ff")
 _DIRECT = _kernel("conv_direct_code", "direct", torch.float32, "i" * 10 + "ff")
-_GROUPED_WEIGHT = _kernel("conv_grouped_weight_code", "grouped_weight", torch.float32, "i" * 8)
+_GROUPED_WEIGHT = _kernel("conv_grouped_weight_code", "grouped_weight", torch.float32, "i" * 9)
 _BATCHED = _kernel("conv_batched_code", "batched", torch.float32, "i" * 10 + "ff")
 
 
@@ -169,8 +169,8 @@ def _direct(nt: int, x_shape: tuple[int, ...], x_stride: tuple[int, ...], w_shap
     deep, wide = rows[-1] // sh, columns[-1] // sw
 
     # A task's sums and planes take a quarter of L2 each; there are to be several tasks a thread.
-    part = _up(_cut(outputs, 256), 4)
-    positions = max(_LEAST_POSITIONS, quarter // (part * f.size))
+    part = _up(_cut(outputs, 256) if nt else outputs, 4)
+    positions = max(_LEAST_POSITIONS, quarter // ((part if nt else max(part, channels * uh * uw)) * f.size))
     seg = ow if ow + wide <= positions else _cut(ow, positions)
     band = _cut(oh, max(1, positions // (seg + wide)))
 
@@ -237,7 +237,7 @@ def _run_direct(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, res
                               offsets.buffer_info()[0], address)
         return 0
     need = weight.nbytes if transposed else 0
-    keep = _keep(weight, need, turn, "turned") if need and weight.numel() >= _SMALL_WEIGHT else None
+    keep = _keep(weight, need, turn, ("turned", groups)) if need and weight.numel() >= _SMALL_WEIGHT else None
     ws = workspace(p.threads * p.scratch + (0 if keep else need))
     w_at = keep.address if keep else ws + p.threads * p.scratch if need else weight.data_ptr()
     if need and keep is None:
@@ -260,8 +260,10 @@ def _run_grouped_weight(out: Tensor, grad: Tensor, x: Tensor, stride: Sequence[i
     p = _direct(0, x.shape, x.stride(), out.shape, grad.shape, grad.stride(), tuple(stride), tuple(padding), tuple(dilation),
                 groups)
     nt = 1 if grad.numel() * channels * taps < _SERIAL else threads.count()
+    parts = 1 if groups >= 4 * nt or groups % nt == 0 else nt  # of a group's outputs: no sum depends on it
     ws = workspace(64 + nt * p.scratch)
-    _GROUPED_WEIGHT.run(nt, p.fields.buffer_info()[0], x.data_ptr(), out.data_ptr(), grad.data_ptr(), ws, ws + 64, p.scratch)
+    _GROUPED_WEIGHT.run(nt, parts, p.fields.buffer_info()[0], x.data_ptr(), out.data_ptr(), grad.data_ptr(), ws, ws + 64,
+                        p.scratch)
     return ctypes.c_int64.from_address(ws).value == 0
 
 

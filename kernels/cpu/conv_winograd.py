@@ -81,9 +81,8 @@ def _tiles(tile: str, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
     depth = planes * channels
     th, tw = _tile_count(oh, down, dh), _tile_count(ow, int(tile[2]), dw)
     total, vectors = n * th * tw, -(-outputs // f.lanes)
-    band = _cut(od, 4)  # neighbouring planes of the output share what they need of the input
-    if od >= 2 * nt and -(-od // band) % nt:
-        band = _cut(od, -(-od // nt))
+    # Neighbouring planes of the output share what they need of the input; each thread is to get as many of them.
+    band = -(-od // _up(-(-od // 4), nt)) if od >= 2 * nt else _cut(od, 4)
     bands = -(-od // band)
     # Few tiles, or not many of one image for a weight that comes from memory for each block: each thread transforms them all and
     # computes some of the outputs.
@@ -102,12 +101,13 @@ def _tiles(tile: str, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
     width = _up(4 * block + segments * (2 * dw + f.lanes) + 2 * f.lanes, f.lanes)
     stretch = planes if tile != "1x4" else max(1, 256 // channels)
     slots = min(d, band + stretch - 1)
-    place = _spread(_up(block, f.lanes) * slots * channels * f.unit)
-    m_place = _spread(block * band * row)
+    rows = _up(block, f.rows)  # that the register tile works on
+    place = _spread(_up(rows, f.lanes) * slots * channels * f.unit)
+    m_place = _spread(rows * band * row)
     m_group = places * m_place if stretch < planes else 0  # sums wait in memory for the planes to come
     at_segments = _up(8 * (block + f.lanes), 64)
     at_zeros = _up(at_segments + 120 * (block + 1), 64)
-    at_lines = at_zeros + _up(max(width, channels + f.lanes, w + 8 + f.lanes) * f.unit, 64)
+    at_lines = at_zeros + _up(max(width, channels + f.lanes) * f.unit, 64)
     at_v = _up(max(at_lines + 6 * width * f.unit, f.lanes * 12 * block * f.unit, 12 * row), 4096)
     at_m = _up(at_v + places * place, 64)
     values = {
@@ -118,11 +118,11 @@ def _tiles(tile: str, last: bool, nt: int, x_shape: tuple[int, ...], x_stride: t
         "sets": sets, "set": each, "chain": _cut(depth, 16 if depth < 128 else 32), "x_last": int(last), "y_last": int(last),
         "width": width, "place": place, "m_place": m_place, "m_group": m_group, "at_segments": at_segments,
         "at_zeros": at_zeros, "at_lines": at_lines, "at_v": at_v, "at_m": at_m}
-    rows, columns = range(3 if down > 1 else 1), range(3)
+    high, wide = range(3 if down > 1 else 1), range(3)
     if phase:
-        rows, columns = (range(3 - r, -1, -2) for r in phase)  # every second tap, from the last on
+        high, wide = (range(3 - r, -1, -2) for r in phase)  # every second tap, from the last on
     taps = [(i * w_stride[-2] + j * w_stride[-1]) * (-f.size if transposed and not phase else f.size)
-            for i in rows for j in columns]
+            for i in high for j in wide]
     scratch = _up(at_m + places * m_place + (-(-groups // cuts) - 1) * m_group, 4096)
     return Tiles(array("q", [values[name] for name in WINOGRAD]), array("q", taps), planes, panels, groups, sets * each, scratch,
                  nt)

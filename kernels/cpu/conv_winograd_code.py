@@ -136,10 +136,6 @@ def _sum(builder: ir.IRBuilder, terms: list[tuple[Fraction, Any]]) -> Any:
     return total
 
 
-def _loaded(builder: ir.IRBuilder, address: Any, k: int = 0) -> Any:
-    return load_vector(builder, FLOAT32, builder.add(address, i64(k)))
-
-
 def _quads(builder: ir.IRBuilder, tiles: list[Any], offset: int) -> list[Any]:
     """Lane t of vector j is float j behind tiles[t] + offset, for j < 4: four floats a load, transposed four by four."""
     rows = []
@@ -250,7 +246,7 @@ def _transform_pixels(down: Side, side: Side) -> Any:
             pixels, offset, dst, dst_place = args
             first = builder.inttoptr(pixels, i64.as_pointer())
             columns = [down.into(builder, [
-                _loaded(builder, builder.add(builder.load(builder.gep(first, [i64(i * side.taps + j)])), offset))
+                load_vector(builder, FLOAT32, builder.add(builder.load(builder.gep(first, [i64(i * side.taps + j)])), offset))
                 for i in range(down.taps)]) for j in range(side.taps)]
             for i in range(down.taps):
                 for j, v in enumerate(side.into(builder, [column[i] for column in columns])):
@@ -265,9 +261,9 @@ def _transform_back(down: Side, side: Side, last: bool, dense: bool) -> Any:
     def fn(typingctx, seen, src, src_place, dst, dst_row, dst_pixel, dst_channel):
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             seen, src, src_place, dst, dst_row, dst_pixel, dst_channel = args
-            columns = [down.back(builder, [
-                _loaded(builder, builder.add(src, builder.mul(src_place, i64(i * side.taps + j)))) for i in range(down.taps)])
-                for j in range(side.taps)]
+            places = [[builder.add(src, builder.mul(src_place, i64(i * side.taps + j))) for i in range(down.taps)]
+                      for j in range(side.taps)]
+            columns = [down.back(builder, [load_vector(builder, FLOAT32, place) for place in column]) for column in places]
             zero = ir.Constant(seen.type, [0.0] * FLOAT32.lanes)
             for r in range(down.n):
                 row = side.back(builder, [column[r] for column in columns])
@@ -332,16 +328,6 @@ def _transform_filter(down: Side, side: Side) -> Any:
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
-
-
-@inline
-def first_panel(group, panels, groups):
-    return panels * group // groups
-
-
-@inline
-def first_vector(panel, vectors, panels):
-    return vectors * panel // panels
 
 
 @inline
