@@ -232,7 +232,7 @@ ROWS = (
     row("conv", "conv1d: wav2vec 2's first three layers · CREPE's first, second, a later one",
         "conv1d/wav2vec2_{1_10,512_3,512_2}/*", "conv1d/crepe_{1_1024,1024_128,128_128}/*"),
     row("conv", "conv3d of R3D-18: 64, 128, 256 channels · channels last · stem",
-        "conv3d/r3d18_{64,128,256}/*[0-9]", "conv3d/*/channels_last", "conv3d/r3d18_stem/*"),
+        "conv3d/r3d18_{64,128,256}/*[0-9]", "conv3d/r3d18_{64,128,256}/*/channels_last", "conv3d/r3d18_stem/*"),
     row("conv", "transposed: U-Net's 1024, 128 channels · DCGAN's 512, 256, 64",
         "transposed/unet_{1024,128}/*", "transposed/dcgan_{512,256,64}/*"),
     row("conv", "conv1d whose length is another one at every call (beside torch alone): 512, 128 channels · 192, 32",
