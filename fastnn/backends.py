@@ -72,6 +72,7 @@ traces: list[list[Call]] = []
 _latest = threading.local()  # call: the thread's last one that was traced
 tables: dict[str, dict[str, Entry]] = {"cpu": {}, "gpu": {}}  # backend: op: what serves it
 float32_precision: str | None = None  # what set_float32_precision was told
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch before 2.9 has one flag for each
 context = _choice.get  # the backend that `with backend(…)` or the environment names
 
 
@@ -163,6 +164,25 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Kernel 
     if traces:
         record(op.name, args, "torch" if kernel is None else serving, _label(op, kernel), reason or "")
     return kernel
+
+
+def tf32(kind: str) -> bool:
+    """Whether torch's own setting lets float32 products ("matmul") or convolutions ("conv") round their operands to tf32."""
+    if _precision is not None:
+        return bool(_precision("cuda", kind) == "tf32")
+    return torch.backends.cuda.matmul.allow_tf32 if kind == "matmul" else torch.backends.cudnn.allow_tf32
+
+
+def settings(dtype: torch.dtype) -> Any:
+    """What GPU kernels look at beside their arguments, for tensors of this dtype."""
+    return (float32_precision, tf32("matmul"), tf32("conv")) if dtype is torch.float32 else None
+
+
+def record_call(run: Callable[..., Any], args: Sequence[Any], count: int) -> tuple[Any, Callable[..., Any] | None]:
+    """The result of run(*args) on a GPU, and a function of the first ``count`` arguments, tensors or None, that does it again."""
+    from fastnn.kernels.gpu.engine import replay
+
+    return replay.record(run, args, count)
 
 
 def torch_serves(op: Op | str, args: Sequence[Any], backend: str | None, reason: str) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, strided  # noqa: F401  (strided: in _CALL)
 from torch._C import (
     DisableTorchFunction,  # noqa: F401  (in _CALL)
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
-    _get_deterministic_algorithms,  # noqa: F401  (in _CALL)
+    _get_deterministic_algorithms,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _is_torch_function_mode_enabled,
@@ -41,11 +42,18 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 # What Inductor's generated code allocates with: half of what torch.empty takes. (It fills nothing, as
 # deterministic algorithms ask for: they go the general way.)
 empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+current_device = getattr(torch._C, "_cuda_getDevice", None)  # (in _CALL)
+_MOST = 1024  # calls that an operator remembers
+_REPLAYED = object()  # in place of a plan: the kernel is a whole call
 
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
-# kernel. It holds the usual case and nothing else; `Operator.general` is the whole truth, and has the same result.
+# kernel. It holds the usual cases and nothing else; `Operator.general` is the whole truth, and has the same result. On a GPU a
+# call that comes again, alike in all that its key names, is replayed: `fastnn.kernels.gpu.engine.replay`.
 _CALL = """\
-def make(op, mode_is_on, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written):
+def make(
+    op, mode_is_on, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written,
+    replays, settings,
+):
     def {name}({args}, backend=None, out=None):
         if not is_dynamo_compiling() and {all_plain}:
             if mode_is_on():  # use(), a default device: it would be asked about each property of a tensor
@@ -88,6 +96,28 @@ def make(op, mode_is_on, by_torch, check, allocate, inspect, differentiable, con
                     except RuntimeError:  # a sparse tensor has no address; looking for one beforehand would cost every call
                         if all(t is None or dense(t) for t in ({tensors},)):
                             raise
+            elif (
+                {first}.is_cuda
+                and {first}.get_device() == current_device()
+                and out is None
+                and not traces
+                and not (
+                    _len_torch_dispatch_stack()
+                    or _get_tracing_state() is not None
+                    or _are_functorch_transforms_active()
+                    or forward_ad._current_level >= 0
+                    or _get_deterministic_algorithms()
+                    {or_autocast}
+                )
+                and {readable}
+            ):
+                its_key = ({key}, backend or context(), is_grad_enabled(), settings({first}.dtype))
+                again = replays.get(its_key)
+                if again is None:
+                    return op.general(({args},), backend, None, its_key)
+                if is_grad_enabled() and ({any_requires_grad}):
+                    return {differentiable_again}
+                return again({tensors}){visible}
         return op.general(({args},), backend, out)
     return {name}
 """
@@ -148,6 +178,8 @@ class Operator:
         self.tensors = [  # (name, may be None): the leading arguments
             (a.name, "Optional" in str(a.type)) for a in self.overload._schema.arguments if "Tensor" in str(a.type)
         ]
+        self._met: set[Any] = set()  # keys of calls on a GPU that were there once
+        self._replays: dict[Any, Callable[..., Any] | None] = {}  # and of those that came again; None: they cannot be replayed
         self.call = self._write_call(allocate is None)
 
     def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
@@ -175,8 +207,8 @@ class Operator:
             )
         return torch.mul(result, 1, out=out)  # resizes, and warns, by torch's own rule; a sum with 0 would lose the sign of -0
 
-    def general(self, args: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
-        """A call in any circumstances."""
+    def general(self, args: tuple[Any, ...], backend: str | None, out: Tensor | None = None, key: Any = None) -> Any:
+        """A call in any circumstances. key: by which it may be remembered."""
         if is_dynamo_compiling():  # an opaque op in the graph, or torch's own
             if _are_functorch_transforms_active() or backend == "torch":
                 return self.torch(*args)
@@ -206,9 +238,30 @@ class Operator:
         kernel = backends.select(self, args, backend)
         if kernel is None:
             return self._torch(args)
+        if key is not None and self._comes_again(key):
+            kernel, plan = partial(self._recorded, key, kernel, plan), _REPLAYED
         if differentiate:
             return self._visible(_Differentiable.apply(*args, self, kernel, plan, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
+
+    def _comes_again(self, key: Any) -> bool:
+        """Whether this is the second call of its kind."""
+        if key in self._replays:  # and cannot be replayed
+            return False
+        if key in self._met:
+            return True
+        if len(self._met) >= _MOST:  # sizes that never come again, say of a growing sequence
+            self._met.clear()
+        self._met.add(key)
+        return False
+
+    def _recorded(self, key: Any, kernel: backends.Kernel, plan: Any, *args: Any) -> Any:
+        """The result of a call that is remembered from now on."""
+        result, again = backends.record_call(lambda *own: self._launch(kernel, plan, own), args, len(self.tensors))
+        if len(self._replays) >= _MOST:
+            self._replays.clear()
+        self._replays[key] = again
+        return result
 
     def _same_device(self, args: tuple[Any, ...]) -> None:
         """Torch lets some tensors of other devices through to memory that is not theirs. Single numbers may come from the CPU."""
@@ -253,7 +306,9 @@ class Operator:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.overload(*args, backend=backend)
 
-    def _launch(self, kernel: backends.Kernel, plan: Any, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
+    def _launch(self, kernel: Callable[..., Any], plan: Any, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
+        if plan is _REPLAYED:
+            return kernel(*args)
         if self.inspect is not None:
             self.inspect(*args)
         result = self.allocate(plan, *args)
@@ -347,6 +402,12 @@ class Operator:
             differentiable=f"differentiable({args}, op, kernel, plan, None){seen}"
             if self.backward
             else f"op.general(({args},), backend, out)",
+            first=tensors[0][0],
+            readable=each("{0}.layout is strided and not {0}.is_neg()", "True", " and "),
+            key=", ".join(self._in_key(argument) for argument in self.overload._schema.arguments if not argument.kwarg_only),
+            differentiable_again=f"differentiable({args}, op, again, _REPLAYED, backend or context()){seen}"
+            if self.backward
+            else f"op.general(({args},), backend)",
             inspect=f"inspect({args})" if self.inspect else "",
             allocate=f"empty_matrix(plan, (plan[1] or 1, 1), {tensors[0][0]}.dtype) if len(plan) == 2 else "
             f"allocate(plan, {args})"
@@ -372,7 +433,25 @@ class Operator:
             load=backends.load,
             dense=backends.dense,
             may_be_written=_may_be_written,
+            replays=self._replays,
+            settings=backends.settings,
         )
+
+    @staticmethod
+    def _in_key(argument: Any) -> str:
+        """What of an argument decides what a kernel does with it: all that host code may look at."""
+        name, kind = argument.name, str(argument.type)
+        if "Tensor" in kind:
+            what = ("shape", "stride()", "dtype", "data_ptr() & 15", "requires_grad", "get_device()")
+            plain = "(" + ", ".join(f"{name}.{each}" for each in what) + ")"
+        else:
+            plain = f"tuple({name})" if "List" in kind else name
+        return f"None if {name} is None else {plain}" if "Optional" in kind and plain != name else plain
+
+
+def asks_directly(t: Tensor) -> bool:
+    """Whether memory like this tensor's may be had by `empty_matrix`, without the dispatcher."""
+    return type(t) in PLAIN and t.is_cpu and not _get_deterministic_algorithms() and not _len_torch_dispatch_stack()
 
 
 def usual(tensors: Iterable[Any]) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _get_deterministic_algorithms
 
 from fastnn.kernels.reference import attention as reference
 from fastnn.kernels.reference.attention import Options
 
-from ._operator import FLOATING, PLAIN, Operator, empty_matrix
+from ._operator import FLOATING, Operator, asks_directly, empty_matrix
 from .activation import only_torch
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? slopes, Tensor? offsets_q, Tensor? offsets_k"
@@ -153,14 +152,9 @@ def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...
     return torch.empty(shape, device="meta").stride()
 
 
-def _is_usual(t: Tensor) -> bool:
-    """Whether memory is ours to ask for, without the dispatcher."""
-    return type(t) in PLAIN and t.is_cpu and not _get_deterministic_algorithms()
-
-
 def like(query: Tensor, *shape: int) -> Tensor:
     """A new tensor, with dimensions in memory in the query's order."""
-    if _is_usual(query) and len(shape) == query.dim():
+    if asks_directly(query) and len(shape) == query.dim():
         return empty_matrix(shape, _strides(shape, query.stride()), query.dtype)
     if len(shape) > 3 and query.dim() == len(shape) and query.stride(-3) < query.stride(-2) and query.shape[-3] > 1:
         return query.new_empty(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
@@ -171,7 +165,7 @@ def _outputs(plan: None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) 
     """The values, and each row's log-sum-exp in two parts, in float32 at least"""
     shape, size = query.shape, value.shape[-1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if _is_usual(query):
+    if asks_directly(query):
         out, rows = (*shape[:-1], size), (2, *shape[:-1])
         return (
             empty_matrix(out, _strides(out, query.stride()), query.dtype),

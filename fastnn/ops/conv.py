@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._operator import FLOATING, PLAIN, Operator, empty_matrix
+from ._operator import FLOATING, PLAIN, Operator, asks_directly, empty_matrix
 from .activation import PARAMETERLESS, activation_backward, apply_torch, no_kernel_for
 from .matmul import matmul, sum_of_rows
 
@@ -258,8 +258,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _allocate(shape: tuple[int, ...], input: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    plain = type(input) in PLAIN and input.is_cpu and not torch._C._get_deterministic_algorithms()
-    if plain and input.is_contiguous() and weight.is_contiguous():
+    if asks_directly(input) and input.is_contiguous() and weight.is_contiguous():
         return empty_matrix(shape, _strides(shape), input.dtype)
     form = memory_format(input, weight)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=form)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _get_deterministic_algorithms, is_grad_enabled
+from torch._C import is_grad_enabled
 from torch._C._dynamo.guards import TensorGuards
 from torch.compiler import is_dynamo_compiling
 
@@ -19,7 +19,7 @@ from fastnn import backends
 from fastnn.backends import context, traces
 from fastnn.kernels.reference import rnn as reference
 
-from ._operator import PLAIN, Operator, empty_matrix, usual
+from ._operator import Operator, asks_directly, empty_matrix, usual
 from .activation import only_torch
 
 MODES = tuple(reference.GATES)
@@ -105,7 +105,7 @@ def _inspect(input: Tensor, hx: Tensor, *rest: Any) -> None:
 
 def _allocate(plan: None, input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> Any:
     mode, keep = rest[4], rest[6]
-    if not keep and type(input) in PLAIN and input.is_cpu and not _get_deterministic_algorithms():  # the same, sooner
+    if not keep and asks_directly(input):  # the same, sooner
         dtype, (batch, out) = input.dtype, hx.shape
         cells = (0,) if cx is None else (batch, cx.shape[1])
         nothing = torch.float64 if dtype is torch.float64 else torch.float32

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnn import backends
+
 from ..layout import three
 from . import conv_columns
 from .engine import functions, launch, tune
@@ -284,7 +286,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     ]  # fmt: skip
     common = [math.gcd(a, b) for a, b in zip(s, d)]
     inverse = [pow(b // g, -1, a // g) if a > g else 0 for a, b, g in zip(s, d, common)]
-    how = precision(input, torch.backends.cudnn.allow_tf32)
+    how = precision(input, backends.tf32("conv"))
 
     window = conv_columns.Window(weight.shape[2:], stride, padding, dilation)
 
@@ -327,7 +329,7 @@ def conv_weight(out: Tensor, grad: Tensor, input: Tensor, kernel_size: Sequence[
     positions = grad.shape[0] * math.prod(size)
     depthwise = c == 1 and o <= 4
     rows = o * groups if depthwise else o
-    how = precision(input, torch.backends.cudnn.allow_tf32)
+    how = precision(input, backends.tf32("conv"))
     few = [
         t._replace(k=power_of_two(positions, 16, 64) if depthwise else t.k, m=power_of_two(rows, 16, 32 if depthwise else t.m),
                    n=power_of_two(c * taps, 16, t.n))

@@ -190,20 +190,11 @@ def _choose(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> tuple[
     return next((f for f in few if count * -(-m // f[0].m) * -(-n // f[0].n) >= chip.processors), few[-1])
 
 
-def tf32() -> bool:
-    """Whether torch's own setting lets float32 products round their operands to tf32."""
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):
-        own = settings.fp32_precision
-        return (getattr(torch.backends, "fp32_precision", own) if own == "none" else own) == "tf32"
-    return bool(settings.allow_tf32)
-
-
 def precision(t: Tensor, torchs: bool = True) -> str:
     """How tl.dot multiplies such numbers: float32 as set_float32_precision was told, else as torch's settings say."""
     if t.dtype != torch.float32:
         return "ieee"
-    return backends.float32_precision or ("tf32" if torchs and tf32() else "ieee")
+    return backends.float32_precision or ("tf32" if torchs and backends.tf32("matmul") else "ieee")
 
 
 # The host -----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
@@ -53,7 +52,7 @@ def _largest(pixels: int, outs: int) -> int:
 class _Plan(NamedTuple):
     expression: str
     threads: int
-    words: array[int]  # Pool in pool.cu, without the addresses
+    words: list[int]  # Pool in pool.cu, without the addresses
 
 
 @lru_cache(1024)
@@ -92,20 +91,18 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
     if forward and v == 1 and not channels and prod(k) >= _LARGE:
         expression, threads = f"reduce<{TYPES[dtype]}, {what}>", n * c * prod(outs) * 32
     total = threads // 32 if expression.startswith("reduce") else threads
-    words = array("q", [total, channels, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x, *y, *z, strip, wide, divisor,
-                        include_pad])  # fmt: skip
+    words = [total, channels, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x, *y, *z, strip, wide, divisor, include_pad]
     return _Plan(expression, threads, words)
 
 
 def _run(name: str, what: str, x: Tensor, y: Tensor, index: Tensor | None, codes: Tensor | None, adaptive: bool, size: Sizes,
          stride: Sizes, padding: Sizes, dilation: Sizes, divisor: int = 0, include_pad: bool = True) -> None:
     z = index if index is not None else codes if codes is not None else y
-    x_at, y_at = x.data_ptr(), y.data_ptr()
-    plan = _plan(name, what, x.device, x.dtype, (x_at | y_at) % 16 == 0, len(size), x.shape, x.stride(), y.shape, y.stride(),
-                 z.stride(), adaptive, tuple(size), tuple(stride), tuple(padding), tuple(dilation), divisor, include_pad)
-    addresses = [x_at, y_at, index.data_ptr() if index is not None else 0,
-                 codes.data_ptr() if codes is not None else 0]  # fmt: skip
-    SOURCE.threads(plan.expression, x.device, plan.threads, array("q", addresses) + plan.words)
+    aligned = (x.data_ptr() | y.data_ptr()) % 16 == 0
+    plan = _plan(name, what, x.device, x.dtype, aligned, len(size), x.shape, x.stride(), y.shape, y.stride(), z.stride(),
+                 adaptive, tuple(size), tuple(stride), tuple(padding), tuple(dilation), divisor, include_pad)
+    tensors = [x, y, 0 if index is None else index, 0 if codes is None else codes]
+    SOURCE.threads(plan.expression, x.device, plan.threads, [*tensors, *plan.words])
 
 
 def max_pool(out: tuple[Tensor, Tensor], input: Tensor, adaptive: bool, size: Sizes, stride: Sizes, padding: Sizes,
@@ -165,7 +162,7 @@ def _unpool(back: bool, small: Tensor, large: Tensor, indices: Tensor, dims: int
     c, pixels = views[0].shape[-2:]
     total = batch * c * pixels
     steps = [s for t in views for s in (t.stride(0) if t.dim() == 3 else 0, t.stride(-2), t.stride(-1))]
-    words = array("q", [*(t.data_ptr() for t in views), total, c, pixels, views[1].shape[-1], *steps])
+    words: list[int | Tensor] = [*views, total, c, pixels, views[1].shape[-1], *steps]
     expression = f"unpool<{_MOVED[small.itemsize]}, {'true' if back else 'false'}>"
     SOURCE.threads(expression, small.device, total, words)
 

@@ -422,7 +422,7 @@ def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
     if not out.numel():
         return
     f, u, c0 = f.contiguous(), u.contiguous(), c0.contiguous()
-    words = array("q", [f.data_ptr(), u.data_ptr(), c0.data_ptr(), out.data_ptr(), out.shape[0], c0.numel(), reverse])
+    words: list[int | Tensor] = [f, u, c0, out, out.shape[0], c0.numel(), reverse]
     SOURCE.threads(f"scan<{TYPES[out.dtype]}>", out.device, c0.numel(), words, 64)
 
 

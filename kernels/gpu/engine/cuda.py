@@ -13,12 +13,15 @@ import importlib.util
 import re
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
+from . import replay
 
 FOLDER = Path(__file__).resolve().parents[1]
 OPTIONS = ("-std=c++17",)
@@ -140,18 +143,26 @@ class Source:
             found = self._functions[key] = launcher.function(self, expression, device)
         return found
 
-    def launch(self, expression: str, device: torch.device, grid: int, block: int, args: array[int], shared: int = 0,
-               cooperative: bool = False) -> None:  # fmt: skip
-        """Run a kernel on torch's current stream of a device. ``cooperative``: all blocks at once, or an error."""
-        launcher.launch(self._function(expression, device), device, grid, block, shared, args, cooperative)
+    def launch(self, expression: str, device: torch.device, grid: int, block: int, words: Sequence[int | Tensor],
+               shared: int = 0, cooperative: bool = False) -> None:  # fmt: skip
+        """Run a kernel on torch's current stream of a device. words: of its structure; tensors stand for their addresses.
+
+        ``cooperative``: all blocks at once, or an error.
+        """
+        where = (self._function(expression, device), device, grid, block, shared)
+        tape = replay.tape()
+        if tape is not None:
+            tape.launched_words(launcher.launch, where, words, cooperative)
+        args = array("q", [w if isinstance(w, int) else w.data_ptr() for w in words])
+        launcher.launch(*where, args, cooperative)
 
     def resident(self, expression: str, device: torch.device, block: int, shared: int) -> int:
         """The largest grid of a cooperative launch."""
         return launcher.resident(self._function(expression, device), device, block, shared)
 
-    def threads(self, expression: str, device: torch.device, count: int, args: array[int], block: int = 256) -> None:
+    def threads(self, expression: str, device: torch.device, count: int, words: Sequence[int | Tensor], block: int = 256) -> None:
         """Launch so many threads; those beyond the count have to see it themselves."""
-        self.launch(expression, device, -(-count // block), block, args)
+        self.launch(expression, device, -(-count // block), block, words)
 
 
 def refusal() -> str | None:

@@ -17,6 +17,8 @@ from triton.runtime.errors import OutOfResources
 
 from fastnn import backends
 
+from . import replay
+
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -81,18 +83,26 @@ def run(kernel: Any, programs: int, device: torch.device, *args: Any, **options:
         return
     try:
         if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-            kernel[(programs,)](*args, **options)
+            compiled = kernel[(programs,)](*args, **options)
         else:
             with torch.cuda.device(device):
-                kernel[(programs,)](*args, **options)
+                compiled = kernel[(programs,)](*args, **options)
     except OutOfResources as error:
         needs = f"{error.name}: {error.required}, there are {error.limit}"
         raise RuntimeError(f"fastnn: {kernel.__name__} does not fit on {device} ({needs}); use backend='torch'") from error
+    tape = replay.tape()
+    if tape is not None:
+        given = dict(zip(kernel.arg_names, args)) | options
+        tape.launched(compiled, programs, [given[name] for name in kernel.arg_names])
 
 
 def allow_descriptors() -> None:
     """Let kernels make tensor descriptors: they need a little memory, which is torch's."""
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, align: int, stream: int | None) -> Tensor:
+    return replay.empty_on_gpu((size,), (1,), torch.int8)
 
 
 # Numbers as kernels want them ---------------------------------------------------------------------------------------------------
