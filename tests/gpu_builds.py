@@ -133,7 +133,7 @@ BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, note=" causal",
+        best=True, spills=24, note=" causal",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
@@ -142,7 +142,7 @@ BUILDS += [
         attention.attention_backward,
         (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
-        ("backward_queries", "backward_keys", "backward_mask"), spills=208, chips=("sm_90",), note=" everything",
+        ("backward_queries", "backward_keys", "backward_mask"), spills=64, chips=("sm_90",), note=" everything",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),
@@ -150,7 +150,7 @@ BUILDS += [
     ),
     Build(
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64, causal=False, mask=t(12, 512, 512)),
-        ("backward_mask",), spills=40, chips=("sm_80", "sm_100", "gfx942"), only=("backward_mask",), note=" a mask's gradient",
+        ("backward_mask",), chips=("sm_80", "sm_100", "gfx942"), only=("backward_mask",), note=" a mask's gradient",
     ),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), only=("join",), note=" few queries"),

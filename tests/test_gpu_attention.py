@@ -77,6 +77,14 @@ def test_against_float64(shape: Any, right: int, dtype: torch.dtype) -> None:
     check(*tensors(*shape, dtype=dtype), right=right)
 
 
+def test_few_programs_share_out_the_keys() -> None:
+    """Also of queries that are too many for one program; joined in rows that see all, some or nothing"""
+    for options in ({}, {"right": 0, "bottom_right": True}, {"left": 3, "right": 0}, {"softcap": 2.0}):
+        check(*tensors(1, 1, 1, 40, 1300, 16, 9), backward=False, **options)
+    q, k, v = tensors(1, 1, 1, 40, 1300, 16, 9)
+    check(q, k, v, mask=randn(40, 1300) > 3, backward=False)
+
+
 EXTRAS: dict[str, dict[str, Any]] = {
     "window": {"left": 11, "right": 5}, "left window": {"left": 3}, "bottom right": {"right": 0, "bottom_right": True},
     "prefix": {"left": 9, "right": 0, "prefix": 5}, "global": {"left": 9, "right": 4, "prefix": 5},
@@ -86,6 +94,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "all": {"left": 30, "right": 7, "softcap": 3.0, "dropout": 0.2, "seed": 1, "slopes": torch.linspace(0, 1, 2), "prefix": 2,
             "scale": 0.7, "mask": randn(37, 70, seed=8).masked_fill(randn(37, 70) > 1, -INF)},
     "negative scale": {"scale": -0.5}, "zero scale": {"scale": 0.0},
+    "windows beyond 31 bits": {"left": 2**31 - 1, "right": 2**31 - 1, "prefix": 2**31 - 1},
 }  # fmt: skip
 
 

@@ -210,6 +210,19 @@ def test_addresses_have_64_bits(op: Operator, args: tuple[Any, ...]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(HERE, reason="a GPU's memory is not for the asking")
+def test_rows_of_heads_far_apart() -> None:
+    """Within a block addresses have 32 bits only where that is enough."""
+    q = _HEADS[0, :1, :3].contiguous()
+    rest = (None, None, None, None, 0.0, 0, 0.25, -1, -1, True, 0, 0.0)
+    away = far(q[0])[None]
+    near, distant = (run(ops.attention.attention, t, t, t, *rest) for t in (q, away))
+    assert torch.equal(near[0], distant[0])
+    back = [run(ops.attention.attention_backward, t, t, t, t, *rest[:4], *near, None, False, *rest[4:]) for t in (q, away)]
+    for a, b in zip(*back, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_importing_fastnn_imports_no_triton() -> None:
     code = "import sys, fastnn, fastnn.functional; sys.exit('triton' in sys.modules or 'cupy' in sys.modules)"
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ dimensions share, and others do not, is the exception: each head has a copy.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from .engine.launch import power_of_two, signed
 from .matmul import precision
 
 _LOG2_E = 1.4426950408889634
-_FEW = 64  # rows of queries that share keys, up to which one program takes them all, and the keys are shared out
+_FEW = 64  # rows of queries that share keys, up to which one program takes them all
 _SHARE = 256  # the fewest keys that are worth a program
 
 
@@ -34,21 +34,48 @@ class Blocks(NamedTuple):
     stages: int
 
 
-#: By the larger head size, up to 64, 128 and 256; for numbers of 16 bits and of 32. Found by compiling: nothing is spilled.
-_FORWARD = {2: (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
-            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))}
-_QUERIES = {2: (Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
-            4: (Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))}
-_KEYS = {2: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
-         4: (Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1))}
-_KEYS_HOPPER = Blocks(32, 128, 8, 2)  # up to 64 numbers of 16 bits, where products read shared memory instead of registers
-_KEYS_AMD = (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1))
+class Table(NamedTuple):
+    """By the larger head size, up to 64, 128 and 256. Found by compiling: no more is spilled than the tests allow."""
+
+    ampere: tuple[Blocks, ...]  # numbers of 16 bits, by chip; also what Hopper has if a logit is more than its scaled product
+    hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time
+    blackwell: tuple[Blocks, ...]
+    amd: tuple[Blocks, ...]
+    wide: tuple[Blocks, ...]  # of 32, on all
+
+
+_FORWARD = Table(
+    ampere=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    hopper=(Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+    blackwell=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    amd=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    wide=(Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+)
+_QUERIES = Table(
+    ampere=(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
+    hopper=(Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    blackwell=(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
+    amd=(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
+    wide=(Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+)
+_KEYS = Table(
+    ampere=(Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
+    hopper=(Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 1)),
+    blackwell=(Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(32, 32, 8, 1)),
+    amd=(Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    wide=(Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)),
+)
 
 
 def _four(t: Tensor, batch: torch.Size, dims: int = 3) -> Tensor:
     """With one batch dimension before the last ``dims``; copied only where the batch's own do not merge."""
     t = t if t.dim() >= dims else t.reshape(*[1] * (dims - t.dim()), *t.shape)
     return t.expand(*batch, *t.shape[-dims:]).reshape(batch.numel(), *t.shape[-dims:])
+
+
+def _is_near(t: Tensor) -> bool:
+    """Whether any 256 rows of heads lie within what 31 bits count."""
+    return 256 * (abs(t.stride(-2)) + abs(t.stride(-1))) < 2**31
 
 
 def _rising(offsets: Tensor | None, length: int) -> Tensor | None:
@@ -95,32 +122,42 @@ class Call:
             kind |= code.LINEAR.value
         self.bd, self.bv = power_of_two(self.d, 16), power_of_two(self.dv, 16)
         kind |= code.EVEN_D.value * (self.bd == self.d) | code.EVEN_V.value * (self.bv == self.dv)
+        kind |= code.NEAR.value * all(_is_near(t) for t in (q, k, v))
         self.kind = kind
         self.precision = precision(q)
         inner = o.scale / o.softcap if o.softcap else 1.0
         outer = (o.softcap or o.scale) * _LOG2_E
         least = min(round(o.dropout * 2**32), 2**32 - 1)
-        self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), o.left, o.right,
-                        o.prefix, *(signed(n) for n in (*dropout_keys(o.seed), least)), 1.0 / (1.0 - o.dropout))
+        left, right, prefix = (min(n, self.lq + self.lk) for n in (o.left, o.right, o.prefix))  # positions are 32 bits
+        self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), left, right, prefix,
+                        *(signed(n) for n in (*dropout_keys(o.seed), least)), 1.0 / (1.0 - o.dropout))
         self.steps = (*q.stride(), *k.stride(), *v.stride())
         self.more_steps = (*(self.mask.stride() if self.mask is not None else (0, 0, 0, 0)),
                            *(slopes.stride() if slopes is not None else (0, 0)))
 
-    def blocks(self, table: Mapping[int, tuple[Blocks, ...]]) -> Blocks:
-        size, chip, itemsize = max(self.bd, self.bv), launch.chip(self.query.device), self.query.itemsize
+    def blocks(self, table: Table) -> Blocks:
+        size, chip = max(self.bd, self.bv), launch.chip(self.query.device)
         which = 0 if size <= 64 else 1 if size <= 128 else 2
         if chip is launch.STAND_IN:  # few programs cost the interpreter least
             return Blocks(32, 64, 4, 1)
-        # Registers for what a logit needs beside the products
-        heavy = not self.kind & code.LINEAR.value or self.kind & code.DROPOUT.value
-        if table is _KEYS and itemsize == 2:
-            if chip.nvidia >= 90 and not which and not heavy:
-                return _KEYS_HOPPER
-            if chip.name.startswith("gfx"):
-                return _KEYS_AMD[which]
-        return table[itemsize][which]._replace(warps=8) if heavy else table[itemsize][which]
+        if self.query.itemsize == 4:
+            found = table.wide[which]
+        elif not chip.nvidia:
+            found = table.amd[which]
+        elif chip.nvidia >= 100:
+            found = table.blackwell[which]
+        else:
+            found = table.hopper[which] if chip.nvidia >= 90 and not self.heavy else table.ampere[which]
+        if self.heavy and chip.nvidia:
+            found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
+        return found
 
-    def tuned(self, kernel: str, table: Mapping[int, tuple[Blocks, ...]], kind: int, run: Callable[[Blocks], object]) -> Blocks:
+    @property
+    def heavy(self) -> bool:
+        """Whether a logit needs registers for more than its product"""
+        return not self.kind & code.LINEAR.value or bool(self.kind & code.DROPOUT.value)
+
+    def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
         block = self.blocks(table)
         if not tune.ON:
@@ -128,6 +165,7 @@ class Call:
         few = [block, block._replace(warps=12 - block.warps)]
         few += [block._replace(stages=n) for n in (1, 2, 3) if n != block.stages]
         few += [block._replace(rows=block.rows // 2)] if block.rows > 16 else []
+        few += [block._replace(keys=block.keys // 2)] if block.keys > 16 else []
         sizes = (self.items * self.heads, self.group, self.lq, self.lk, self.d, self.dv)
         options = self.query.dtype, self.precision, kind
         return tune.choose(kernel, launch.chip(self.query.device), options, sizes, block, few, run)
@@ -179,8 +217,9 @@ def _forward(c: Call, out: Tensor, lse: Tensor | None, stats: Tensor, kind: int,
     if c.offsets[0] is None and packed <= _FEW:
         kind |= code.PACK.value
         length, heads = packed, heads // c.group
-        table = table._replace(rows=min(table.rows, power_of_two(packed, 16)), warps=4)
-        programs = c.items * heads * -(-packed // table.rows)
+        table = table._replace(rows=min(table.rows, power_of_two(packed, 16)), keys=min(table.keys, 64), warps=4)
+    if c.offsets[0] is None:
+        programs = c.items * heads * -(-length // table.rows)
         splits = max(1, min(2 * launch.chip(out.device).processors // programs, c.lk // _SHARE))
     tasks, blocks = c.tasks(0, table.rows, length)
     part = part_stats = None
@@ -193,9 +232,8 @@ def _forward(c: Call, out: Tensor, lse: Tensor | None, stats: Tensor, kind: int,
                tasks, *c.offsets, *c.steps, *to.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, splits,
                KIND=kind, BM=table.rows, BN=table.keys, **c.constants(table))
     if splits > 1:
-        rows = 16
-        launch.run(code.join, -(-c.rows // rows), out.device, part, part_stats, to, lse, stats, *to.stride()[:3], c.heads, c.lq,
-                   c.rows, c.dv, c.numbers[-1], splits, KIND=kind, BM=rows, BV=c.bv, num_warps=4)
+        launch.run(code.join, c.rows, out.device, part, part_stats, to, lse, stats, *to.stride()[:3], c.heads, c.lq, c.rows, c.dv,
+                   c.numbers[-1], splits, KIND=kind, SPLITS=power_of_two(splits), BV=c.bv, num_warps=1)
 
 
 def attention(out: tuple[Tensor, Tensor], *args: Any) -> None:
@@ -222,21 +260,23 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     dq = _four(out[0], c.batch)
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
-    delta = torch.empty_like(stats[0])
+    numbers = stats.new_empty(3, *stats.shape[1:])
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    if not _is_near(grad):
+        c.kind &= ~code.NEAR.value
     kind = c.kind | (code.LSE.value if grad_lse is not None else 0)
 
     def queries(block: Blocks) -> None:
         tasks, blocks = c.tasks(0, block.rows, c.lq)
         launch.run(code.backward_queries, c.items * c.heads * blocks, device, c.query, c.key, c.value, c.mask, c.slopes, output,
-                   grad, grad_lse, stats, delta, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(),
+                   grad, grad_lse, stats, numbers, dq, tasks, *c.offsets, *c.steps, *output.stride(), *grad.stride(),
                    *dq.stride()[:3], *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=kind, BM=block.rows,
                    BN=block.keys, **c.constants(block))
 
     def keys(block: Blocks) -> None:
         tasks, blocks = c.tasks(1, block.keys, c.lk)
         launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
-                   grad, stats, delta, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
+                   grad, numbers, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
                    *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
                    **c.constants(block))
 
@@ -246,7 +286,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
         if each.data_ptr() != t.data_ptr():
             t.copy_(each.reshape(*c.batch, *each.shape[1:]).sum_to_size((1,) * (3 - t.dim()) + tuple(t.shape)).reshape(t.shape))
     if needs_mask:
-        _mask_gradient(c, out[3], args[3], grad, stats, delta)
+        _mask_gradient(c, out[3], args[3], grad, numbers)
 
 
 def _for_each(t: Tensor, full: Tensor) -> Tensor:
@@ -254,7 +294,7 @@ def _for_each(t: Tensor, full: Tensor) -> Tensor:
     return _four(t, t.shape[:-3]) if t.shape[:-3].numel() == full.shape[0] else full.new_empty(full.shape)
 
 
-def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tensor, delta: Tensor) -> None:
+def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, numbers: Tensor) -> None:
     """Each element has a program that adds up what batch items and heads do to it; where all queries or all keys share it, each
     head has an element of its own first."""
     shape = (1,) * (len(c.batch) + 3 - mask.dim()) + tuple(mask.shape)
@@ -266,7 +306,7 @@ def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tens
     own = all_q or all_k or not one_batch
     nb, nh = (1, 1) if own else (c.items if items != tuple(c.batch) else 1, c.heads if heads == 1 else 1)
     if own:
-        dm = stats.new_zeros(max(c.items, sequences if all_q and all_k else 1), c.heads, lq, lk)
+        dm = numbers.new_zeros(max(c.items, sequences if all_q and all_k else 1), c.heads, lq, lk)
     else:
         dm = out.zero_() if c.offsets[0] is not None else out
         dm = dm.view(-1, heads, lq, lk)
@@ -281,7 +321,7 @@ def _mask_gradient(c: Call, out: Tensor, mask: Tensor, grad: Tensor, stats: Tens
         tasks, blocks = (None, 1) if all_q else c.tasks(0, block.rows, c.lq)
     k_blocks = 1 if all_k else -(-c.lk // block.keys)
     launch.run(code.backward_mask, c.items // nb * (c.heads // nh) * blocks * k_blocks, out.device, c.query, c.key, c.value,
-               c.mask, c.slopes, grad, stats, delta, dm, tasks, *c.offsets, *c.steps, *grad.stride(), *strides, *c.more_steps,
+               c.mask, c.slopes, grad, numbers, dm, tasks, *c.offsets, *c.steps, *grad.stride(), *strides, *c.more_steps,
                c.heads,
                c.group, blocks, *c.numbers, nb, nh, k_blocks, ALL_Q=all_q, ALL_K=all_k, KIND=c.kind, BM=block.rows, BN=block.keys,
                **c.constants(block))

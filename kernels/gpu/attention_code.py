@@ -4,8 +4,8 @@ Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are
 algorithm 2, with programs that own keys (their gradients), queries (theirs), or elements of a mask: nothing is added atomically.
 
 A program's rows are queries, m_ what it may load, i their positions in the sequence, j those of keys. Logits are in units of
-log 2; where they are a positive multiple of the products (LINEAR), the running maximum is that of the products, so that the
-largest one's weight is exactly 1. Strides are in elements; whatever may exceed 2³¹ is computed in 64 bits.
+log 2; where they are a positive multiple of the products (LINEAR), the running maximum is that of the products, so that
+the largest one's weight is exactly 1 in float32. Strides are in elements; whatever may exceed 2³¹ is computed in 64 bits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .engine import functions
 from .engine.functions import mix, tanh
 
 # What a call needs, as bits of KIND: what it does not need is not compiled.
@@ -31,6 +32,7 @@ SPLIT = tl.constexpr(2048)  # several programs share a row's keys
 LSE = tl.constexpr(4096)  # the log-sum-exp is wanted, or has a gradient
 EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their blocks
 EVEN_V = tl.constexpr(16384)
+NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -98,9 +100,10 @@ def _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse,
     the products over the scale)."""
     x, t = _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE, KIND)
     if LINEAR & KIND:
-        w = tl.exp2(x * outer - offset) * inverse
+        w = tl.exp2(x * outer - offset)
     else:
-        w = tl.exp2(x - offset) * inverse
+        w = tl.exp2(x - offset)
+    w *= inverse
     left_over = w
     if DROPOUT & KIND:
         kept = _kept(drop_low, drop_a, drop_b, j, key1, least)
@@ -177,11 +180,26 @@ def _stretch(n: tl.constexpr, low, low_full, high_full, high, high_prefix):
 
 
 @triton.jit
-def _matrix(at, rows, step_rows, m_rows, columns, step_columns, m_columns, GUARD: tl.constexpr):
-    """A matrix of what lies at rows and columns, zeros where there is nothing; rows and columns broadcast against each other."""
-    p = at + rows.to(tl.int64) * step_rows + columns.to(tl.int64) * step_columns
-    if GUARD:
-        return tl.load(p, mask=m_rows & m_columns, other=0.0)
+def _there(m_rows, m_columns, WHOLE: tl.constexpr):
+    """The mask of a matrix. WHOLE: all columns are there; only then does the compiler know that it may move them in vectors."""
+    if WHOLE:
+        return m_rows
+    else:
+        return m_rows & m_columns
+
+
+@triton.jit
+def _matrix(at, first, rows, step_rows, m_rows, columns, step_columns, m_columns, ALL_ROWS: tl.constexpr, WHOLE: tl.constexpr,
+            KIND: tl.constexpr):
+    """A matrix of what lies at rows (from the first on) and columns, zeros where there is nothing; rows and columns broadcast
+    against each other."""
+    if not NEAR & KIND:  # else addresses take half the registers
+        rows, columns = rows.to(tl.int64), columns.to(tl.int64)
+    p = at + functions.wide(first) * step_rows + (rows * step_rows + columns * step_columns)
+    if not ALL_ROWS:
+        return tl.load(p, mask=_there(m_rows, m_columns, WHOLE), other=0.0)
+    elif not WHOLE:
+        return tl.load(p, mask=m_columns, other=0.0)
     else:
         return tl.load(p)
 
@@ -195,22 +213,26 @@ def _attend(acc, top, total, q, k_at, v_at, skl, skd, svl, svd, D, DV, begin, en
     e = tl.arange(0, BV)[None, :]
     for start in tl.range(begin, end, BN):
         j = start + tl.arange(0, BN)
-        k = _matrix(k_at, j[None, :], skl, (j < lk)[None, :], d, skd, d < D, EDGE or not EVEN_D & KIND)
+        k = _matrix(k_at, start, tl.arange(0, BN)[None, :], skl, (j < lk)[None, :], d, skd, d < D, not EDGE, EVEN_D & KIND, KIND)
         s = tl.dot(q, k, input_precision=PRECISION)
         x, _ = _logits(s, i, j[None, :], m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE, KIND)
         new = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
-        p = x - base[:, None]
         shrink = top - base
-        if LINEAR & KIND:
-            p *= outer
+        if not LINEAR & KIND:
+            p = x - base[:, None]
+        else:
             shrink *= outer
+            if v_at.dtype.element_ty.primitive_bitwidth == 32:
+                p = (x - base[:, None]) * outer  # the largest one's is exactly 0
+            else:  # one instruction; all of a row miss by the same 2⁻²⁴ of the largest logit
+                p = tl.fma(x, outer, -(base * outer)[:, None])
         p = tl.exp2(p)
         shrink = tl.exp2(shrink)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT & KIND:
             p = tl.where(_kept(drop_low, drop_a, drop_b, j[None, :], key1, least), p, 0.0)
-        v = _matrix(v_at, j[:, None], svl, (j < lk)[:, None], e, svd, e < DV, EDGE or not EVEN_V & KIND)
+        v = _matrix(v_at, start, tl.arange(0, BN)[:, None], svl, (j < lk)[:, None], e, svd, e < DV, not EDGE, EVEN_V & KIND, KIND)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new
     return acc, top, total
@@ -221,7 +243,7 @@ def _finish(acc, top, total, out_rows, m_rows, DV, lse, stats, rows, number, kee
     """Write rows whose exponentials are summed: ``top`` in units of log 2"""
     e = tl.arange(0, BV)[None, :]
     acc = tl.where(total[:, None] == 0.0, 0.0, acc * (keep / total)[:, None])
-    tl.store(out_rows[:, None] + e, acc.to(out_rows.dtype.element_ty), mask=m_rows[:, None] & (e < DV))
+    tl.store(out_rows[:, None] + e, acc.to(out_rows.dtype.element_ty), mask=_there(m_rows[:, None], e < DV, EVEN_V & KIND))
     tl.store(stats + number, top, mask=m_rows)
     tl.store(stats + rows + number, total, mask=m_rows)
     if LSE & KIND:
@@ -229,7 +251,7 @@ def _finish(acc, top, total, out_rows, m_rows, DV, lse, stats, rows, number, kee
         tl.store(lse + number, whole, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "bottom", "left", "right", "prefix",
                                "key0", "key1", "least", "splits"])
 def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, offsets_q, offsets_k,
             sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sob, soh, sol, smb, smh, smq, smk, sab, sah,
@@ -271,16 +293,17 @@ def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, off
 
     d = tl.arange(0, BD)[None, :]
     q_rows = q + b * sqb + head * sqh + at * sql
-    q_block = tl.load(q_rows[:, None] + d * sqd, mask=m_rows[:, None] & (d < D), other=0.0)
+    q_block = tl.load(q_rows[:, None] + d * sqd, mask=_there(m_rows[:, None], d < D, EVEN_D & KIND), other=0.0)
     k_at = k + b * skb + kv_head * skh + k0 * skl
     v_at = v + b * svb + kv_head * svh + k0 * svl
     mask_row, slope, drop_low, drop_a, drop_b = mask, 0.0, 0, 0, 0
     if (BOOLEAN | ADDITIVE) & KIND:
         mask_row = (mask + b * smb + head * smh + at * smq + k0 * smk)[:, None]
     if SLOPES & KIND:
-        slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
         if PACK & KIND:
-            slope = slope[:, None]
+            slope = (tl.load(slopes + b * sab + head * sah, mask=m_rows, other=0.0) * LOG2_E)[:, None]
+        else:
+            slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
     if DROPOUT & KIND:
         drop_low, drop_a, drop_b = _dropout_row(number[:, None], LK, k0, key0)
 
@@ -305,38 +328,42 @@ def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, off
         _finish(acc, top, total, out + b * sob + head * soh + at * sol, m_rows, DV, lse, stats, rows, number, keep, KIND, BV)
 
 
-@triton.jit(do_not_specialize=["heads", "LQ", "rows", "DV", "splits"])
+@triton.jit(do_not_specialize=["heads", "LQ", "rows", "splits"])
 def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, keep, splits, KIND: tl.constexpr,
-         BM: tl.constexpr, BV: tl.constexpr):
-    """BM rows: the splits' sums, in their order"""
-    number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    m_rows = number < rows
+         SPLITS: tl.constexpr, BV: tl.constexpr):
+    """A row: the splits' sums, in their order, eight at a time. SPLITS: a power of two that holds their number"""
+    number = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    step = functions.wide(rows)
+    k = tl.arange(0, SPLITS)
+    tops = tl.load(part_stats + 2 * k * step + number, mask=k < splits, other=float("-inf"))
+    totals = tl.load(part_stats + (2 * k + 1) * step + number, mask=k < splits, other=0.0)
+    top = tl.max(tops, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(totals * tl.exp2(tops - base), 0)
     e = tl.arange(0, BV)[None, :]
-    acc = tl.zeros((BM, BV), tl.float32)
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    rows64 = tl.zeros((), tl.int64) + rows
-    for split in tl.range(0, splits):
-        share_at = part_stats + 2 * split * rows64 + number
-        share_top = tl.load(share_at, mask=m_rows, other=float("-inf"))
-        share = tl.load(share_at + rows, mask=m_rows, other=0.0)
-        x = tl.load(part + (split * rows64 + number)[:, None] * BV + e, mask=m_rows[:, None], other=0.0)
-        new = tl.maximum(top, share_top)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        shrink, factor = tl.exp2(top - base), tl.exp2(share_top - base)
-        total = total * shrink + share * factor
-        acc = acc * shrink[:, None] + x * factor[:, None]
-        top = new
+    acc = tl.zeros((1, BV), tl.float32)
+    for first in tl.range(0, splits, 8):
+        k = first + tl.arange(0, 8)
+        tops = tl.load(part_stats + 2 * k * step + number, mask=k < splits, other=float("-inf"))
+        x = tl.load(part + (k * step + number)[:, None] * BV + e, mask=(k < splits)[:, None], other=0.0)
+        acc += tl.sum(x * tl.exp2(tops - base)[:, None], 0)[None, :]
     b, head, i = number // LQ // heads, number // LQ % heads, number % LQ
-    _finish(acc, top, total, out + b * sob + head * soh + i * sol, m_rows, DV, lse, stats, rows, number, keep, KIND, BV)
+    none = tl.zeros((1,), tl.float32)
+    to = out + b * sob + head * soh + i * sol
+    _finish(acc, none + top, none + total, to, number < rows, DV, lse, stats, rows, number, keep, KIND, BV)
 
 
 @triton.jit
-def _row_numbers(stats, rows, number, m_rows):
-    """(the largest logit, 1 / Σ exp) of each row, such that all weights are 0 where there is no row or it sees nothing"""
-    total = tl.load(stats + rows + number, mask=m_rows, other=0.0)
-    offset = tl.load(stats + number, mask=m_rows, other=0.0)
-    return tl.where(total == 0.0, float("inf"), offset), tl.where(total == 0.0, 0.0, 1.0 / total)
+def _row_numbers(numbers, rows, number, m_rows, WIDE: tl.constexpr):
+    """(offset, inverse, delta) of each row, as `backward_queries` found them. Its weights are exp2(logit - offset) · inverse, all
+    0 where there is no row or it sees nothing; its logits' gradients (weights' gradients - delta) · weights. With numbers of 16
+    bits the inverse is in the offset."""
+    offset = tl.load(numbers + number, mask=m_rows, other=float("inf"))
+    delta = tl.load(numbers + rows + number, mask=m_rows, other=0.0)
+    inverse = 1.0
+    if WIDE:
+        inverse = tl.load(numbers + 2 * functions.wide(rows) + number, mask=m_rows, other=0.0)
+    return offset, inverse, delta
 
 
 @triton.jit
@@ -348,8 +375,8 @@ def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, en
     e = tl.arange(0, BV)[:, None]
     for start in tl.range(begin, end, BN):
         j = (start + tl.arange(0, BN))[None, :]
-        k = _matrix(k_at, j, skl, j < lk, d, skd, d < D, EDGE or not EVEN_D & KIND)
-        v = _matrix(v_at, j, svl, j < lk, e, svd, e < DV, EDGE or not EVEN_V & KIND)
+        k = _matrix(k_at, start, tl.arange(0, BN)[None, :], skl, j < lk, d, skd, d < D, not EDGE, EVEN_D & KIND, KIND)
+        v = _matrix(v_at, start, tl.arange(0, BN)[None, :], svl, j < lk, e, svd, e < DV, not EDGE, EVEN_V & KIND, KIND)
         s = tl.dot(q, k, input_precision=PRECISION)
         dp = tl.dot(g, v, input_precision=PRECISION)
         _, _, dt = _weights(s, dp, i, j, m_i, lk, shift, mask_row, smk, slope, offset, inverse, delta, drop_low, drop_a, drop_b,
@@ -358,16 +385,17 @@ def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, en
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "bottom", "left", "right", "prefix",
                                "key0", "key1", "least"])
-def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tasks, offsets_q, offsets_k,
+def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, tasks, offsets_q, offsets_k,
                      sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sob, soh, sol, sod, sgb, sgh, sgl, sgd, sxb,
                      sxh, sxl, smb, smh, smq, smk, sab, sah,
                      heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least,
                      keep, scale,
                      KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                      BV: tl.constexpr):
-    """The gradient of BM queries (dq, strides sx_); and delta of their rows, Σ grad · out less the log-sum-exp's gradient."""
+    """The gradient of BM queries (dq, strides sx_); and the (3, rows) numbers of their rows, as `_row_numbers` reads them: delta
+    is Σ grad · out less the log-sum-exp's gradient."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     if not VARLEN & KIND:
         block = blocks - 1 - block
@@ -383,15 +411,25 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tas
 
     d = tl.arange(0, BD)[None, :]
     e = tl.arange(0, BV)[None, :]
-    m_d, m_e = m_rows[:, None] & (d < D), m_rows[:, None] & (e < DV)
+    m_d, m_e = _there(m_rows[:, None], d < D, EVEN_D & KIND), _there(m_rows[:, None], e < DV, EVEN_V & KIND)
     q_block = tl.load((q + b * sqb + head * sqh + at * sql)[:, None] + d * sqd, mask=m_d, other=0.0)
     g_block = tl.load((g + b * sgb + head * sgh + at * sgl)[:, None] + e * sgd, mask=m_e, other=0.0)
     o_block = tl.load((out + b * sob + head * soh + at * sol)[:, None] + e * sod, mask=m_e, other=0.0)
     row_delta = tl.sum(g_block.to(tl.float32) * o_block.to(tl.float32), 1)
     if LSE & KIND:
         row_delta -= tl.load(g_lse + number, mask=m_rows, other=0.0).to(tl.float32)
-    tl.store(delta + number, row_delta, mask=m_rows)
-    offset, inverse = _row_numbers(stats, rows, number, m_rows)
+    total = tl.load(stats + rows + number, mask=m_rows, other=0.0)
+    offset = tl.load(stats + number, mask=m_rows, other=0.0)
+    inverse = 1.0
+    if q.dtype.element_ty.primitive_bitwidth == 32:
+        inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+        tl.store(numbers + 2 * functions.wide(rows) + number, inverse, mask=m_rows)
+        inverse = inverse[:, None]
+    else:
+        offset += tl.log2(total)
+    offset = tl.where(total == 0.0, float("inf"), offset)
+    tl.store(numbers + number, offset, mask=m_rows)
+    tl.store(numbers + rows + number, row_delta, mask=m_rows)
 
     k_at = k + b * skb + kv_head * skh + k0 * skl
     v_at = v + b * svb + kv_head * svh + k0 * svl
@@ -408,15 +446,15 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, delta, dq, tas
         if n > 1 or (n == 0 and PREFIX & KIND) or (n == 1 and LEFT & KIND):
             begin, stop = _stretch(n, low, low_full, high_full, high, high_prefix)
             acc = _queries_gradient(acc, q_block, g_block, k_at, v_at, skl, skd, svl, svd, D, DV, begin, stop, i[:, None],
-                                    m_rows[:, None], lk, shift, mask_row, smk, slope, offset[:, None], inverse[:, None],
-                                    row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1,
-                                    least, keep, n != 2, KIND, PRECISION, BN, BD, BV)
+                                    m_rows[:, None], lk, shift, mask_row, smk, slope, offset[:, None],
+                                    inverse, row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
+                                    key1, least, keep, n != 2, KIND, PRECISION, BN, BD, BV)
     to = (dq + b * sxb + head * sxh + at * sxl)[:, None] + d
     tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, rows, number, begin, end, D, DV, LK, k0, j, lq,
+def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, number, begin, end, D, DV, LK, k0, j, lq,
                    lk, shift,
                    mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1, least, keep, EDGE: tl.constexpr,
                    KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
@@ -425,10 +463,10 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, r
     e = tl.arange(0, BV)[None, :]
     for start in tl.range(begin, end, BM):
         i = start + tl.arange(0, BM)
-        q = _matrix(q_at, i[None, :], sql, (i < lq)[None, :], d, sqd, d < D, True)
-        g = _matrix(g_at, i[:, None], sgl, (i < lq)[:, None], e, sgd, e < DV, True)
-        offset, inverse = _row_numbers(stats, rows, number + i, i < lq)
-        row_delta = tl.load(delta + number + i, mask=i < lq, other=0.0)
+        q = _matrix(q_at, start, tl.arange(0, BM)[None, :], sql, (i < lq)[None, :], d, sqd, d < D, False, EVEN_D & KIND, KIND)
+        g = _matrix(g_at, start, tl.arange(0, BM)[:, None], sgl, (i < lq)[:, None], e, sgd, e < DV, False, EVEN_V & KIND, KIND)
+        offset, inverse, delta = _row_numbers(numbers, rows, (number + i)[None, :], (i < lq)[None, :],
+                                              q_at.dtype.element_ty.primitive_bitwidth == 32)
         mask_row, drop_low, drop_a, drop_b = mask_at, 0, 0, 0
         if (BOOLEAN | ADDITIVE) & KIND:
             mask_row = (mask_at + i.to(tl.int64) * smq)[None, :]
@@ -436,17 +474,17 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, stats, delta, r
             drop_low, drop_a, drop_b = _dropout_row((number + i)[None, :], LK, k0, key0)
         s = tl.dot(k, q, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        w, _, dt = _weights(s, dp, i[None, :], j, (i < lq)[None, :], lk, shift, mask_row, smk, slope, offset[None, :],
-                            inverse[None, :], row_delta[None, :], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
+        w, _, dt = _weights(s, dp, i[None, :], j, (i < lq)[None, :], lk, shift, mask_row, smk, slope, offset,
+                            inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
                             key1, least, keep, EDGE, KIND)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
         dk = tl.dot(dt.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "bottom", "left", "right", "prefix",
                                "key0", "key1", "least"])
-def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets_q, offsets_k,
+def backward_keys(q, k, v, mask, slopes, g, numbers, dk, dv, tasks, offsets_q, offsets_k,
                   sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sgb, sgh, sgl, sgd, syb, syh, syl, szb, szh, szl,
                   smb, smh, smq, smk, sab, sah,
                   heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
@@ -460,8 +498,9 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
     m_j = (j < lk)[:, None]
     at = (k0 + j).to(tl.int64)
     d, e = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :]
-    k_block = tl.load((k + b * skb + kv_head * skh + at * skl)[:, None] + d * skd, mask=m_j & (d < D), other=0.0)
-    v_block = tl.load((v + b * svb + kv_head * svh + at * svl)[:, None] + e * svd, mask=m_j & (e < DV), other=0.0)
+    m_d, m_e = _there(m_j, d < D, EVEN_D & KIND), _there(m_j, e < DV, EVEN_V & KIND)
+    k_block = tl.load((k + b * skb + kv_head * skh + at * skl)[:, None] + d * skd, mask=m_d, other=0.0)
+    v_block = tl.load((v + b * svb + kv_head * svh + at * svl)[:, None] + e * svd, mask=m_e, other=0.0)
     shift = (lk - lq) * bottom
 
     # The queries that see some of these keys, and those that see all.
@@ -499,19 +538,19 @@ def backward_keys(q, k, v, mask, slopes, g, stats, delta, dk, dv, tasks, offsets
         for n in tl.static_range(4):
             if n == 2 or (n < 2 and RIGHT & KIND and (n or PREFIX & KIND)) or (n == 3 and (LEFT | PREFIX) & KIND):
                 begin, stop = _stretch(n, low, low_full, high_full, high, all_high)
-                dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, stats,
-                                                    delta, rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
+                dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, numbers,
+                                                    rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
                                                     mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1,
                                                     least, keep, n != 2, KIND, PRECISION, BM, BD, BV)
     to_k = (dk + b * syb + kv_head * syh + at * syl)[:, None] + d
     to_v = (dv + b * szb + kv_head * szh + at * szl)[:, None] + e
-    tl.store(to_k, (dk_block * scale).to(dk.dtype.element_ty), mask=m_j & (d < D))
-    tl.store(to_v, (dv_block * keep).to(dv.dtype.element_ty), mask=m_j & (e < DV))
+    tl.store(to_k, (dk_block * scale).to(dk.dtype.element_ty), mask=m_d)
+    tl.store(to_v, (dv_block * keep).to(dv.dtype.element_ty), mask=m_e)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "D", "DV", "bottom", "left", "right", "prefix",
+@triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "bottom", "left", "right", "prefix",
                                "key0", "key1", "least", "nb", "nh", "k_blocks"])
-def backward_mask(q, k, v, mask, slopes, g, stats, delta, dm, tasks, offsets_q, offsets_k,
+def backward_mask(q, k, v, mask, slopes, g, numbers, dm, tasks, offsets_q, offsets_k,
                   sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sgb, sgh, sgl, sgd, sdb, sdh, sdq, sdk,
                   smb, smh, smq, smk, sab, sah,
                   heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
@@ -546,11 +585,11 @@ def backward_mask(q, k, v, mask, slopes, g, stats, delta, dm, tasks, offsets_q, 
             at = (q0 + i).to(tl.int64)
             number = (b * heads + head) * LQ + at
             q_block = tl.load((q + b * sqb + head * sqh + at * sql)[:, None] + d[None, :] * sqd,
-                              mask=m_rows[:, None] & (d < D)[None, :], other=0.0)
+                              mask=_there(m_rows[:, None], (d < D)[None, :], EVEN_D & KIND), other=0.0)
             g_block = tl.load((g + b * sgb + head * sgh + at * sgl)[:, None] + e[None, :] * sgd,
-                              mask=m_rows[:, None] & (e < DV)[None, :], other=0.0)
-            offset, inverse = _row_numbers(stats, rows, number, m_rows)
-            row_delta = tl.load(delta + number, mask=m_rows, other=0.0)
+                              mask=_there(m_rows[:, None], (e < DV)[None, :], EVEN_V & KIND), other=0.0)
+            offset, inverse, delta = _row_numbers(numbers, rows, number[:, None], m_rows[:, None],
+                                                  q.dtype.element_ty.primitive_bitwidth == 32)
             mask_row = (mask + b * smb + head * smh + at * smq + k0 * smk)[:, None]
             drop_low, drop_a, drop_b = 0, 0, 0
             if DROPOUT & KIND:
@@ -565,13 +604,13 @@ def backward_mask(q, k, v, mask, slopes, g, stats, delta, dm, tasks, offsets_q, 
                 j = (j0 + tl.arange(0, BN))
                 at_k = (k0 + j).to(tl.int64)[None, :]
                 k_block = tl.load(k + b * skb + kv_head * skh + at_k * skl + d[:, None] * skd,
-                                  mask=(j < lk)[None, :] & (d < D)[:, None], other=0.0)
+                                  mask=_there((j < lk)[None, :], (d < D)[:, None], EVEN_D & KIND), other=0.0)
                 v_block = tl.load(v + b * svb + kv_head * svh + at_k * svl + e[:, None] * svd,
-                                  mask=(j < lk)[None, :] & (e < DV)[:, None], other=0.0)
+                                  mask=_there((j < lk)[None, :], (e < DV)[:, None], EVEN_V & KIND), other=0.0)
                 s = tl.dot(q_block, k_block, input_precision=PRECISION)
                 dp = tl.dot(g_block, v_block, input_precision=PRECISION)
                 _, ds, _ = _weights(s, dp, i[:, None], j[None, :], m_rows[:, None], lk, shift, mask_row, smk, slope,
-                                    offset[:, None], inverse[:, None], row_delta[:, None], drop_low, drop_a, drop_b, inner,
+                                    offset, inverse, delta, drop_low, drop_a, drop_b, inner,
                                     outer, left, right, prefix, key1, least, keep, True, KIND)
                 acc += ds
     i, j = block * BM + tl.arange(0, BM), chunk * BN + tl.arange(0, BN)
