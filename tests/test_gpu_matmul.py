@@ -159,11 +159,22 @@ def test_nan_and_inf_go_through() -> None:
     torch.testing.assert_close(run(ops.matmul, a, b), a @ b, equal_nan=True)
 
 
+def test_the_tile_fills_the_chip() -> None:
+    """One wave of the largest tile, smaller ones where there are few, a long sum in parts"""
+    chip = Chip("sm_90", 227 << 10, 132)
+    for shape, tile, parts in (
+        ((2048, 2048, 2048), (128, 256), 1), ((8192, 8192, 8192), (128, 256), 1), ((1024, 1024, 1024), (64, 128), 1),
+        ((512, 512, 65536), (128, 128), 8), ((1, 4096, 4096), (16, 256), 8),
+    ):  # fmt: skip
+        best, cut = kernels._few("half", chip, 1, *shape)[0]
+        assert ((best.m, best.n), cut) == (tile, parts), shape
+
+
 @pytest.mark.parametrize("chip", [Chip("sm_80", 163 << 10, 108), Chip("sm_90", 227 << 10, 132), Chip("gfx942", 64 << 10, 304)])
 def test_the_table_serves_every_shape(chip: Chip) -> None:
     for kind in ("half", "tf32", "ieee"):
         for m, n, k in ((1, 1, 1), (8, 4096, 4096), (4096, 4096, 4096), (100000, 17, 3), (16, 16, 1 << 20)):
-            tile, parts = kernels._choose(kind, chip, 1, m, n, k)
+            tile, parts = kernels._few(kind, chip, 1, m, n, k)[0]
             assert tile.m >= 16
             assert tile.n >= 16
             assert 1 <= parts <= max(1, k // 512)

@@ -70,7 +70,9 @@ def product(
             from_b = _descriptor(b, batch, inner, k, n, b_o, b_i, b_k, K, N)
         else:
             from_b = _descriptor(b, batch, inner, n, k, b_o, b_i, b_n, N, K)
-    for tile in tl.range(tl.program_id(0), batch * PARTS * down * across, tl.num_programs(0)):
+    # Flat, the next tile's first loads are under way while this one is finished; a part may be empty, which no flat loop is.
+    tiles = batch * PARTS * down * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS and PARTS == 1):
         which = tile // (down * across)
         matrix, part = (which // PARTS).to(tl.int64), which % PARTS
         at = tile % (down * across)
@@ -153,7 +155,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: For each kind of arithmetic the tiles of a chip, largest first. The first is taken of which there is one for each processor.
+#: For each kind of arithmetic the tiles of a chip; `_cost` tells which is best.
 _TILES: dict[tuple[str, str], list[Tile]] = {
     ("half", "sm_90"): [Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)],
     ("half", "sm_80"): [Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 4)],
@@ -168,6 +170,10 @@ _TILES: dict[tuple[str, str], list[Tile]] = {
 _GROUP = 8  # rows of tiles that are gone through together
 _PARTS = 8  # parts that a sum is cut into at most
 _PART = 512  # and the depth of a part at least
+# Of a processor of Hopper's kind, a cycle: multiplications, bytes from the L2 cache and from memory; cycles to wait for bytes and
+# for another launch.
+_RATE = {"half": 2048, "tf32": 1024, "ieee": 128}
+_L2, _MEMORY, _LATENCY, _LAUNCH = 32, 16, 800, 5000
 
 
 def _tiles(kind: str, chip: Chip) -> list[Tile]:
@@ -176,18 +182,38 @@ def _tiles(kind: str, chip: Chip) -> list[Tile]:
     return _TILES[kind, "sm_90" if chip.nvidia >= 90 else "sm_80" if chip.nvidia else "gfx"]
 
 
+def _programs(chip: Chip, tile: Tile) -> int:
+    """Programs that a processor runs at once"""
+    return 1 if tile.m * tile.n >= 128 * 128 else 2 if tile.m * tile.n >= 64 * 128 else 4
+
+
+def _cost(kind: str, chip: Chip, count: int, m: int, n: int, k: int, tile: Tile, parts: int) -> float:
+    """About how many cycles, by a model that no GPU has confirmed: a step takes its arithmetic, its bytes from the L2 cache or
+    the wait for them, whatever is longest; programs of a processor share the first two; the last wave lasts as long as all.
+    """
+    tiles = count * -(-m // tile.m) * -(-n // tile.n) * parts
+    each = min(_programs(chip, tile), -(-tiles // chip.processors))
+    waves = -(-tiles // (chip.processors * each))
+    size = 2 if kind == "half" else 4
+    largest = max(t.m * t.n for t in _tiles(kind, chip))
+    arithmetic = tile.m * tile.n * tile.k / _RATE[kind] * (largest / (tile.m * tile.n)) ** 0.25  # smaller ones wait more
+    step = max(each * arithmetic, each * (tile.m + tile.n) * tile.k * size / _L2, _LATENCY / tile.stages)
+    steps = -(-k // (tile.k * parts))
+    joined = _LAUNCH + 8 * count * parts * m * n / (chip.processors * _MEMORY) if parts > 1 else 0.0
+    return waves * (steps * step + _LATENCY + each * tile.m * tile.n / 16) + joined
+
+
 def _few(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> list[tuple[Tile, int]]:
-    """The chip's tiles, and for each the number of parts that its sum is cut into."""
+    """The chip's tiles, each with the number of parts that its sum had best be cut into; the best is the first."""
     # A tile is cut down to what there is of it, and not below what the matrix instruction takes.
-    cut = [t._replace(m=power_of_two(m, 16, t.m), n=power_of_two(n, 16, t.n)) for t in _tiles(kind, chip)]
-    numbers = [count * -(-m // t.m) * -(-n // t.n) for t in cut]
-    return [(t, max(1, min(_PARTS, chip.processors // number, k // _PART))) for t, number in zip(cut, numbers)]
-
-
-def _choose(kind: str, chip: Chip, count: int, m: int, n: int, k: int) -> tuple[Tile, int]:
-    """The largest tile of which there is one for each processor, or the smallest."""
-    few = _few(kind, chip, count, m, n, k)
-    return next((f for f in few if count * -(-m // f[0].m) * -(-n // f[0].n) >= chip.processors), few[-1])
+    sizes = [(t, power_of_two(m, 16, t.m), power_of_two(n, 16, t.n)) for t in _tiles(kind, chip)]
+    cut = dict.fromkeys(t._replace(m=h, n=w, warps=t.warps if h * w >= 128 * 128 else 4) for t, h, w in sizes)
+    most = max(1, min(_PARTS, k // _PART))
+    few = []
+    for tile in cut:
+        costs = [_cost(kind, chip, count, m, n, k, tile, parts) for parts in range(1, most + 1)]
+        few.append((min(costs), tile, 1 + costs.index(min(costs))))
+    return [(tile, parts) for _, tile, parts in sorted(few, key=lambda f: f[0])]
 
 
 def precision(t: Tensor, torchs: bool = True) -> str:
@@ -252,7 +278,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     how = precision(a)
     kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
-    described = chip.descriptors and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
+    described = k > 0 and chip.descriptors and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)
     if described:
         launch.allow_descriptors()
     r_strides = (0, 0, 0, 0) if r is None else r.stride()
@@ -261,7 +287,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
         tiles = count * parts * -(-m // tile.m) * -(-n // tile.n)
         target = out if parts == 1 else out.new_empty((count * parts, m, n), dtype=torch.float32)
         launch.run(
-            product, min(tiles, _programs(chip, tile)), out.device,
+            product, min(tiles, chip.processors * _programs(chip, tile)), out.device,
             target, a, b, e.bias if parts == 1 else None, r if parts == 1 else None, count, inner, m, n, k,
             m * n, *_batch_strides(a), *a.stride()[2:], *_batch_strides(b), *b.stride()[2:], *r_strides, e.alpha, e.beta,
             ACT=e.act, PARTS=parts, PRECISION=how, A_ROWS=a_rows, B_ROWS=b_rows,
@@ -274,18 +300,13 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
                 e.alpha, e.beta, ACT=e.act, PARTS=parts, M=high, N=wide, num_warps=4,
             )  # fmt: skip
 
-    sizes = (kind, chip, count, m, n, k)
-    chosen = _choose(*sizes)
+    few = _few(kind, chip, count, m, n, k)
+    chosen = few[0]
     if tune.ON:
         options = (a.dtype, out.dtype, how, a_rows, b_rows, described, e.act, e.bias is None, r is None)
         # Into another output: the residual may be this one itself.
-        chosen = tune.choose("product", chip, options, sizes[2:], chosen, _few(*sizes), lambda f: run(*f, torch.empty_like(out)))
+        chosen = tune.choose("product", chip, options, (count, m, n, k), chosen, few, lambda f: run(*f, torch.empty_like(out)))
     run(*chosen, out)
-
-
-def _programs(chip: Chip, tile: Tile) -> int:
-    """Programs that run at once: two on a processor whose shared memory holds two."""
-    return chip.processors * (1 if tile.m * tile.n >= 128 * 128 else 2 if tile.m * tile.n >= 64 * 128 else 4)
 
 
 # The operators ------------------------------------------------------------------------------------------------------------------
