@@ -44,7 +44,7 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
     Tensors are given on the CPU. ``scale(*args)`` gives for each output the magnitude at which an ulp is counted, or None;
     ``exact`` is better maths than the reference; ``floor`` adds ulp. Returns the kernel's outputs, on the CPU.
     """
-    there = [a.to(DEVICE) if isinstance(a, Tensor) and HERE else a for a in args]
+    there = [lying_alike(a, DEVICE) if isinstance(a, Tensor) and HERE else a for a in args]
     before = [a.clone() if isinstance(a, Tensor) else a for a in there]
     mine = _tuple(run(op, *there))
     for now, then in zip(there, before, strict=True):
@@ -64,6 +64,12 @@ def check(op: Operator, *args: Any, scale: Callable[..., Any] | None = None, exa
         assert our.specials <= their.specials, f"{our.specials} special values lost, torch loses {their.specials}"
         assert our.worst <= 2 * their.worst + FLOOR[narrow.dtype] + floor, f"{our.worst:.3g} ulp, torch's own {their.worst:.3g}"
     return mine if len(mine) > 1 else mine[0]
+
+
+def lying_alike(t: Tensor, device: str) -> Tensor:
+    """The same numbers on a device, with the same strides, gaps and offset: ``to`` would lay them next to each other."""
+    room = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    return torch.empty_like(room, device=device).copy_(room).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def end_if_the_gpu_is_lost() -> None:

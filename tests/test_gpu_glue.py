@@ -18,7 +18,7 @@ import fresh
 from fastnn import backends, ops
 from fastnn.kernels.gpu.engine import launch
 from fastnn.ops._operator import Operator
-from gpu import HERE, end_if_the_gpu_is_lost, run
+from gpu import HERE, end_if_the_gpu_is_lost, lying_alike, run
 
 pytestmark = pytest.mark.gpu
 
@@ -166,6 +166,15 @@ def test_a_lost_gpu_ends_its_process(monkeypatch: pytest.MonkeyPatch, capsys: py
         end_if_the_gpu_is_lost()
     assert ended == [3]
     assert "illegal memory access" in capsys.readouterr().err
+
+
+def test_tensors_of_tests_lie_on_the_gpu_as_they_were_made() -> None:
+    base = torch.arange(24.0)
+    for t in (base[1:19].view(3, 6)[:, ::2], base[:4].view(4, 1).expand(4, 3), base.view(4, 6).t(), base[5]):
+        moved = lying_alike(t, "cpu")
+        assert torch.equal(moved, t)
+        assert (moved.stride(), moved.storage_offset()) == (t.stride(), t.storage_offset())
+        assert moved.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
 
 
 FAR = (1 << 30) + 16  # elements: the third of what lies so far apart is beyond 2³¹
