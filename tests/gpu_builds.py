@@ -155,6 +155,12 @@ BUILDS += [
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), ("forward",), chips=("sm_90",), note=" few queries"),
     Build(attention.attention, attend(4, 32, 8, 1, 4096, 128), only=("join",), note=" few queries"),
     Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), chips=("sm_90",)),
+    Build(attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F32), ("forward",), best=True, float32="tf32", note=" tf32",
+          chips=("sm_90",)),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, dtype=F32), ("backward_queries",), best=True,
+        float32="bf16x3", spills=32, note=" bf16x3", chips=("sm_90",),
+    ),
 ]
 
 # Convolutions: a usual layer, its input's gradient and its weight's; a first layer of three channels; depthwise.

@@ -41,7 +41,8 @@ class Table(NamedTuple):
     hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time
     blackwell: tuple[Blocks, ...]
     amd: tuple[Blocks, ...]
-    wide: tuple[Blocks, ...]  # of 32, on all
+    terms: tuple[Blocks, ...]  # of 32 on Hopper, as tf32 or in terms of 16 bits, up to 64 and 128
+    wide: tuple[Blocks, ...]  # of 32, as they are and on all others
 
 
 _FORWARD = Table(
@@ -49,6 +50,7 @@ _FORWARD = Table(
     hopper=(Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
     blackwell=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     amd=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    terms=(Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 1)),
     wide=(Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 )
 _QUERIES = Table(
@@ -56,6 +58,7 @@ _QUERIES = Table(
     hopper=(Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     blackwell=(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
     amd=(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)),
+    terms=(Blocks(128, 32, 8, 1), Blocks(128, 32, 8, 1)),
     wide=(Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
 )
 _KEYS = Table(
@@ -63,6 +66,7 @@ _KEYS = Table(
     hopper=(Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 1)),
     blackwell=(Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(32, 32, 8, 1)),
     amd=(Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    terms=(Blocks(32, 64, 8, 1), Blocks(32, 32, 8, 1)),
     wide=(Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)),
 )
 
@@ -140,14 +144,16 @@ class Call:
         which = 0 if size <= 64 else 1 if size <= 128 else 2
         if chip is launch.STAND_IN:  # few programs cost the interpreter least
             return Blocks(32, 64, 4, 1)
+        hopper = 90 <= chip.nvidia < 100 and not self.heavy
         if self.query.itemsize == 4:
-            found = table.wide[which]
+            few = which == 0 or (which == 1 and self.precision in ("tf32", "bf16x3"))  # three terms each take more room
+            found = table.terms[which] if hopper and self.precision != "ieee" and few else table.wide[which]
         elif not chip.nvidia:
             found = table.amd[which]
         elif chip.nvidia >= 100:
             found = table.blackwell[which]
         else:
-            found = table.hopper[which] if chip.nvidia >= 90 and not self.heavy else table.ampere[which]
+            found = table.hopper[which] if hopper else table.ampere[which]
         if self.heavy and chip.nvidia:
             found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
         return found
