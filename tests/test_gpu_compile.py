@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cuda_shim import needs_compiler
 from gpu_builds import BUILDS
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
@@ -33,3 +34,15 @@ def test_every_kernel_compiles_within_the_chips_limits(pytestconfig: pytest.Conf
                 if line["spills"] > build.spills or line["shared"] > line["limit"] or not matrix or not copied:
                     wrong.append(str(line))
     assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+def test_replayed_calls_launch_what_the_calls_do(pytestconfig: pytest.Config) -> None:
+    """Through Triton's own launcher, to a driver that does nothing but look"""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton")), "CUDA_VISIBLE_DEVICES": ""}
+    script = str(Path(__file__).with_name("gpu_launches.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 9
+    assert not [line for line in found if line[1] != "ok"]
