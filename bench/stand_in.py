@@ -77,8 +77,8 @@ def _driver(folder: Path) -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError("a stand-in for a GPU's driver needs a C compiler (gcc)")
     made = folder / "libcuda.so.1"
-    command = [compiler, "-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{made.name}", "-o", str(made), str(source)]
-    subprocess.run(command, check=True)
+    options = ["-O2", "-w", "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{made.name}"]
+    subprocess.run([compiler, *options, "-o", str(made), str(source)], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     return ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL)
 

@@ -343,10 +343,10 @@ def join(part, part_stats, out, lse, stats, sob, soh, sol, heads, LQ, rows, DV, 
     e = tl.arange(0, BV)[None, :]
     acc = tl.zeros((1, BV), tl.float32)
     for first in tl.range(0, splits, 8):
-        k = first + tl.arange(0, 8)
-        tops = tl.load(part_stats + 2 * k * step + number, mask=k < splits, other=float("-inf"))
-        x = tl.load(part + (k * step + number)[:, None] * BV + e, mask=(k < splits)[:, None], other=0.0)
-        acc += tl.sum(x * tl.exp2(tops - base)[:, None], 0)[None, :]
+        at = first + tl.arange(0, 8)
+        shares = tl.exp2(tl.load(part_stats + 2 * at * step + number, mask=at < splits, other=float("-inf")) - base)
+        x = tl.load(part + (at * step + number)[:, None] * BV + e, mask=(at < splits)[:, None], other=0.0)
+        acc += tl.sum(x * shares[:, None], 0)[None, :]
     b, head, i = number // LQ // heads, number // LQ % heads, number % LQ
     none = tl.zeros((1,), tl.float32)
     to = out + b * sob + head * soh + i * sol
