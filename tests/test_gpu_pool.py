@@ -169,10 +169,10 @@ def test_the_kernels_that_were_meant(launched: list[str]) -> None:
     run(ops.max_pool, unaligned(x), *spread(WINDOWS[1], 2), False)
     run(ops.avg_pool, x, True, [1, 1], [], [], False, True, 0)
     assert launched == ["forward<float, 4, true, 3, 2, 1, MAX>", "forward<float, 4, false, 3, 2, 1, MAX>",
-                        "forward<float, 1, false, 0, 0, 0, MAX>", "reduce<float, AVERAGE>"]  # fmt: skip
+                        "forward<float, 1, false, 3, 2, 1, MAX>", "reduce<float, AVERAGE>"]  # fmt: skip
     plan = gpu._plan("forward", "MAX", x.device, x.dtype, True, 2, x.shape, x.stride(), (2, 8, 33, 160), x.stride(), x.stride(),
-                     False, (3, 3), (1, 1), (1, 1), (1, 1), 0, True)  # fmt: skip
-    assert plan.words[-4] > 1, "a strip of one row"
+                     False, False, (3, 3), (1, 1), (1, 1), (1, 1), 0, True)  # fmt: skip
+    assert plan.words[-5] > 1, "a strip of one row"
     both((2, 8, 33, 160), spread(WINDOWS[2], 2), contiguous)
     both((1, 8, 67, 40), spread(WINDOWS[1], 2), channels_last)
 
