@@ -51,7 +51,7 @@ WINDOWS: list[tuple[Any, ...]] = [
     (3, 3, 1, 2, True),
 ]  # fmt: skip
 #: rows of whole vectors; outputs that have and have not; a rest; one channel; vectors of channels; one and three dimensions
-SHAPES = [(2, 3, 8, 16), (1, 2, 7, 12), (2, 3, 6, 9), (1, 1, 5, 8), (2, 8, 9, 7), (2, 3, 17), (1, 8, 5, 6, 8)]
+SHAPES = [(2, 3, 8, 16), (1, 2, 7, 12), (2, 3, 6, 9), (1, 1, 5, 8), (2, 8, 9, 7), (2, 3, 17), (1, 8, 16), (1, 8, 5, 6, 8)]
 
 
 def spread(window: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
@@ -103,6 +103,32 @@ def test_windows(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> 
             both(shape, spread(window, dims), layout)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last, stepped])
+@pytest.mark.parametrize("name", ["_FULL", "_FAR"])
+def test_strips_and_far_threads(name: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips as long as they get, with a rest; and numbers of threads that factors cannot divide"""
+    monkeypatch.setattr(gpu, name, 1 if name == "_FULL" else 160)
+    gpu._plan.cache_clear()
+    try:
+        for shape in ((1, 4, 19, 8), (2, 8, 5, 16), (1, 4, 5, 4, 8), (2, 13, 24)):
+            for window in WINDOWS[:3]:
+                both(shape, spread(window, len(shape) - 2), layout)
+    finally:
+        gpu._plan.cache_clear()
+
+
+def test_windows_of_one_pixel_in_a_dimension() -> None:
+    """Windows along rows only, in planes only, and pixels of depth that are windows of their own"""
+    for shape in ((2, 4, 6, 8), (1, 3, 3, 6, 7)):
+        for k, s, p in gpu.WINDOWS:
+            for flat in range(1, len(shape) - 2):
+                size, stride, padding = ([m] * flat + [v] * (len(shape) - 2 - flat) for m, v in ((1, k), (1, s), (0, p)))
+                for layout in (contiguous, channels_last):
+                    both(shape, (False, size, stride, padding, [1] * (len(shape) - 2), True), layout)
+    both((1, 4, 5, 6, 8), (False, [2, 3, 3], [1, 2, 2], [1, 1, 1], [1, 1, 1], False), contiguous)
+    both((1, 4, 40, 6, 8), (False, [30, 3, 3], [1, 2, 2], [1, 1, 1], [1, 1, 1], False), contiguous)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("size", [1, 2, 3, 11])
 def test_adaptive(size: int, layout: Callable[[Tensor], Tensor]) -> None:
@@ -120,6 +146,7 @@ def test_dtypes(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     for shape in shapes:
         both(shape, spread(WINDOWS[1], 2), layout, dtype)
         both(shape, spread((2, 1, 0, 1, False), 2), layout, dtype)
+    both((2, 7, 21, 13), (True, [1, 1], [], [], [], False), layout, dtype)  # a run that begins anywhere, with a rest
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -157,6 +184,10 @@ def test_large_windows() -> None:
     both((2, 3, 40, 36), (True, [1, 1], [], [], [], False), contiguous)
     both((1, 3, 40, 36), (True, [2, 1], [], [], [], False), contiguous)
     both((1, 3, 41, 35), (True, [2, 2], [], [], [], False), contiguous)
+    both((1, 3, 6, 41, 35), (True, [1, 1, 1], [], [], [], False), contiguous)
+    both((1, 3, 6, 41, 35), (True, [2, 1, 1], [], [], [], False), contiguous)
+    both((1, 3, 24, 35), (False, [5, 5], [6, 7], [2, 1], [2, 1], False), stepped)
+    both((1, 3, 24, 35), (False, [5, 35], [6, 35], [2, 0], [2, 1], False), contiguous)
 
 
 def test_the_kernels_that_were_meant(launched: list[str]) -> None:
@@ -173,8 +204,6 @@ def test_the_kernels_that_were_meant(launched: list[str]) -> None:
     plan = gpu._plan("forward", "MAX", x.device, x.dtype, True, 2, x.shape, x.stride(), (2, 8, 33, 160), x.stride(), x.stride(),
                      False, False, (3, 3), (1, 1), (1, 1), (1, 1), 0, True)  # fmt: skip
     assert plan.words[-5] > 1, "a strip of one row"
-    both((2, 8, 33, 160), spread(WINDOWS[2], 2), contiguous)
-    both((1, 8, 67, 40), spread(WINDOWS[1], 2), channels_last)
 
 
 def test_no_batch_and_empty() -> None:

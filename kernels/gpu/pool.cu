@@ -275,6 +275,7 @@ __device__ __forceinline__ void slide(const Pool& g, i64 number) {
     int h = first * SH - PH;
     image += h * g.xs.h;
     gather<0, SHARED, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
+#pragma unroll 1
     for (int o = first; o < last; o++, h += SH) {
         gather<SHARED, KH, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
 #pragma unroll
@@ -484,21 +485,26 @@ __device__ __forceinline__ void give(const Pool& g, i64 number) {
         }
     };
     const int first = at.h * (int)g.strip;
-    if (DIMS < 3)
+    if (DIMS < 3)  // else each plane of windows is read in its turn
 #pragma unroll
         for (int m = 0; m < M; m++) fetch(m, at.d, first - M + m);
+#pragma unroll 1
     for (int q = first; q < first + (int)g.strip; q++) {
-        C sum[SH][WIDE][U] = {};
+        C sum[SH][WIDE][U];
+#pragma unroll
+        for (int a = 0; a < SH; a++)
+#pragma unroll
+            for (int e = 0; e < WIDE; e++)
+#pragma unroll
+                for (int u = 0; u < U; u++) sum[a][e][u] = 0;
         for (int d = od.first; d < od.first + od.size; d++) {
             const int before = DIMS == 3 ? (int)(at.d - (d * g.sd - g.pd)) * K * K : 0;  // codes of the window's planes before this
-            if (DIMS == 3)
+            if (DIMS < 3) fetch(M, d, q);
 #pragma unroll
-                for (int m = 0; m < M; m++) fetch(m, d, q - M + m);
-            fetch(M, d, q);
+            for (int m = 0; m <= M; m++) {
+                if (DIMS == 3) fetch(m, d, q - M + m);
 #pragma unroll
-            for (int a = 0; a < SH; a++)
-#pragma unroll
-                for (int m = 0; m <= M; m++) {
+                for (int a = 0; a < SH; a++) {
                     const int in_h = a + (M - m) * SH;
                     if (in_h >= KH) continue;
 #pragma unroll
@@ -508,10 +514,13 @@ __device__ __forceinline__ void give(const Pool& g, i64 number) {
                             const int in_w = e - LEFT + P - (LOW + j) * S;
                             if (in_w < 0 || in_w >= K) continue;
 #pragma unroll
-                            for (int u = 0; u < U; u++)
-                                if (AVG || (int)(code[m][j] >> 8 * u & 255) == before + in_h * K + in_w) sum[a][e][u] += grad[m][j][u];
+                            for (int u = 0; u < U; u++) {
+                                const bool meant = AVG || (int)(code[m][j] >> 8 * u & 255) == before + in_h * K + in_w;
+                                sum[a][e][u] += meant ? grad[m][j][u] : (C)0;
+                            }
                         }
                 }
+            }
         }
 #pragma unroll
         for (int a = 0; a < SH; a++) {
