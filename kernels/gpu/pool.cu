@@ -22,7 +22,7 @@ struct Pool {
     Steps xs, ys, zs;                        // z: index and codes
     Digit channels, depths, strips, across;  // the digits of a thread's number
     i64 strip, wide;                         // rows a thread; whether codes have 32 bits
-    i64 divisor, include_pad, lanes;         // lanes: of `reduce`, to an output
+    i64 divisor, include_pad, lanes, side;   // see `reduce`
 };
 
 enum What { MAX, ARGMAX, AVERAGE };
@@ -263,7 +263,7 @@ template <typename T, int V, bool ALONG, int K, int S, int P, int WHAT, int DIMS
 __device__ __forceinline__ void slide(const Pool& g, i64 number) {
     typedef typename Compute<T>::type C;
     constexpr int KH = DIMS == 1 ? 1 : K, SH = DIMS == 1 ? 1 : S, PH = DIMS == 1 ? 0 : P;
-    constexpr int SHARED = KH > SH ? KH - SH : 0;  // rows that an output has in common with the next
+    constexpr int KEPT = KH > SH ? KH - SH : 0;  // rows that an output has in common with the next
     const Place at = place<ALONG, false>(g, number);
     const int w0 = at.w * (ALONG ? V * S : S), c = at.c * (ALONG ? 1 : V), ow = at.w * (ALONG ? V : 1);
     const int first = at.h * (int)g.strip, last = first + (int)g.strip < (int)g.oh ? first + (int)g.strip : (int)g.oh;
@@ -274,16 +274,16 @@ __device__ __forceinline__ void slide(const Pool& g, i64 number) {
     Item<C> rows[KH][V], sum[V];
     int h = first * SH - PH;
     image += h * g.xs.h;
-    gather<0, SHARED, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
+    gather<0, KEPT, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
 #pragma unroll 1
     for (int o = first; o < last; o++, h += SH) {
-        gather<SHARED, KH, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
+        gather<KEPT, KH, T, V, ALONG, K, S, P, WHAT, DIMS>(g, rows, image, deep, h, w0);
 #pragma unroll
         for (int e = 0; e < V; e++) sum[e] = rows[0][e];
 #pragma unroll
         for (int k = 1; k < KH; k++) join_all<WHAT, DIMS < 3, V>(sum, rows[k], k * K);
 #pragma unroll
-        for (int k = 0; k < SHARED; k++)
+        for (int k = 0; k < KEPT; k++)
 #pragma unroll
             for (int e = 0; e < V; e++) rows[k][e] = rows[k + SH][e];
         put<T, V, ALONG, K, S, WHAT, C>(g, sum, y, z, deep, {h, KH}, across, ALONG ? (int)g.ow - ow : V);
@@ -349,48 +349,78 @@ __device__ __forceinline__ void take_run(Item<C>& best, const T* p, int count, i
     for (; k < count; k++) join<WHAT, true>(best, (C)widen(p[k]), code + k);  // at most one lane has a rest
 }
 
-// Large windows of contiguous images: some lanes make an output together.
-template <typename T, int WHAT>
+#ifdef FASTNN_SHIM
+#define SHARED(T, name) T* name = (T*)shim::memory()
+#else
+#define SHARED(T, name) extern __shared__ __align__(16) unsigned char bytes[]; T* name = (T*)bytes
+#endif
+
+// Large windows: g.lanes threads share one. A group of threads, part of a warp or a block, makes g.side outputs, each V channels,
+// next to each other.
+template <typename T, int WHAT, int V = 1>
 __global__ void reduce(const Pool g) {
     typedef typename Compute<T>::type C;
-    const int lanes = (int)g.lanes, lane = threadIdx.x % lanes;
-    i64 number = thread_number() / lanes;
-    const bool mine = number < g.total;
-    if (!mine) number = g.total - 1;  // all lanes of a warp have to be there for the shuffles
-    const i64 whose = number;
-    const Place at = place<true, true>(g, whose);
+    const int side = (int)g.side, lanes = (int)g.lanes, group = side * lanes, t = threadIdx.x % group, lane = t / side;
+    i64 number = thread_number() / group * side + t % side;
+    const bool mine = number < g.total && lane == 0;
+    if (number >= g.total) number = g.total - 1;  // all of a warp have to be there for the shuffles
+    const Place at = place<false, true>(g, number);
+    const i64 c = (i64)at.c * V;
     const Span deep = window(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.adaptive), down = window(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.adaptive),
                across = window(at.w, g.iw, g.ow, g.kw, g.sw, g.pw, g.adaptive);
     const Clip d = clip(deep, g.id, g.dd), h = clip(down, g.ih, g.dh), w = clip(across, g.iw, g.dw);
-    const T* image = (const T*)g.x + at.n * g.xs.n + at.c * g.xs.c + d.first * g.xs.d + h.first * g.xs.h + w.first * g.xs.w;
+    const T* image = (const T*)g.x + at.n * g.xs.n + c * g.xs.c + d.first * g.xs.d + h.first * g.xs.h + w.first * g.xs.w;
     // Where windows are whole rows, or planes, that lie one behind the other, they are one run.
+    const i64 step = g.dw * g.xs.w;
     int run = w.size, rows = h.size, planes = d.size;
-    if (g.xs.w == 1 && g.dw == 1 && run == (int)g.kw && g.dh * g.xs.h == run) {
+    if (run == (int)g.kw && g.dh * g.xs.h == run * step) {
         run *= rows;
         rows = 1;
-        if (h.size == (int)g.kh && g.dd * g.xs.d == run) {
+        if (h.size == (int)g.kh && g.dd * g.xs.d == run * step) {
             run *= planes;
             planes = 1;
         }
     }
-    Item<C> best = {nothing<WHAT, C>(), NONE};
+    Item<C> best[V];
+#pragma unroll
+    for (int e = 0; e < V; e++) best[e] = {nothing<WHAT, C>(), NONE};
     for (int kd = 0; kd < planes; kd++)
         for (int kh = 0; kh < rows; kh++) {
             const int code = (int)(((d.skipped + kd) * g.kh + h.skipped + kh) * g.kw) + w.skipped;
             const T* row = image + kd * g.dd * g.xs.d + kh * g.dh * g.xs.h;
-            if (g.xs.w == 1 && g.dw == 1) take_run<T, WHAT, C>(best, row, run, lane, lanes, code);
+            if (V == 1 && step == 1) take_run<T, WHAT, C>(best[0], row, run, lane, lanes, code);
             else
-                for (int k = lane; k < run; k += lanes) join<WHAT, true>(best, (C)widen(row[k * g.dw * g.xs.w]), code + k);
+#pragma unroll 4
+                for (int k = lane; k < run; k += lanes) {
+                    const Vec<T, V> v = load<T, V>(row + k * step);
+#pragma unroll
+                    for (int e = 0; e < V; e++) join<WHAT, true>(best[e], (C)widen(v.at[e]), code + k);
+                }
         }
-    for (int other = lanes / 2; other; other /= 2) {
-        const C value = __shfl_xor_sync(0xffffffffu, best.value, other);
-        join<WHAT, false>(best, value, WHAT == ARGMAX ? __shfl_xor_sync(0xffffffffu, best.code, other) : 0);
+    for (int other = (group < 32 ? group : 32) / 2; other >= side; other /= 2)
+#pragma unroll
+        for (int e = 0; e < V; e++) {
+            const C value = __shfl_xor_sync(0xffffffffu, best[e].value, other);
+            join<WHAT, false>(best[e], value, WHAT == ARGMAX ? __shfl_xor_sync(0xffffffffu, best[e].code, other) : 0);
+        }
+    if (group > 32) {  // each warp has found something
+        SHARED(Item<C>, found);
+        if (t % 32 < side)
+#pragma unroll
+            for (int e = 0; e < V; e++) found[(t / 32 * side + t % 32) * V + e] = best[e];
+        __syncthreads();
+        if (lane == 0)
+            for (int warp = 1; warp < group / 32; warp++)
+#pragma unroll
+                for (int e = 0; e < V; e++) {
+                    const Item<C> more = found[(warp * side + t) * V + e];
+                    join<WHAT, false>(best[e], more.value, more.code);
+                }
     }
-    const Item<C> found[1] = {best};
-    if (mine && lane == 0)
-        put<T, 1, false, 0, 0, WHAT, C>(g, found, at.n * g.ys.n + at.c * g.ys.c + at.d * g.ys.d + at.h * g.ys.h + at.w * g.ys.w,
-                                        at.n * g.zs.n + at.c * g.zs.c + at.d * g.zs.d + at.h * g.zs.h + at.w * g.zs.w,
-                                        deep, down, across, 1);
+    if (mine)
+        put<T, V, false, 0, 0, WHAT, C>(g, best, at.n * g.ys.n + c * g.ys.c + at.d * g.ys.d + at.h * g.ys.h + at.w * g.ys.w,
+                                        at.n * g.zs.n + c * g.zs.c + at.d * g.zs.d + at.h * g.zs.h + at.w * g.zs.w,
+                                        deep, down, across, V);
 }
 
 // The gradient of pixels from the windows that cover them, in the windows' order. x is what is written, y the gradient.

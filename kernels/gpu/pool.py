@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ WINDOWS = ((2, 2, 0), (3, 2, 1), (3, 1, 1))  # window, stride and padding, alike
 WHATS = ("MAX", "ARGMAX", "AVERAGE")
 _LARGE = 64  # pixels of a window from which lanes share it; where windows do not overlap, neighbours are far apart from _APART
 _APART = 16
+_BLOCK = 256  # threads
 _FULL = 2560  # threads for each multiprocessor, about two full ones: with fewer, strips are cut shorter
 _FAR = 2**31 - 1  # kernels count the pixels of an image in 32 bits
 
@@ -38,7 +39,7 @@ def _instances() -> list[str]:
             more = "" if dims == "2" else f", {dims}"
             found += [f"forward<{name}, {v}, {along}, {k}, {s}, {p}, {what}{more}>" for what in WHATS]
             found += [f"backward<{name}, {v}, {along}, {k}, {s}, {p}, {avg}{more}>" for avg in ("false", "true")]
-        found += [f"reduce<{name}, {what}>" for what in WHATS]
+        found += [f"reduce<{name}, {what}{more}>" for what, more in product(WHATS, ("", f", {_width(dtype)}"))]
     return found + [f"unpool<{name}, {back}>" for name in _MOVED.values() for back in ("false", "true")]
 
 
@@ -59,8 +60,9 @@ def _digit(size: int, far: bool) -> tuple[int, int, int]:
 
 class _Plan(NamedTuple):
     expression: str
-    threads: int
+    blocks: int  # of _BLOCK threads
     words: list[int]  # Pool in pool.cu, without the addresses
+    shared: int = 0
 
 
 @lru_cache(1024)
@@ -91,29 +93,48 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
         along = y[4] == z[4] == 1 and (outs[2] % v != 0 or all(a % v == 0 for t in (y, z) for a in t[:4]))
     if not (across or along):
         v = 1
-    lanes = 1
-    if forward and v == 1 and not channels and prod(k) >= (_APART if s[2] >= k[2] else _LARGE):
-        window, lanes = (0, 0, 0), 8 if prod(k) < 256 else 32
+    groups = c // v if across else c
+    full = cuda.limits(device).multiprocessors * _FULL
+    lanes = side = 1
+    if forward and not window[0]:
+        lanes, side = _together(n * groups * prod(outs), prod(k), s[2] >= k[2], groups if channels else 0, full)
     # What a thread's number counts: V outputs or pixels, or of a known window's pixels all those that begin with the same one.
     each = list(outs if forward else sizes)
     if window[0] and not forward:
         each[1:] = [-(-(a + q) // t) for a, q, t in zip(sizes[1:], p[1:], s[1:], strict=True)]
     if along:
         each[2] = -(-(outs if forward else sizes)[2] // v)
-    groups = c // v if across else c
     strip = 1
     if window[0] and (forward or known < 3):  # as long as the device stays full, longer where rows are shared
         most = 4 * max(1, window[0] - window[1])
-        strip = max(1, min(most, n * groups * prod(each) // (cuda.limits(device).multiprocessors * _FULL)))
+        strip = max(1, min(most, n * groups * prod(each) // full))
     digits = [groups, each[0], -(-each[1] // strip), each[2]]
     threads = n * prod(digits)
     more = f", {known}" if window[0] and known != 2 else ""
     expression = f"{name}<{TYPES[dtype]}, {v}, {'true' if along else 'false'}, {', '.join(map(str, window))}, {what}{more}>"
     if lanes > 1:
-        expression = f"reduce<{TYPES[dtype]}, {what}>"
+        expression = f"reduce<{TYPES[dtype]}, {what}{f', {v}' if v > 1 else ''}>"
     words = [threads, channels, c, *sizes, *outs, *k, *s, *p, *d, adaptive, *x, *y, *z]
     words += [word for digit in digits for word in _digit(digit, far)]
-    return _Plan(expression, threads * lanes, [*words, strip, wide, divisor, include_pad, lanes])
+    words += [strip, wide, divisor, include_pad, lanes, side]
+    shared = _BLOCK // 32 * side * v * 16 if lanes * side > 32 else 0
+    return _Plan(expression, -(-threads * lanes // _BLOCK), words, shared)
+
+
+def _together(outs: int, pixels: int, apart: bool, groups: int, full: int) -> tuple[int, int]:
+    """(lanes that share a window, for how many next to each other at once); (1, 1): each window is a thread's.
+
+    groups: of channels that lie next to each other, whose threads read side by side: they only need help if they are too few.
+    0: pixels do, and so do windows that overlap.
+    """
+    if groups:
+        if outs >= full or pixels < _APART:
+            return 1, 1
+        side = gcd(groups, 8)
+        return (_BLOCK if 32 // side * outs < full and pixels >= _BLOCK else 32) // side, side
+    if pixels < (_APART if apart else _LARGE):
+        return 1, 1
+    return 8 if pixels < _BLOCK else _BLOCK if 32 * outs < full and pixels >= 8 * _BLOCK else 32, 1
 
 
 def _known(k: Sizes, s: Sizes, p: Sizes) -> tuple[tuple[int, int, int], int]:
@@ -153,7 +174,7 @@ def _run(name: str, what: str, x: Tensor, y: Tensor, index: Tensor | None, codes
         include_pad,
     )
     tensors = [x, y, 0 if index is None else index, 0 if codes is None else codes]
-    SOURCE.threads(plan.expression, x.device, plan.threads, [*tensors, *plan.words])
+    SOURCE.launch(plan.expression, x.device, plan.blocks, _BLOCK, [*tensors, *plan.words], plan.shared)
 
 
 def max_pool(
