@@ -48,7 +48,7 @@ def unaligned(t: Tensor) -> Tensor:
 #: size, stride, padding, dilation, ceil_mode: those with kernels of their own, then overlapping, apart, with gaps, past the end
 WINDOWS: list[tuple[Any, ...]] = [
     (2, 2, 0, 1, False), (3, 2, 1, 1, False), (3, 1, 1, 1, False), (3, 2, 1, 1, True), (2, 1, 0, 2, True), (4, 5, 2, 1, False),
-    (3, 3, 1, 2, True),
+    (3, 3, 1, 2, True), (3, 3, 0, 1, True), (5, 1, 2, 1, False),
 ]  # fmt: skip
 #: rows of whole vectors; outputs that have and have not; a rest; one channel; vectors of channels; one and three dimensions
 SHAPES = [(2, 3, 8, 16), (1, 2, 7, 12), (2, 3, 6, 9), (1, 1, 5, 8), (2, 8, 9, 7), (2, 3, 17), (1, 8, 16), (1, 8, 5, 6, 8)]
@@ -111,7 +111,7 @@ def test_strips_and_far_threads(name: str, layout: Callable[[Tensor], Tensor], m
     gpu._plan.cache_clear()
     try:
         for shape in ((1, 4, 19, 8), (2, 8, 5, 16), (1, 4, 5, 4, 8), (2, 13, 24)):
-            for window in WINDOWS[:3]:
+            for window in (*WINDOWS[:3], *WINDOWS[-2:]):
                 both(shape, spread(window, len(shape) - 2), layout)
     finally:
         gpu._plan.cache_clear()

@@ -15,7 +15,8 @@ from ..layout import Sizes, image, windows
 from .engine import cuda
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
-WINDOWS = ((2, 2, 0), (3, 2, 1), (3, 1, 1))  # window, stride and padding, alike in all dimensions, with kernels of their own
+WIDE = ((2, 2, 0), (3, 2, 1), (3, 1, 1))  # window, stride and padding, alike in all dimensions: kernels that make 16 bytes
+WINDOWS = (*WIDE, (3, 3, 0), (5, 1, 2))  # those with kernels that make one number
 WHATS = ("MAX", "ARGMAX", "AVERAGE")
 _LARGE = 64  # pixels of a window from which lanes share it; where windows do not overlap, neighbours are far apart from _APART
 _APART = 16
@@ -32,11 +33,13 @@ def _instances() -> list[str]:
     """All kernels that a call may ask for."""
     found = []
     for dtype, name in TYPES.items():
-        layouts = [(1, "false"), (_width(dtype), "false"), (_width(dtype), "true")][: 1 if dtype is torch.float64 else 3]
-        shapes = [(*layout, *window, dims) for layout, window, dims in product(layouts, WINDOWS, ("2", "1", "3"))]
-        shapes += [(v, "false", 0, 0, 0, "2") for v in (1, _width(dtype))]
-        for v, along, k, s, p, dims in shapes:
-            more = "" if dims == "2" else f", {dims}"
+        v, dims = _width(dtype), ("2", "1", "3")
+        shapes = [(1, "false", *window, dim) for window, dim in product(WINDOWS, dims)]
+        if dtype is not torch.float64:
+            shapes += [(v, along, *window, dim) for along, window, dim in product(("false", "true"), WIDE, dims)]
+        shapes += [(1, "false", 0, 0, 0, "2"), (v, "false", 0, 0, 0, "2")]
+        for v, along, k, s, p, dim in shapes:
+            more = "" if dim == "2" else f", {dim}"
             found += [f"forward<{name}, {v}, {along}, {k}, {s}, {p}, {what}{more}>" for what in WHATS]
             found += [f"backward<{name}, {v}, {along}, {k}, {s}, {p}, {avg}{more}>" for avg in ("false", "true")]
         found += [f"reduce<{name}, {what}{more}>" for what, more in product(WHATS, ("", f", {_width(dtype)}"))]
@@ -85,7 +88,8 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
     if known == 1 and outs[:2] == [1, 1] and not channels and not indexed:  # planes of one row are seen as rows of one plane
         (c, sizes[1], outs[1]), (x[1], x[3]), (y[1], y[3]), (z[1], z[3]) = (1, c, c), (0, x[1]), (0, y[1]), (0, z[1])
     # The image's rows, or pixels, begin at whole vectors.
-    whole = aligned and not (window[0] and dtype is torch.float64) and all(a % v == 0 for a in (x[0], *x[2:4]))
+    narrow = window[0] > 0 and (dtype is torch.float64 or window not in WIDE)
+    whole = aligned and not narrow and all(a % v == 0 for a in (x[0], *x[2:4]))
     across = channels and whole and c % v == 0 and x[4] % v == 0 and y[1] == z[1] == 1
     across = across and all(a % v == 0 for t in (y, z) for a in (t[0], *t[2:]))
     along = not channels and whole and window[0] > 0 and x[4] == 1 and sizes[2] % v == 0 and x[1] % v == 0
@@ -134,7 +138,8 @@ def _together(outs: int, pixels: int, apart: bool, groups: int, full: int) -> tu
         return (_BLOCK if 32 // side * outs < full and pixels >= _BLOCK else 32) // side, side
     if pixels < (_APART if apart else _LARGE):
         return 1, 1
-    return 8 if pixels < _BLOCK else _BLOCK if 32 * outs < full and pixels >= 8 * _BLOCK else 32, 1
+    few = 32 * outs < full and pixels >= 8 * _BLOCK
+    return _BLOCK if few else min(32, 1 << (pixels // 16).bit_length()), 1
 
 
 def _known(k: Sizes, s: Sizes, p: Sizes) -> tuple[tuple[int, int, int], int]:
