@@ -11,8 +11,8 @@
 // windows are at hand, a backward gathers: each pixel asks the windows that cover it whether they meant it. No atomics.
 #include "common.cuh"
 
-struct Steps { i64 n, c, d, h, w; };  // strides in elements
-struct Digit { i64 size, magic, shift; };
+struct Steps { i64 n, c, d, h, w; };       // strides in elements
+struct Digit { i64 size, factor, shift; };  // of a thread's number; see `take`
 
 struct Pool {
     i64 x, y, index, codes;  // addresses: image, window side, 64-bit indices or 0, codes or 0
@@ -112,20 +112,22 @@ __device__ __forceinline__ int counted(Span w, i64 n, i64 p, i64 include_pad, i6
 __device__ __forceinline__ i64 counted_rows(const Pool& g, Span d, Span h) {
     return (i64)counted(d, g.id, g.pd, g.include_pad, g.adaptive) * counted(h, g.ih, g.ph, g.include_pad, g.adaptive);
 }
-template <typename C> __device__ __forceinline__ C divisor(const Pool& g, i64 rows, Span w) {
-    return g.divisor ? (C)g.divisor : (C)(rows * counted(w, g.iw, g.pw, g.include_pad, g.adaptive));
+template <typename C, int K> __device__ __forceinline__ C divisor(const Pool& g, i64 rows, Span w) {
+    if (g.divisor) return (C)g.divisor;
+    const i64 count = rows * counted(w, g.iw, g.pw, g.include_pad, g.adaptive);
+    return K ? (C)(int)count : (C)count;  // known windows are small
 }
 
 // Takes the fastest digit off a thread's number: the host knows by what to multiply instead of dividing, below 2^31 threads.
 // Only kernels that are FAR meet more.
 template <bool FAR> __device__ __forceinline__ int take(i64& number, const Digit& d) {
-    if (FAR && d.magic == 0) return take(number, d.size);
-    const unsigned all = (unsigned)number, rest = (unsigned)((unsigned long long)all * (unsigned)d.magic >> 31 >> (int)d.shift);
+    if (FAR && d.factor == 0) return take(number, d.size);
+    const unsigned all = (unsigned)number, rest = (unsigned)((unsigned long long)all * (unsigned)d.factor >> 31 >> (int)d.shift);
     number = rest;
     return (int)(all - rest * (unsigned)d.size);
 }
 
-struct Place { i64 n; int c, d, h, w; };  // h: a strip's number; w: a vector's or a pixel's
+struct Place { i64 n; int c, d, h, w; };  // in units of what a thread makes: V channels, strips of rows, V pixels
 
 template <bool ALONG, bool FAR> __device__ __forceinline__ Place place(const Pool& g, i64 number) {
     Place at;
@@ -139,6 +141,11 @@ template <bool ALONG, bool FAR> __device__ __forceinline__ Place place(const Poo
     return at;
 }
 
+__device__ __forceinline__ i64 offset(const Steps& s, const Place& at, i64 c) {
+    return at.n * s.n + c * s.c + at.d * s.d + at.h * s.h + at.w * s.w;
+}
+
+// Without a branch: loads that follow each other are on their way together.
 template <typename T, int V> __device__ __forceinline__ void read(T* to, const T* from, bool there) {
     if (!there) return;
     const Vec<T, V> v = load<T, V>(from);
@@ -159,12 +166,14 @@ template <typename T, int V, bool ALONG, int K, int S, int P> struct Line {
 #pragma unroll
             for (int j = 0; j < P; j++) read<T, 1>(at + j, row + j - P, there & (w0 - P + j >= 0));
 #pragma unroll
-            for (int j = 0; j < S; j++) read<T, V>(at + P + j * V, row + j * V, there & (w0 + j * V < iw));  // rows have whole vectors
+            for (int j = 0; j < S; j++)  // rows have whole vectors
+                read<T, V>(at + P + j * V, row + j * V, there & (w0 + j * V < iw));
 #pragma unroll
             for (int j = S * V; j < S * V + RIGHT; j++) read<T, 1>(at + P + j, row + j, there & (w0 + j < iw));
         } else {
 #pragma unroll
-            for (int k = 0; k < K; k++) read<T, V>(at + k * V, row + (k - P) * g.xs.w, there & ((unsigned)(w0 - P + k) < (unsigned)iw));
+            for (int k = 0; k < K; k++)
+                read<T, V>(at + k * V, row + (k - P) * g.xs.w, there & ((unsigned)(w0 - P + k) < (unsigned)iw));
         }
     }
 
@@ -203,14 +212,17 @@ template <> struct Bytes<2> { typedef unsigned short type; };
 template <> struct Bytes<4> { typedef unsigned type; };
 template <> struct Bytes<8> { typedef unsigned long long type; };
 
-// Writes `last` of V outputs, STEP pixels and so many elements apart. y and z: of the first.
+// Writes V outputs, of which `outs` are in the image. y, z and the windows: of the first.
 template <typename T, int V, bool ALONG, int K, int S, int WHAT, typename C>
-__device__ __forceinline__ void put(const Pool& g, const Item<C> (&items)[V], i64 y, i64 z, Span deep, Span down, Span across, int outs) {
+__device__ __forceinline__ void put(const Pool& g, const Item<C> (&items)[V], i64 y, i64 z, Span deep, Span down, Span across,
+                                    int outs) {
     Vec<T, V> v;
     const i64 rows = WHAT == AVERAGE ? counted_rows(g, deep, down) : 0;
 #pragma unroll
-    for (int e = 0; e < V; e++)
-        v.at[e] = narrow<T>(WHAT == AVERAGE ? items[e].value / divisor<C>(g, rows, {across.first + (ALONG ? e * S : 0), across.size}) : items[e].value);
+    for (int e = 0; e < V; e++) {
+        const Span w = {across.first + (ALONG ? e * S : 0), across.size};
+        v.at[e] = narrow<T>(WHAT == AVERAGE ? items[e].value / divisor<C, K>(g, rows, w) : items[e].value);
+    }
     const bool whole = !ALONG || g.ow % V == 0;  // else the output's rows do not begin at whole vectors
     if (whole) store<T, V>((T*)g.y + y, v);
     else
@@ -244,7 +256,8 @@ __device__ __forceinline__ void gather(const Pool& g, Item<C> (&rows)[KH][V], co
             Line<T, V, ALONG, K, S, P> lines[TO - FROM];
 #pragma unroll
             for (int k = FROM; k < TO; k++)
-                lines[k - FROM].template fetch<WHAT>(g, plane + k * g.xs.h, inside & ((unsigned)(h + k) < (unsigned)g.ih), w0);
+                lines[k - FROM].template fetch<WHAT>(g, plane + k * g.xs.h, inside & ((unsigned)(h + k) < (unsigned)g.ih),
+                                                     w0);
 #pragma unroll
             for (int k = FROM; k < TO; k++) {
                 Item<C> found[V];
@@ -297,10 +310,12 @@ __device__ __forceinline__ void slide(const Pool& g, i64 number) {
 template <typename T, int V, int WHAT> __device__ __forceinline__ void walk(const Pool& g, i64 number) {
     typedef typename Compute<T>::type C;
     const Place at = place<false, true>(g, number);
-    const Span deep = window(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.adaptive), down = window(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.adaptive),
+    const i64 c = (i64)at.c * V;
+    const Span deep = window(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.adaptive),
+               down = window(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.adaptive),
                across = window(at.w, g.iw, g.ow, g.kw, g.sw, g.pw, g.adaptive);
     const Clip d = clip(deep, g.id, g.dd), h = clip(down, g.ih, g.dh), w = clip(across, g.iw, g.dw);
-    const T* image = (const T*)g.x + at.n * g.xs.n + (i64)at.c * V * g.xs.c + d.first * g.xs.d + h.first * g.xs.h + w.first * g.xs.w;
+    const T* image = (const T*)g.x + offset(g.xs, {at.n, 0, d.first, h.first, w.first}, c);
     const i64 step_d = g.dd * g.xs.d, step_h = g.dh * g.xs.h, step_w = g.dw * g.xs.w;
     Item<C> best[V];
 #pragma unroll
@@ -318,9 +333,7 @@ template <typename T, int V, int WHAT> __device__ __forceinline__ void walk(cons
             }
         }
     }
-    put<T, V, false, 0, 0, WHAT, C>(g, best, at.n * g.ys.n + (i64)at.c * V * g.ys.c + at.d * g.ys.d + at.h * g.ys.h + at.w * g.ys.w,
-                                    at.n * g.zs.n + (i64)at.c * V * g.zs.c + at.d * g.zs.d + at.h * g.zs.h + at.w * g.zs.w,
-                                    deep, down, across, V);
+    put<T, V, false, 0, 0, WHAT, C>(g, best, offset(g.ys, at, c), offset(g.zs, at, c), deep, down, across, V);
 }
 
 template <typename T, int V, bool ALONG, int K, int S, int P, int WHAT, int DIMS = 2>
@@ -366,10 +379,11 @@ __global__ void reduce(const Pool g) {
     if (number >= g.total) number = g.total - 1;  // all of a warp have to be there for the shuffles
     const Place at = place<false, true>(g, number);
     const i64 c = (i64)at.c * V;
-    const Span deep = window(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.adaptive), down = window(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.adaptive),
+    const Span deep = window(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.adaptive),
+               down = window(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.adaptive),
                across = window(at.w, g.iw, g.ow, g.kw, g.sw, g.pw, g.adaptive);
     const Clip d = clip(deep, g.id, g.dd), h = clip(down, g.ih, g.dh), w = clip(across, g.iw, g.dw);
-    const T* image = (const T*)g.x + at.n * g.xs.n + c * g.xs.c + d.first * g.xs.d + h.first * g.xs.h + w.first * g.xs.w;
+    const T* image = (const T*)g.x + offset(g.xs, {at.n, 0, d.first, h.first, w.first}, c);
     // Where windows are whole rows, or planes, that lie one behind the other, they are one run.
     const i64 step = g.dw * g.xs.w;
     int run = w.size, rows = h.size, planes = d.size;
@@ -418,9 +432,7 @@ __global__ void reduce(const Pool g) {
                 }
     }
     if (mine)
-        put<T, V, false, 0, 0, WHAT, C>(g, best, at.n * g.ys.n + c * g.ys.c + at.d * g.ys.d + at.h * g.ys.h + at.w * g.ys.w,
-                                        at.n * g.zs.n + c * g.zs.c + at.d * g.zs.d + at.h * g.zs.h + at.w * g.zs.w,
-                                        deep, down, across, V);
+        put<T, V, false, 0, 0, WHAT, C>(g, best, offset(g.ys, at, c), offset(g.zs, at, c), deep, down, across, V);
 }
 
 // The gradient of pixels from the windows that cover them, in the windows' order. x is what is written, y the gradient.
@@ -428,9 +440,11 @@ __global__ void reduce(const Pool g) {
 // Any window, and V channels next to each other.
 template <typename T, int V, bool AVG> __device__ __forceinline__ void ask(const Pool& g, i64 number) {
     typedef typename Compute<T>::type C;
+    typedef typename Bytes<V>::type Codes;
     const Place at = place<false, true>(g, number);
     const i64 c = (i64)at.c * V;
-    const Span od = covering(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.dd, g.adaptive), oh = covering(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.dh, g.adaptive),
+    const Span od = covering(at.d, g.id, g.od, g.kd, g.sd, g.pd, g.dd, g.adaptive),
+               oh = covering(at.h, g.ih, g.oh, g.kh, g.sh, g.ph, g.dh, g.adaptive),
                ow = covering(at.w, g.iw, g.ow, g.kw, g.sw, g.pw, g.dw, g.adaptive);
     C sum[V];
 #pragma unroll
@@ -444,7 +458,7 @@ template <typename T, int V, bool AVG> __device__ __forceinline__ void ask(const
             const int in_h = at.h - down.first;
             if (in_h % (int)g.dh) continue;
             const int code = (int)((in_d / (int)g.dd * g.kh + in_h / (int)g.dh) * g.kw);
-            const i64 y = at.n * g.ys.n + c * g.ys.c + d * g.ys.d + h * g.ys.h, z = at.n * g.zs.n + c * g.zs.c + d * g.zs.d + h * g.zs.h;
+            const i64 y = offset(g.ys, {at.n, 0, d, h, 0}, c), z = offset(g.zs, {at.n, 0, d, h, 0}, c);
             const i64 rows = AVG ? counted_rows(g, deep, down) : 0;
             for (int w = ow.first; w < ow.first + ow.size; w++) {
                 const Span across = window(w, g.iw, g.ow, g.kw, g.sw, g.pw, g.adaptive);
@@ -452,7 +466,7 @@ template <typename T, int V, bool AVG> __device__ __forceinline__ void ask(const
                 if (in_w % (int)g.dw) continue;
                 const Vec<T, V> grad = load<T, V>((const T*)g.y + y + w * g.ys.w);
                 if constexpr (AVG) {
-                    const C count = divisor<C>(g, rows, across);
+                    const C count = divisor<C, 0>(g, rows, across);
 #pragma unroll
                     for (int e = 0; e < V; e++) sum[e] += widen(grad.at[e]) / count;
                 } else {
@@ -462,7 +476,7 @@ template <typename T, int V, bool AVG> __device__ __forceinline__ void ask(const
 #pragma unroll
                         for (int e = 0; e < V; e++) sum[e] += ((const int*)g.codes)[at_z + e] == mine ? widen(grad.at[e]) : (C)0;
                     } else {
-                        const typename Bytes<V>::type codes = *(const typename Bytes<V>::type*)((const unsigned char*)g.codes + at_z);
+                        const Codes codes = *(const Codes*)((const unsigned char*)g.codes + at_z);
 #pragma unroll
                         for (int e = 0; e < V; e++) sum[e] += (int)(codes >> 8 * e & 255) == mine ? widen(grad.at[e]) : (C)0;
                     }
@@ -473,7 +487,7 @@ template <typename T, int V, bool AVG> __device__ __forceinline__ void ask(const
     Vec<T, V> out;
 #pragma unroll
     for (int e = 0; e < V; e++) out.at[e] = narrow<T>(sum[e]);
-    store<T, V>((T*)g.x + at.n * g.xs.n + c * g.xs.c + at.d * g.xs.d + at.h * g.xs.h + at.w * g.xs.w, out);
+    store<T, V>((T*)g.x + offset(g.xs, at, c), out);
 }
 
 // The window is known. Pixels go in groups: the S of a dimension from a window's first one have the same windows, that one and
@@ -484,13 +498,14 @@ __device__ __forceinline__ void give(const Pool& g, i64 number) {
     typedef typename Compute<T>::type C;
     constexpr int KH = DIMS == 1 ? 1 : K, SH = DIMS == 1 ? 1 : S, PH = DIMS == 1 ? 0 : P, M = (KH - 1) / SH;
     // V is a multiple of S, so that ALONG the windows begin at the same places in each thread's pixels.
-    constexpr int LOW = !ALONG ? -((K - 1) / S) : P - K + 1 >= 0 ? (P - K + S) / S : -((K - 1 - P) / S), HIGH = ALONG ? (V - 1 + P) / S : 0;
+    constexpr int LOW = !ALONG ? -((K - 1) / S) : P - K + 1 >= 0 ? (P - K + S) / S : -((K - 1 - P) / S);
+    constexpr int HIGH = ALONG ? (V - 1 + P) / S : 0;
     constexpr int N = HIGH - LOW + 1, U = ALONG ? 1 : V;  // windows of a row, and channels
-    constexpr int WIDE = ALONG ? V : S, LEFT = ALONG ? 0 : P;  // pixels of a row, and how far before the first window's stride
+    constexpr int WIDE = ALONG ? V : S, LEFT = ALONG ? 0 : P;  // pixels of a row, and how far before S times their window
     typedef typename Bytes<U>::type Codes;
     const Place at = place<ALONG, false>(g, number);
     const int c = at.c * U, w0 = at.w * WIDE - LEFT, o0 = ALONG ? at.w * (V / S) : at.w, oh = (int)g.oh, ow = (int)g.ow;
-    const i64 columns = (o0 + LOW);
+    const i64 columns = o0 + LOW;
     const T* grads = (const T*)g.y + at.n * g.ys.n + c * g.ys.c + columns * g.ys.w;
     const unsigned char* codes = (const unsigned char*)g.codes + at.n * g.zs.n + c * g.zs.c + columns * g.zs.w;
     T* image = (T*)g.x + at.n * g.xs.n + c * g.xs.c + at.d * g.xs.d + w0 * g.xs.w;
@@ -509,7 +524,7 @@ __device__ __forceinline__ void give(const Pool& g, i64 number) {
             read<T, U>(from, grads + d * g.ys.d + h * g.ys.h + j * g.ys.w, there);
             code[m][j] = 0;
             if (!AVG && there) code[m][j] = *(const Codes*)(codes + d * g.zs.d + h * g.zs.h + j * g.zs.w);
-            const C count = AVG && there ? divisor<C>(g, rows, {w * S - P, K}) : (C)1;
+            const C count = AVG && there ? divisor<C, K>(g, rows, {w * S - P, K}) : (C)1;
 #pragma unroll
             for (int u = 0; u < U; u++) grad[m][j][u] = AVG ? widen(from[u]) / count : widen(from[u]);
         }
@@ -528,7 +543,7 @@ __device__ __forceinline__ void give(const Pool& g, i64 number) {
 #pragma unroll
                 for (int u = 0; u < U; u++) sum[a][e][u] = 0;
         for (int d = od.first; d < od.first + od.size; d++) {
-            const int before = DIMS == 3 ? (int)(at.d - (d * g.sd - g.pd)) * K * K : 0;  // codes of the window's planes before this
+            const int before = DIMS == 3 ? (int)(at.d - (d * g.sd - g.pd)) * K * K : 0;  // codes of the planes before this one
             if (DIMS < 3) fetch(M, d, q);
 #pragma unroll
             for (int m = 0; m <= M; m++) {

@@ -83,7 +83,8 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
     wide = prod(k) > 256
     v = _width(dtype)
     channels = x[1] == 1 and c > 1
-    far = max(n * c * prod(sizes), n * c * prod(outs) * 32) > _FAR  # more threads, perhaps, than 31 bits can count
+    # Perhaps more threads than factors serve.
+    far = n * c * max(prod(a + q for a, q in zip(sizes, p, strict=True)), prod(outs)) > _FAR
     window, known = _known(k, s, p) if d == [1, 1, 1] and not (adaptive or far or wide) else ((0, 0, 0), 2)
     if known == 1 and outs[:2] == [1, 1] and not channels and not indexed:  # planes of one row are seen as rows of one plane
         (c, sizes[1], outs[1]), (x[1], x[3]), (y[1], y[3]), (z[1], z[3]) = (1, c, c), (0, x[1]), (0, y[1]), (0, z[1])
