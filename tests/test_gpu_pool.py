@@ -157,8 +157,8 @@ def test_nan_inf_and_ties(layout: Callable[[Tensor], Tensor]) -> None:
     for shape in ((2, 3, 9, 32), (2, 4, 6, 7), (1, 2, 4, 5, 8)):
         for some in (values, values[1:], values[2:4], values[4:6]):
             x = layout(some[torch.randint(len(some), shape, generator=generator)])
-            for window in WINDOWS[:5]:
-                many = spread(window, len(shape) - 2)
+            dims = len(shape) - 2
+            for many in (*(spread(window, dims) for window in WINDOWS[:5]), (True, [1] * dims, [], [], [], False)):
                 wanted = reference.max_pool_with_indices(x, *many)
                 found = run(ops.max_pool_with_indices, x.to(DEVICE), *many)
                 torch.testing.assert_close(tuple(t.cpu() for t in found), wanted, rtol=0, atol=0, equal_nan=True)
