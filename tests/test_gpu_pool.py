@@ -190,6 +190,7 @@ def test_large_windows() -> None:
         both((2, c, 40, 36), (True, [1, 1], [], [], [], False), channels_last)
         both((2, c, 7, 5), (True, [1, 1], [], [], [], False), channels_last)
     both((1, 3, 24, 35), (False, [5, 5], [6, 7], [2, 1], [2, 1], False), stepped)
+    both((1, 2, 7, 4, 6), (False, [3, 4, 6], [3, 4, 6], [0, 0, 0], [2, 1, 1], False), contiguous)
     both((1, 3, 24, 35), (False, [5, 35], [6, 35], [2, 0], [2, 1], False), contiguous)
 
 

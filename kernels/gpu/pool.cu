@@ -352,14 +352,14 @@ __device__ __forceinline__ void take_run(Item<C>& best, const T* p, int count, i
     if (count < 4 * V * lanes) head = count;  // not worth it
 #pragma unroll 4
     for (int k = lane; k < (head < count ? head : count); k += lanes) join<WHAT, true>(best, (C)widen(p[k]), code + k);
-    int k = head + lane * V;
+    const int vectors = head < count ? (count - head) / V : 0;
 #pragma unroll 4
-    for (; k + V <= count; k += lanes * V) {
-        const Vec<T, V> v = load<T, V>(p + k);
+    for (int i = lane; i < vectors; i += lanes) {
+        const Vec<T, V> v = load<T, V>(p + head + i * V);
 #pragma unroll
-        for (int e = 0; e < V; e++) join<WHAT, true>(best, (C)widen(v.at[e]), code + k + e);
+        for (int e = 0; e < V; e++) join<WHAT, true>(best, (C)widen(v.at[e]), code + head + i * V + e);
     }
-    for (; k < count; k++) join<WHAT, true>(best, (C)widen(p[k]), code + k);  // at most one lane has a rest
+    for (int k = head + vectors * V + lane; k < count; k += lanes) join<WHAT, true>(best, (C)widen(p[k]), code + k);
 }
 
 #ifdef FASTNN_SHIM
