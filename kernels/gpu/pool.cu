@@ -353,11 +353,17 @@ __device__ __forceinline__ void take_run(Item<C>& best, const T* p, int count, i
 #pragma unroll 4
     for (int k = lane; k < (head < count ? head : count); k += lanes) join<WHAT, true>(best, (C)widen(p[k]), code + k);
     const int vectors = head < count ? (count - head) / V : 0;
-#pragma unroll 4
-    for (int i = lane; i < vectors; i += lanes) {
-        const Vec<T, V> v = load<T, V>(p + head + i * V);
+    for (int i = lane; i < vectors; i += 4 * lanes) {  // four at a time are on their way
+        Vec<T, V> v[4];
 #pragma unroll
-        for (int e = 0; e < V; e++) join<WHAT, true>(best, (C)widen(v.at[e]), code + head + i * V + e);
+        for (int j = 0; j < 4; j++)
+            if (i + j * lanes < vectors) v[j] = load<T, V>(p + head + (i + j * lanes) * V);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * lanes < vectors)
+#pragma unroll
+                for (int e = 0; e < V; e++)
+                    join<WHAT, true>(best, (C)widen(v[j].at[e]), code + head + (i + j * lanes) * V + e);
     }
     for (int k = head + vectors * V + lane; k < count; k += lanes) join<WHAT, true>(best, (C)widen(p[k]), code + k);
 }
