@@ -117,6 +117,17 @@ def test_strips_and_far_threads(name: str, layout: Callable[[Tensor], Tensor], m
         gpu._plan.cache_clear()
 
 
+def test_factors_divide() -> None:
+    """Numbers of 31 bits, as the kernels do it: by the factor, then 31 and the shift's places down"""
+    for size in (1, 2, 3, 7, 28, 55, 641, 65537, 2**30 - 1, 2**30 + 1, 2**31 - 1):
+        digit, factor, shift = gpu._digit(size, False)
+        assert digit == size
+        assert factor < 2**32
+        for number in (0, 1, size - 1, size, 2**31 // size * size - 1, 2**31 // size * size, 2**31 - 1):
+            if number < 2**31:
+                assert number * factor >> 31 >> shift == number // size
+
+
 def test_windows_of_one_pixel_in_a_dimension() -> None:
     """Windows along rows only, in planes only, and pixels of depth that are windows of their own"""
     for shape in ((2, 4, 6, 8), (1, 3, 3, 6, 7)):

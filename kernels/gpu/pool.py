@@ -110,7 +110,7 @@ def _plan(name: str, what: str, device: torch.device, dtype: torch.dtype, aligne
     if along:
         each[2] = -(-(outs if forward else sizes)[2] // v)
     strip = 1
-    if window[0] and (forward or known < 3):  # as long as the device stays full, longer where rows are shared
+    if window[0]:  # as long as the device stays full, longer where rows are shared
         most = 4 * max(1, window[0] - window[1])
         strip = max(1, min(most, n * groups * prod(each) // full))
     digits = [groups, each[0], -(-each[1] // strip), each[2]]
