@@ -48,10 +48,10 @@ def unaligned(t: Tensor) -> Tensor:
 #: size, stride, padding, dilation, ceil_mode: those with kernels of their own, then overlapping, apart, with gaps, past the end
 WINDOWS: list[tuple[Any, ...]] = [
     (2, 2, 0, 1, False), (3, 2, 1, 1, False), (3, 1, 1, 1, False), (3, 2, 1, 1, True), (2, 1, 0, 2, True), (4, 5, 2, 1, False),
-    (3, 3, 1, 2, True),
+    (3, 3, 1, 2, True), (3, 3, 0, 1, True), (5, 1, 2, 1, False),
 ]  # fmt: skip
 #: rows of whole vectors; outputs that have and have not; a rest; one channel; vectors of channels; one and three dimensions
-SHAPES = [(2, 3, 8, 16), (1, 2, 7, 12), (2, 3, 6, 9), (1, 1, 5, 8), (2, 8, 9, 7), (2, 3, 17), (1, 8, 5, 6, 8)]
+SHAPES = [(2, 3, 8, 16), (1, 2, 7, 12), (2, 3, 6, 9), (1, 1, 5, 8), (2, 8, 9, 7), (2, 3, 17), (1, 8, 16), (1, 8, 5, 6, 8)]
 
 
 def spread(window: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
@@ -103,6 +103,43 @@ def test_windows(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> 
             both(shape, spread(window, dims), layout)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last, stepped])
+@pytest.mark.parametrize("name", ["_FULL", "_FAR"])
+def test_strips_and_far_threads(name: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips as long as they get, with a rest; and numbers of threads that factors cannot divide"""
+    monkeypatch.setattr(gpu, name, 1 if name == "_FULL" else 160)
+    gpu._plan.cache_clear()
+    try:
+        for shape in ((1, 4, 19, 8), (2, 8, 5, 16), (1, 4, 5, 4, 8), (2, 13, 24)):
+            for window in (*WINDOWS[:3], *WINDOWS[-2:]):
+                both(shape, spread(window, len(shape) - 2), layout)
+    finally:
+        gpu._plan.cache_clear()
+
+
+def test_factors_divide() -> None:
+    """Numbers of 31 bits, as the kernels do it: by the factor, then 31 and the shift's places down"""
+    for size in (1, 2, 3, 7, 28, 55, 641, 65537, 2**30 - 1, 2**30 + 1, 2**31 - 1):
+        digit, factor, shift = gpu._digit(size, False)
+        assert digit == size
+        assert factor < 2**32
+        for number in (0, 1, size - 1, size, 2**31 // size * size - 1, 2**31 // size * size, 2**31 - 1):
+            if number < 2**31:
+                assert number * factor >> 31 >> shift == number // size
+
+
+def test_windows_of_one_pixel_in_a_dimension() -> None:
+    """Windows along rows only, in planes only, and pixels of depth that are windows of their own"""
+    for shape in ((2, 4, 6, 8), (1, 3, 3, 6, 7)):
+        for k, s, p in gpu.WINDOWS:
+            for flat in range(1, len(shape) - 2):
+                size, stride, padding = ([m] * flat + [v] * (len(shape) - 2 - flat) for m, v in ((1, k), (1, s), (0, p)))
+                for layout in (contiguous, channels_last):
+                    both(shape, (False, size, stride, padding, [1] * (len(shape) - 2), True), layout)
+    both((1, 4, 5, 6, 8), (False, [2, 3, 3], [1, 2, 2], [1, 1, 1], [1, 1, 1], False), contiguous)
+    both((1, 4, 40, 6, 8), (False, [30, 3, 3], [1, 2, 2], [1, 1, 1], [1, 1, 1], False), contiguous)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("size", [1, 2, 3, 11])
 def test_adaptive(size: int, layout: Callable[[Tensor], Tensor]) -> None:
@@ -120,6 +157,7 @@ def test_dtypes(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     for shape in shapes:
         both(shape, spread(WINDOWS[1], 2), layout, dtype)
         both(shape, spread((2, 1, 0, 1, False), 2), layout, dtype)
+    both((2, 7, 21, 13), (True, [1, 1], [], [], [], False), layout, dtype)  # a run that begins anywhere, with a rest
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -130,8 +168,8 @@ def test_nan_inf_and_ties(layout: Callable[[Tensor], Tensor]) -> None:
     for shape in ((2, 3, 9, 32), (2, 4, 6, 7), (1, 2, 4, 5, 8)):
         for some in (values, values[1:], values[2:4], values[4:6]):
             x = layout(some[torch.randint(len(some), shape, generator=generator)])
-            for window in WINDOWS[:5]:
-                many = spread(window, len(shape) - 2)
+            dims = len(shape) - 2
+            for many in (*(spread(window, dims) for window in WINDOWS[:5]), (True, [1] * dims, [], [], [], False)):
                 wanted = reference.max_pool_with_indices(x, *many)
                 found = run(ops.max_pool_with_indices, x.to(DEVICE), *many)
                 torch.testing.assert_close(tuple(t.cpu() for t in found), wanted, rtol=0, atol=0, equal_nan=True)
@@ -157,6 +195,14 @@ def test_large_windows() -> None:
     both((2, 3, 40, 36), (True, [1, 1], [], [], [], False), contiguous)
     both((1, 3, 40, 36), (True, [2, 1], [], [], [], False), contiguous)
     both((1, 3, 41, 35), (True, [2, 2], [], [], [], False), contiguous)
+    both((1, 3, 6, 41, 35), (True, [1, 1, 1], [], [], [], False), contiguous)
+    both((1, 3, 6, 41, 35), (True, [2, 1, 1], [], [], [], False), contiguous)
+    for c in (3, 4, 8, 32):  # 1, 2 and 8 vectors next to each other; parts of a warp, and a block
+        both((2, c, 40, 36), (True, [1, 1], [], [], [], False), channels_last)
+        both((2, c, 7, 5), (True, [1, 1], [], [], [], False), channels_last)
+    both((1, 3, 24, 35), (False, [5, 5], [6, 7], [2, 1], [2, 1], False), stepped)
+    both((1, 2, 7, 4, 6), (False, [3, 4, 6], [3, 4, 6], [0, 0, 0], [2, 1, 1], False), contiguous)
+    both((1, 3, 24, 35), (False, [5, 35], [6, 35], [2, 0], [2, 1], False), contiguous)
 
 
 def test_the_kernels_that_were_meant(launched: list[str]) -> None:
@@ -169,12 +215,10 @@ def test_the_kernels_that_were_meant(launched: list[str]) -> None:
     run(ops.max_pool, unaligned(x), *spread(WINDOWS[1], 2), False)
     run(ops.avg_pool, x, True, [1, 1], [], [], False, True, 0)
     assert launched == ["forward<float, 4, true, 3, 2, 1, MAX>", "forward<float, 4, false, 3, 2, 1, MAX>",
-                        "forward<float, 1, false, 0, 0, 0, MAX>", "reduce<float, AVERAGE>"]  # fmt: skip
+                        "forward<float, 1, false, 3, 2, 1, MAX>", "reduce<float, AVERAGE>"]  # fmt: skip
     plan = gpu._plan("forward", "MAX", x.device, x.dtype, True, 2, x.shape, x.stride(), (2, 8, 33, 160), x.stride(), x.stride(),
-                     False, (3, 3), (1, 1), (1, 1), (1, 1), 0, True)  # fmt: skip
-    assert plan.words[-4] > 1, "a strip of one row"
-    both((2, 8, 33, 160), spread(WINDOWS[2], 2), contiguous)
-    both((1, 8, 67, 40), spread(WINDOWS[1], 2), channels_last)
+                     False, False, (3, 3), (1, 1), (1, 1), (1, 1), 0, True)  # fmt: skip
+    assert plan.words[-6] > 1, "a strip of one row"
 
 
 def test_no_batch_and_empty() -> None:
