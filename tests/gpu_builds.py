@@ -82,8 +82,11 @@ BUILDS += [
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.
 BUILDS += [
     Build(softmax.softmax, (t(4096, 4096), -1)),
+    Build(softmax.softmax, (t(4096, 30522), -1), chips=("sm_90", "gfx942")),
+    Build(softmax.softmax_backward, (t(4096, 16384, dtype=F32), t(4096, 16384, dtype=F32), -1)),
     Build(softmax.softmax, (t(16, 128000), -1)),
     Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(softmax.cross_entropy, (t(8192, 50257), t(8192, dtype=I64), None, -100, "mean", 0.0), chips=("sm_90",)),
     Build(softmax.cross_entropy, (t(8, 1 << 20), t(8, 1 << 20), None, -100, "mean", 0.1), chips=("sm_90",), note=" in parts"),
     Build(
         softmax.cross_entropy_backward,
