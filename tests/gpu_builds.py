@@ -105,6 +105,8 @@ IMAGE = t(8, 64, 56, 56)
 ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
 BUILDS += [
     Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
+    Build(norm.layer_norm, (t(4096, 1000), t(1000), t(1000), [1000], 1e-5), chips=("sm_90",)),
+    Build(norm.add_layer_norm, (t(64, 32768), t(64, 32768), t(32768), t(32768), [32768], 1e-5)),
     Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
     Build(norm.add_layer_norm, (t(16, 131072), t(16, 131072), t(131072), t(131072), [131072], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),

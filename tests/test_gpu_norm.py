@@ -69,7 +69,7 @@ def backward_scale(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm], ids=lambda op: op.name)
 def test_rows(op: Any, dtype: torch.dtype) -> None:
-    for shape, dims in (((5, 37), 1), ((9, 3, 4, 5), 2), ((3, 1100), 1), ((1, 1), 1)):
+    for shape, dims in (((5, 37), 1), ((9, 3, 4, 5), 2), ((3, 1100), 1), ((5, 1000), 1), ((3, 200), 1), ((2, 8), 1), ((1, 1), 1)):
         rows_of(op, dtype, shape, dims)
 
 
@@ -82,8 +82,13 @@ def test_rows_in_any_layout(layout: str) -> None:
 def test_long_rows_are_taken_in_steps(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_WHOLE", 256)
     monkeypatch.setattr(kernels, "_BLOCK", 128)
-    monkeypatch.setattr(kernels, "_COLUMNS", (64, 4))
-    rows_of(op, torch.float32, (6, 300), 1)
+    for shape in ((6, 300), (21, 304)):
+        rows_of(op, torch.float32, shape, 1)
+
+
+@pytest.mark.parametrize("n", [40000, 50257])
+def test_rows_longer_than_a_program_keeps(n: int) -> None:
+    rows_of(ops.layer_norm, torch.bfloat16, (3, n), 1)
 
 
 def test_a_large_mean_leaves_the_variance() -> None:

@@ -27,6 +27,12 @@ from .engine.launch import power_of_two
 
 
 @triton.jit
+def _step(stride, UNIT: tl.constexpr):
+    """A stride that was given in units, so that the compiler knows that it is a multiple"""
+    return functions.wide(stride) * UNIT
+
+
+@triton.jit
 def _row_tile(x, residual, row, there, j, n, x_r, r_r):
     """(R, C) numbers of rows, or of a sum of rows, rounded as it is stored"""
     inside = there[:, None] & (j < n)[None, :]
@@ -61,13 +67,16 @@ def _row_stats(stats, rows, row, there, CENTRED: tl.constexpr):
 @triton.jit
 def norm_rows(
     y, total, stats, x, residual, weight, bias, rows, n, x_r, r_r, eps,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) / deviation · weight + bias; total = x + residual if there is one"""
+    n, x_r, r_r = n * UNIT, _step(x_r, UNIT), _step(r_r, UNIT)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
     j = tl.arange(0, C).to(tl.int64)
     v, inside = _row_tile(x, residual, row, there, j, n, x_r, r_r)
+    if total is not None:
+        tl.store(total + row[:, None] * n + j[None, :], v.to(total.dtype.element_ty), mask=inside)
     mean = tl.zeros((R,), tl.float32)
     if CENTRED:
         mean = tl.sum(v, 1) / n
@@ -78,9 +87,7 @@ def norm_rows(
         tl.store(stats + rows + row, rstd.to(tl.float64), mask=there)
     else:
         tl.store(stats + row, rstd.to(tl.float64), mask=there)
-    _store_normalised(y, (v - mean[:, None]) * rstd[:, None], weight, bias, row, j, n, inside)
-    if total is not None:
-        tl.store(total + row[:, None] * n + j[None, :], v.to(total.dtype.element_ty), mask=inside)
+    _store_normalised(y, d * rstd[:, None], weight, bias, row, j, n, inside)
 
 
 @triton.jit
@@ -106,14 +113,15 @@ def _store_gradient(y, r, more, row, j, n, m_r, inside):
 @triton.jit
 def norm_rows_backward(
     y, sums, g, x, weight, stats, more, rows, n, g_r, x_r, m_r, each,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, of `each` blocks of R rows; sums, (2, programs, n): those of weight and bias"""
+    n, g_r, x_r, m_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT), _step(m_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, C).to(tl.int64)
     by_weight = tl.zeros((R, C), tl.float32)
     by_bias = tl.zeros((R, C), tl.float32)
-    for block in tl.range(pid * each, (pid + 1) * each):
+    for block in tl.range(pid * each, (pid + 1) * each, num_stages=2):
         row = (block * R + tl.arange(0, R)).to(tl.int64)
         there = row < rows
         mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
@@ -131,8 +139,9 @@ def norm_rows_backward(
 
 
 @triton.jit
-def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr):
     """means, squares, (rows, parts), float64: of C numbers of a row the mean, or 0, and Σ (x - mean)² over their number"""
+    n, x_r = n * UNIT, _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     first = pid % parts * C
     j = first + tl.arange(0, C)
@@ -149,8 +158,11 @@ def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, C: tl.c
 
 
 @triton.jit
-def norm_blocks(y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def norm_blocks(
+    y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr
+):
     """norm_rows, where the statistics are known"""
+    n, x_r = n * UNIT, _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts + tl.arange(0, 1)
     j = pid % parts * C + tl.arange(0, C)
@@ -160,8 +172,11 @@ def norm_blocks(y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.cons
 
 
 @triton.jit
-def row_products(sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def row_products(
+    sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr
+):
     """sums, (2, rows, parts): Σ g · weight and Σ g · weight · the normalised x of C numbers of a row"""
+    n, g_r, x_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts + tl.arange(0, 1)
     j = pid % parts * C + tl.arange(0, C)
@@ -174,39 +189,29 @@ def row_products(sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: t
 
 @triton.jit
 def norm_blocks_backward(
-    y, g, x, weight, stats, ab, more, rows, n, g_r, x_r, m_r, parts, CENTRED: tl.constexpr, C: tl.constexpr,
+    y, by_column, g, x, weight, stats, ab, more, rows, n, g_r, x_r, m_r, each, parts,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, where the means of row_products' sums are known: ab, (2, rows)"""
+    """norm_rows_backward of C columns of `each` rows; ab, (2, rows): the means of row_products' sums"""
+    n, g_r, x_r, m_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT), _step(m_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // parts + tl.arange(0, 1)
-    j = pid % parts * C + tl.arange(0, C)
-    mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
-    _, gw, unit, inside = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
-    r = gw - unit * tl.load(ab + rows + row)[:, None]
-    if CENTRED:
-        r -= tl.load(ab + row)[:, None]
-    _store_gradient(y, rstd * r, more, row, j, n, m_r, inside)
-
-
-@triton.jit
-def column_sums(
-    sums, g, x, stats, rows, n, g_r, x_r, each, parts, CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """sums, (2, parts, n): the gradients of weight and bias by `each` blocks of R rows, for rows that do not fit"""
-    pid = tl.program_id(0).to(tl.int64)
-    j = pid // parts * C + tl.arange(0, C)
-    part = pid % parts
-    by_weight = tl.zeros((R, C), tl.float32)
-    by_bias = tl.zeros((R, C), tl.float32)
-    for block in tl.range(part * each, (part + 1) * each):
-        row = (block * R + tl.arange(0, R)).to(tl.int64)
-        there = row < rows
-        mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
-        vg, _, unit, _ = _gradient_tile(g, x, None, row, there, j, n, g_r, x_r, mean, rstd)
+    blocks = tl.cdiv(n, C)
+    part = pid // blocks
+    j = pid % blocks * C + tl.arange(0, C)
+    by_weight = tl.zeros((1, C), tl.float32)
+    by_bias = tl.zeros((1, C), tl.float32)
+    for at in tl.range(part * each, tl.minimum(rows, (part + 1) * each), num_stages=2):
+        row = at + tl.arange(0, 1).to(tl.int64)
+        mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
+        vg, gw, unit, inside = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
         by_weight += vg * unit
         by_bias += vg
-    tl.store(sums + part * n + j, tl.sum(by_weight, 0), mask=j < n)
-    tl.store(sums + (parts + part) * n + j, tl.sum(by_bias, 0), mask=j < n)
+        r = gw - unit * tl.load(ab + rows + row)[:, None]
+        if CENTRED:
+            r -= tl.load(ab + row)[:, None]
+        _store_gradient(y, rstd * r, more, row, j, n, m_r, inside)
+    tl.store(by_column + part * n + j, tl.sum(by_weight, 0), mask=j < n)
+    tl.store(by_column + (parts + part) * n + j, tl.sum(by_bias, 0), mask=j < n)
 
 
 # Lines: the kernels -------------------------------------------------------------------------------------------------------------
@@ -349,9 +354,8 @@ def lines_backward(
 
 # Rows: the host -----------------------------------------------------------------------------------------------------------------
 
-_WHOLE = 16384  # elements of a row, at most, that a program keeps; backward, which keeps two sums besides, half as many
+_WHOLE = 32768  # 16-bit elements of a row, at most, that a program keeps; backward, which keeps two sums besides, a quarter
 _BLOCK = 4096  # of a longer row that a program takes
-_COLUMNS = 64, 32  # columns and rows of a block of `column_sums`
 
 
 def _rows_of(t: Tensor, n: int) -> Tensor:
@@ -370,8 +374,13 @@ def _row_tile_of(n: int, rows: int) -> tuple[int, int]:
     return min(power_of_two(rows), max(1, 2048 // c)), c
 
 
-def _warps(elements: int) -> int:
-    return max(4, min(16, elements // 1024))
+def _warps(elements: int, device: torch.device) -> int:
+    return max(4, min(32 if launch.chip(device).nvidia else 16, elements // 1024))
+
+
+def _unit(*sizes: int) -> int:
+    """What the kernels call UNIT: lengths and strides that are all multiples of 8 are given in eighths"""
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
 
 
 def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -380,14 +389,16 @@ def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: 
     n = prod(shape)
     x = _rows_of(input, n)
     rows = x.shape[0]
-    if power_of_two(n) > _WHOLE:
+    more = None if residual is None else _rows_of(residual, n)
+    sizes = n, x.stride(0), 0 if more is None else more.stride(0)
+    unit = _unit(*sizes)
+    if power_of_two(n) > (_WHOLE if unit == 8 and x.itemsize == 2 else _WHOLE // 2):
         _norm_blocks(centred, out, x, residual, weight, bias, eps)
         return
-    more = None if residual is None else _rows_of(residual, n)
     r, c = _row_tile_of(n, rows)
     launch.run(norm_rows, -(-rows // r), input.device, out[0], out[1] if len(out) > 2 else None, out[-1], x, more, _flat(weight),
-               _flat(bias), rows, n, x.stride(0), 0 if more is None else more.stride(0), float(eps), CENTRED=centred, R=r, C=c,
-               num_warps=_warps(r * c))  # fmt: skip
+               _flat(bias), rows, *(size // unit for size in sizes), float(eps), CENTRED=centred, UNIT=unit, R=r, C=c,
+               num_warps=_warps(r * c, input.device))  # fmt: skip
 
 
 def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -398,14 +409,15 @@ def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Te
         x = torch.add(x, residual.reshape(rows, n), out=out[1].view(rows, n))
     parts, stats = -(-n // _BLOCK), out[-1]
     means, squares = torch.empty((2, rows, parts), dtype=torch.float64, device=x.device)
-    options = {"CENTRED": centred, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK)}
-    launch.run(row_moments, rows * parts, x.device, means, squares, x, n, x.stride(0), parts, **options)
+    unit = _unit(n, x.stride(0))
+    sizes = n // unit, x.stride(0) // unit, parts
+    options = {"CENTRED": centred, "UNIT": unit, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK, x.device)}
+    launch.run(row_moments, rows * parts, x.device, means, squares, x, *sizes, **options)
     mean, variance = found = means.new_empty(2, rows)
     _join(found, means, squares, n, _BLOCK)
     deviation = torch.rsqrt(variance + eps)
     stats.copy_((torch.stack([mean, deviation]) if centred else deviation).view(stats.shape))
-    launch.run(norm_blocks, rows * parts, x.device, out[0], x, _flat(weight), _flat(bias), stats, rows, n, x.stride(0), parts,
-               **options)  # fmt: skip
+    launch.run(norm_blocks, rows * parts, x.device, out[0], x, _flat(weight), _flat(bias), stats, rows, *sizes, **options)
 
 
 def _plain_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
@@ -421,31 +433,32 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
     rows = x.shape[0]
     extra = None if more is None else _rows_of(more, n)
     stats = stats.contiguous()
-    options = {"CENTRED": centred}
-    if power_of_two(n) <= _WHOLE // 2:
+    strides = [g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0)]
+    unit = _unit(n, *strides)
+    sizes = [size // unit for size in (n, *strides)]
+    options = {"CENTRED": centred, "UNIT": unit}
+    processors = launch.chip(input.device).processors
+    if power_of_two(n) <= _WHOLE // 4:
         r, c = _row_tile_of(n, rows)
         blocks = -(-rows // r)
-        each = -(-blocks // min(blocks, 2 * launch.chip(input.device).processors))
+        each = -(-blocks // min(blocks, (5 if r * c <= 2048 else 2) * processors))
         parts = -(-blocks // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
-        launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, n,
-                   g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), each, R=r, C=c, num_warps=_warps(r * c),
-                   **options)  # fmt: skip
+        launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, *sizes, each,
+                   R=r, C=c, num_warps=_warps(r * c, input.device), **options)  # fmt: skip
     else:
-        parts = -(-n // _BLOCK)
-        sums = torch.empty((2, rows, parts), dtype=torch.float32, device=input.device)
-        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK), **options}
-        launch.run(row_products, rows * parts, input.device, sums, g, x, _flat(weight), stats, rows, n, g.stride(0), x.stride(0),
-                   parts, **tile)  # fmt: skip
-        launch.run(norm_blocks_backward, rows * parts, input.device, out[0], g, x, _flat(weight), stats, sums.sum(2) / n, extra,
-                   rows, n, g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), parts, **tile)  # fmt: skip
-        columns, high = _COLUMNS
-        blocks = -(-rows // high)
-        each = -(-blocks // min(blocks, 16))
-        parts = -(-blocks // each)
+        blocks = -(-n // _BLOCK)
+        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK, input.device), **options}
+        products = torch.empty((2, rows, blocks), dtype=torch.float32, device=input.device)
+        launch.run(row_products, rows * blocks, input.device, products, g, x, _flat(weight), stats, rows, *sizes[:3], blocks,
+                   **tile)  # fmt: skip
+        tile["C"] = _BLOCK // 2
+        blocks = -(-n // tile["C"])
+        each = max(min(8, rows), -(-rows * blocks // (4 * processors)))
+        parts = -(-rows // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
-        launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0),
-                   each, parts, R=high, C=columns, num_warps=4, **options)  # fmt: skip
+        launch.run(norm_blocks_backward, parts * blocks, input.device, out[0], sums, g, x, _flat(weight), stats,
+                   products.sum(2) / n, extra, rows, *sizes, each, parts, **tile)  # fmt: skip
     out[1].view(2, n).copy_(sums.sum(1))
 
 
