@@ -112,6 +112,7 @@ BUILDS += [
     Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5), chips=("sm_90",)),
     Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
+    Build(norm.batch_norm, (t(64, 512, 7, 7), t(512), t(512), None, None, 1e-5), chips=("sm_90", "gfx942")),
     Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
     Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
     Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),

@@ -150,12 +150,30 @@ def test_group_norm(groups: int, layout: str) -> None:
             check(ops.group_norm_backward, g, x, weight, stats, groups, 1e-5, scale=scale)
 
 
-def test_few_lines_are_cut_into_parts() -> None:
-    """The stand-in chip has 3 processors: 2 channels of 16400 numbers become five parts each, of two blocks but the last."""
-    x, g = randn(2, 2, 8200, scale=3.0) + 2.0, randn(2, 2, 8200, seed=1)
-    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0), None])
+@pytest.mark.parametrize("far", [0.0, 300.0])
+def test_few_lines_are_cut_into_parts(far: float) -> None:
+    """The stand-in chip has 3 processors: 4 channels of 16400 numbers become five parts each, of two blocks but the last. Far:
+    the first numbers of each part, whose mean the others are compared with, are like no other."""
+    x, g = randn(2, 4, 8200, scale=3.0) + 2.0, randn(2, 4, 8200, seed=1)
+    x[0, :, :1900] += far
+    x[1, :, :1000] += far
+    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0 + far / 30), None])
     check(ops.batch_norm_backward, g, x, None, stats, True, 1e-5,
-          scale=lambda g, x, *_: [filled(x.shape, 4.0), sums_scale((2, 2), g, 16400)])  # fmt: skip
+          scale=lambda g, x, *_: [filled(x.shape, 4.0), sums_scale((4,), g, 16400).expand(2, 4)])  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+@pytest.mark.parametrize("groups", [0, 4])
+def test_images_of_any_size(groups: int, side: int) -> None:
+    """Of pixels that are a multiple of nothing, of 4 and of 8"""
+    x, g = randn(3, 8, side, side) + 5.0, randn(3, 8, side, side, seed=1)
+    w, b = randn(8, seed=2), randn(8, seed=3)
+    stats_of = (3, groups) if groups else (8,)
+    given = (groups,) if groups else (None, None)
+    forward, backward = (ops.group_norm, ops.group_norm_backward) if groups else (ops.batch_norm, ops.batch_norm_backward)
+    _, stats = check(forward, x, w, b, *given, 1e-5, scale=lambda x, w, b, *_: forward_scale(x, w, b, (2, *stats_of)))
+    check(backward, g, x, w, stats, groups or True, 1e-5,
+          scale=lambda g, x, w, *_: [filled(x.shape, _sizes(g, w) * 6), sums_scale((2, 8), g, x.numel())])  # fmt: skip
 
 
 # Embedding

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -218,40 +218,53 @@ def norm_blocks_backward(
 
 
 @triton.jit
-def _line_place(line, i, across, s_o, s_i, inner, t_o, t_i):
+def _elements(at, n, C: tl.constexpr):
+    """C elements of a line from `at` on, in 32 bits where n is: a division by 64 bits costs ten times one by 32"""
+    return (at + tl.arange(0, C)).to((tl.zeros((), tl.int32) + n).dtype)
+
+
+@triton.jit
+def _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT: tl.constexpr):
     """Where element i of a line is: line = outer · across + inner one, and i likewise; a stride for each"""
-    lines = (line // across * s_o + line % across * s_i)[:, None]
-    return lines + (i // inner * t_o + i % inner * t_i)[None, :]
+    lines = (line // across * _step(s_o, UNIT) + line % across * _step(s_i, UNIT))[:, None]
+    inner *= UNIT
+    return lines + ((i // inner).to(tl.int64) * _step(t_o, UNIT) + (i % inner).to(tl.int64) * t_i)[None, :]
 
 
 @triton.jit
 def moments(
     means, squares, x, lines, across, s_o, s_i, n, inner, t_o, t_i, part, parts,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """means, squares, (lines, parts), float64: of a part's n elements the mean and Σ (x - mean)² / n"""
+    """means, squares, (lines, parts), float64: of a part's n elements the mean and Σ (x - mean)² / n.
+
+    Each thread sums distances from the first block's mean: of k blocks, that costs at most k ulp of the variance.
+    """
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // parts * R + tl.arange(0, R)
     first = pid % parts * part
     last = tl.minimum(n, first + part)
-    count = tl.zeros((), tl.float64)
-    mean = tl.zeros((R,), tl.float64)
-    square = tl.zeros((R,), tl.float64)
-    for at in tl.range(first, last, C):
-        i = (at + tl.arange(0, C)).to(tl.int64)
-        inside = (line < lines)[:, None] & (i < last)[None, :]
-        v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i), mask=inside, other=0.0).to(tl.float32)
-        more = tl.minimum(C, last - at).to(tl.float32)
-        m = tl.sum(v, 1) / more
-        d = tl.where(inside, v - m[:, None], 0.0)
-        m = m.to(tl.float64) + (tl.sum(d, 1) / more).to(tl.float64)  # what the mean's rounding has left
-        all = count + more
-        apart = m - mean
-        mean += apart * (more / all)
-        square += tl.sum(d * d, 1).to(tl.float64) + apart * apart * (count * more / all)
-        count = all
-    tl.store(means + line * parts + pid % parts, mean, mask=line < lines)
-    tl.store(squares + line * parts + pid % parts, square / count, mask=line < lines)
+    there = (line < lines)[:, None]
+    i = _elements(first, n, C)
+    v = tl.load(
+        x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT), mask=there & (i < last)[None, :], other=0.0
+    )
+    shift = tl.sum(v.to(tl.float32), 1) / tl.minimum(C, last - first).to(tl.float32)
+    plain = tl.zeros((R, C), tl.float32)
+    square = tl.zeros((R, C), tl.float32)
+    for at in tl.range(first, last, C, num_stages=3):
+        i = _elements(at, n, C)
+        inside = there & (i < last)[None, :]
+        v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT), mask=inside, other=0.0)
+        d = tl.where(inside, v.to(tl.float32) - shift[:, None], 0.0)
+        plain += d
+        square += d * d
+    count = (last - first).to(tl.float64)
+    apart = tl.sum(plain, 1).to(tl.float64) / count
+    variance = tl.sum(square, 1).to(tl.float64) / count - apart * apart
+    tl.store(means + line * parts + pid % parts, shift.to(tl.float64) + apart, mask=line < lines)
+    tl.store(squares + line * parts + pid % parts, tl.where(variance < 0.0, 0.0, variance), mask=line < lines)
 
 
 @triton.jit
@@ -283,31 +296,33 @@ def _line_stats(stats, groups, line, there, per, eps):
 def normalise_lines(
     y, x, weight, bias, stats, groups, per, channels, eps,
     lines, across, y_o, y_i, x_o, x_i, n, inner, yt_o, yt_i, xt_o, xt_i, blocks,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) / deviation · weight + bias, for a block of a line; a line's channel is line % channels"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // blocks * R + tl.arange(0, R)
-    i = pid % blocks * C + tl.arange(0, C)
+    i = _elements(pid % blocks * C, n, C)
     there = line < lines
     inside = there[:, None] & (i < n)[None, :]
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
-    v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
     r = (v - high - low) * rstd
     if weight is not None:
         r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
         r += tl.load(bias + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), r.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i, UNIT), r.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def line_products(
     sums, g, x, stats, groups, per, eps,
     lines, across, g_o, g_i, x_o, x_i, n, inner, gt_o, gt_i, xt_o, xt_i, part, parts,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """sums, (2, lines, parts): Σ g and Σ g · the normalised x of each part"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // parts * R + tl.arange(0, R)
     first = pid % parts * part
@@ -316,11 +331,11 @@ def line_products(
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
     plain = tl.zeros((R, C), tl.float32)
     product = tl.zeros((R, C), tl.float32)
-    for at in tl.range(first, last, C):
-        i = (at + tl.arange(0, C)).to(tl.int64)
+    for at in tl.range(first, last, C, num_stages=2):
+        i = _elements(at, n, C)
         inside = there[:, None] & (i < last)[None, :]
-        vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
         plain += vg
         product += tl.where(inside, vg * ((v - high - low) * rstd), 0.0)
     to = sums + line * parts + pid % parts
@@ -332,24 +347,25 @@ def line_products(
 def lines_backward(
     y, g, x, weight, stats, a, b, groups, per, channels, eps,
     lines, across, y_o, y_i, g_o, g_i, x_o, x_i, n, inner, yt_o, yt_i, gt_o, gt_i, xt_o, xt_i, blocks,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (g · weight - a - b · the normalised x) / deviation; without a and b the moments were given"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // blocks * R + tl.arange(0, R)
-    i = pid % blocks * C + tl.arange(0, C)
+    i = _elements(pid % blocks * C, n, C)
     there = line < lines
     inside = there[:, None] & (i < n)[None, :]
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
-    r = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
         r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
     if a is not None:
-        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
         va = tl.load(a + line // per, mask=there, other=0.0)[:, None]
         vb = tl.load(b + line // per, mask=there, other=0.0)[:, None]
         r -= va + vb * ((v - high - low) * rstd)
-    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), (r * rstd).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i, UNIT), (r * rstd).to(y.dtype.element_ty), mask=inside)
 
 
 # Rows: the host -----------------------------------------------------------------------------------------------------------------
@@ -483,9 +499,23 @@ class Lines(NamedTuple):
         c = power_of_two(self.n, 16, 2048)
         return min(2048 // c, power_of_two(self.number)), c
 
+    @property
+    def unit(self) -> int:
+        """What the kernels call UNIT: sizes and strides are multiples of it where elements lie side by side"""
+        if any(t_i != 1 for _, t_i in self.elements):
+            return 1
+        return gcd(8, self.n, self.inner, *(s for pair in self.lines for s in pair), *(t_o for t_o, _ in self.elements))
+
+    def given(self) -> tuple[list[int], list[int]]:
+        """As kernels take them: (number of lines, across, strides of lines), (elements, inner, strides of elements)"""
+        unit = self.unit
+        lines = [s // unit for pair in self.lines for s in pair]
+        elements = [step for t_o, t_i in self.elements for step in (t_o // unit, t_i)]
+        return [self.number, self.across, *lines], [self.n // unit, self.inner // unit, *elements]
+
     def parts(self, r: int, c: int, device: torch.device) -> tuple[int, int]:
-        """(elements of a part, parts of a line) so that every processor has some"""
-        wanted = max(1, 4 * launch.chip(device).processors // -(-self.number // r))
+        """(elements of a part, parts of a line) so that every processor has several"""
+        wanted = max(1, 8 * launch.chip(device).processors // -(-self.number // r))
         part = -(-self.n // min(wanted, 256, -(-self.n // c)) // c) * c or c
         part = max(part, c)
         return part, -(-self.n // part)
@@ -520,8 +550,9 @@ def _moments(stats: Tensor, x: Tensor, lines: Lines) -> None:
     part, parts = lines.parts(r, c, x.device)
     flat = stats.view(2, -1)
     means, squares = flat if parts == 1 else torch.empty((2, lines.number, parts), dtype=torch.float64, device=x.device)
-    launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, lines.number, lines.across, *lines.lines[0],
-               lines.n, lines.inner, *lines.elements[0], part, parts, R=r, C=c, num_warps=4)  # fmt: skip
+    of_lines, of_elements = lines.given()
+    launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, *of_lines, *of_elements, part, parts,
+               UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
     if parts > 1:
         _join(stats, means, squares, lines.n, part)
 
@@ -535,10 +566,6 @@ def _join(stats: Tensor, means: Tensor, squares: Tensor, n: int, part: int) -> N
                num_warps=4)  # fmt: skip
 
 
-def _all(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [step for pair in pairs for step in pair]
-
-
 def _normalise(y: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, groups: int,
                eps: float) -> None:
     """groups: of an image; 0: a channel's numbers in the whole batch belong together"""
@@ -547,9 +574,10 @@ def _normalise(y: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | N
     r, c = lines.tile()
     blocks = -(-lines.n // c)
     channels = input.shape[1]
+    of_lines, of_elements = lines.given()
     launch.run(normalise_lines, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), _flat(bias), stats,
-               stats[0].numel(), channels // groups if groups else 1, channels, float(eps), lines.number, lines.across,
-               *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+               stats[0].numel(), channels // groups if groups else 1, channels, float(eps), *of_lines, *of_elements, blocks,
+               UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
 
 
 def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, groups: int,
@@ -562,9 +590,9 @@ def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tens
     channels = input.shape[1]
     of_group = (stats[0].numel(), channels // groups if groups else 1)
     products = torch.empty((2, lines.number, parts), dtype=torch.float32, device=y.device)
+    of_lines, of_elements = lines.given()
     launch.run(line_products, -(-lines.number // r) * parts, y.device, products, *tensors, stats, *of_group, float(eps),
-               lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), part, parts,
-               R=r, C=c, num_warps=4)  # fmt: skip
+               *of_lines, *of_elements, part, parts, UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
     sums.view(2, -1).copy_(products.sum(2, dtype=torch.float64))
     a = b = None
     if training:
@@ -576,9 +604,9 @@ def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tens
     lines = _channel_lines(tensors, groups > 0)
     r, c = lines.tile()
     blocks = -(-lines.n // c)
+    of_lines, of_elements = lines.given()
     launch.run(lines_backward, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), stats, a, b, *of_group,
-               channels, float(eps), lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner,
-               *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+               channels, float(eps), *of_lines, *of_elements, blocks, UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
 
 
 # The operators ------------------------------------------------------------------------------------------------------------------
