@@ -8,10 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
+from fastnn.kernels.gpu import embedding
 from fastnn.kernels.gpu import norm as kernels
 from fastnn.ops import embedding as tables
 from fastnn.ops import norm as ops
-from gpu import DEVICE, check, filled, run
+from gpu import DEVICE, check, filled, run, watched
 from rule import LAYOUTS, randn
 
 pytestmark = [
@@ -191,6 +192,18 @@ def test_embedding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for padding, by_frequency in ((-1, False), (2, False), (2, True)):
             check(tables.embedding_backward, g, indices.to(torch.int32), 9, padding, by_frequency,
                   scale=lambda g, *_, w=width: [filled((9, w), float(g.abs().max()) * 2)])  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [-1, 3])
+def test_a_frequent_row_is_summed_in_chunks(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "_CHUNK", 8)
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
+    indices = torch.tensor([3] * 50 + [0, 5] * 9 + [4] * 8 + [3] * 13 + [6])
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(1))]
+    for by_frequency in (False, True):
+        check(tables.embedding_backward, randn(len(indices), 37), indices, 8, padding, by_frequency,
+              scale=lambda g, *_: [filled((8, 37), float(g.abs().max()) * 8)])  # fmt: skip
+    assert "scatter_chunks" in launched
 
 
 def test_the_padding_row_has_no_gradient_and_wrong_indices_give_nan() -> None:
