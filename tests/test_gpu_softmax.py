@@ -248,3 +248,20 @@ def test_linear_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
             check(ops.linear_cross_entropy, *rest, reduction, smoothing, True, scale=scale)
         grad = randn(21, dtype=dtype, seed=8)
         check(ops.linear_cross_entropy_backward, grad, *rest, "none", smoothing, scale=lambda g, *args: scale(*args)[2:])
+
+
+@pytest.mark.parametrize(("classes", "rows", "sizes"), [(131072, 8192, [4096, 4096]), (32000, 8192, [4096, 4096]),
+                                                        (1000, 100000, [100000]), (1 << 20, 1024, [512, 512])])  # fmt: skip
+def test_chunks_are_long_enough_for_the_weights_gradient(
+    classes: int, rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    nothing: Any = lambda *args: None  # noqa: E731
+    steps = kernels._STEPS._replace(
+        linear=lambda y, *_: seen.append(len(y)), matmul=nothing, add_product=nothing, cross_entropy=nothing,
+        cross_entropy_backward=nothing,
+    )  # fmt: skip
+    x, w = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, classes))
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    linear_loss._run(steps, None, [x, w.float(), w], None, x, w, None, target, None, -100, 0.0)
+    assert seen == sizes
