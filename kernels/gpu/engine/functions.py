@@ -208,6 +208,11 @@ def mix(h):
 @triton.jit
 def random_bits(index, seed_low, seed_key):
     """32 random bits for each int64 index. `seed_low`: the seed's low 32 bits; `seed_key`: mix(its high ones + 0x9E3779B9)."""
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    key = mix(seed_low.to(tl.uint32) ^ mix(high))
+    return random_bits_near(index.to(tl.uint32), index >> 32, seed_low, seed_key)
+
+
+@triton.jit
+def random_bits_near(low, high, seed_low, seed_key):
+    """The same of an index in two halves: where the high one is the same for all, it is hashed once."""
+    key = mix(seed_low.to(tl.uint32) ^ mix(high.to(tl.uint32)))
     return mix(mix(low + key) ^ seed_key.to(tl.uint32))
