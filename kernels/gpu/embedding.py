@@ -76,7 +76,8 @@ def scatter(
     head = tl.minimum(whole * CHUNK, last)
     tail = tl.maximum(head, tl.minimum(end * CHUNK, last))
     sums = _sum_of_rows(g, places, first, head, j, n, g_r, g_n, T, C)
-    sums += _sum_of_rows(chunks, None, whole, end, j, n, n, 1, T, C)
+    if chunks is not None:
+        sums += _sum_of_rows(chunks, None, whole, end, j, n, n, 1, T, C)
     sums += _sum_of_rows(g, places, tail, last, j, n, g_r, g_n, T, C)
     if BY_FREQUENCY:
         sums /= tl.maximum(last - first, 1).to(tl.float32)
@@ -114,9 +115,11 @@ def embedding_backward(out: Tensor, grad: Tensor, indices: Tensor, rows: int, pa
     c = power_of_two(n, most=1024)
     across = -(-n // c)
     options = {"CHUNK": _CHUNK, "T": max(4, min(32, 2048 // c)), "C": c, "num_warps": 4}
-    chunks = torch.empty((len(places) // _CHUNK, n), dtype=torch.float32, device=out.device)
-    launch.run(scatter_chunks, len(chunks) * across, out.device, chunks, g, numbers, places, n, *g.stride(), padding_idx, across,
-               **options)  # fmt: skip
+    chunks = None
+    if number := len(places) // _CHUNK:
+        chunks = torch.empty((number, n), dtype=torch.float32, device=out.device)
+        launch.run(scatter_chunks, number * across, out.device, chunks, g, numbers, places, n, *g.stride(), padding_idx, across,
+                   **options)  # fmt: skip
     launch.run(scatter, rows * across, out.device, out, g, chunks, places, bounds, n, *g.stride(), padding_idx, across,
                BY_FREQUENCY=scale_grad_by_freq, **options)  # fmt: skip
 
