@@ -525,7 +525,8 @@ def _softmax(op: str, out: Tensor, x: Tensor, g: Tensor | None, dim: int) -> Non
     sizes, (y_steps, x_steps, *more) = lines.given()
     g_steps = more[0] if more else [0, 0, 0]
     n, r, options = lines.n, lines.beside, {"OP": op, "UNIT": lines.unit}
-    if power_of_two(n) * r <= (_WHOLE if g is None else _WHOLE // 2):
+    roomy = g is None and (x.itemsize == 2 or lines.unit)  # in registers, which edges take some of
+    if power_of_two(n) * r <= (_WHOLE if roomy else _WHOLE // 2):
         c = power_of_two(n)
         r = max(r, min(power_of_two(lines.number), 2048 // c))
         launch.run(softmax_lines, -(-lines.number // r), out.device, target, x, g, *sizes, *y_steps, *x_steps, *g_steps,
