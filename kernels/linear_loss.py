@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 _LEAST = 64  # rows of a chunk, at least
+_ENOUGH = 4096, 256 << 20  # rows, and bytes: no chunk has more of both, as long ones cost memory and gain nothing
 
 
 class Steps(NamedTuple):
-    """What a backend does it with: host functions of its kernels, and the bytes of a chunk's logits."""
+    """What a backend does it with: host functions of its kernels, and the bytes of a chunk's logits, at most."""
 
     linear: Callable[..., None]
     matmul: Callable[..., None]
@@ -33,7 +34,8 @@ def _run(steps: Steps, each: Tensor | None, grads: Sequence[Tensor], factor: Ten
          bias: Tensor | None, target: Tensor, class_weight: Tensor | None, ignore_index: int, smoothing: float) -> None:
     """Each row's loss, and the gradients of factor · loss, summed over rows, by input, weight and bias, unless grads is empty."""
     rows, classes = len(input), len(weight)
-    number = -(-rows * classes * input.itemsize // steps.chunk)
+    row = classes * input.itemsize
+    number = -(-rows * row // min(steps.chunk, max(_ENOUGH[0] * row, _ENOUGH[1])))
     size = min(rows, max(_LEAST, -(-rows // number // _LEAST) * _LEAST))
     room, one = input.new_empty(size, classes), input.new_ones(())
     other = room if steps.in_place or not grads else torch.empty_like(room)

@@ -82,8 +82,11 @@ BUILDS += [
 # Softmax and losses: whole rows, lines that are cut; the losses of a language model.
 BUILDS += [
     Build(softmax.softmax, (t(4096, 4096), -1)),
+    Build(softmax.softmax, (t(4096, 30522), -1), chips=("sm_90", "gfx942")),
+    Build(softmax.softmax_backward, (t(4096, 16384, dtype=F32), t(4096, 16384, dtype=F32), -1)),
     Build(softmax.softmax, (t(16, 128000), -1)),
     Build(softmax.cross_entropy, (t(8192, 32000), t(8192, dtype=I64), None, -100, "mean", 0.0)),
+    Build(softmax.cross_entropy, (t(8192, 50257), t(8192, dtype=I64), None, -100, "mean", 0.0), chips=("sm_90",)),
     Build(softmax.cross_entropy, (t(8, 1 << 20), t(8, 1 << 20), None, -100, "mean", 0.1), chips=("sm_90",), note=" in parts"),
     Build(
         softmax.cross_entropy_backward,
@@ -102,11 +105,14 @@ IMAGE = t(8, 64, 56, 56)
 ACROSS = IMAGE.contiguous(memory_format=torch.channels_last)
 BUILDS += [
     Build(norm.add_layer_norm, (t(4096, 1024), t(4096, 1024), t(1024), t(1024), [1024], 1e-5)),
+    Build(norm.layer_norm, (t(4096, 1000), t(1000), t(1000), [1000], 1e-5), chips=("sm_90",)),
+    Build(norm.add_layer_norm, (t(64, 32768), t(64, 32768), t(32768), t(32768), [32768], 1e-5)),
     Build(norm.layer_norm_backward, (t(4096, 1024), t(4096, 1024), t(1024), t(2, 4096, dtype=F64), t(4096, 1024), [1024], 1e-5)),
     Build(norm.add_layer_norm, (t(16, 131072), t(16, 131072), t(131072), t(131072), [131072], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 16384), t(64, 16384), t(16384), t(1, 64, dtype=F64), t(64, 16384), [16384], 1e-5)),
     Build(norm.rms_norm_backward, (t(64, 8192), t(64, 8192), t(8192), t(1, 64, dtype=F64), None, [8192], 1e-5), chips=("sm_90",)),
     Build(norm.batch_norm, (IMAGE, t(64), t(64), None, None, 1e-5)),
+    Build(norm.batch_norm, (t(64, 512, 7, 7), t(512), t(512), None, None, 1e-5), chips=("sm_90", "gfx942")),
     Build(norm.batch_norm_backward, (ACROSS, ACROSS, t(64), t(2, 64, dtype=F64), True, 1e-5), note=" channels last"),
     Build(norm.group_norm, (ACROSS, t(64), t(64), 32, 1e-5), note=" channels last"),
     Build(embedding.embedding, (t(32000, 768), t(8, 512, dtype=I64), -1, False)),

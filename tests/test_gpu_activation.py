@@ -8,13 +8,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
+import triton
+import triton.language as tl
+
 from fastnn.kernels.cpu.engine.activation_codes import PARAMETERS
 from fastnn.kernels.gpu import activation as kernels
+from fastnn.kernels.gpu.engine import functions
 from fastnn.kernels.gpu.engine.launch import signed
 from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import activation as reference
 from fastnn.ops import activation as ops
-from gpu import DEVICE, DTYPES, check, run
+from gpu import DEVICE, DTYPES, HERE, _mend_interpreter, check, run
 from rule import LAYOUTS, randn
 from test_activation import NUMBERS, SPECIAL
 
@@ -32,6 +36,22 @@ def exact(x: Tensor, name: str, params: Any) -> Tensor:
     if name == "gelu_tanh":
         return x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     return reference.activation(x, name, params)
+
+
+@triton.jit
+def exponentials(y: Any, x: Any, n: tl.constexpr) -> None:
+    i = tl.arange(0, n)
+    tl.store(y + i, functions.exp(tl.load(x + i)))
+
+
+def test_exp_to_the_end_of_its_range() -> None:
+    if not HERE:
+        _mend_interpreter()
+    inf = float("inf")
+    x = torch.cat([torch.linspace(-87.3, 88.72, 1016), torch.tensor([88.73, 95.0, 99.9, 101.0, -104.0, inf, -inf, float("nan")])])
+    y = torch.empty_like(x, device=DEVICE)
+    exponentials[(1,)](y, x.to(DEVICE), 1024)
+    torch.testing.assert_close(y.cpu(), x.double().exp().float(), rtol=3e-7, atol=1e-38, equal_nan=True)
 
 
 def lies(layout: str, t: Tensor) -> Tensor:

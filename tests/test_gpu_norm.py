@@ -8,10 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
+from fastnn.kernels.gpu import embedding
 from fastnn.kernels.gpu import norm as kernels
 from fastnn.ops import embedding as tables
 from fastnn.ops import norm as ops
-from gpu import DEVICE, check, filled, run
+from gpu import DEVICE, check, filled, run, watched
 from rule import LAYOUTS, randn
 
 pytestmark = [
@@ -69,7 +70,7 @@ def backward_scale(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm], ids=lambda op: op.name)
 def test_rows(op: Any, dtype: torch.dtype) -> None:
-    for shape, dims in (((5, 37), 1), ((9, 3, 4, 5), 2), ((3, 1100), 1), ((1, 1), 1)):
+    for shape, dims in (((5, 37), 1), ((9, 3, 4, 5), 2), ((3, 1100), 1), ((5, 1000), 1), ((3, 200), 1), ((2, 8), 1), ((1, 1), 1)):
         rows_of(op, dtype, shape, dims)
 
 
@@ -82,8 +83,13 @@ def test_rows_in_any_layout(layout: str) -> None:
 def test_long_rows_are_taken_in_steps(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_WHOLE", 256)
     monkeypatch.setattr(kernels, "_BLOCK", 128)
-    monkeypatch.setattr(kernels, "_COLUMNS", (64, 4))
-    rows_of(op, torch.float32, (6, 300), 1)
+    for shape in ((6, 300), (21, 304)):
+        rows_of(op, torch.float32, shape, 1)
+
+
+@pytest.mark.parametrize("n", [40000, 50257])
+def test_rows_longer_than_a_program_keeps(n: int) -> None:
+    rows_of(ops.layer_norm, torch.bfloat16, (3, n), 1)
 
 
 def test_a_large_mean_leaves_the_variance() -> None:
@@ -145,12 +151,30 @@ def test_group_norm(groups: int, layout: str) -> None:
             check(ops.group_norm_backward, g, x, weight, stats, groups, 1e-5, scale=scale)
 
 
-def test_few_lines_are_cut_into_parts() -> None:
-    """The stand-in chip has 3 processors: 2 channels of 16400 numbers become five parts each, of two blocks but the last."""
-    x, g = randn(2, 2, 8200, scale=3.0) + 2.0, randn(2, 2, 8200, seed=1)
-    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0), None])
+@pytest.mark.parametrize("far", [0.0, 300.0])
+def test_few_lines_are_cut_into_parts(far: float) -> None:
+    """The stand-in chip has 3 processors: 4 channels of 16400 numbers become five parts each, of two blocks but the last. Far:
+    the first numbers of each part, whose mean the others are compared with, are like no other."""
+    x, g = randn(2, 4, 8200, scale=3.0) + 2.0, randn(2, 4, 8200, seed=1)
+    x[0, :, :1900] += far
+    x[1, :, :1000] += far
+    _, stats = check(ops.batch_norm, x, None, None, None, None, 1e-5, scale=lambda x, *_: [filled(x.shape, 4.0 + far / 30), None])
     check(ops.batch_norm_backward, g, x, None, stats, True, 1e-5,
-          scale=lambda g, x, *_: [filled(x.shape, 4.0), sums_scale((2, 2), g, 16400)])  # fmt: skip
+          scale=lambda g, x, *_: [filled(x.shape, 4.0), sums_scale((4,), g, 16400).expand(2, 4)])  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+@pytest.mark.parametrize("groups", [0, 4])
+def test_images_of_any_size(groups: int, side: int) -> None:
+    """Of pixels that are a multiple of nothing, of 4 and of 8"""
+    x, g = randn(3, 8, side, side) + 5.0, randn(3, 8, side, side, seed=1)
+    w, b = randn(8, seed=2), randn(8, seed=3)
+    stats_of = (3, groups) if groups else (8,)
+    given = (groups,) if groups else (None, None)
+    forward, backward = (ops.group_norm, ops.group_norm_backward) if groups else (ops.batch_norm, ops.batch_norm_backward)
+    _, stats = check(forward, x, w, b, *given, 1e-5, scale=lambda x, w, b, *_: forward_scale(x, w, b, (2, *stats_of)))
+    check(backward, g, x, w, stats, groups or True, 1e-5,
+          scale=lambda g, x, w, *_: [filled(x.shape, _sizes(g, w) * 6), sums_scale((2, 8), g, x.numel())])  # fmt: skip
 
 
 # Embedding
@@ -168,6 +192,18 @@ def test_embedding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for padding, by_frequency in ((-1, False), (2, False), (2, True)):
             check(tables.embedding_backward, g, indices.to(torch.int32), 9, padding, by_frequency,
                   scale=lambda g, *_, w=width: [filled((9, w), float(g.abs().max()) * 2)])  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [-1, 3])
+def test_a_frequent_row_is_summed_in_chunks(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "_CHUNK", 8)
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
+    indices = torch.tensor([3] * 50 + [0, 5] * 9 + [4] * 8 + [3] * 13 + [6])
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(1))]
+    for by_frequency in (False, True):
+        check(tables.embedding_backward, randn(len(indices), 37), indices, 8, padding, by_frequency,
+              scale=lambda g, *_: [filled((8, 37), float(g.abs().max()) * 8)])  # fmt: skip
+    assert "scatter_chunks" in launched
 
 
 def test_the_padding_row_has_no_gradient_and_wrong_indices_give_nan() -> None:

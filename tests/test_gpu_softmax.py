@@ -60,6 +60,40 @@ def test_long_lines_are_cut(pair: Any, shape: tuple[int, ...], monkeypatch: pyte
     check(backward, g, y, 1, scale=backward_scale)
 
 
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(200, torch.float32), (301, torch.bfloat16), (301, torch.float32), (1000, torch.float16)], ids=str
+)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: p[0].name)
+def test_lines_that_begin_anywhere(pair: Any, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiples of 8 and odd lengths, whole and in parts: each line's maximum in its head, its tail or between"""
+    forward, backward = pair
+    x, g = randn(9, n, dtype=dtype, scale=4.0), randn(9, n, dtype=dtype, seed=1)
+    for row in range(9):
+        x[row, (0, -1, 3, 150)[row % 4]] = 30.0
+    for whole in (1 << 15, 64):
+        monkeypatch.setattr(kernels, "_WHOLE", whole)
+        monkeypatch.setattr(kernels, "_STEP", 128 if n < 1000 else 512)
+        y = check(forward, x, 1, scale=(lambda x, dim: [x.abs()]) if forward is ops.log_softmax else None)
+        check(backward, g, y, 1, scale=backward_scale)
+
+
+@pytest.mark.parametrize(("n", "unit"), [(4096, 8), (1000, 8), (301, 0), (50257, 0), (37, 1)])
+def test_what_is_known_of_addresses(n: int, unit: int) -> None:
+    x = torch.empty(6, n, device="meta")
+    assert kernels._lines(-1, [x, x])[0].unit == unit
+    assert kernels._lines(0, [x.mT, x.mT])[0].unit == unit
+    assert kernels._lines(0, [x, x])[0].unit == 1
+    other = torch.empty(6, n + 3, device="meta")[:, :n]
+    assert kernels._lines(-1, [x, other])[0].unit == 1
+
+
+@pytest.mark.parametrize("n", [40000, 70001])
+def test_long_lines(n: int) -> None:
+    x, g = randn(2, n, dtype=torch.bfloat16, scale=4.0), randn(2, n, dtype=torch.bfloat16, seed=1)
+    y = check(ops.softmax, x, -1)
+    check(ops.softmax_backward, g, y, -1, scale=backward_scale)
+
+
 @pytest.mark.parametrize("whole", [64, 1 << 14])
 def test_special_values(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_WHOLE", whole)
@@ -175,6 +209,21 @@ def test_losses_of_many_classes_are_taken_in_steps(whole: int, monkeypatch: pyte
     assert ("line_sums" in launched) == (whole == 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "whole"), [(1000, 1 << 14), (301, 1 << 14), (301, 64), (50257, 1 << 16)])
+def test_losses_of_lines_that_begin_anywhere(n: int, whole: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    rows = 9 if n < 10000 else 2
+    x, target, p, weight = losses_of(dtype, (rows, n))
+    target[:] = torch.tensor([0, n - 1, 2, -100, n // 2, 1, n - 2, n - 3, 5])[:rows]
+    for q, smoothing in ((target, 0.0), (target, 0.2), (p, 0.1)):
+        rest = (-100, "none", smoothing)
+        _, lse = check(ops.cross_entropy, x, q, weight, *rest, scale=lambda *_: [filled((rows,), 30.0), filled((2, rows), 30.0)])
+        g = randn(rows, dtype=dtype, seed=8)
+        check(ops.cross_entropy_backward, g, x, q, weight, lse, *rest, scale=lambda *_: [filled((rows, n), 10.0)])
+    check(ops.nll_loss_backward, g, x, target, weight, -100, "none")
+
+
 # A linear layer and its cross-entropy
 
 
@@ -199,3 +248,20 @@ def test_linear_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
             check(ops.linear_cross_entropy, *rest, reduction, smoothing, True, scale=scale)
         grad = randn(21, dtype=dtype, seed=8)
         check(ops.linear_cross_entropy_backward, grad, *rest, "none", smoothing, scale=lambda g, *args: scale(*args)[2:])
+
+
+@pytest.mark.parametrize(("classes", "rows", "sizes"), [(131072, 8192, [4096, 4096]), (32000, 8192, [4096, 4096]),
+                                                        (1000, 100000, [100000]), (1 << 20, 1024, [512, 512])])  # fmt: skip
+def test_chunks_are_long_enough_for_the_weights_gradient(
+    classes: int, rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    nothing: Any = lambda *args: None  # noqa: E731
+    steps = kernels._STEPS._replace(
+        linear=lambda y, *_: seen.append(len(y)), matmul=nothing, add_product=nothing, cross_entropy=nothing,
+        cross_entropy_backward=nothing,
+    )  # fmt: skip
+    x, w = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, classes))
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    linear_loss._run(steps, None, [x, w.float(), w], None, x, w, None, target, None, -100, 0.0)
+    assert seen == sizes

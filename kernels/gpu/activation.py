@@ -70,8 +70,12 @@ def elementwise(
     elif OP == "glu_backward":  # grad, value, gate
         vy = va * functions.sigmoid(vc)
         vz = va * vb * functions.sigmoid_slope(vc)
-    elif OP == "dropout":
-        bits = functions.random_bits(o * io + r * ir + j * step, k0, k1)
+    elif OP == "dropout" or OP == "dropout_near":
+        if OP == "dropout":
+            bits = functions.random_bits(o * io + r * ir + j * step, k0, k1)
+        else:  # all indices are of 32 bits
+            low = (o * io + r * ir).to(tl.uint32) + (j * step).to(tl.uint32)
+            bits = functions.random_bits_near(low, pid * 0, k0, k1)
         vy = tl.where(bits < k2.to(tl.uint32), 0.0, va * p0)
     elif OP == "mse_loss":
         vy = (va - vb) * (va - vb)
@@ -191,7 +195,8 @@ def dropout(out: Tensor, input: Tensor, p: float, seed: int) -> None:
         dims = merged(out.shape, [out.stride(), input.stride(), order])
     index = [0] * (3 - len(dims)) + [steps[2] for _, steps in dims]
     keys = [signed(k) for k in (*dropout_keys(seed), threshold)]
-    _run("dropout", None, dims, (out,), (input,), index, (1.0 / (1.0 - p), 0.0), keys)
+    op = "dropout_near" if out.numel() <= 1 << 32 else "dropout"
+    _run(op, None, dims, (out,), (input,), index, (1.0 / (1.0 - p), 0.0), keys)
 
 
 def supports(op: str, *args: Any) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,12 @@ from .engine import functions, launch
 from .engine.launch import power_of_two
 
 # Rows: the kernels --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _step(stride, UNIT: tl.constexpr):
+    """A stride that was given in units, so that the compiler knows that it is a multiple"""
+    return functions.wide(stride) * UNIT
 
 
 @triton.jit
@@ -61,13 +67,16 @@ def _row_stats(stats, rows, row, there, CENTRED: tl.constexpr):
 @triton.jit
 def norm_rows(
     y, total, stats, x, residual, weight, bias, rows, n, x_r, r_r, eps,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) / deviation · weight + bias; total = x + residual if there is one"""
+    n, x_r, r_r = n * UNIT, _step(x_r, UNIT), _step(r_r, UNIT)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
     j = tl.arange(0, C).to(tl.int64)
     v, inside = _row_tile(x, residual, row, there, j, n, x_r, r_r)
+    if total is not None:
+        tl.store(total + row[:, None] * n + j[None, :], v.to(total.dtype.element_ty), mask=inside)
     mean = tl.zeros((R,), tl.float32)
     if CENTRED:
         mean = tl.sum(v, 1) / n
@@ -78,9 +87,7 @@ def norm_rows(
         tl.store(stats + rows + row, rstd.to(tl.float64), mask=there)
     else:
         tl.store(stats + row, rstd.to(tl.float64), mask=there)
-    _store_normalised(y, (v - mean[:, None]) * rstd[:, None], weight, bias, row, j, n, inside)
-    if total is not None:
-        tl.store(total + row[:, None] * n + j[None, :], v.to(total.dtype.element_ty), mask=inside)
+    _store_normalised(y, d * rstd[:, None], weight, bias, row, j, n, inside)
 
 
 @triton.jit
@@ -106,14 +113,15 @@ def _store_gradient(y, r, more, row, j, n, m_r, inside):
 @triton.jit
 def norm_rows_backward(
     y, sums, g, x, weight, stats, more, rows, n, g_r, x_r, m_r, each,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, of `each` blocks of R rows; sums, (2, programs, n): those of weight and bias"""
+    n, g_r, x_r, m_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT), _step(m_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, C).to(tl.int64)
     by_weight = tl.zeros((R, C), tl.float32)
     by_bias = tl.zeros((R, C), tl.float32)
-    for block in tl.range(pid * each, (pid + 1) * each):
+    for block in tl.range(pid * each, (pid + 1) * each, num_stages=2):
         row = (block * R + tl.arange(0, R)).to(tl.int64)
         there = row < rows
         mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
@@ -131,8 +139,9 @@ def norm_rows_backward(
 
 
 @triton.jit
-def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr):
     """means, squares, (rows, parts), float64: of C numbers of a row the mean, or 0, and Σ (x - mean)² over their number"""
+    n, x_r = n * UNIT, _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     first = pid % parts * C
     j = first + tl.arange(0, C)
@@ -149,8 +158,11 @@ def row_moments(means, squares, x, n, x_r, parts, CENTRED: tl.constexpr, C: tl.c
 
 
 @triton.jit
-def norm_blocks(y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def norm_blocks(
+    y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr
+):
     """norm_rows, where the statistics are known"""
+    n, x_r = n * UNIT, _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts + tl.arange(0, 1)
     j = pid % parts * C + tl.arange(0, C)
@@ -160,8 +172,11 @@ def norm_blocks(y, x, weight, bias, stats, rows, n, x_r, parts, CENTRED: tl.cons
 
 
 @triton.jit
-def row_products(sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: tl.constexpr, C: tl.constexpr):
+def row_products(
+    sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr
+):
     """sums, (2, rows, parts): Σ g · weight and Σ g · weight · the normalised x of C numbers of a row"""
+    n, g_r, x_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts + tl.arange(0, 1)
     j = pid % parts * C + tl.arange(0, C)
@@ -174,79 +189,82 @@ def row_products(sums, g, x, weight, stats, rows, n, g_r, x_r, parts, CENTRED: t
 
 @triton.jit
 def norm_blocks_backward(
-    y, g, x, weight, stats, ab, more, rows, n, g_r, x_r, m_r, parts, CENTRED: tl.constexpr, C: tl.constexpr,
+    y, by_column, g, x, weight, stats, ab, more, rows, n, g_r, x_r, m_r, each, parts,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, where the means of row_products' sums are known: ab, (2, rows)"""
+    """norm_rows_backward of C columns of `each` rows; ab, (2, rows): the means of row_products' sums"""
+    n, g_r, x_r, m_r = n * UNIT, _step(g_r, UNIT), _step(x_r, UNIT), _step(m_r, UNIT)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // parts + tl.arange(0, 1)
-    j = pid % parts * C + tl.arange(0, C)
-    mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
-    _, gw, unit, inside = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
-    r = gw - unit * tl.load(ab + rows + row)[:, None]
-    if CENTRED:
-        r -= tl.load(ab + row)[:, None]
-    _store_gradient(y, rstd * r, more, row, j, n, m_r, inside)
-
-
-@triton.jit
-def column_sums(
-    sums, g, x, stats, rows, n, g_r, x_r, each, parts, CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """sums, (2, parts, n): the gradients of weight and bias by `each` blocks of R rows, for rows that do not fit"""
-    pid = tl.program_id(0).to(tl.int64)
-    j = pid // parts * C + tl.arange(0, C)
-    part = pid % parts
-    by_weight = tl.zeros((R, C), tl.float32)
-    by_bias = tl.zeros((R, C), tl.float32)
-    for block in tl.range(part * each, (part + 1) * each):
-        row = (block * R + tl.arange(0, R)).to(tl.int64)
-        there = row < rows
-        mean, rstd = _row_stats(stats, rows, row, there, CENTRED)
-        vg, _, unit, _ = _gradient_tile(g, x, None, row, there, j, n, g_r, x_r, mean, rstd)
+    blocks = tl.cdiv(n, C)
+    part = pid // blocks
+    j = pid % blocks * C + tl.arange(0, C)
+    by_weight = tl.zeros((1, C), tl.float32)
+    by_bias = tl.zeros((1, C), tl.float32)
+    for at in tl.range(part * each, tl.minimum(rows, (part + 1) * each), num_stages=2):
+        row = at + tl.arange(0, 1).to(tl.int64)
+        mean, rstd = _row_stats(stats, rows, row, row < rows, CENTRED)
+        vg, gw, unit, inside = _gradient_tile(g, x, weight, row, row < rows, j, n, g_r, x_r, mean, rstd)
         by_weight += vg * unit
         by_bias += vg
-    tl.store(sums + part * n + j, tl.sum(by_weight, 0), mask=j < n)
-    tl.store(sums + (parts + part) * n + j, tl.sum(by_bias, 0), mask=j < n)
+        r = gw - unit * tl.load(ab + rows + row)[:, None]
+        if CENTRED:
+            r -= tl.load(ab + row)[:, None]
+        _store_gradient(y, rstd * r, more, row, j, n, m_r, inside)
+    tl.store(by_column + part * n + j, tl.sum(by_weight, 0), mask=j < n)
+    tl.store(by_column + (parts + part) * n + j, tl.sum(by_bias, 0), mask=j < n)
 
 
 # Lines: the kernels -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _line_place(line, i, across, s_o, s_i, inner, t_o, t_i):
+def _elements(at, n, C: tl.constexpr):
+    """C elements of a line from `at` on, in 32 bits where n is: a division by 64 bits costs ten times one by 32"""
+    return (at + tl.arange(0, C)).to((tl.zeros((), tl.int32) + n).dtype)
+
+
+@triton.jit
+def _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT: tl.constexpr):
     """Where element i of a line is: line = outer · across + inner one, and i likewise; a stride for each"""
-    lines = (line // across * s_o + line % across * s_i)[:, None]
-    return lines + (i // inner * t_o + i % inner * t_i)[None, :]
+    lines = (line // across * _step(s_o, UNIT) + line % across * _step(s_i, UNIT))[:, None]
+    inner *= UNIT
+    return lines + ((i // inner).to(tl.int64) * _step(t_o, UNIT) + (i % inner).to(tl.int64) * t_i)[None, :]
 
 
 @triton.jit
 def moments(
     means, squares, x, lines, across, s_o, s_i, n, inner, t_o, t_i, part, parts,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """means, squares, (lines, parts), float64: of a part's n elements the mean and Σ (x - mean)² / n"""
+    """means, squares, (lines, parts), float64: of a part's n elements the mean and Σ (x - mean)² / n.
+
+    Each thread sums distances from the first block's mean: of k blocks, that costs at most k ulp of the variance.
+    """
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // parts * R + tl.arange(0, R)
     first = pid % parts * part
     last = tl.minimum(n, first + part)
-    count = tl.zeros((), tl.float64)
-    mean = tl.zeros((R,), tl.float64)
-    square = tl.zeros((R,), tl.float64)
-    for at in tl.range(first, last, C):
-        i = (at + tl.arange(0, C)).to(tl.int64)
-        inside = (line < lines)[:, None] & (i < last)[None, :]
-        v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i), mask=inside, other=0.0).to(tl.float32)
-        more = tl.minimum(C, last - at).to(tl.float32)
-        m = tl.sum(v, 1) / more
-        d = tl.where(inside, v - m[:, None], 0.0)
-        m = m.to(tl.float64) + (tl.sum(d, 1) / more).to(tl.float64)  # what the mean's rounding has left
-        all = count + more
-        apart = m - mean
-        mean += apart * (more / all)
-        square += tl.sum(d * d, 1).to(tl.float64) + apart * apart * (count * more / all)
-        count = all
-    tl.store(means + line * parts + pid % parts, mean, mask=line < lines)
-    tl.store(squares + line * parts + pid % parts, square / count, mask=line < lines)
+    there = (line < lines)[:, None]
+    i = _elements(first, n, C)
+    v = tl.load(
+        x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT), mask=there & (i < last)[None, :], other=0.0
+    )
+    shift = tl.sum(v.to(tl.float32), 1) / tl.minimum(C, last - first).to(tl.float32)
+    plain = tl.zeros((R, C), tl.float32)
+    square = tl.zeros((R, C), tl.float32)
+    for at in tl.range(first, last, C, num_stages=3):
+        i = _elements(at, n, C)
+        inside = there & (i < last)[None, :]
+        v = tl.load(x + _line_place(line, i, across, s_o, s_i, inner, t_o, t_i, UNIT), mask=inside, other=0.0)
+        d = tl.where(inside, v.to(tl.float32) - shift[:, None], 0.0)
+        plain += d
+        square += d * d
+    count = (last - first).to(tl.float64)
+    apart = tl.sum(plain, 1).to(tl.float64) / count
+    variance = tl.sum(square, 1).to(tl.float64) / count - apart * apart
+    tl.store(means + line * parts + pid % parts, shift.to(tl.float64) + apart, mask=line < lines)
+    tl.store(squares + line * parts + pid % parts, tl.where(variance < 0.0, 0.0, variance), mask=line < lines)
 
 
 @triton.jit
@@ -278,31 +296,33 @@ def _line_stats(stats, groups, line, there, per, eps):
 def normalise_lines(
     y, x, weight, bias, stats, groups, per, channels, eps,
     lines, across, y_o, y_i, x_o, x_i, n, inner, yt_o, yt_i, xt_o, xt_i, blocks,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) / deviation · weight + bias, for a block of a line; a line's channel is line % channels"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // blocks * R + tl.arange(0, R)
-    i = pid % blocks * C + tl.arange(0, C)
+    i = _elements(pid % blocks * C, n, C)
     there = line < lines
     inside = there[:, None] & (i < n)[None, :]
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
-    v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
     r = (v - high - low) * rstd
     if weight is not None:
         r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
         r += tl.load(bias + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), r.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i, UNIT), r.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def line_products(
     sums, g, x, stats, groups, per, eps,
     lines, across, g_o, g_i, x_o, x_i, n, inner, gt_o, gt_i, xt_o, xt_i, part, parts,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """sums, (2, lines, parts): Σ g and Σ g · the normalised x of each part"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // parts * R + tl.arange(0, R)
     first = pid % parts * part
@@ -311,11 +331,11 @@ def line_products(
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
     plain = tl.zeros((R, C), tl.float32)
     product = tl.zeros((R, C), tl.float32)
-    for at in tl.range(first, last, C):
-        i = (at + tl.arange(0, C)).to(tl.int64)
+    for at in tl.range(first, last, C, num_stages=2):
+        i = _elements(at, n, C)
         inside = there[:, None] & (i < last)[None, :]
-        vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        vg = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
         plain += vg
         product += tl.where(inside, vg * ((v - high - low) * rstd), 0.0)
     to = sums + line * parts + pid % parts
@@ -327,31 +347,31 @@ def line_products(
 def lines_backward(
     y, g, x, weight, stats, a, b, groups, per, channels, eps,
     lines, across, y_o, y_i, g_o, g_i, x_o, x_i, n, inner, yt_o, yt_i, gt_o, gt_i, xt_o, xt_i, blocks,
-    R: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y = (g · weight - a - b · the normalised x) / deviation; without a and b the moments were given"""
+    n *= UNIT
     pid = tl.program_id(0).to(tl.int64)
     line = pid // blocks * R + tl.arange(0, R)
-    i = pid % blocks * C + tl.arange(0, C)
+    i = _elements(pid % blocks * C, n, C)
     there = line < lines
     inside = there[:, None] & (i < n)[None, :]
     high, low, rstd = _line_stats(stats, groups, line, there, per, eps)
-    r = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i), mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(g + _line_place(line, i, across, g_o, g_i, inner, gt_o, gt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
         r *= tl.load(weight + line % channels, mask=there, other=0.0).to(tl.float32)[:, None]
     if a is not None:
-        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + _line_place(line, i, across, x_o, x_i, inner, xt_o, xt_i, UNIT), mask=inside, other=0.0).to(tl.float32)
         va = tl.load(a + line // per, mask=there, other=0.0)[:, None]
         vb = tl.load(b + line // per, mask=there, other=0.0)[:, None]
         r -= va + vb * ((v - high - low) * rstd)
-    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i), (r * rstd).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + _line_place(line, i, across, y_o, y_i, inner, yt_o, yt_i, UNIT), (r * rstd).to(y.dtype.element_ty), mask=inside)
 
 
 # Rows: the host -----------------------------------------------------------------------------------------------------------------
 
-_WHOLE = 16384  # elements of a row, at most, that a program keeps; backward, which keeps two sums besides, half as many
+_WHOLE = 32768  # 16-bit elements of a row, at most, that a program keeps; backward, which keeps two sums besides, a quarter
 _BLOCK = 4096  # of a longer row that a program takes
-_COLUMNS = 64, 32  # columns and rows of a block of `column_sums`
 
 
 def _rows_of(t: Tensor, n: int) -> Tensor:
@@ -370,8 +390,13 @@ def _row_tile_of(n: int, rows: int) -> tuple[int, int]:
     return min(power_of_two(rows), max(1, 2048 // c)), c
 
 
-def _warps(elements: int) -> int:
-    return max(4, min(16, elements // 1024))
+def _warps(elements: int, device: torch.device) -> int:
+    return max(4, min(32 if launch.chip(device).nvidia else 16, elements // 1024))
+
+
+def _unit(*sizes: int) -> int:
+    """What the kernels call UNIT: lengths and strides that are all multiples of 8 are given in eighths"""
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
 
 
 def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -380,14 +405,16 @@ def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: 
     n = prod(shape)
     x = _rows_of(input, n)
     rows = x.shape[0]
-    if power_of_two(n) > _WHOLE:
+    more = None if residual is None else _rows_of(residual, n)
+    sizes = n, x.stride(0), 0 if more is None else more.stride(0)
+    unit = _unit(*sizes)
+    if power_of_two(n) > (_WHOLE if unit == 8 and x.itemsize == 2 else _WHOLE // 2):
         _norm_blocks(centred, out, x, residual, weight, bias, eps)
         return
-    more = None if residual is None else _rows_of(residual, n)
     r, c = _row_tile_of(n, rows)
     launch.run(norm_rows, -(-rows // r), input.device, out[0], out[1] if len(out) > 2 else None, out[-1], x, more, _flat(weight),
-               _flat(bias), rows, n, x.stride(0), 0 if more is None else more.stride(0), float(eps), CENTRED=centred, R=r, C=c,
-               num_warps=_warps(r * c))  # fmt: skip
+               _flat(bias), rows, *(size // unit for size in sizes), float(eps), CENTRED=centred, UNIT=unit, R=r, C=c,
+               num_warps=_warps(r * c, input.device))  # fmt: skip
 
 
 def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -398,14 +425,15 @@ def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Te
         x = torch.add(x, residual.reshape(rows, n), out=out[1].view(rows, n))
     parts, stats = -(-n // _BLOCK), out[-1]
     means, squares = torch.empty((2, rows, parts), dtype=torch.float64, device=x.device)
-    options = {"CENTRED": centred, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK)}
-    launch.run(row_moments, rows * parts, x.device, means, squares, x, n, x.stride(0), parts, **options)
+    unit = _unit(n, x.stride(0))
+    sizes = n // unit, x.stride(0) // unit, parts
+    options = {"CENTRED": centred, "UNIT": unit, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK, x.device)}
+    launch.run(row_moments, rows * parts, x.device, means, squares, x, *sizes, **options)
     mean, variance = found = means.new_empty(2, rows)
     _join(found, means, squares, n, _BLOCK)
     deviation = torch.rsqrt(variance + eps)
     stats.copy_((torch.stack([mean, deviation]) if centred else deviation).view(stats.shape))
-    launch.run(norm_blocks, rows * parts, x.device, out[0], x, _flat(weight), _flat(bias), stats, rows, n, x.stride(0), parts,
-               **options)  # fmt: skip
+    launch.run(norm_blocks, rows * parts, x.device, out[0], x, _flat(weight), _flat(bias), stats, rows, *sizes, **options)
 
 
 def _plain_rows(centred: bool, out: tuple[Tensor, Tensor], input: Tensor, *rest: Any) -> None:
@@ -421,31 +449,32 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
     rows = x.shape[0]
     extra = None if more is None else _rows_of(more, n)
     stats = stats.contiguous()
-    options = {"CENTRED": centred}
-    if power_of_two(n) <= _WHOLE // 2:
+    strides = [g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0)]
+    unit = _unit(n, *strides)
+    sizes = [size // unit for size in (n, *strides)]
+    options = {"CENTRED": centred, "UNIT": unit}
+    processors = launch.chip(input.device).processors
+    if power_of_two(n) <= _WHOLE // 4:
         r, c = _row_tile_of(n, rows)
         blocks = -(-rows // r)
-        each = -(-blocks // min(blocks, 2 * launch.chip(input.device).processors))
+        each = -(-blocks // min(blocks, (5 if r * c <= 2048 else 2) * processors))
         parts = -(-blocks // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
-        launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, n,
-                   g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), each, R=r, C=c, num_warps=_warps(r * c),
-                   **options)  # fmt: skip
+        launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, *sizes, each,
+                   R=r, C=c, num_warps=_warps(r * c, input.device), **options)  # fmt: skip
     else:
-        parts = -(-n // _BLOCK)
-        sums = torch.empty((2, rows, parts), dtype=torch.float32, device=input.device)
-        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK), **options}
-        launch.run(row_products, rows * parts, input.device, sums, g, x, _flat(weight), stats, rows, n, g.stride(0), x.stride(0),
-                   parts, **tile)  # fmt: skip
-        launch.run(norm_blocks_backward, rows * parts, input.device, out[0], g, x, _flat(weight), stats, sums.sum(2) / n, extra,
-                   rows, n, g.stride(0), x.stride(0), 0 if extra is None else extra.stride(0), parts, **tile)  # fmt: skip
-        columns, high = _COLUMNS
-        blocks = -(-rows // high)
-        each = -(-blocks // min(blocks, 16))
-        parts = -(-blocks // each)
+        blocks = -(-n // _BLOCK)
+        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK, input.device), **options}
+        products = torch.empty((2, rows, blocks), dtype=torch.float32, device=input.device)
+        launch.run(row_products, rows * blocks, input.device, products, g, x, _flat(weight), stats, rows, *sizes[:3], blocks,
+                   **tile)  # fmt: skip
+        tile["C"] = _BLOCK // 2
+        blocks = -(-n // tile["C"])
+        each = max(min(8, rows), -(-rows * blocks // (4 * processors)))
+        parts = -(-rows // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
-        launch.run(column_sums, -(-n // columns) * parts, input.device, sums, g, x, stats, rows, n, g.stride(0), x.stride(0),
-                   each, parts, R=high, C=columns, num_warps=4, **options)  # fmt: skip
+        launch.run(norm_blocks_backward, parts * blocks, input.device, out[0], sums, g, x, _flat(weight), stats,
+                   products.sum(2) / n, extra, rows, *sizes, each, parts, **tile)  # fmt: skip
     out[1].view(2, n).copy_(sums.sum(1))
 
 
@@ -470,9 +499,23 @@ class Lines(NamedTuple):
         c = power_of_two(self.n, 16, 2048)
         return min(2048 // c, power_of_two(self.number)), c
 
+    @property
+    def unit(self) -> int:
+        """What the kernels call UNIT: sizes and strides are multiples of it where elements lie side by side"""
+        if any(t_i != 1 for _, t_i in self.elements):
+            return 1
+        return gcd(8, self.n, self.inner, *(s for pair in self.lines for s in pair), *(t_o for t_o, _ in self.elements))
+
+    def given(self) -> tuple[list[int], list[int]]:
+        """As kernels take them: (number of lines, across, strides of lines), (elements, inner, strides of elements)"""
+        unit = self.unit
+        lines = [s // unit for pair in self.lines for s in pair]
+        elements = [step for t_o, t_i in self.elements for step in (t_o // unit, t_i)]
+        return [self.number, self.across, *lines], [self.n // unit, self.inner // unit, *elements]
+
     def parts(self, r: int, c: int, device: torch.device) -> tuple[int, int]:
-        """(elements of a part, parts of a line) so that every processor has some"""
-        wanted = max(1, 4 * launch.chip(device).processors // -(-self.number // r))
+        """(elements of a part, parts of a line) so that every processor has several"""
+        wanted = max(1, 8 * launch.chip(device).processors // -(-self.number // r))
         part = -(-self.n // min(wanted, 256, -(-self.n // c)) // c) * c or c
         part = max(part, c)
         return part, -(-self.n // part)
@@ -507,8 +550,9 @@ def _moments(stats: Tensor, x: Tensor, lines: Lines) -> None:
     part, parts = lines.parts(r, c, x.device)
     flat = stats.view(2, -1)
     means, squares = flat if parts == 1 else torch.empty((2, lines.number, parts), dtype=torch.float64, device=x.device)
-    launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, lines.number, lines.across, *lines.lines[0],
-               lines.n, lines.inner, *lines.elements[0], part, parts, R=r, C=c, num_warps=4)  # fmt: skip
+    of_lines, of_elements = lines.given()
+    launch.run(moments, -(-lines.number // r) * parts, x.device, means, squares, x, *of_lines, *of_elements, part, parts,
+               UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
     if parts > 1:
         _join(stats, means, squares, lines.n, part)
 
@@ -522,10 +566,6 @@ def _join(stats: Tensor, means: Tensor, squares: Tensor, n: int, part: int) -> N
                num_warps=4)  # fmt: skip
 
 
-def _all(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [step for pair in pairs for step in pair]
-
-
 def _normalise(y: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, groups: int,
                eps: float) -> None:
     """groups: of an image; 0: a channel's numbers in the whole batch belong together"""
@@ -534,9 +574,10 @@ def _normalise(y: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | N
     r, c = lines.tile()
     blocks = -(-lines.n // c)
     channels = input.shape[1]
+    of_lines, of_elements = lines.given()
     launch.run(normalise_lines, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), _flat(bias), stats,
-               stats[0].numel(), channels // groups if groups else 1, channels, float(eps), lines.number, lines.across,
-               *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+               stats[0].numel(), channels // groups if groups else 1, channels, float(eps), *of_lines, *of_elements, blocks,
+               UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
 
 
 def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, groups: int,
@@ -549,9 +590,9 @@ def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tens
     channels = input.shape[1]
     of_group = (stats[0].numel(), channels // groups if groups else 1)
     products = torch.empty((2, lines.number, parts), dtype=torch.float32, device=y.device)
+    of_lines, of_elements = lines.given()
     launch.run(line_products, -(-lines.number // r) * parts, y.device, products, *tensors, stats, *of_group, float(eps),
-               lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner, *_all(lines.elements), part, parts,
-               R=r, C=c, num_warps=4)  # fmt: skip
+               *of_lines, *of_elements, part, parts, UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
     sums.view(2, -1).copy_(products.sum(2, dtype=torch.float64))
     a = b = None
     if training:
@@ -563,9 +604,9 @@ def _backward(y: Tensor, sums: Tensor, grad: Tensor, input: Tensor, weight: Tens
     lines = _channel_lines(tensors, groups > 0)
     r, c = lines.tile()
     blocks = -(-lines.n // c)
+    of_lines, of_elements = lines.given()
     launch.run(lines_backward, -(-lines.number // r) * blocks, y.device, *tensors, _flat(weight), stats, a, b, *of_group,
-               channels, float(eps), lines.number, lines.across, *_all(lines.lines), lines.n, lines.inner,
-               *_all(lines.elements), blocks, R=r, C=c, num_warps=4)  # fmt: skip
+               channels, float(eps), *of_lines, *of_elements, blocks, UNIT=lines.unit, R=r, C=c, num_warps=4)  # fmt: skip
 
 
 # The operators ------------------------------------------------------------------------------------------------------------------

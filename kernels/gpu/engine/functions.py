@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950216293335)
-LOG2_E_LOW = tl.constexpr(1.9259629911266175e-08)
-LN2 = tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.693147182464599609375)
+LN2_LOW = tl.constexpr(-1.904654299957768e-09)
 
 
 @triton.jit
@@ -25,9 +25,9 @@ def wide(n):
 def exp(x):
     """exp(x) to about 2 ulp. Subnormal results are 0."""
     y = x * LOG2_E
-    low = tl.fma(x, LOG2_E, -y) + x * LOG2_E_LOW
+    low = tl.fma(y, -LN2_LOW, tl.fma(y, -LN2, x))
     e = tl.exp2(y)
-    return tl.where(tl.abs(x) < 100.0, tl.fma(e, low * LN2, e), e)  # beyond, e is 0 or Inf, and NaN where x is
+    return tl.where(tl.abs(x) < 88.7228, tl.fma(e, low, e), e)  # beyond, e is 0 or Inf, and NaN where x is
 
 
 @triton.jit
@@ -208,6 +208,11 @@ def mix(h):
 @triton.jit
 def random_bits(index, seed_low, seed_key):
     """32 random bits for each int64 index. `seed_low`: the seed's low 32 bits; `seed_key`: mix(its high ones + 0x9E3779B9)."""
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    key = mix(seed_low.to(tl.uint32) ^ mix(high))
+    return random_bits_near(index.to(tl.uint32), index >> 32, seed_low, seed_key)
+
+
+@triton.jit
+def random_bits_near(low, high, seed_low, seed_key):
+    """The same of an index in two halves: where the high one is the same for all, it is hashed once."""
+    key = mix(seed_low.to(tl.uint32) ^ mix(high.to(tl.uint32)))
     return mix(mix(low + key) ^ seed_key.to(tl.uint32))
