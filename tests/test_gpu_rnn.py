@@ -116,6 +116,15 @@ def test_one_layer(mode: str, reverse: bool) -> None:
     both(mode, 8, sizes=PACKED, reverse=reverse, bias=False)
 
 
+def test_a_state_that_begins_anywhere() -> None:
+    """Dense, but not on a boundary of 16 bytes"""
+    given = [randn(6, 5), randn(3, 12), None, randn(36, 5), randn(36, 12), None, None, None, None, "gru", False, False]
+    args = there(given)
+    args[1] = torch.empty(1 + 3 * 12, device=DEVICE)[1:].view(3, 12).copy_(args[1])
+    assert args[1].data_ptr() % 16
+    same(run(ops.recurrent, *args)[:3], reference.recurrent(*double(given))[:3])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_wide_and_many(mode: str) -> None:
     """More than 128 columns; more rows than a tile; more than shared memory takes at once; gates made again"""
@@ -144,6 +153,7 @@ def test_layers_of_the_functions(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
     if not HERE:
         monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
         monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default
     kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}.get(mode, nn.RNN)
     options: dict[str, Any] = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
     for more in ({"num_layers": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"batch_first": True}):

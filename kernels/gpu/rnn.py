@@ -172,6 +172,8 @@ def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequ
     if _too_large(s.mode, input.device, len(params), s.batch, s.units, s.directions if s.layers > 1 else 0) is not None:
         _forward_steps(s, input, hx, cx, params, ys, h_n, c_n, kept)
         return
+    if hx.data_ptr() % 16:  # what the kernels read 16 bytes at a time; all else here is theirs
+        hx = hx.clone()
     d, wide = s.directions, s.directions * s.units
     done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
     first = [_input_product(s, input, p) for p in params[:d]]
