@@ -16,6 +16,7 @@ from cuda_shim import needs_compiler, shim
 from fastnn.functional import _rnn as layers
 from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
+from fastnn.kernels.gpu.engine import cuda
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
 from gpu import DEVICE, HERE, run
@@ -131,8 +132,8 @@ def test_wide_and_many(mode: str) -> None:
     both(mode, 40, batch=11, steps=2, keep=False)
     if not HERE:
         units = {"lstm": 16, "gru": 16}.get(mode, 136)
-        with shim(multiprocessors=4, shared=48 << 10):
-            how = gpu.cut(gpu.KINDS[mode], True, torch.device("cpu"), 1, 19, units, 0)
+        with shim(multiprocessors=4, shared=48 << 10) as device:
+            how = gpu.cut(gpu.KINDS[mode], True, device.has, 1, 19, units, False)
             assert isinstance(how, gpu.Cut)
             both(mode, units, batch=19, steps=2)
 
@@ -203,28 +204,67 @@ def test_staged_in_pieces() -> None:
     """A batch of which shared memory takes eight rows at a time"""
     if HERE:
         pytest.skip("the device has more shared memory than a test would fill")
-    for mode, units in (("lstm", 12), ("rnn_tanh", 24)):
-        with shim(shared=8 << 10):
-            device = torch.device("cpu")
+    for mode, units in (("lstm", 12), ("rnn_tanh", 16)):
+        with shim(multiprocessors=1, shared=6656) as device:
             for back in (False, True):
-                how = gpu.cut(gpu.KINDS[mode], back, device, 1, 11, units, 0)
+                how = gpu.cut(gpu.KINDS[mode], back, device.has, 1, 13, units, False)
                 assert isinstance(how, gpu.Cut)
                 assert how.staged == 8
-            both(mode, units, sizes=torch.tensor([11, 9, 2]))
+            both(mode, units, sizes=torch.tensor([13, 9, 2]))
+    with shim(multiprocessors=2, shared=8800) as device:  # a layer's inputs are staged beside its states
+        for back in (False, True):
+            how = gpu.cut("GRU", back, device.has, 2, 13, 8, True)
+            assert isinstance(how, gpu.Cut)
+            assert how.staged == 8
+        stack("gru", 2, False, True, True, torch.tensor([13, 9, 2]))
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
+def test_groups_of_a_batch(mode: str) -> None:
+    """Rows of a batch in blocks of their own, some of which run out of rows early, or have none for a while"""
+    if HERE:
+        pytest.skip("the device has room for more")
+    for reverse in (False, True):
+        with shim(multiprocessors=3) as device:
+            how = gpu.cut(gpu.KINDS[mode], False, device.has, 1, 11, 4, False)
+            assert isinstance(how, gpu.Cut)
+            assert (how.groups, how.share) == (3, 4)
+            both(mode, 4, sizes=torch.tensor([11, 9, 9, 3, 1]), reverse=reverse)
+    with shim(multiprocessors=12) as device:
+        for back in (False, True):
+            how = gpu.cut(gpu.KINDS[mode], back, device.has, 2, 11, 8, True)
+            assert isinstance(how, gpu.Cut)
+            assert how.groups == 3
+        stack(mode, 2, False, True, True, torch.tensor([11, 9, 9, 3, 1]))
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_layers_one_launch_after_another(mode: str) -> None:
+    """Three layers where two have room; two in both directions, which have a launch each, or one a direction"""
+    if HERE:
+        pytest.skip("the device has room for more")
+    for number, bidirectional, multiprocessors, launches in ((3, False, 2, 2), (2, True, 2, 2), (2, True, 1, 4)):
+        with shim(multiprocessors=multiprocessors) as device:
+            stack(mode, number, bidirectional, True, True, PACKED, units=16)
+            for name in ("forward", "backward"):
+                assert len([each for each in device.launched if each.startswith(name)]) == launches
+
+
+H200 = cuda.Limits(132, 227 << 10)
 
 
 def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     big = randn(4, 2000)
-    with shim(multiprocessors=132, shared=227 << 10):
-        def asked(mode: str, units: int, layers: int = 1) -> str | None:
-            return gpu._too_large(mode, torch.device("cpu"), layers, 10, units, 1 if layers > 1 else 0)
+    with shim(**H200._asdict()):
+        def asked(mode: str, units: int, layers: int = 1, directions: int = 1, batch: int = 10, keep: bool = True) -> str | None:
+            return gpu._too_large(mode, torch.device("cpu"), layers, directions, batch, units, keep)
 
         for mode in ("lstm", "gru"):
-            assert asked(mode, 256, 6) is None  # the case that the docs count
-            assert asked(mode, 1024) is None
+            for fits in ((256, 6), (1024,), (1024, 6), (1024, 1, 2), (650, 2, 2), (16, 13)):
+                assert asked(mode, *fits) is None
             assert "do not fit in the registers of 132" in str(asked(mode, 2048))
-            assert "do not fit" in str(asked(mode, 1024, 6))
-        assert "13 layers" in str(asked("lstm", 16, 13))
+        assert asked("lstm", 1024, batch=400, keep=False) is None
+        assert "do not fit" in str(asked("lstm", 1024, batch=2000))
         assert "projection" in str(gpu.refusal(big, True, None))
         assert "float32" in str(gpu.refusal(big.double(), False, None))
         w = torch.zeros(1).expand(8000, 2000)
@@ -236,6 +276,8 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         input, hx = randn(6, 2, 2000), randn(1, 2, 2000)
         assert "taken to be faster" in str(ops.gpu_refusal(input, hx, "gru", 1, 1, "auto"))
         assert ops.gpu_refusal(input, hx, "gru", 1, 1, "gpu") is None
+        for batch, reason in ((32, None), (1024, "with a batch of 1024 torch's library is taken to be faster")):
+            assert ops.gpu_refusal(randn(6, batch, 4), randn(1, batch, 256), "lstm", 1, 1, "auto") == reason
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
         assert "do not fit" in str(gpu.supports(*call))
         assert "pip install triton" in str(gpu.supports(*call))
@@ -266,13 +308,22 @@ def test_layers_step_by_step(no_cupy: None, monkeypatch: pytest.MonkeyPatch) -> 
     both("lstm", 12, batch=2, steps=2, dtype=torch.bfloat16)
 
 
-def test_budget_of_the_documented_case() -> None:
-    """docs/gpu-rnn.md: six layers of 256 units on 132 multiprocessors, a batch of 10"""
-    with shim(multiprocessors=132, shared=227 << 10):
-        forward = gpu.cut("LSTM", False, torch.device("cpu"), 6, 10, 256, 256)
-        backward = gpu.cut("LSTM", True, torch.device("cpu"), 6, 10, 256, 256)
-    assert forward == gpu.Cut(kv=4, warps=12, blocks=22, parts=1, staged=16, shared=4 * (16 * 512 + 12 * 10))
-    assert backward == gpu.Cut(kv=4, warps=12, blocks=22, parts=2, staged=16, shared=4 * (16 * 1024 + 4 * 24 * 10))
+def test_budget_of_the_documented_cases() -> None:
+    """docs/gpu-rnn.md: layers of 256 units on 132 multiprocessors, a batch of 10"""
+    def asked(back: bool, layers: int, directions: int = 1, batch: int = 10) -> Any:
+        found = gpu.plan("lstm", back, H200, layers, directions, batch, 256)
+        assert not isinstance(found, str)
+        return found[0], found[1]._asdict()
+
+    deep: dict[str, Any] = {"kv": 4, "warps": 12, "blocks": 22, "groups": 1, "share": 10, "staged": 10}
+    jobs, forward = asked(False, 6)
+    assert (jobs, forward) == (6, {**deep, "work": 168, "parts": 1, "shared": 4 * (10 * 512 + 12 * 10)})
+    jobs, backward = asked(True, 6)
+    assert (jobs, backward) == (6, {**deep, "work": 168, "parts": 4, "shared": 4 * (10 * 1024 + 6 * 12 * 10)})
+    assert asked(False, 12)[0] == 6
+    jobs, ways = asked(False, 3, 2)
+    assert (jobs, ways["kv"], ways["warps"], ways["blocks"], ways["groups"]) == (2, 2, 4, 64, 1)
+    assert asked(False, 1, batch=32)[1]["groups"] == 2
 
 
 @pytest.mark.parametrize("reverse", [False, True])
