@@ -245,7 +245,7 @@ def test_layers_one_launch_after_another(mode: str) -> None:
         pytest.skip("the device has room for more")
     for number, bidirectional, multiprocessors, launches in ((3, False, 2, 2), (2, True, 2, 2), (2, True, 1, 4)):
         with shim(multiprocessors=multiprocessors) as device:
-            stack(mode, number, bidirectional, True, True, PACKED, units=16)
+            stack(mode, number, bidirectional, True, True, PACKED, units=12)
             for name in ("forward", "backward"):
                 assert len([each for each in device.launched if each.startswith(name)]) == launches
 

@@ -45,6 +45,9 @@ struct Call {
     Job jobs[12];
 };
 
+// A row and a column's offset: one multiplication of 32 bits to 64, where those of 64 bits are five.
+__device__ __forceinline__ i64 offset(unsigned rows, unsigned stride) { return (i64)((unsigned long long)rows * stride); }
+
 __device__ __forceinline__ int at_most(int a, int b) { return a < b ? a : b; }
 
 __device__ __forceinline__ float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
@@ -186,7 +189,8 @@ __device__ __forceinline__ void stage_as(float* shared, int count, int columns, 
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             const unsigned at = i + q * blockDim.x, k = at % per * each;
-            v[q] = at < all && k < (unsigned)columns ? __ldcg(reinterpret_cast<const T*>(row(at / per) + k)) : T{};
+            const T* const from = reinterpret_cast<const T*>(row(at / per) + k);
+            v[q] = at < all && k < (unsigned)columns ? __ldcg(from) : T{};
         }
 #pragma unroll
         for (int q = 0; q < 4; q++)
@@ -207,7 +211,7 @@ __device__ __forceinline__ void stage(float* shared, int count, int columns, int
 #endif
 
 // Threads of a block, so that each has the registers for KV · 128 columns of weights; WARPS in rnn.py.
-template <int KV> struct Most { static const int threads = KV <= 2 ? 512 : KV <= 4 ? 384 : 256; };
+template <int KV> struct Most { static const int threads = KV <= 4 ? 384 : 256; };
 
 // KV · 128 columns: of the state, or half of them, and the other half of the layer below where there are such layers (BELOW).
 template <int MODE, int KV, bool BELOW = false>
@@ -244,6 +248,8 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
         if (of_own && (!j.gates_in || (MODE == GRU && r == 3))) bias += j.b_hh[gate * units + unit];
     }
     const i64 own = (i64)from * units;  // of the group's rows in h0, c0, h_n and c_n
+    const float* const start = j.h0 + own;
+    const int stride = (int)j.y_stride;
     if (MODE == LSTM && mine < units)
         for (int b = lane; b < at_most((int)g.batch - from, share); b += LANES) cells[b] = j.c0[own + (i64)b * units + mine];
 
@@ -251,7 +257,8 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
         const i64 t = j.reverse ? g.steps - 1 - s : s, near = t + (j.reverse ? 1 : -1), next = t + (j.reverse ? -1 : 1);
         const i64 row = row_of(g, t, from);
         const int batch = rows_in(g, t, from), before = rows_in(g, near, from), after = rows_in(g, next, from);
-        const float* const old = j.y + row_of(g, near, from) * j.y_stride + j.y_at;
+        const float* const old = j.y + row_of(g, near, from) * j.y_stride + j.y_at;  // of rows that have a step before this one
+        const float* const input = j.below + row * units;
         if (below) {
             if (threadIdx.x == 0) await(j.wait, group, (t + 1) * g.blocks);
             __syncthreads();
@@ -273,14 +280,15 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
             };
             if (below) {
                 if (first) __syncthreads();  // all have read what was there
-                stage(inputs, some, units, width, g.vectors, [&](int b) { return j.below + (row + first + b) * units; });
+                stage(inputs, some, units, width, g.vectors, [&](int b) { return input + offset(first + b, units); });
                 __syncthreads();
             }
             begin(0);
             if (first == 0 && threadIdx.x == 0) await(j.done, group, s * g.blocks);
             __syncthreads();
             stage(states, some, units, width, g.vectors, [&](int b) {
-                return first + b < before ? old + (first + b) * j.y_stride : j.h0 + own + (i64)(first + b) * units;
+                const bool known = first + b < before;
+                return (known ? old : start) + offset(first + b, known ? stride : units);
             });
             __syncthreads();
             for (int at = 0; at < some;) {
@@ -407,13 +415,14 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
         float d_y = grad(threadIdx.x);
 
         // The columns' sums over the gates of the last step, which are in shared memory from one product to the next if they fit.
+        const int row_size = gates * units;
         const auto product = [&](const float4 (&weights)[ROWS][K], const float* from_gates, bool again) {
             for (int first = 0; first < done; first += (int)g.staged) {
                 const int some = at_most(done - first, (int)g.staged);
                 if (first) __syncthreads();
                 if (!again || done > g.staged) {
-                    stage(shared, some, gates * units, width, g.vectors,
-                          [&](int b) { return from_gates + (last_row + first + b) * gates * units; });
+                    const float* const rows = from_gates + (last_row + first) * row_size;
+                    stage(shared, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
                     __syncthreads();
                 }
                 for (int at = 0; at < some;) {

@@ -24,7 +24,7 @@ from .engine import cuda
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
-WARPS = {1: 16, 2: 16, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
+WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
 ROWS, FULL, JOBS = 4, 8, 12  # as in rnn.cu
 APART = 32  # ints between counters
 
