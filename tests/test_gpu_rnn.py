@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastnn
-from cuda_shim import needs_compiler, shim
+from cuda_shim import needs_compiler, nvrtc, shim
+from fastnn import backends
 from fastnn.functional import _rnn as layers
 from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
-from fastnn.kernels.gpu.engine import cuda
+from fastnn.kernels.gpu.engine import cuda, replay
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
 from gpu import DEVICE, HERE, run
@@ -326,10 +327,87 @@ def test_budget_of_the_documented_cases() -> None:
     assert asked(False, 1, batch=32)[1]["groups"] == 2
 
 
+@pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is missing: the extra gpu-check has it")
+def test_layers_on_layers_compile_within_their_budget() -> None:
+    """What holds the most in registers"""
+    names = ["forward<LSTM, 4, true>", "forward<LSTM, 8, true>", "backward<LSTM, 4, true>", "backward<GRU, 8, true>"]
+    assert set(names) <= set(gpu.SOURCE.instances())
+    for arch in ("80", "90"):
+        log, found = nvrtc.compile(gpu.SOURCE.text, arch, names)
+        assert "warning" not in log, log
+        for name, usage in found.items():
+            most = 65536 // (32 * gpu.WARPS[int(name.split(", ")[1])]) // 8 * 8
+            assert usage.local == usage.spilled == usage.shared == 0, f"{name}: {usage}"
+            assert usage.registers <= min(most, 255), f"{name}: {usage}"
+
+
+@pytest.mark.parametrize("op", [ops.recurrent_stack, ops.recurrent_stack_backward], ids=lambda op: op.name)
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
+def test_replayed(mode: str, op: Any) -> None:
+    """A call that comes again is its launches with other addresses."""
+    units, layers, batch = 8, 2, 3
+    wide = reference.GATES[mode] * units
+    cells = randn(layers, batch, units) if mode == "lstm" else None
+    given: list[Any] = [randn(6, 5), randn(layers, batch, units), cells, randn(wide * (5 + units + 2 + units + units + 2))]
+    options = [None, mode, layers, False, True]
+    if op is ops.recurrent_stack:
+        args = there([*given, *options, True])
+    else:
+        y, _, _, reserve = run(ops.recurrent_stack, *there(given), *options, True)
+        grads = [torch.randn_like(y), *there([randn(layers, batch, units), cells if cells is not None else randn(0)])]
+        args = [*grads, *there(given), y, reserve, *options, [True, True, cells is not None, True]]
+    expected = run(op, *args)
+    kernel = backends.load("gpu", op)[0]
+    assert kernel is not None
+    changed = [a.clone().mul_(0.5) if isinstance(a, Tensor) else a for a in args]
+    _, again = replay.record(lambda *own: op._launch(kernel, op.check(*own), own), changed, len(op.tensors))
+    assert again is not None
+    found = again(*(a.clone() if isinstance(a, Tensor) else None for a in args[: len(op.tensors)]))
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.skipif(not HERE, reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
+def test_a_large_barrier(mode: str) -> None:
+    """The documented case, all multiprocessors that wait for each other 512 times: right, the same again, and in a CUDA graph"""
+    layers, batch, units, steps = 6, 10, 256, 512
+    wide, scale = reference.GATES[mode] * units, units**-0.5
+    states = (layers, batch, units)
+    given = [randn(steps * batch, units), randn(*states), randn(*states) if mode == "lstm" else None,
+             randn(layers * wide * (2 * units + 2), scale=scale)]  # fmt: skip
+    rest: list[Any] = [None, mode, layers, False, True]
+    args = there(given)
+    first = run(ops.recurrent_stack, *args, *rest, True)
+    exact = reference.recurrent_stack(*(a.double() if a is not None else None for a in args), *rest, True)
+    same(first[:3], [t.cpu() for t in exact[:3]], times=256)
+    grads = [torch.randn_like(t) for t in first[:3]]
+    needs = [a is not None for a in args]
+
+    def back() -> Any:
+        return run(ops.recurrent_stack_backward, *grads, *args, first[0], first[3], *rest, needs)
+
+    made = back()
+    inner = *(g.double() for g in grads), *(a.double() if a is not None else None for a in args), exact[0], exact[3], *rest, needs
+    same(made, [t.cpu() for t in reference.recurrent_stack_backward(*inner)], times=1024)
+    for _ in range(5):
+        for a, b in zip((*run(ops.recurrent_stack, *args, *rest, True), *back()), (*first, *made), strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(ops.recurrent_stack, *args, *rest, False)
+    args[0].neg_()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    expected = run(ops.recurrent_stack, *args, *rest, False)
+    assert all(torch.equal(a, b) for a, b in zip(captured[:3], expected[:3], strict=True))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_scan(dtype: torch.dtype, reverse: bool) -> None:
-    for steps in (1, 8, 13):
+    for steps in (1, 8, 13, 27):
         f, u, c = torch.rand(steps, 3, 7).to(dtype), randn(steps, 3, 7, dtype=dtype), randn(3, 7, dtype=dtype)
         found = run(ops.scan, *there([f, u, c]), reverse)
         same([found], [reference.scan(*double([f, u, c]), reverse)], dtype, 4)

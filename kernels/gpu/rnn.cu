@@ -93,7 +93,7 @@ __device__ __forceinline__ void publish(int* counters, int group) {
     if (threadIdx.x == 0) {
         int* const counter = counters + group * APART;
 #ifdef FASTNN_SHIM
-        ++*counter;
+        shim::release_one(counter);
 #else
         asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 #endif
@@ -179,29 +179,29 @@ template <int N, int K, typename Number> __device__ __forceinline__ void fill(fl
             for (int i = 0; i < 4; i++) part(weights[n][k], i) = number(n, k * 128 + threadIdx.x % LANES * 4 + i);
 }
 
-// Copies so many rows of the batch to shared memory, `width` numbers each, 0 from `columns` on; row(b): where a row lies. Four
-// reads are under way before the first is written.
-template <typename T, typename Row>
+// Copies so many rows of the batch to shared memory, `width` numbers each, 0 from `columns` on; row(b): where a row lies. READS
+// of a thread are under way before the first is written: each round waits for L2 once.
+template <int READS, typename T, typename Row>
 __device__ __forceinline__ void stage_as(float* shared, int count, int columns, int width, Row row) {
     const unsigned each = sizeof(T) / sizeof(float), per = width / each, all = count * per;
-    for (unsigned i = threadIdx.x; i < all; i += 4 * blockDim.x) {
-        T v[4];
+    for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
+        T v[READS];
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
+        for (int q = 0; q < READS; q++) {
             const unsigned at = i + q * blockDim.x, k = at % per * each;
             const T* const from = reinterpret_cast<const T*>(row(at / per) + k);
             v[q] = at < all && k < (unsigned)columns ? __ldcg(from) : T{};
         }
 #pragma unroll
-        for (int q = 0; q < 4; q++)
+        for (int q = 0; q < READS; q++)
             if (i + q * blockDim.x < all) reinterpret_cast<T*>(shared)[i + q * blockDim.x] = v[q];
     }
 }
 
-template <typename Row>
+template <int READS, typename Row>
 __device__ __forceinline__ void stage(float* shared, int count, int columns, int width, bool vectors, Row row) {
-    if (vectors) stage_as<float4>(shared, count, columns, width, row);
-    else stage_as<float>(shared, count, columns, width, row);
+    if (vectors) stage_as<READS, float4>(shared, count, columns, width, row);
+    else stage_as<READS, float>(shared, count, columns, width, row);
 }
 
 #ifdef FASTNN_SHIM
@@ -280,13 +280,13 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
             };
             if (below) {
                 if (first) __syncthreads();  // all have read what was there
-                stage(inputs, some, units, width, g.vectors, [&](int b) { return input + offset(first + b, units); });
+                stage<4>(inputs, some, units, width, g.vectors, [&](int b) { return input + offset(first + b, units); });
                 __syncthreads();
             }
             begin(0);
             if (first == 0 && threadIdx.x == 0) await(j.done, group, s * g.blocks);
             __syncthreads();
-            stage(states, some, units, width, g.vectors, [&](int b) {
+            stage<BELOW ? 4 : 8>(states, some, units, width, g.vectors, [&](int b) {
                 const bool known = first + b < before;
                 return (known ? old : start) + offset(first + b, known ? stride : units);
             });
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
     const int many = (int)(blockDim.x / LANES / g.parts) * ROWS;  // units of a block, and columns of the layer below
     const int first_unit = place.block * many, quad = warp / parts * ROWS, stretch = warp % parts;
     const int gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1, width = parts * K * 128;
-    const int numbers = many * share;
+    const int numbers = many * share, row_size = gates * units;
     float* const sums = shared + g.staged * width;  // (parts, many, share)
     float* const carry = sums + parts * numbers;    // (share, many): the gradient of the state, as far as it is known
     float* const d_cell = carry + numbers;          // (share, many)
@@ -415,14 +415,13 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
         float d_y = grad(threadIdx.x);
 
         // The columns' sums over the gates of the last step, which are in shared memory from one product to the next if they fit.
-        const int row_size = gates * units;
         const auto product = [&](const float4 (&weights)[ROWS][K], const float* from_gates, bool again) {
             for (int first = 0; first < done; first += (int)g.staged) {
                 const int some = at_most(done - first, (int)g.staged);
                 if (first) __syncthreads();
                 if (!again || done > g.staged) {
                     const float* const rows = from_gates + (last_row + first) * row_size;
-                    stage(shared, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
+                    stage<8>(shared, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
                     __syncthreads();
                 }
                 for (int at = 0; at < some;) {
@@ -507,28 +506,42 @@ struct Scan {
     i64 f, u, c0, out, steps, columns, reverse;
 };
 
-// c_t = f_t · c_{t-1} + u_t, a column a thread; eight steps are read ahead.
+const int AHEAD = 8;
+
+// What a column needs for some steps.
+template <typename T> struct Steps {
+    T f[AHEAD], u[AHEAD];
+
+    __device__ __forceinline__ void read(const Scan& g, i64 first, i64 step, i64 left) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (i < left) {
+                f[i] = ((const T*)g.f)[first + i * step];
+                u[i] = ((const T*)g.u)[first + i * step];
+            }
+    }
+};
+
+// c_t = f_t · c_{t-1} + u_t, a column a thread. While eight steps are computed the next eight are read.
 template <typename T>
 __global__ void scan(const Scan g) {
     typedef typename Compute<T>::type C;
     const i64 column = thread_number();
     if (column >= g.columns) return;
-    const i64 step = g.reverse ? -g.columns : g.columns, first = (g.reverse ? (g.steps - 1) * g.columns : 0) + column;
+    const i64 step = g.reverse ? -g.columns : g.columns;
+    i64 at = (g.reverse ? (g.steps - 1) * g.columns : 0) + column;
     C c = widen(((const T*)g.c0)[column]);
-    for (i64 t = 0; t < g.steps; t += 8) {
-        T f[8], u[8];
-        const int many = (int)(g.steps - t < 8 ? g.steps - t : 8);
+    Steps<T> now;
+    now.read(g, at, step, g.steps);
+    for (i64 left = g.steps; left > 0; left -= AHEAD, at += AHEAD * step) {
+        Steps<T> next;
+        next.read(g, at + AHEAD * step, step, left - AHEAD);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < many) {
-                f[i] = ((const T*)g.f)[first + (t + i) * step];
-                u[i] = ((const T*)g.u)[first + (t + i) * step];
+        for (int i = 0; i < AHEAD; i++)
+            if (i < left) {
+                c = widen(now.f[i]) * c + widen(now.u[i]);
+                ((T*)g.out)[at + i * step] = narrow<T>(c);
             }
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < many) {
-                c = widen(f[i]) * c + widen(u[i]);
-                ((T*)g.out)[first + (t + i) * step] = narrow<T>(c);
-            }
+        now = next;
     }
 }
