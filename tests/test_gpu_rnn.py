@@ -220,6 +220,14 @@ def test_staged_in_pieces() -> None:
         stack("gru", 2, False, True, True, torch.tensor([13, 9, 2]))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_rows_and_two_more(mode: str) -> None:
+    """What is summed over the lanes by fewer shuffles, in the first pass and in the second"""
+    with shim(multiprocessors=2) if not HERE else nullcontext():
+        for batch in (10, 17):
+            stack(mode, 2, False, True, True, None, batch=batch, steps=2)
+
+
 @pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
 def test_groups_of_a_batch(mode: str) -> None:
     """Rows of a batch in blocks of their own, some of which run out of rows early, or have none for a while"""
@@ -318,13 +326,13 @@ def test_budget_of_the_documented_cases() -> None:
 
     deep: dict[str, Any] = {"kv": 4, "warps": 12, "blocks": 22, "groups": 1, "share": 10, "staged": 10}
     jobs, forward = asked(False, 6)
-    assert (jobs, forward) == (6, {**deep, "work": 168, "parts": 1, "shared": 4 * (10 * 512 + 12 * 10)})
+    assert (jobs, forward) == (6, {**deep, "work": 212, "parts": 1, "shared": 4 * (10 * 512 + 12 * 10)})
     jobs, backward = asked(True, 6)
-    assert (jobs, backward) == (6, {**deep, "work": 168, "parts": 4, "shared": 4 * (10 * 1024 + 6 * 12 * 10)})
+    assert (jobs, backward) == (6, {**deep, "work": 212, "parts": 4, "shared": 4 * (10 * 1024 + 6 * 12 * 10)})
     assert asked(False, 12)[0] == 6
     jobs, ways = asked(False, 3, 2)
-    assert (jobs, ways["kv"], ways["warps"], ways["blocks"], ways["groups"]) == (2, 2, 4, 64, 1)
-    assert asked(False, 1, batch=32)[1]["groups"] == 2
+    assert (jobs, ways["kv"], ways["warps"], ways["blocks"], ways["groups"]) == (2, 2, 8, 32, 2)
+    assert asked(False, 1, batch=32)[1]["groups"] == 4
 
 
 @pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is missing: the extra gpu-check has it")

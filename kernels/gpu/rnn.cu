@@ -184,13 +184,20 @@ template <int N, int K, typename Number> __device__ __forceinline__ void fill(fl
 template <int READS, typename T, typename Row>
 __device__ __forceinline__ void stage_as(float* shared, int count, int columns, int width, Row row) {
     const unsigned each = sizeof(T) / sizeof(float), per = width / each, all = count * per;
+    const unsigned down = blockDim.x / per, right = blockDim.x % per;  // to a thread's next: no division for each
+    unsigned b = threadIdx.x / per, k = threadIdx.x % per;
     for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
         T v[READS];
 #pragma unroll
         for (int q = 0; q < READS; q++) {
-            const unsigned at = i + q * blockDim.x, k = at % per * each;
-            const T* const from = reinterpret_cast<const T*>(row(at / per) + k);
-            v[q] = at < all && k < (unsigned)columns ? __ldcg(from) : T{};
+            const T* const from = reinterpret_cast<const T*>(row(b)) + k;
+            v[q] = b < (unsigned)count && k * each < (unsigned)columns ? __ldcg(from) : T{};
+            b += down;
+            k += right;
+            if (k >= per) {
+                k -= per;
+                b++;
+            }
         }
 #pragma unroll
         for (int q = 0; q < READS; q++)

@@ -25,7 +25,7 @@ from .engine import cuda
 KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
 WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
-ROWS, FULL, JOBS = 4, 8, 12  # as in rnn.cu
+ROWS, FULL, FEW, JOBS = 4, 8, 2, 12  # as in rnn.cu
 APART = 32  # ints between counters
 
 
@@ -51,7 +51,7 @@ SOURCE = cuda.Source("rnn", _instances)
 class Cut(NamedTuple):
     """How the jobs of a launch lie on the device."""
 
-    work: int  # what a scheduler does in a step, about 17 instructions each: the multiplications of a row with 128 columns
+    work: int  # of a scheduler in a step, about, in multiplications of a row with 128 columns: 17 instructions
     kv: int  # 128 · kv columns are in a warp's registers, half of them for the layer below where there is one
     warps: int  # of a block
     blocks: int  # of a job and group
@@ -85,7 +85,10 @@ def cut(kind: str, back: bool, has: cuda.Limits, jobs: int, batch: int, units: i
             room = (has.shared // 4 - own * share) // width
             staged = share if share <= room else room // FULL * FULL
             if staged > 0:
-                work = -(-warps // 4) * (share * kv + FULL * -(-share // FULL))
+                # Products, the sums' way over the lanes to new states, which a warp alone is no faster at than two, and staging.
+                turns, passes = -(-warps // 4), -(-max(share - FEW, 1) // FULL)
+                tails = 16 * passes + 8 * (share > FULL * passes)
+                work = turns * share * kv + max(turns, 2) * tails + share * kv // 2
                 found.append(Cut(work, kv, warps, blocks, groups, share, parts, staged, 4 * (staged * width + own * share)))
     if found:
         return min(found)
