@@ -213,11 +213,12 @@ def test_staged_in_pieces() -> None:
                 assert how.staged == 8
             both(mode, units, sizes=torch.tensor([13, 9, 2]))
     with shim(multiprocessors=2, shared=8800) as device:  # a layer's inputs are staged beside its states
-        for back in (False, True):
-            how = gpu.cut("GRU", back, device.has, 2, 13, 8, True)
-            assert isinstance(how, gpu.Cut)
-            assert how.staged == 8
-        stack("gru", 2, False, True, True, torch.tensor([13, 9, 2]))
+        for mode in ("lstm", "gru"):
+            for back in (False, True):
+                how = gpu.cut(gpu.KINDS[mode], back, device.has, 2, 13, 8, True)
+                assert isinstance(how, gpu.Cut)
+                assert how.staged == 8
+            stack(mode, 2, False, True, True, torch.tensor([13, 9, 2]))
 
 
 @pytest.mark.parametrize("mode", MODES)
