@@ -1,10 +1,12 @@
 """What stands between a call and a GPU kernel: autocast, the words when something is missing, the device."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'fast
 import fastnn.functional as F
 import fresh
 from fastnn import backends, ops
-from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu.engine import cuda, launch
 from fastnn.ops._operator import Operator
 from gpu import HERE, end_if_the_gpu_is_lost, lying_alike, run
 
@@ -230,6 +232,84 @@ def test_rows_of_heads_far_apart() -> None:
     back = [run(ops.attention.attention_backward, t, t, t, t, *rest[:4], *near, None, False, *rest[4:]) for t in (q, away)]
     for a, b in zip(*back, strict=True):
         assert torch.equal(a, b)
+
+
+class Cupy:
+    """Stands in for the package: its kernels, or what it raises as it compiles one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> None:
+        self.asked: list[tuple[int, ...]] = []
+        self.current = [0]
+        kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=7))
+
+        def compiled(**given: Any) -> Any:
+            if fails is not None:
+                raise fails
+            return SimpleNamespace(get_function=lambda expression: kernel)
+
+        def occupancy(*key: int) -> int:
+            self.asked.append((self.current[-1], *key))
+            return 2
+
+        @contextmanager
+        def device(index: int) -> Iterator[None]:
+            self.current.append(index)
+            yield
+            self.current.pop()
+
+        def bind(index: int) -> None:
+            self.current[-1] = index
+
+        runtime = SimpleNamespace(Device=device, runtime=SimpleNamespace(setDevice=bind))
+        driver = SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=occupancy)
+        for name, module in {
+            "cupy": SimpleNamespace(cuda=runtime, RawModule=compiled), "cupy.cuda": runtime,
+            "cupy_backends": SimpleNamespace(), "cupy_backends.cuda": SimpleNamespace(),
+            "cupy_backends.cuda.api": SimpleNamespace(driver=driver),
+        }.items():  # fmt: skip
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "device", device)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(cuda.CuPy, "limits", lambda self, device: cuda.Limits(132, cuda.STATIC))
+
+
+def test_a_cupy_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a process, at the first call: torch serves, with a reason that says what to do."""
+    Cupy(monkeypatch)
+    assert cuda.CuPy().refusal() is None
+    Cupy(monkeypatch, ImportError("libnvrtc.so.12: cannot open shared object file"))
+    launcher = cuda.CuPy()
+    reason = str(launcher.refusal())
+    for words in ("libnvrtc.so.12", "pip install 'cupy-cuda13x[ctk]'", "CUPY_CACHE_DIR"):
+        assert words in reason
+    Cupy(monkeypatch)
+    assert launcher.refusal() == reason
+
+
+def test_cupy_gets_a_folder_where_home_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTNN_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setenv("CUPY_CACHE_DIR", "mine")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    cuda._somewhere_to_keep_kernels()
+    assert os.environ.pop("CUPY_CACHE_DIR") == "mine"
+    cuda._somewhere_to_keep_kernels()
+    assert os.environ["CUPY_CACHE_DIR"] == str(tmp_path / "kept" / "cupy")
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: path == str(tmp_path))
+    cuda._somewhere_to_keep_kernels()
+    assert "CUPY_CACHE_DIR" not in os.environ
+
+
+def test_what_fits_is_asked_once_and_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, launcher = Cupy(monkeypatch), cuda.CuPy()
+    for _ in range(2):
+        assert launcher.resident((7, None), torch.device("cuda", 1), 384, 1000) == 2 * 132
+    assert cupy.asked == [(1, 7, 384, 1000)]
+    assert cupy.current == [0]
 
 
 def test_importing_fastnn_imports_no_triton() -> None:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastnn
-from cuda_shim import needs_compiler, shim
+from cuda_shim import needs_compiler, nvrtc, shim
+from fastnn import backends
 from fastnn.functional import _rnn as layers
 from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
+from fastnn.kernels.gpu.engine import cuda, replay
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
 from gpu import DEVICE, HERE, run
@@ -116,14 +118,23 @@ def test_one_layer(mode: str, reverse: bool) -> None:
     both(mode, 8, sizes=PACKED, reverse=reverse, bias=False)
 
 
+def test_a_state_that_begins_anywhere() -> None:
+    """Dense, but not on a boundary of 16 bytes"""
+    given = [randn(6, 5), randn(3, 12), None, randn(36, 5), randn(36, 12), None, None, None, None, "gru", False, False]
+    args = there(given)
+    args[1] = torch.empty(1 + 3 * 12, device=DEVICE)[1:].view(3, 12).copy_(args[1])
+    assert args[1].data_ptr() % 16
+    same(run(ops.recurrent, *args)[:3], reference.recurrent(*double(given))[:3])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_wide_and_many(mode: str) -> None:
     """More than 128 columns; more rows than a tile; more than shared memory takes at once; gates made again"""
     both(mode, 40, batch=11, steps=2, keep=False)
     if not HERE:
         units = {"lstm": 16, "gru": 16}.get(mode, 136)
-        with shim(multiprocessors=4, shared=48 << 10):
-            how = gpu.cut(gpu.KINDS[mode], True, torch.device("cpu"), 1, 19, units, 0)
+        with shim(multiprocessors=4, shared=48 << 10) as device:
+            how = gpu.cut(gpu.KINDS[mode], True, device.has, 1, 19, units, False)
             assert isinstance(how, gpu.Cut)
             both(mode, units, batch=19, steps=2)
 
@@ -144,6 +155,7 @@ def test_layers_of_the_functions(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
     if not HERE:
         monkeypatch.setattr(layers, "_side_by_side", lambda input: True)
         monkeypatch.setattr(layers, "_no_stack", lambda *args: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default
     kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}.get(mode, nn.RNN)
     options: dict[str, Any] = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
     for more in ({"num_layers": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"batch_first": True}):
@@ -193,28 +205,76 @@ def test_staged_in_pieces() -> None:
     """A batch of which shared memory takes eight rows at a time"""
     if HERE:
         pytest.skip("the device has more shared memory than a test would fill")
-    for mode, units in (("lstm", 12), ("rnn_tanh", 24)):
-        with shim(shared=8 << 10):
-            device = torch.device("cpu")
+    for mode, units in (("lstm", 12), ("rnn_tanh", 16)):
+        with shim(multiprocessors=1, shared=6656) as device:
             for back in (False, True):
-                how = gpu.cut(gpu.KINDS[mode], back, device, 1, 11, units, 0)
+                how = gpu.cut(gpu.KINDS[mode], back, device.has, 1, 13, units, False)
                 assert isinstance(how, gpu.Cut)
                 assert how.staged == 8
-            both(mode, units, sizes=torch.tensor([11, 9, 2]))
+            both(mode, units, sizes=torch.tensor([13, 9, 2]))
+    with shim(multiprocessors=2, shared=8800) as device:  # a layer's inputs are staged beside its states
+        for mode in ("lstm", "gru"):
+            for back in (False, True):
+                how = gpu.cut(gpu.KINDS[mode], back, device.has, 2, 13, 8, True)
+                assert isinstance(how, gpu.Cut)
+                assert how.staged == 8
+            stack(mode, 2, False, True, True, torch.tensor([13, 9, 2]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_rows_and_two_more(mode: str) -> None:
+    """What is summed over the lanes by fewer shuffles, in the first pass and in the second"""
+    with shim(multiprocessors=2) if not HERE else nullcontext():
+        for batch in (10, 17):
+            stack(mode, 2, False, True, True, None, batch=batch, steps=2)
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
+def test_groups_of_a_batch(mode: str) -> None:
+    """Rows of a batch in blocks of their own, some of which run out of rows early, or have none for a while"""
+    if HERE:
+        pytest.skip("the device has room for more")
+    for reverse in (False, True):
+        with shim(multiprocessors=3) as device:
+            how = gpu.cut(gpu.KINDS[mode], False, device.has, 1, 11, 4, False)
+            assert isinstance(how, gpu.Cut)
+            assert (how.groups, how.share) == (3, 4)
+            both(mode, 4, sizes=torch.tensor([11, 9, 9, 3, 1]), reverse=reverse)
+    with shim(multiprocessors=12) as device:
+        for back in (False, True):
+            how = gpu.cut(gpu.KINDS[mode], back, device.has, 2, 11, 8, True)
+            assert isinstance(how, gpu.Cut)
+            assert how.groups == 3
+        stack(mode, 2, False, True, True, torch.tensor([11, 9, 9, 3, 1]))
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_layers_one_launch_after_another(mode: str) -> None:
+    """Three layers where two have room; two in both directions, which have a launch each, or one a direction"""
+    if HERE:
+        pytest.skip("the device has room for more")
+    for number, bidirectional, multiprocessors, launches in ((3, False, 2, 2), (2, True, 2, 2), (2, True, 1, 4)):
+        with shim(multiprocessors=multiprocessors) as device:
+            stack(mode, number, bidirectional, True, True, PACKED, units=12)
+            for name in ("forward", "backward"):
+                assert len([each for each in device.launched if each.startswith(name)]) == launches
+
+
+H200 = cuda.Limits(132, 227 << 10)
 
 
 def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     big = randn(4, 2000)
-    with shim(multiprocessors=132, shared=227 << 10):
-        def asked(mode: str, units: int, layers: int = 1) -> str | None:
-            return gpu._too_large(mode, torch.device("cpu"), layers, 10, units, 1 if layers > 1 else 0)
+    with shim(**H200._asdict()):
+        def asked(mode: str, units: int, layers: int = 1, directions: int = 1, batch: int = 10, keep: bool = True) -> str | None:
+            return gpu._too_large(mode, torch.device("cpu"), layers, directions, batch, units, keep)
 
         for mode in ("lstm", "gru"):
-            assert asked(mode, 256, 6) is None  # the case that the docs count
-            assert asked(mode, 1024) is None
+            for fits in ((256, 6), (1024,), (1024, 6), (1024, 1, 2), (650, 2, 2), (16, 13)):
+                assert asked(mode, *fits) is None
             assert "do not fit in the registers of 132" in str(asked(mode, 2048))
-            assert "do not fit" in str(asked(mode, 1024, 6))
-        assert "13 layers" in str(asked("lstm", 16, 13))
+        assert asked("lstm", 1024, batch=400, keep=False) is None
+        assert "do not fit" in str(asked("lstm", 1024, batch=2000))
         assert "projection" in str(gpu.refusal(big, True, None))
         assert "float32" in str(gpu.refusal(big.double(), False, None))
         w = torch.zeros(1).expand(8000, 2000)
@@ -226,6 +286,8 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         input, hx = randn(6, 2, 2000), randn(1, 2, 2000)
         assert "taken to be faster" in str(ops.gpu_refusal(input, hx, "gru", 1, 1, "auto"))
         assert ops.gpu_refusal(input, hx, "gru", 1, 1, "gpu") is None
+        for batch, reason in ((32, None), (1024, "with a batch of 1024 torch's library is taken to be faster")):
+            assert ops.gpu_refusal(randn(6, batch, 4), randn(1, batch, 256), "lstm", 1, 1, "auto") == reason
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
         assert "do not fit" in str(gpu.supports(*call))
         assert "pip install triton" in str(gpu.supports(*call))
@@ -256,19 +318,105 @@ def test_layers_step_by_step(no_cupy: None, monkeypatch: pytest.MonkeyPatch) -> 
     both("lstm", 12, batch=2, steps=2, dtype=torch.bfloat16)
 
 
-def test_budget_of_the_documented_case() -> None:
-    """docs/gpu-rnn.md: six layers of 256 units on 132 multiprocessors, a batch of 10"""
-    with shim(multiprocessors=132, shared=227 << 10):
-        forward = gpu.cut("LSTM", False, torch.device("cpu"), 6, 10, 256, 256)
-        backward = gpu.cut("LSTM", True, torch.device("cpu"), 6, 10, 256, 256)
-    assert forward == gpu.Cut(kv=4, warps=12, blocks=22, parts=1, staged=16, shared=4 * (16 * 512 + 12 * 10))
-    assert backward == gpu.Cut(kv=4, warps=12, blocks=22, parts=2, staged=16, shared=4 * (16 * 1024 + 4 * 24 * 10))
+def test_budget_of_the_documented_cases() -> None:
+    """docs/gpu-rnn.md: layers of 256 units on 132 multiprocessors, a batch of 10"""
+    def asked(back: bool, layers: int, directions: int = 1, batch: int = 10) -> Any:
+        found = gpu.plan("lstm", back, H200, layers, directions, batch, 256)
+        assert not isinstance(found, str)
+        return found[0], found[1]._asdict()
+
+    deep: dict[str, Any] = {"kv": 4, "warps": 12, "blocks": 22, "groups": 1, "share": 10, "staged": 10}
+    jobs, forward = asked(False, 6)
+    assert (jobs, forward) == (6, {**deep, "work": 212, "parts": 1, "shared": 4 * (10 * 512 + 12 * 10)})
+    jobs, backward = asked(True, 6)
+    assert (jobs, backward) == (6, {**deep, "work": 212, "parts": 4, "shared": 4 * (10 * 1024 + 6 * 12 * 10)})
+    assert asked(False, 12)[0] == 6
+    jobs, ways = asked(False, 3, 2)
+    assert (jobs, ways["kv"], ways["warps"], ways["blocks"], ways["groups"]) == (2, 2, 8, 32, 2)
+    assert asked(False, 1, batch=32)[1]["groups"] == 4
+
+
+@pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is missing: the extra gpu-check has it")
+def test_layers_on_layers_compile_within_their_budget() -> None:
+    """What holds the most in registers"""
+    names = ["forward<LSTM, 4, true>", "forward<LSTM, 8, true>", "backward<LSTM, 4, true>", "backward<GRU, 8, true>"]
+    assert set(names) <= set(gpu.SOURCE.instances())
+    for arch in ("80", "90"):
+        log, found = nvrtc.compile(gpu.SOURCE.text, arch, names)
+        assert "warning" not in log, log
+        for name, usage in found.items():
+            most = 65536 // (32 * gpu.WARPS[int(name.split(", ")[1])]) // 8 * 8
+            assert usage.local == usage.spilled == usage.shared == 0, f"{name}: {usage}"
+            assert usage.registers <= min(most, 255), f"{name}: {usage}"
+
+
+@pytest.mark.parametrize("op", [ops.recurrent_stack, ops.recurrent_stack_backward], ids=lambda op: op.name)
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
+def test_replayed(mode: str, op: Any) -> None:
+    """A call that comes again is its launches with other addresses."""
+    units, layers, batch = 8, 2, 3
+    wide = reference.GATES[mode] * units
+    cells = randn(layers, batch, units) if mode == "lstm" else None
+    given: list[Any] = [randn(6, 5), randn(layers, batch, units), cells, randn(wide * (5 + units + 2 + units + units + 2))]
+    options = [None, mode, layers, False, True]
+    if op is ops.recurrent_stack:
+        args = there([*given, *options, True])
+    else:
+        y, _, _, reserve = run(ops.recurrent_stack, *there(given), *options, True)
+        grads = [torch.randn_like(y), *there([randn(layers, batch, units), cells if cells is not None else randn(0)])]
+        args = [*grads, *there(given), y, reserve, *options, [True, True, cells is not None, True]]
+    expected = run(op, *args)
+    kernel = backends.load("gpu", op)[0]
+    assert kernel is not None
+    changed = [a.clone().mul_(0.5) if isinstance(a, Tensor) else a for a in args]
+    _, again = replay.record(lambda *own: op._launch(kernel, op.check(*own), own), changed, len(op.tensors))
+    assert again is not None
+    found = again(*(a.clone() if isinstance(a, Tensor) else None for a in args[: len(op.tensors)]))
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.skipif(not HERE, reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["lstm", "gru"])
+def test_a_large_barrier(mode: str) -> None:
+    """The documented case, all multiprocessors that wait for each other 512 times: right, the same again, and in a CUDA graph"""
+    layers, batch, units, steps = 6, 10, 256, 512
+    wide, scale = reference.GATES[mode] * units, units**-0.5
+    states = (layers, batch, units)
+    given = [randn(steps * batch, units), randn(*states), randn(*states) if mode == "lstm" else None,
+             randn(layers * wide * (2 * units + 2), scale=scale)]  # fmt: skip
+    rest: list[Any] = [None, mode, layers, False, True]
+    args = there(given)
+    first = run(ops.recurrent_stack, *args, *rest, True)
+    exact = reference.recurrent_stack(*(a.double() if a is not None else None for a in args), *rest, True)
+    same(first[:3], [t.cpu() for t in exact[:3]], times=256)
+    grads = [torch.randn_like(t) for t in first[:3]]
+    needs = [a is not None for a in args]
+
+    def back() -> Any:
+        return run(ops.recurrent_stack_backward, *grads, *args, first[0], first[3], *rest, needs)
+
+    made = back()
+    inner = *(g.double() for g in grads), *(a.double() if a is not None else None for a in args), exact[0], exact[3], *rest, needs
+    same(made, [t.cpu() for t in reference.recurrent_stack_backward(*inner)], times=1024)
+    for _ in range(5):
+        for a, b in zip((*run(ops.recurrent_stack, *args, *rest, True), *back()), (*first, *made), strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(ops.recurrent_stack, *args, *rest, False)
+    args[0].neg_()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    expected = run(ops.recurrent_stack, *args, *rest, False)
+    assert all(torch.equal(a, b) for a, b in zip(captured[:3], expected[:3], strict=True))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_scan(dtype: torch.dtype, reverse: bool) -> None:
-    for steps in (1, 8, 13):
+    for steps in (1, 8, 13, 27):
         f, u, c = torch.rand(steps, 3, 7).to(dtype), randn(steps, 3, 7, dtype=dtype), randn(3, 7, dtype=dtype)
         found = run(ops.scan, *there([f, u, c]), reverse)
         same([found], [reference.scan(*double([f, u, c]), reverse)], dtype, 4)

@@ -204,7 +204,8 @@ def test_launches_are_timed_and_a_failure_is_one_line(monkeypatch: pytest.Monkey
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(launches, "calls", lambda: {"bad": (fails, fails), "good": (lambda: time.sleep(1e-4), lambda: None)})
+    pairs = {"bad": (fails, fails), "good": (lambda: time.sleep(1e-4), lambda: None)}
+    monkeypatch.setattr(launches, "calls", lambda device: pairs)
     monkeypatch.setattr(launches, "NUMBER", 3)
     assert launches.main(tmp_path / "launches.json") == 1
     found = json.loads((tmp_path / "launches.json").read_text())["seconds a call until it returns"]

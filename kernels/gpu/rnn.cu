@@ -1,22 +1,24 @@
-// Recurrent layers: one launch for a whole sequence, layers and directions side by side.
+// Recurrent layers: one launch for a whole sequence, layers or directions side by side.
 //
 // A job is one direction of one layer. It has blocks of its own, each block some of the units, each warp one unit (LSTM, GRU)
-// or four (RNN): four rows of weights, which stay in the warp's registers from the first step to the last. A lane holds every
-// 32nd group of four columns. Each step every block reads the state that all blocks of its job have written (and the output of
-// the layer below), multiplies, sums over the lanes, and writes its part of the new state.
+// or four (RNN): their rows of weights stay in the warp's registers from the first step to the last. A lane holds every 32nd
+// group of four columns. Each step every block reads the state that all blocks of its job have written (and the output of the
+// layer below), multiplies, sums over the lanes, and writes its part of the new state.
 //
-// Who waits for whom: a job's counter grows by one as one of its blocks finishes a step. A block waits until its job's counter
-// says that the last step is done and the counter of the layer below that its input is there. Layers thus run one step behind
-// each other, with no barrier that all wait at. All blocks have to be on the device at once: a cooperative launch.
+// Who waits for whom: a job's counter grows by one as one of its blocks finishes a step. A block waits for the layer below and
+// multiplies what that made; only then it needs its own job's last step, whose news has been on its way meanwhile. Layers run one
+// step behind each other, with no barrier that all wait at. Rows of the batch know nothing of each other: a large batch may be
+// cut into groups, each with blocks and counters of its own. All blocks have to be on the device at once: a cooperative launch.
 //
 // What other blocks wrote is read past L1 (__ldcg), which is not coherent. Sums have one order, whoever is first.
 #include "common.cuh"
 
 enum Mode { LSTM, GRU, RNN };
 
-const int ROWS = 4;    // rows of weights a warp holds: the gates of a unit, or four units
-const int TILE = 8;    // rows of the batch that are multiplied together: ROWS · TILE sums, one for each lane in the end
+const int ROWS = 4;             // sums a row of the batch that a warp makes: the gates of a unit, or four units
+const int FULL = 8, FEW = 2;    // rows of the batch that are multiplied together: eight, and at the end two more
 const int LANES = 32;
+const int APART = 32;           // between counters, in ints: many blocks poll each, none shares a line
 
 // One direction of one layer. All arrays are dense, in float.
 struct Job {
@@ -24,34 +26,52 @@ struct Job {
     const float* gates_in;                           // (rows, G·H): the input's product with both biases, or 0
     const float *h0, *c0;
     float *y, *h_n, *c_n, *kept;  // kept: (rows, 5·H or 4·H), or 0
-    int* done;                    // this job's counter
-    const int *wait0, *wait1;     // counters of the layer below, or 0
-    i64 reverse, below_columns, y_stride, y_at;
+    int* done;                    // this job's counters, one a group
+    const int* wait;              // counters of the layer below, or 0
+    i64 reverse, y_stride, y_at;
     // the backward
-    const float *grad_y0, *grad_y1;  // gradients of y: the caller's, or what the jobs of the layer above made
+    const float* grad_y;             // the caller's, or what the job of the layer above made
     const float *grad_h, *grad_c;
-    float *gates_x, *gates_h, *d_below, *d_h0, *d_c0;
+    float *gates_x, *gates_h, *d_below, *d_h0, *d_c0;  // d_below: 0 where nobody below is in this launch
     i64 grad_stride, grad_at;
-    const int *above0, *above1;      // counters of the jobs above
+    const int* above;                // counters of the job above, or 0
 };
 
 struct Call {
     const i64* starts;  // of each step's rows; 0: all have `batch`
     i64 steps, batch, units, relu;
-    i64 blocks, staged, parts, vectors;  // blocks of a job; rows of the batch in shared memory; see backward; 16-byte reads
+    i64 blocks, groups, share;    // blocks of a job and group; groups of the batch; rows of a group
+    i64 staged, parts, vectors;   // rows in shared memory at once; see backward; whether 16 bytes are read at once
     Job jobs[12];
 };
 
-__device__ __forceinline__ i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
+// A row and a column's offset: one multiplication of 32 bits to 64, where those of 64 bits are five.
+__device__ __forceinline__ i64 offset(unsigned rows, unsigned stride) { return (i64)((unsigned long long)rows * stride); }
+
+__device__ __forceinline__ int at_most(int a, int b) { return a < b ? a : b; }
 
 __device__ __forceinline__ float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
 
-__device__ __forceinline__ i64 row_of(const Call& g, i64 step) { return g.starts ? g.starts[step] : step * g.batch; }
-__device__ __forceinline__ int rows_in(const Call& g, i64 step) {
-    return g.starts ? (int)(g.starts[step + 1] - g.starts[step]) : (int)g.batch;
+// Where a block is: the job, and the rows of the batch.
+struct Place {
+    const Job& job;
+    int group, block, from;  // from: the group's first row of the batch
+    __device__ __forceinline__ Place(const Call& g)
+        : job(g.jobs[blockIdx.x / (unsigned)(g.blocks * g.groups)]), group(blockIdx.x / (unsigned)g.blocks % (unsigned)g.groups),
+          block(blockIdx.x % (unsigned)g.blocks), from(group * (int)g.share) {}
+};
+
+// The group's first row of a step, and how many it has: none of a step that there is not.
+__device__ __forceinline__ i64 row_of(const Call& g, i64 step, int from) {
+    return step < 0 || step >= g.steps ? 0 : (g.starts ? g.starts[step] : step * g.batch) + from;
+}
+__device__ __forceinline__ int rows_in(const Call& g, i64 step, int from) {
+    if (step < 0 || step >= g.steps) return 0;
+    const int rows = (int)(g.starts ? g.starts[step + 1] - g.starts[step] : g.batch) - from;
+    return rows < 0 ? 0 : at_most(rows, (int)g.share);
 }
 
-__device__ __forceinline__ int at_least(const int* counter) {
+__device__ __forceinline__ int seen(const int* counter) {
 #ifdef FASTNN_SHIM
     return *counter;
 #else
@@ -62,59 +82,85 @@ __device__ __forceinline__ int at_least(const int* counter) {
 }
 
 // One thread waits, the block behind it.
-__device__ __forceinline__ void await(const int* counter, i64 wanted) {
-    if (counter == 0 || wanted <= 0) return;
-    while (at_least(counter) < wanted) __nanosleep(20);
+__device__ __forceinline__ void await(const int* counters, int group, i64 wanted) {
+    if (counters == 0) return;
+    while (seen(counters + group * APART) < wanted) __nanosleep(20);
 }
 
 // The block's writes are there for whoever has seen the counter.
-__device__ __forceinline__ void publish(int* counter) {
+__device__ __forceinline__ void publish(int* counters, int group) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(counter, 1);
+        int* const counter = counters + group * APART;
+#ifdef FASTNN_SHIM
+        shim::release_one(counter);
+#else
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+#endif
     }
 }
 
-// Half of the sums go to the lane HALF away, the other half comes from there. HALF is a template's: an index that is not known at
-// compile time would move the sums, and with them the multiplications' results, to local memory.
-template <int HALF> __device__ __forceinline__ void fold(float (&sum)[ROWS * TILE]) {
-    const bool upper = threadIdx.x & HALF;
+// Half of the sums go to the lane `bit` away, the other half comes from there. HALF is a template's: an index that is not known
+// at compile time would move the sums, and with them the multiplications' results, to local memory.
+template <int HALF, int N> __device__ __forceinline__ void fold(float (&sum)[N], int bit) {
+    const bool upper = threadIdx.x & bit;
 #pragma unroll
     for (int i = 0; i < HALF; i++) {
         const float gives = upper ? sum[i] : sum[i + HALF], keeps = upper ? sum[i + HALF] : sum[i];
-        sum[i] = keeps + __shfl_xor_sync(0xffffffffu, gives, HALF);
+        sum[i] = keeps + __shfl_xor_sync(0xffffffffu, gives, bit);
     }
 }
 
-// 32 sums of each of 32 lanes → lane l has the total of sum l, by 31 shuffles.
-__device__ __forceinline__ float transpose_sum(float (&sum)[ROWS * TILE]) {
-    fold<16>(sum);
-    fold<8>(sum);
-    fold<4>(sum);
-    fold<2>(sum);
-    fold<1>(sum);
-    return sum[0];
-}
+// What a lane has summed over its columns: [row · FULL + b] of eight rows of the batch, [row · FEW + b] of two more.
+struct Sums {
+    float full[ROWS * FULL], few[ROWS * FEW];
 
-// sum[row · TILE + b] += weights[row] · vectors[b], the lane's columns only. `vectors`: rows of `width` in shared memory.
-template <int KV>
-__device__ __forceinline__ void multiply(float (&sum)[ROWS * TILE], const float4 (&weights)[ROWS][KV], const float* vectors,
-                                         int count, int width) {
-    const int lane = threadIdx.x % LANES;
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int b = 0; b < TILE; b++) {
+        for (int i = 0; i < ROWS * FULL; i++) full[i] = 0;
+#pragma unroll
+        for (int i = 0; i < ROWS * FEW; i++) few[i] = 0;
+    }
+    // 32 sums of each of 32 lanes → lane l has the total of row l / FULL and b = l % FULL, by 31 shuffles.
+    __device__ __forceinline__ float total() {
+        fold<16>(full, 16);
+        fold<8>(full, 8);
+        fold<4>(full, 4);
+        fold<2>(full, 2);
+        fold<1>(full, 1);
+        return full[0];
+    }
+    // The same of the two, by nine: lane l has row l / FULL and b = l % FEW.
+    __device__ __forceinline__ float few_total() {
+        fold<4>(few, 16);
+        fold<2>(few, 8);
+        fold<1>(few, 1);
+        few[0] += __shfl_xor_sync(0xffffffffu, few[0], 2);
+        return few[0] + __shfl_xor_sync(0xffffffffu, few[0], 4);
+    }
+};
+
+// How many of so many rows are next.
+__device__ __forceinline__ int next_rows(int left) { return left <= FULL + FEW ? left : FULL; }
+
+// Adds weights[row] · vectors[b], the lane's columns only; the last row's product goes to sum LAST.
+template <int LAST, int N, int K>
+__device__ __forceinline__ void multiply(Sums& sums, const float4 (&weights)[N][K], const float* vectors, int count, int width) {
+    const float* const mine = vectors + threadIdx.x % LANES * 4;
+#pragma unroll
+    for (int b = 0; b < FULL + FEW; b++) {
         if (b < count) {  // the same for all lanes
 #pragma unroll
-            for (int k = 0; k < KV; k++) {
-                const float4 v = *reinterpret_cast<const float4*>(vectors + b * width + k * 128 + lane * 4);
+            for (int k = 0; k < K; k++) {
+                const float4 v = *reinterpret_cast<const float4*>(mine + b * width + k * 128);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    float& s = sum[r * TILE + b];
-                    s = fmaf(weights[r][k].x, v.x, s);
-                    s = fmaf(weights[r][k].y, v.y, s);
-                    s = fmaf(weights[r][k].z, v.z, s);
-                    s = fmaf(weights[r][k].w, v.w, s);
+                for (int n = 0; n < N; n++) {
+                    const int r = n < N - 1 ? n : LAST;
+                    float& s = b < FULL ? sums.full[r * FULL + b] : sums.few[r * FEW + b - FULL];
+                    s = fmaf(weights[n][k].x, v.x, s);
+                    s = fmaf(weights[n][k].y, v.y, s);
+                    s = fmaf(weights[n][k].z, v.z, s);
+                    s = fmaf(weights[n][k].w, v.w, s);
                 }
             }
         }
@@ -123,42 +169,46 @@ __device__ __forceinline__ void multiply(float (&sum)[ROWS * TILE], const float4
 
 __device__ __forceinline__ float& part(float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// Row `unit` of what a warp multiplies with, a gate's (LSTM, GRU: rows r, z, the input's n, the state's n) or a unit's.
-template <int MODE>
-__device__ __forceinline__ float weight(const Job& j, int units, int r, int unit, int column) {
-    const int row = MODE == RNN ? unit + r : (MODE == GRU && r == 3 ? 2 : r) * units + unit;
-    const int below = (int)j.below_columns;
-    if ((MODE == RNN ? unit + r : unit) >= units || column >= below + units) return 0;
-    if (MODE == GRU && r == (column < below ? 3 : 2)) return 0;  // the candidate's two products are kept apart
-    return column < below ? j.w_ih[(i64)row * below + column] : j.w_hh[(i64)row * units + column - below];
+// A warp's weights: number(n, column) of its rows n.
+template <int N, int K, typename Number> __device__ __forceinline__ void fill(float4 (&weights)[N][K], Number number) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int k = 0; k < K; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) part(weights[n][k], i) = number(n, k * 128 + threadIdx.x % LANES * 4 + i);
 }
 
-// The state that row b of a step begins with: that of the step before, or the first.
-__device__ __forceinline__ const float* before(const Call& g, const Job& j, i64 step, int b) {
-    const i64 near = step + (j.reverse ? 1 : -1);
-    if (near < 0 || near >= g.steps || b >= rows_in(g, near)) return j.h0 + (i64)b * g.units;
-    return j.y + (row_of(g, near) + b) * j.y_stride + j.y_at;
-}
-
-// Copies rows [first, first + count) of the batch to shared memory, `width` numbers each: source(b, k) says where number k of
-// row b lies, or 0. Four independent reads are under way at once.
-template <typename Source>
-__device__ __forceinline__ void stage(float* shared, int first, int count, int width, bool vectors, Source source) {
-    if (vectors) {
-        const int quads = width / 4;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count * quads; i += blockDim.x) {
-            const int b = i / quads, k = i % quads * 4;
-            const float* from = source(first + b, k);
-            reinterpret_cast<float4*>(shared)[i] = from ? __ldcg(reinterpret_cast<const float4*>(from)) : float4{0, 0, 0, 0};
+// Copies so many rows of the batch to shared memory, `width` numbers each, 0 from `columns` on; row(b): where a row lies. READS
+// of a thread are under way before the first is written: each round waits for L2 once.
+template <int READS, typename T, typename Row>
+__device__ __forceinline__ void stage_as(float* shared, int count, int columns, int width, Row row) {
+    const unsigned each = sizeof(T) / sizeof(float), per = width / each, all = count * per;
+    const unsigned down = blockDim.x / per, right = blockDim.x % per;  // to a thread's next: no division for each
+    unsigned b = threadIdx.x / per, k = threadIdx.x % per;
+    for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
+        T v[READS];
+#pragma unroll
+        for (int q = 0; q < READS; q++) {
+            const T* const from = reinterpret_cast<const T*>(row(b)) + k;
+            v[q] = b < (unsigned)count && k * each < (unsigned)columns ? __ldcg(from) : T{};
+            b += down;
+            k += right;
+            if (k >= per) {
+                k -= per;
+                b++;
+            }
         }
-    } else {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count * width; i += blockDim.x) {
-            const float* from = source(first + i / width, i % width);
-            shared[i] = from ? __ldcg(from) : 0.0f;
-        }
+#pragma unroll
+        for (int q = 0; q < READS; q++)
+            if (i + q * blockDim.x < all) reinterpret_cast<T*>(shared)[i + q * blockDim.x] = v[q];
     }
+}
+
+template <int READS, typename Row>
+__device__ __forceinline__ void stage(float* shared, int count, int columns, int width, bool vectors, Row row) {
+    if (vectors) stage_as<READS, float4>(shared, count, columns, width, row);
+    else stage_as<READS, float>(shared, count, columns, width, row);
 }
 
 #ifdef FASTNN_SHIM
@@ -167,210 +217,267 @@ __device__ __forceinline__ void stage(float* shared, int first, int count, int w
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
 
-template <int KV> struct Most { static const int threads = KV <= 2 ? 512 : KV <= 4 ? 384 : 256; };  // leave enough registers
+// Threads of a block, so that each has the registers for KV · 128 columns of weights; WARPS in rnn.py.
+template <int KV> struct Most { static const int threads = KV <= 4 ? 384 : 256; };
 
-template <int MODE, int KV>
+// KV · 128 columns: of the state, or half of them, and the other half of the layer below where there are such layers (BELOW).
+template <int MODE, int KV, bool BELOW = false>
 __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_constant__ Call g) {
     SHARED(shared);
-    const Job& j = g.jobs[blockIdx.x / (unsigned)g.blocks];
+    const int K = KV / (1 + BELOW);
+    const Place place(g);
+    const Job& j = place.job;
     const int units = (int)g.units, warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    const int mine = ((int)(blockIdx.x % (unsigned)g.blocks) * warps + warp) * (MODE == RNN ? ROWS : 1);  // the warp's first unit
-    const int below = (int)j.below_columns, columns = below + units, width = KV * 128;
-    float* const cells = shared + g.staged * width + warp * g.batch;  // of the warp's unit
-    float4 weights[ROWS][KV];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int k = 0; k < KV; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) part(weights[r][k], i) = weight<MODE>(j, units, r, mine, k * 128 + lane * 4 + i);
-    // After a product lane l has the sum of row l / TILE and row l % TILE of the batch.
-    const int r = lane / TILE, unit = MODE == RNN ? mine + r : mine;
+    const int group = place.group, from = place.from, share = (int)g.share;
+    const int mine = (place.block * warps + warp) * (MODE == RNN ? ROWS : 1);  // the warp's first unit
+    const int width = K * 128, held = MODE == GRU ? 3 : ROWS, gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1;
+    const bool below = BELOW && j.below;
+    float* const states = shared;
+    float* const inputs = states + g.staged * width;                             // where there is a layer below
+    float* const cells = inputs + (BELOW ? g.staged * width : 0) + warp * share;  // of the warp's unit
+
+    // The candidate of a GRU has two sums, 2 of the input and 3 of the state; the other gates have one.
+    float4 of_state[held][K], of_input[held][K];
+    const auto weight = [&](const float* w, int n, int column) {
+        const int row = MODE == RNN ? mine + n : n * units + mine;
+        return (MODE == RNN ? row : mine) < units && column < units ? w[(i64)row * units + column] : 0.0f;
+    };
+    fill(of_state, [&](int n, int column) { return weight(j.w_hh, n, column); });
+    if (below) fill(of_input, [&](int n, int column) { return weight(j.w_ih, n, column); });
+
+    // After a product a lane has the sum of row lane / FULL.
+    const int r = lane / FULL, unit = MODE == RNN ? mine + r : mine;
     const int gate = MODE == RNN ? 0 : MODE == GRU && r == 3 ? 2 : r;
-    const bool from_below = MODE != GRU || r != 3, from_state = MODE != GRU || r != 2;  // whose bias a sum has
+    const bool of_below = MODE != GRU || r != 3, of_own = MODE != GRU || r != 2;  // whose bias a sum has
     float bias = 0;
     if (j.b_ih && unit < units) {  // gates_in has all biases but that of the state's part of n
-        if (from_below && !j.gates_in) bias += j.b_ih[gate * units + unit];
-        if (from_state && (!j.gates_in || (MODE == GRU && r == 3))) bias += j.b_hh[gate * units + unit];
+        if (of_below && !j.gates_in) bias += j.b_ih[gate * units + unit];
+        if (of_own && (!j.gates_in || (MODE == GRU && r == 3))) bias += j.b_hh[gate * units + unit];
     }
+    const i64 own = (i64)from * units;  // of the group's rows in h0, c0, h_n and c_n
+    const float* const start = j.h0 + own;
+    const int stride = (int)j.y_stride;
     if (MODE == LSTM && mine < units)
-        for (int b = lane; b < g.batch; b += LANES) cells[b] = j.c0[(i64)b * units + mine];
+        for (int b = lane; b < at_most((int)g.batch - from, share); b += LANES) cells[b] = j.c0[own + (i64)b * units + mine];
 
     for (i64 s = 0; s < g.steps; s++) {
-        const i64 t = j.reverse ? g.steps - 1 - s : s, row = row_of(g, t);
-        const int batch = rows_in(g, t);
-        if (threadIdx.x == 0) {
-            await(j.wait0, (t + 1) * g.blocks);
-            await(j.wait1, (g.steps - t) * g.blocks);
-            await(j.done, s * g.blocks);
+        const i64 t = j.reverse ? g.steps - 1 - s : s, near = t + (j.reverse ? 1 : -1), next = t + (j.reverse ? -1 : 1);
+        const i64 row = row_of(g, t, from);
+        const int batch = rows_in(g, t, from), before = rows_in(g, near, from), after = rows_in(g, next, from);
+        const float* const old = j.y + row_of(g, near, from) * j.y_stride + j.y_at;  // of rows that have a step before this one
+        const float* const input = j.below + row * units;
+        if (below) {
+            if (threadIdx.x == 0) await(j.wait, group, (t + 1) * g.blocks);
+            __syncthreads();
         }
-        __syncthreads();
-        for (int first = 0; first < batch; first += (int)g.staged) {
-            const int staged = (int)at_most(batch - first, g.staged);
-            if (first) __syncthreads();  // all have read what was there
-            stage(shared, first, staged, width, g.vectors, [&](int b, int k) -> const float* {
-                return k < below ? j.below + (row + b) * below + k : k < columns ? before(g, j, t, b) + (k - below) : 0;
+        for (int first = 0; first == 0 || first < batch; first += (int)g.staged) {
+            const int some = at_most(batch - first, (int)g.staged);
+            Sums sums;
+            float given = 0, few_given = 0;
+            // The part of a product that needs nothing of the last step
+            const auto begin = [&](int at) {
+                const int count = next_rows(some - at);
+                if (j.gates_in && of_below && unit < units) {
+                    const float* from_input = j.gates_in + (row + first + at) * gates * units + gate * units + unit;
+                    if (lane % FULL < count) given = from_input[(i64)(lane % FULL) * gates * units];
+                    if (FULL + lane % FEW < count) few_given = from_input[(i64)(FULL + lane % FEW) * gates * units];
+                }
+                sums.clear();
+                if (below) multiply<MODE == GRU ? 2 : 3>(sums, of_input, inputs + at * width, count, width);
+            };
+            if (below) {
+                if (first) __syncthreads();  // all have read what was there
+                stage<4>(inputs, some, units, width, g.vectors, [&](int b) { return input + offset(first + b, units); });
+                __syncthreads();
+            }
+            begin(0);
+            if (first == 0 && threadIdx.x == 0) await(j.done, group, s * g.blocks);
+            __syncthreads();
+            stage<BELOW ? 4 : 8>(states, some, units, width, g.vectors, [&](int b) {
+                const bool known = first + b < before;
+                return (known ? old : start) + offset(first + b, known ? stride : units);
             });
             __syncthreads();
-            for (int tile = 0; tile < staged; tile += TILE) {
-                float sum[ROWS * TILE];
+            for (int at = 0; at < some;) {
+                const int count = next_rows(some - at);
+                if (at) begin(at);
+                multiply<3>(sums, of_state, states + at * width, count, width);
+                // From a sum of each lane to a row's new state; a[4] is the cell.
+                const auto finish = [&](float z, int b, bool inside, float (&a)[5]) {
+                    float h;
+                    if (MODE == RNN) {
+                        h = g.relu ? (z < 0 ? 0 : z) : tanhf(z);
+                    } else {
+                        const float act = MODE == LSTM ? (r == 2 ? tanhf(z) : sigmoid(z)) : r < 2 ? sigmoid(z) : z;
 #pragma unroll
-                for (int i = 0; i < ROWS * TILE; i++) sum[i] = 0;
-                multiply<KV>(sum, weights, shared + tile * width, staged - tile, width);
-                float z = transpose_sum(sum) + bias;
-                const int b = first + tile + lane % TILE;
-                const bool inside = lane % TILE < staged - tile && unit < units;
-                if (j.gates_in && inside && from_below)
-                    z += j.gates_in[(row + b) * (MODE == LSTM ? 4 : MODE == GRU ? 3 : 1) * units + gate * units + unit];
-                float h = 0, c = 0;
-                if (MODE == RNN) {
-                    h = g.relu ? (z < 0 ? 0 : z) : tanhf(z);
-                } else {
-                    const float act = MODE == LSTM ? (r == 2 ? tanhf(z) : sigmoid(z)) : r < 2 ? sigmoid(z) : z;
-                    const float a0 = __shfl_sync(0xffffffffu, act, lane % TILE),
-                                a1 = __shfl_sync(0xffffffffu, act, lane % TILE + TILE),
-                                a3 = __shfl_sync(0xffffffffu, act, lane % TILE + 3 * TILE);
-                    float a2 = __shfl_sync(0xffffffffu, act, lane % TILE + 2 * TILE);
-                    if (inside && r == 0) {
+                        for (int i = 0; i < 4; i++) a[i] = __shfl_sync(0xffffffffu, act, lane % FULL + i * FULL);
+                        if (!inside) return;
                         if (MODE == LSTM) {  // i, f, g, o
-                            c = cells[b] = fmaf(a1, cells[b], a0 * a2);
-                            h = a3 * tanhf(c);
+                            a[4] = cells[first + at + b] = fmaf(a[1], cells[first + at + b], a[0] * a[2]);
+                            h = a[3] * tanhf(a[4]);
                         } else {  // r, z, the input's and the state's part of n
-                            a2 = tanhf(fmaf(a0, a3, a2));
-                            h = fmaf(a1, __ldcg(before(g, j, t, b) + unit) - a2, a2);
-                        }
-                        if (j.kept) {
-                            float* kept = j.kept + (row + b) * (MODE == LSTM ? 5 : 4) * units + unit;
-                            kept[0] = a0;
-                            kept[units] = a1;
-                            kept[2 * units] = a2;
-                            kept[3 * units] = a3;
-                            if (MODE == LSTM) kept[4 * units] = c;
+                            a[2] = tanhf(fmaf(a[0], a[3], a[2]));
+                            h = fmaf(a[1], states[(at + b) * width + unit] - a[2], a[2]);
                         }
                     }
-                }
-                if (inside && (MODE == RNN || r == 0)) {
-                    __stcg(j.y + (row + b) * j.y_stride + j.y_at + unit, h);
-                    const i64 next = t + (j.reverse ? -1 : 1);
-                    if (next < 0 || next >= g.steps || b >= rows_in(g, next)) {  // the sequence's last step
-                        j.h_n[(i64)b * units + unit] = h;
-                        if (MODE == LSTM) j.c_n[(i64)b * units + unit] = c;
+                    if (!inside) return;
+                    __stcg(j.y + (row + first + at + b) * j.y_stride + j.y_at + unit, h);
+                    if (first + at + b >= after) {  // the sequence's last step
+                        j.h_n[own + (i64)(first + at + b) * units + unit] = h;
+                        if (MODE == LSTM) j.c_n[own + (i64)(first + at + b) * units + unit] = a[4];
                     }
-                }
+                };
+                const auto keep = [&](int b, bool inside, const float (&a)[5]) {
+                    if (MODE == RNN || !j.kept || !inside) return;
+                    float* const kept = j.kept + (row + first + at + b) * (MODE == LSTM ? 5 : 4) * units + unit;
+#pragma unroll
+                    for (int i = 0; i < (MODE == LSTM ? 5 : 4); i++) kept[i * units] = a[i];
+                };
+                const bool owner = unit < units && (MODE == RNN || r == 0);
+                const bool inside = owner && lane % FULL < count, few_inside = owner && FULL + lane % FULL < count;
+                float a[5], few_a[5];
+                finish(sums.total() + bias + given, lane % FULL, inside, a);
+                if (count > FULL) finish(sums.few_total() + bias + few_given, FULL + lane % FULL, few_inside, few_a);
+                if (first + at + count >= batch) publish(j.done, group);  // what nobody waits for is written behind it
+                keep(lane % FULL, inside, a);
+                if (count > FULL) keep(FULL + lane % FULL, few_inside, few_a);
+                at += count;
             }
         }
-        publish(j.done);
+        if (batch == 0) publish(j.done, group);
     }
 }
 
-// Through time. What the gates' gradients of a step, all of them, make of the state before and of the layer below are columns:
-// first the layer below's, then the units'. A warp holds four columns' weights, a stretch of KV · 128 gates of them; `parts` warps
-// share the columns. The GRU's candidate counts twice, with what came from the input and what came from the state.
-// A block then turns the gradients of its own units into those of their gates at the step before, and publishes all.
-template <int MODE>
-__device__ __forceinline__ float weight_back(const Job& j, int units, int column, int k) {
-    const int below = (int)j.below_columns;
-    if (column >= below + units || k >= (MODE == RNN ? 1 : 4) * units) return 0;
-    const bool down = column < below;
-    int row = k;
-    if (MODE == GRU && k >= 2 * units) {
-        if (down != (k < 3 * units)) return 0;
-        row = down ? k : k - units;
-    }
-    return down ? j.w_ih[(i64)row * below + column] : j.w_hh[(i64)row * units + column - below];
-}
-
-template <int MODE, int KV>
+// Through time. What the gates' gradients of a step, all of them, make of the state before and of the layer below are columns, of
+// which a warp holds four of each, a stretch of K · 128 gates of them; `parts` warps share the columns. Those of the state come first: a
+// block turns the gradients of its own units into those of their gates at the step before, and publishes them. While that is on
+// its way it multiplies for the layer below, which is published with the step after. A GRU's candidate has one gradient for what
+// came from the input (gates_x) and another for what came from the state (gates_h).
+template <int MODE, int KV, bool BELOW = false>
 __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_constant__ Call g) {
     SHARED(shared);
-    const Job& j = g.jobs[blockIdx.x / (unsigned)g.blocks];
+    const int K = KV / (1 + BELOW);
+    const Place place(g);
+    const Job& j = place.job;
     const int units = (int)g.units, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, parts = (int)g.parts;
-    const int many = (int)(blockDim.x / LANES / g.parts) * ROWS;  // columns of a block
-    const int first_column = (int)(blockIdx.x % (unsigned)g.blocks) * many, quad = warp / parts * ROWS, stretch = warp % parts;
-    const int below = (int)j.below_columns, width = parts * KV * 128, gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1;
-    float* const sums = shared + g.staged * width;         // (parts, many, batch)
-    float* const carry = sums + parts * many * g.batch;    // (many, batch): the gradient of the state, as far as it is known
-    float* const d_cell = carry + many * g.batch;          // (many, batch)
-    float4 weights[ROWS][KV];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int k = 0; k < KV; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                part(weights[r][k], i) =
-                    weight_back<MODE>(j, units, first_column + quad + r, (stretch * KV + k) * 128 + lane * 4 + i);
-    for (int i = threadIdx.x; i < many * (int)g.batch; i += blockDim.x) {
-        const int unit = first_column + i / (int)g.batch - below, b = i % (int)g.batch;
-        const bool inside = unit >= 0 && unit < units;
-        carry[i] = inside ? j.grad_h[(i64)b * units + unit] : 0;
-        d_cell[i] = inside && MODE == LSTM ? j.grad_c[(i64)b * units + unit] : 0;
+    const int group = place.group, from = place.from, share = (int)g.share;
+    const int many = (int)(blockDim.x / LANES / g.parts) * ROWS;  // units of a block, and columns of the layer below
+    const int first_unit = place.block * many, quad = warp / parts * ROWS, stretch = warp % parts;
+    const int gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1, width = parts * K * 128;
+    const int numbers = many * share, row_size = gates * units;
+    float* const sums = shared + g.staged * width;  // (parts, many, share)
+    float* const carry = sums + parts * numbers;    // (share, many): the gradient of the state, as far as it is known
+    float* const d_cell = carry + numbers;          // (share, many)
+    float4 of_state[ROWS][K], of_input[ROWS][K];
+    const auto weight = [&](const float* w, int n, int at) {
+        const int k = stretch * K * 128 + at, column = first_unit + quad + n;
+        return k < gates * units && column < units ? w[(i64)k * units + column] : 0.0f;
+    };
+    fill(of_state, [&](int n, int at) { return weight(j.w_hh, n, at); });
+    const bool below = BELOW && j.d_below;
+    if (below) fill(of_input, [&](int n, int at) { return weight(j.w_ih, n, at); });
+    const i64 own = (i64)from * units + first_unit;  // of the block's units in h0, c0 and their gradients
+    const int most = at_most((int)g.batch - from, share), inside = at_most(units - first_unit, many);
+    for (int i = threadIdx.x; i < numbers; i += blockDim.x) {
+        const int u = i % many, b = i / many;
+        const bool there = u < inside && b < most;
+        carry[i] = there ? j.grad_h[own + (i64)b * units + u] : 0;
+        d_cell[i] = there && MODE == LSTM ? j.grad_c[own + (i64)b * units + u] : 0;
     }
 
     for (i64 s = 0; s <= g.steps; s++) {
-        const i64 t = j.reverse ? s : g.steps - 1 - s, last = j.reverse ? t - 1 : t + 1;  // last: whose gates are known
-        const int done = s ? rows_in(g, last) : 0, batch = s < g.steps ? rows_in(g, t) : 0;
-        const i64 row = s < g.steps ? row_of(g, t) : 0, last_row = s ? row_of(g, last) : 0;
-        if (threadIdx.x == 0) {
-            await(j.done, s * g.blocks);
-            if (s < g.steps) {  // what a layer above makes of a step, it makes while it turns to the next
-                await(j.above0, (g.steps - t + 1) * g.blocks);
-                await(j.above1, (t + 2) * g.blocks);
-            }
-        }
-        __syncthreads();
-        for (int first = 0; first < done; first += (int)g.staged) {
-            const int staged = (int)at_most(done - first, g.staged);
-            if (first) __syncthreads();
-            stage(shared, first, staged, width, g.vectors, [&](int b, int k) -> const float* {
-                if (k < gates * units) return j.gates_x + (last_row + b) * gates * units + k;
-                return MODE == GRU && k < 4 * units ? j.gates_h + (last_row + b) * gates * units + (k - units) : 0;
-            });
-            __syncthreads();
-            for (int tile = 0; tile < staged; tile += TILE) {
-                float sum[ROWS * TILE];
+        const i64 t = j.reverse ? s : g.steps - 1 - s, last = t + (j.reverse ? -1 : 1), near = t + (j.reverse ? 1 : -1);
+        const int done = rows_in(g, last, from), batch = rows_in(g, t, from), before = rows_in(g, near, from);
+        const i64 row = row_of(g, t, from), last_row = row_of(g, last, from), near_row = row_of(g, near, from);
+
+        // What the block's numbers are multiplied with is from launches before: it is read while the block waits.
+        struct Known { float gate[5], old; };
+        const auto known = [&](int i) {
+            Known v;
+            const int u = i % many, b = i / many, unit = first_unit + u;
+            if (u < inside && b < batch) {
+                const float* kept = j.kept + (row + b) * (MODE == LSTM ? 5 : 4) * units + unit;
+                if (MODE == RNN) {
+                    v.gate[0] = j.y[(row + b) * j.y_stride + j.y_at + unit];
+                } else {
 #pragma unroll
-                for (int i = 0; i < ROWS * TILE; i++) sum[i] = 0;
-                multiply<KV>(sum, weights, shared + tile * width + stretch * KV * 128, staged - tile, width);
-                const float z = transpose_sum(sum);
-                if (lane % TILE < staged - tile)
-                    sums[(stretch * many + quad + lane / TILE) * g.batch + first + tile + lane % TILE] = z;
+                    for (int q = 0; q < (MODE == LSTM ? 5 : 4); q++) v.gate[q] = kept[q * units];
+                    if (MODE == LSTM)
+                        v.old = b < before ? j.kept[(near_row + b) * 5 * units + 4 * units + unit] : j.c0[own + (i64)b * units + u];
+                    else
+                        v.old = b < before ? j.y[(near_row + b) * j.y_stride + j.y_at + unit] : j.h0[own + (i64)b * units + u];
+                }
             }
-        }
+            return v;
+        };
+        const auto grad = [&](int i) {
+            const int u = i % many, b = i / many;
+            return u < inside && b < batch ? __ldcg(j.grad_y + (row + b) * j.grad_stride + j.grad_at + first_unit + u) : 0.0f;
+        };
+        Known v = known(threadIdx.x);
+        if (threadIdx.x == 0) await(j.done, group, s * g.blocks);
+        // What the job above makes of a step, it makes as it turns to the next, and publishes with the one after.
+        if (threadIdx.x == 1 && s < g.steps) await(j.above, group, (s + 3) * g.blocks);
         __syncthreads();
-        for (int i = threadIdx.x; i < many * (int)g.batch; i += blockDim.x) {
-            const int column = first_column + i / (int)g.batch, b = i % (int)g.batch, unit = column - below;
-            if (unit >= units) continue;
-            if (b < done) {
-                float total = 0;
-                for (int p = 0; p < parts; p++) total += sums[p * many * g.batch + i];
-                if (unit < 0) __stcg(j.d_below + (last_row + b) * below + column, total);
-                else carry[i] += total;
+        float d_y = grad(threadIdx.x);
+
+        // The columns' sums over the gates of the last step, which are in shared memory from one product to the next if they fit.
+        const auto product = [&](const float4 (&weights)[ROWS][K], const float* from_gates, bool again) {
+            for (int first = 0; first < done; first += (int)g.staged) {
+                const int some = at_most(done - first, (int)g.staged);
+                if (first) __syncthreads();
+                if (!again || done > g.staged) {
+                    const float* const rows = from_gates + (last_row + first) * row_size;
+                    stage<8>(shared, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
+                    __syncthreads();
+                }
+                for (int at = 0; at < some;) {
+                    const int count = next_rows(some - at);
+                    Sums part;
+                    part.clear();
+                    multiply<3>(part, weights, shared + at * width + stretch * K * 128, count, width);
+                    float* const to = sums + (stretch * many + quad + lane / FULL) * share + first + at;
+                    const float full = part.total();
+                    if (lane % FULL < count) to[lane % FULL] = full;
+                    if (count > FULL) {
+                        const float few = part.few_total();
+                        if (FULL + lane % FULL < count) to[FULL + lane % FULL] = few;
+                    }
+                    at += count;
+                }
             }
-            if (unit < 0 || b >= batch) continue;
-            const i64 at = (row + b) * j.grad_stride + j.grad_at + unit;
-            float d = carry[i] + __ldcg(j.grad_y0 + at);
-            if (j.grad_y1) d += __ldcg(j.grad_y1 + at);
-            const float* kept = j.kept + (row + b) * (MODE == LSTM ? 5 : 4) * units + unit;
-            float* to = j.gates_x + (row + b) * gates * units + unit;
+            __syncthreads();
+        };
+        const auto total = [&](int u, int b) {
+            float sum = 0;
+            for (int p = 0; p < parts; p++) sum += sums[(p * many + u) * share + b];
+            return sum;
+        };
+        product(of_state, MODE == GRU ? j.gates_h : j.gates_x, false);
+        for (int i = threadIdx.x; i < numbers; i += blockDim.x) {
+            if (i != threadIdx.x) {
+                v = known(i);
+                d_y = grad(i);
+            }
+            const int u = i % many, b = i / many;
+            if (u >= inside) continue;
+            if (b < done) carry[i] += total(u, b);
+            if (b >= batch) continue;
+            const float d = carry[i] + d_y;
+            float* const to = j.gates_x + (row + b) * gates * units + first_unit + u;
             if (MODE == LSTM) {
-                const float a = kept[0], f = kept[units], n = kept[2 * units], o = kept[3 * units], c = tanhf(kept[4 * units]);
-                const i64 near = t + (j.reverse ? 1 : -1);
-                const float old = near < 0 || near >= g.steps || b >= rows_in(g, near)
-                                      ? j.c0[(i64)b * units + unit]
-                                      : j.kept[(row_of(g, near) + b) * 5 * units + 4 * units + unit];
+                const float a = v.gate[0], f = v.gate[1], n = v.gate[2], o = v.gate[3], c = tanhf(v.gate[4]);
                 const float dc = fmaf(d * o, 1 - c * c, d_cell[i]);
                 __stcg(to, dc * n * a * (1 - a));
-                __stcg(to + units, dc * old * f * (1 - f));
+                __stcg(to + units, dc * v.old * f * (1 - f));
                 __stcg(to + 2 * units, dc * a * (1 - n * n));
                 __stcg(to + 3 * units, d * c * o * (1 - o));
                 d_cell[i] = dc * f;
                 carry[i] = 0;
             } else if (MODE == GRU) {
-                const float r = kept[0], z = kept[units], n = kept[2 * units], state = kept[3 * units];
-                const float old = before(g, j, t, b)[unit], d_n = d * (1 - z) * (1 - n * n), d_r = d_n * state * r * (1 - r),
-                            d_z = d * (old - n) * z * (1 - z);
-                float* also = j.gates_h + (row + b) * gates * units + unit;
+                const float r = v.gate[0], z = v.gate[1], n = v.gate[2], state = v.gate[3];
+                const float d_n = d * (1 - z) * (1 - n * n), d_r = d_n * state * r * (1 - r), d_z = d * (v.old - n) * z * (1 - z);
+                float* also = j.gates_h + (row + b) * gates * units + first_unit + u;
                 __stcg(to, d_r);
                 __stcg(to + units, d_z);
                 __stcg(to + 2 * units, d_n);
@@ -379,18 +486,26 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
                 __stcg(also + 2 * units, d_n * r);
                 carry[i] = d * z;
             } else {
-                const float y = j.y[(row + b) * j.y_stride + j.y_at + unit];
+                const float y = v.gate[0];
                 __stcg(to, g.relu ? (y > 0 ? d : 0) : d * (1 - y * y));
                 carry[i] = 0;
             }
         }
-        publish(j.done);
+        publish(j.done, group);
+        if (below) {
+            product(of_input, j.gates_x, MODE != GRU);
+            for (int i = threadIdx.x; i < many * done; i += blockDim.x)
+                if (i % many < inside)
+                    __stcg(j.d_below + (last_row + i / many) * units + first_unit + i % many, total(i % many, i / many));
+        }
     }
-    for (int i = threadIdx.x; i < many * (int)g.batch; i += blockDim.x) {
-        const int unit = first_column + i / (int)g.batch - below, b = i % (int)g.batch;
-        if (unit < 0 || unit >= units) continue;
-        j.d_h0[(i64)b * units + unit] = carry[i];
-        if (MODE == LSTM) j.d_c0[(i64)b * units + unit] = d_cell[i];
+    if (threadIdx.x == 0) await(j.done, group, (g.steps + 1) * g.blocks);  // nobody's count takes another's place
+    publish(j.done, group);
+    for (int i = threadIdx.x; i < numbers; i += blockDim.x) {
+        const int u = i % many, b = i / many;
+        if (u >= inside || b >= most) continue;
+        j.d_h0[own + (i64)b * units + u] = carry[i];
+        if (MODE == LSTM) j.d_c0[own + (i64)b * units + u] = d_cell[i];
     }
 }
 
@@ -398,28 +513,42 @@ struct Scan {
     i64 f, u, c0, out, steps, columns, reverse;
 };
 
-// c_t = f_t · c_{t-1} + u_t, a column a thread; eight steps are read ahead.
+const int AHEAD = 8;
+
+// What a column needs for some steps.
+template <typename T> struct Steps {
+    T f[AHEAD], u[AHEAD];
+
+    __device__ __forceinline__ void read(const Scan& g, i64 first, i64 step, i64 left) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (i < left) {
+                f[i] = ((const T*)g.f)[first + i * step];
+                u[i] = ((const T*)g.u)[first + i * step];
+            }
+    }
+};
+
+// c_t = f_t · c_{t-1} + u_t, a column a thread. While eight steps are computed the next eight are read.
 template <typename T>
 __global__ void scan(const Scan g) {
     typedef typename Compute<T>::type C;
     const i64 column = thread_number();
     if (column >= g.columns) return;
-    const i64 step = g.reverse ? -g.columns : g.columns, first = (g.reverse ? (g.steps - 1) * g.columns : 0) + column;
+    const i64 step = g.reverse ? -g.columns : g.columns;
+    i64 at = (g.reverse ? (g.steps - 1) * g.columns : 0) + column;
     C c = widen(((const T*)g.c0)[column]);
-    for (i64 t = 0; t < g.steps; t += 8) {
-        T f[8], u[8];
-        const int many = (int)at_most(8, g.steps - t);
+    Steps<T> now;
+    now.read(g, at, step, g.steps);
+    for (i64 left = g.steps; left > 0; left -= AHEAD, at += AHEAD * step) {
+        Steps<T> next;
+        next.read(g, at + AHEAD * step, step, left - AHEAD);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < many) {
-                f[i] = ((const T*)g.f)[first + (t + i) * step];
-                u[i] = ((const T*)g.u)[first + (t + i) * step];
+        for (int i = 0; i < AHEAD; i++)
+            if (i < left) {
+                c = widen(now.f[i]) * c + widen(now.u[i]);
+                ((T*)g.out)[at + i * step] = narrow<T>(c);
             }
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < many) {
-                c = widen(f[i]) * c + widen(u[i]);
-                ((T*)g.out)[first + (t + i) * step] = narrow<T>(c);
-            }
+        now = next;
     }
 }

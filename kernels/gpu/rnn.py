@@ -1,16 +1,15 @@
-"""Recurrent layers on NVIDIA GPUs: how they are cut among blocks, and what is left to matrix products. What happens in the
-kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
+"""Recurrent layers on NVIDIA GPUs: how they are cut among launches and blocks, and what is left to matrix products. What happens
+in the kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
 
-The first layer's input product is one matrix product beforehand, the weights' gradients are products afterwards, by torch.
-What does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels were asked for by
-name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Kernels compute in
-float32; 16-bit arguments are widened, and the results rounded once.
+The input's product of a launch's first layer is one matrix product beforehand, the weights' gradients are products afterwards,
+by torch. A layer that does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels
+were asked for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Kernels
+compute in float32; 16-bit arguments are widened, and the results rounded once.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -25,14 +24,25 @@ from .engine import cuda
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
-WARPS = {1: 16, 2: 16, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
-ROWS, TILE, JOBS = 4, 8, 12  # as in rnn.cu
+WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
+ROWS, FULL, FEW, JOBS = 4, 8, 2, 12  # as in rnn.cu
+APART = 32  # ints between counters
 
 
 def _instances() -> list[str]:
     """All kernels that a call may ask for."""
-    found = [f"{name}<{kind}, {kv}>" for name in ("forward", "backward") for kind in ("LSTM", "GRU", "RNN") for kv in WARPS]
+    found = [
+        _instance(name, kind, kv, stacked)
+        for name in ("forward", "backward")
+        for kind in ("LSTM", "GRU", "RNN")
+        for kv in WARPS
+        for stacked in (False, True)[: min(kv, 2)]
+    ]
     return found + [f"scan<{name}>" for name in TYPES.values()]
+
+
+def _instance(name: str, kind: str, kv: int, stacked: bool) -> str:
+    return f"{name}<{kind}, {kv}{', true' if stacked else ''}>"
 
 
 SOURCE = cuda.Source("rnn", _instances)
@@ -41,80 +51,102 @@ SOURCE = cuda.Source("rnn", _instances)
 class Cut(NamedTuple):
     """How the jobs of a launch lie on the device."""
 
-    kv: int  # 128 · kv columns are in a warp's registers
+    work: int  # of a scheduler in a step, about, in multiplications of a row with 128 columns: 17 instructions
+    kv: int  # 128 · kv columns are in a warp's registers, half of them for the layer below where there is one
     warps: int  # of a block
-    blocks: int  # of a job
+    blocks: int  # of a job and group
+    groups: int  # of the batch
+    share: int  # rows of a group
     parts: int  # warps that share the columns of a backward
     staged: int  # rows of the batch in shared memory at once
     shared: int  # bytes
 
 
 @lru_cache(1024)
-def cut(kind: str, back: bool, device: torch.device, jobs: int, batch: int, units: int, below: int) -> Cut | str:
-    """The cut, or why there is none; below: columns of the layer below that is in the same launch, 0 without one."""
-    has = cuda.limits(device)
-    available = has.multiprocessors // jobs
-    if available == 0 or jobs > JOBS:
+def cut(kind: str, back: bool, has: cuda.Limits, jobs: int, batch: int, units: int, stacked: bool) -> Cut | str:
+    """The cut with the least work, or why there is none; stacked: the jobs are layers on layers."""
+    if jobs > min(JOBS, has.multiprocessors):
         return f"{jobs} layers and directions are more than run side by side here ({min(JOBS, has.multiprocessors)})"
-    for kv, most in WARPS.items():
-        if back:
-            parts = -(-units * (1 if kind == "RNN" else 4) // (128 * kv))
-            rows = -(-(below + units) // ROWS)  # quadruples of columns
-        else:
-            parts, rows = 1, -(-units // ROWS) if kind == "RNN" else units
-            if below + units > 128 * kv:
-                continue
-        each = max(-(-rows // available), -(-4 // parts))  # at least four warps: one for each scheduler
-        if each * parts > most:
+    found = []
+    for kv in WARPS:
+        columns = 128 * kv // (1 + stacked)
+        if columns < 128 or (not back and units > columns):
             continue
-        own = (parts + 2) * each * ROWS if back else each  # numbers a row of the batch that stay in shared memory
-        room = has.shared // 4 - own * batch
-        staged = min(-(-batch // TILE), room // (parts * kv * 128 * TILE)) * TILE
-        if staged > 0:
-            return Cut(kv, each * parts, -(-rows // each), parts, staged, 4 * (staged * parts * kv * 128 + own * batch))
-    what = f"{jobs} × {units} units" + (f" on {below}" if below else "") + f" with a batch of {batch}"
+        parts = -(-units * GATES.get(kind.lower(), 1) // columns) if back else 1
+        rows = -(-units // ROWS) if back or kind == "RNN" else units  # quadruples of columns, or warps
+        for groups in range(1, -(-batch // ROWS) + 1):
+            each = -(-rows // max(has.multiprocessors // (jobs * groups), 1))
+            warps = parts * max(each, -(-4 // parts))  # at least four: one for each scheduler
+            blocks, share = -(-rows // (warps // parts)), -(-batch // groups)
+            if warps > WARPS[kv] or jobs * groups * blocks > has.multiprocessors:
+                break
+            width = parts * (columns if back else 128 * kv)  # of a row in shared memory; what stays there beside it:
+            own = (parts + 2) * ROWS * (warps // parts) if back else warps
+            room = (has.shared // 4 - own * share) // width
+            staged = share if share <= room else room // FULL * FULL
+            if staged > 0:
+                # Products, the sums' way over the lanes to new states, which a warp alone is no faster at than two, and staging.
+                turns, passes = -(-warps // 4), -(-max(share - FEW, 1) // FULL)
+                tails = 16 * passes + 8 * (share > FULL * passes)
+                work = turns * share * kv + max(turns, 2) * tails + share * kv // 2
+                found.append(Cut(work, kv, warps, blocks, groups, share, parts, staged, 4 * (staged * width + own * share)))
+    if found:
+        return min(found)
+    what = f"{jobs} × {units} units" + f" with a batch of {batch}"
     return f"the weights of {what} do not fit in the registers of {has.multiprocessors} multiprocessors"
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+@lru_cache(1024)
+def plan(mode: str, back: bool, has: cuda.Limits, layers: int, directions: int, batch: int, units: int) -> tuple[int, Cut] | str:
+    """How many jobs each launch has, and their cut; or why a single one does not fit.
+
+    Layers of one direction run one step behind each other, as many as fit. A layer above both directions needs the last step of
+    either, so that each layer has launches of its own.
+    """
+    sizes = dict.fromkeys(-(-layers // n) for n in range(1, layers + 1)) if directions == 1 else (2, 1)
+    how: Cut | str = ""
+    for jobs in sizes:
+        how = cut(KINDS[mode], back, has, jobs, batch, units, directions == 1 and jobs > 1)
+        if isinstance(how, Cut):
+            return jobs, how
+    return str(how)
 
 
 class Job(NamedTuple):
-    """One direction of one layer, in the order of Job in rnn.cu."""
+    """One direction of one layer, in the order of Job in rnn.cu. 0: there is none."""
 
-    below: int = 0
-    w_ih: int = 0
-    w_hh: int = 0
-    b_ih: int = 0
-    b_hh: int = 0
-    gates_in: int = 0
-    h0: int = 0
-    c0: int = 0
-    y: int = 0
-    h_n: int = 0
-    c_n: int = 0
-    kept: int = 0
-    done: int = 0
-    wait0: int = 0
-    wait1: int = 0
+    below: Tensor | int = 0
+    w_ih: Tensor | int = 0
+    w_hh: Tensor | int = 0
+    b_ih: Tensor | int = 0
+    b_hh: Tensor | int = 0
+    gates_in: Tensor | int = 0
+    h0: Tensor | int = 0
+    c0: Tensor | int = 0
+    y: Tensor | int = 0
+    h_n: Tensor | int = 0
+    c_n: Tensor | int = 0
+    kept: Tensor | int = 0
+    done: Tensor | int = 0
+    wait: Tensor | int = 0
     reverse: int = 0
-    below_columns: int = 0
     y_stride: int = 0
     y_at: int = 0
-    grad_y0: int = 0
-    grad_y1: int = 0
-    grad_h: int = 0
-    grad_c: int = 0
-    gates_x: int = 0
-    gates_h: int = 0
-    d_below: int = 0
-    d_h0: int = 0
-    d_c0: int = 0
+    grad_y: Tensor | int = 0
+    grad_h: Tensor | int = 0
+    grad_c: Tensor | int = 0
+    gates_x: Tensor | int = 0
+    gates_h: Tensor | int = 0
+    d_below: Tensor | int = 0
+    d_h0: Tensor | int = 0
+    d_c0: Tensor | int = 0
     grad_stride: int = 0
     grad_at: int = 0
-    above0: int = 0
-    above1: int = 0
+    above: Tensor | int = 0
+
+
+def _or0(t: Tensor | None) -> Tensor | int:
+    return 0 if t is None else t
 
 
 class Stack(NamedTuple):
@@ -133,25 +165,26 @@ class Stack(NamedTuple):
 Parameters = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh of one job
 
 
-def _launch(name: str, s: Stack, device: torch.device, below: int, jobs: Sequence[Job]) -> None:
-    if s.batch_sizes is None:
-        steps, starts = s.rows // s.batch, None
-    else:
-        steps = len(s.batch_sizes)
+def _launch(name: str, s: Stack, device: torch.device, how: Cut, stacked: bool, jobs: Sequence[Job]) -> None:
+    steps = s.rows // s.batch if s.batch_sizes is None else len(s.batch_sizes)
+    starts: Tensor | int = 0
+    if s.batch_sizes is not None:
         starts = torch.cat([s.batch_sizes.new_zeros(1), s.batch_sizes.cumsum(0)]).to(device)
     kind = KINDS[s.mode]
-    how = cut(kind, name == "backward", device, len(jobs), s.batch, s.units, below)
-    if isinstance(how, str):
-        raise RuntimeError(f"recurrent(): {how}")
-    words = array("q", [_address(starts), steps, s.batch, s.units, s.mode == "rnn_relu", how.blocks, how.staged, how.parts,
-                        s.units % 4 == 0])  # fmt: skip
+    words = [starts, steps, s.batch, s.units, int(s.mode == "rnn_relu"), how.blocks, how.groups, how.share, how.staged, how.parts,
+             int(s.units % 4 == 0)]  # fmt: skip
     for job in jobs:
-        words.extend(job)
-    words.extend([0] * (len(Job._fields) * (JOBS - len(jobs))))
-    expression, grid, block = f"{name}<{kind}, {how.kv}>", len(jobs) * how.blocks, 32 * how.warps
+        words += job
+    words += [0] * (len(Job._fields) * (JOBS - len(jobs)))
+    expression = _instance(name, kind, how.kv, stacked)
+    grid, block = len(jobs) * how.groups * how.blocks, 32 * how.warps
     if grid > SOURCE.resident(expression, device, block, how.shared):
         raise RuntimeError(f"recurrent(): {grid} blocks of {expression} do not fit on {device} at once; use backend='torch'")
     SOURCE.launch(expression, device, grid, block, words, how.shared, cooperative=True)
+
+
+def _counters(device: torch.device, jobs: int, how: Cut) -> Tensor:
+    return torch.zeros(jobs, how.groups * APART, dtype=torch.int32, device=device)
 
 
 def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
@@ -169,28 +202,27 @@ def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
 def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
             h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
     """All layers. hx, cx, h_n, c_n (L·D, B, H); ys (L, rows, D·H); kept (L·D, rows, 5·H or 4·H); all float32 and dense."""
-    if _too_large(s.mode, input.device, len(params), s.batch, s.units, s.directions if s.layers > 1 else 0) is not None:
+    found = _planned(s, input.device, False)
+    if isinstance(found, str):
         _forward_steps(s, input, hx, cx, params, ys, h_n, c_n, kept)
         return
-    d, wide = s.directions, s.directions * s.units
-    done = torch.zeros(len(params), dtype=torch.int32, device=input.device)
-    first = [_input_product(s, input, p) for p in params[:d]]
-    jobs = []
-    for k, p in enumerate(params):
-        layer = k // d
-        job = Job(w_ih=_address(p[0]), w_hh=_address(p[1]), b_ih=_address(p[2]), b_hh=_address(p[3]), h0=hx[k].data_ptr(),
-                  c0=0 if cx is None else cx[k].data_ptr(), y=ys[layer].data_ptr(), h_n=h_n[k].data_ptr(),
-                  c_n=0 if c_n is None else c_n[k].data_ptr(), kept=0 if kept is None else kept[k].data_ptr(),
-                  done=done[k].data_ptr(), reverse=s.reversed[k % d], y_stride=wide, y_at=k % d * s.units)  # fmt: skip
-        if layer:
-            waits = [done[(layer - 1) * d + i].data_ptr() for i in range(d)]
-            job = job._replace(below=ys[layer - 1].data_ptr(), below_columns=wide, wait0=waits[0])
-            if d > 1:
-                job = job._replace(wait1=waits[1])
-        else:
-            job = job._replace(gates_in=first[k].data_ptr())
-        jobs.append(job)
-    _launch("forward", s, input.device, wide if s.layers > 1 else 0, jobs)
+    at_once, how = found
+    if hx.data_ptr() % 16:  # what the kernels read 16 bytes at a time; all else here is theirs
+        hx = hx.clone()
+    done = _counters(input.device, len(params), how)
+    for start in range(0, len(params), at_once):
+        jobs = []
+        for k, p in enumerate(params[start : start + at_once], start):
+            layer = k // s.directions
+            job = Job(w_ih=_or0(p[0]), w_hh=_or0(p[1]), b_ih=_or0(p[2]), b_hh=_or0(p[3]), h0=hx[k],
+                      c0=0 if cx is None else cx[k], y=ys[layer], h_n=h_n[k], c_n=0 if c_n is None else c_n[k],
+                      kept=0 if kept is None else kept[k], done=done[k], reverse=int(s.reversed[k % s.directions]),
+                      y_stride=s.directions * s.units, y_at=k % s.directions * s.units)  # fmt: skip
+            if s.directions == 1 and k > start:
+                jobs.append(job._replace(below=ys[layer - 1], wait=done[k - 1]))
+            else:
+                jobs.append(job._replace(gates_in=_input_product(s, ys[layer - 1] if layer else input, p)))
+        _launch("forward", s, input.device, how, s.directions == 1 and at_once > 1, jobs)
 
 
 def _columns(s: Stack, k: int) -> slice:
@@ -235,8 +267,13 @@ def _backward_steps(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | N
                                None if kept is None else kept[k], _before(s, hx[k], y, reverse), cell, gates_x[k], gates_h[k],
                                d_hx[k], None if d_cx is None else d_cx[k])  # fmt: skip
         if layer:
-            pairs = [(gates_x[k], params[k][0]) for k in jobs]
-            grad_y = sum(gates @ w for gates, w in pairs if w is not None)  # type: ignore[assignment]
+            grad_y = _through(gates_x, params, jobs)
+
+
+def _through(gates_x: Tensor, params: Sequence[Parameters], jobs: Sequence[int]) -> Tensor:
+    """The gradient of what a layer's jobs were given"""
+    parts = [gates_x[k] @ w for k in jobs if (w := params[k][0]) is not None]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
@@ -256,30 +293,27 @@ def _before(s: Stack, h0: Tensor, y: Tensor, reverse: bool) -> Tensor:
 
 def _backward_at_once(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, hx: Tensor, cx: Tensor | None,
                       params: Sequence[Parameters], ys: Sequence[Tensor], kept: Tensor | None, gates_x: Tensor, gates_h: Tensor,
-                      d_hx: Tensor, d_cx: Tensor | None) -> None:
-    """gates_x, gates_h, d_hx and d_cx of all jobs, by one launch"""
+                      d_hx: Tensor, d_cx: Tensor | None, at_once: int, how: Cut) -> None:  # fmt: skip
+    """gates_x, gates_h, d_hx and d_cx of all jobs, by as few launches as there is room for"""
     d, wide = s.directions, s.directions * s.units
-    done = torch.zeros(len(params), dtype=torch.int32, device=hx.device)
-    between = hx.new_empty(len(params), s.rows, wide) if s.layers > 1 else None  # what jobs make for the layer below
-    jobs = []
-    for k, p in enumerate(params):
-        layer, at = k // d, k % d * s.units
-        job = Job(w_ih=_address(p[0]), w_hh=_address(p[1]), h0=hx[k].data_ptr(), c0=0 if cx is None else cx[k].data_ptr(),
-                  y=ys[layer].data_ptr(), kept=0 if kept is None else kept[k].data_ptr(), done=done[k].data_ptr(),
-                  reverse=s.reversed[k % d], y_stride=wide, y_at=at, grad_stride=wide, grad_at=at,
-                  grad_h=grad_h[k].data_ptr(), grad_c=0 if grad_c is None else grad_c[k].data_ptr(),
-                  gates_x=gates_x[k].data_ptr(), gates_h=gates_h[k].data_ptr(), d_h0=d_hx[k].data_ptr(),
-                  d_c0=0 if d_cx is None else d_cx[k].data_ptr(), grad_y0=grad_y.data_ptr())  # fmt: skip
-        if layer and between is not None:
-            job = job._replace(below_columns=wide, d_below=between[k].data_ptr())
-        if layer < s.layers - 1 and between is not None:
-            above = range((layer + 1) * d, (layer + 2) * d)
-            made, counters = [between[a].data_ptr() for a in above], [done[a].data_ptr() for a in above]
-            job = job._replace(grad_y0=made[0], above0=counters[0])
-            if d > 1:
-                job = job._replace(grad_y1=made[1], above1=counters[1])
-        jobs.append(job)
-    _launch("backward", s, hx.device, wide if s.layers > 1 else 0, jobs)
+    done = _counters(hx.device, len(params), how)
+    for start in reversed(range(0, len(params), at_once)):
+        chunk, jobs = range(start, min(start + at_once, len(params))), []
+        between = hx.new_empty(len(chunk), s.rows, wide) if d == 1 else None  # what jobs make for the layer below
+        for k in chunk:
+            p, at = params[k], k % d * s.units
+            job = Job(w_ih=_or0(p[0]), w_hh=_or0(p[1]), h0=hx[k], c0=0 if cx is None else cx[k], y=ys[k // d],
+                      kept=0 if kept is None else kept[k], done=done[k], reverse=int(s.reversed[k % d]), y_stride=wide, y_at=at,
+                      grad_stride=wide, grad_at=at, grad_y=grad_y, grad_h=grad_h[k], grad_c=0 if grad_c is None else grad_c[k],
+                      gates_x=gates_x[k], gates_h=gates_h[k], d_h0=d_hx[k], d_c0=0 if d_cx is None else d_cx[k])  # fmt: skip
+            if between is not None and k > start:
+                job = job._replace(d_below=between[k - start])
+            if between is not None and k + 1 in chunk:
+                job = job._replace(grad_y=between[k + 1 - start], above=done[k + 1])
+            jobs.append(job)
+        _launch("backward", s, hx.device, how, d == 1 and at_once > 1, jobs)
+        if start and start % d == 0:
+            grad_y = _through(gates_x, params, range(start, start + d))
 
 
 def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
@@ -290,10 +324,12 @@ def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, in
     gates_x = input.new_empty(len(params), s.rows, gates)
     gates_h = torch.empty_like(gates_x) if s.mode == "gru" else gates_x
     d_hx, d_cx = torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
-    if _too_large(s.mode, input.device, len(params), s.batch, s.units, d if s.layers > 1 else 0) is not None:
-        _backward_steps(s, grad_y, grad_h, grad_c, hx, cx, params, ys, kept, gates_x, gates_h, d_hx, d_cx)
+    given = s, grad_y, grad_h, grad_c, hx, cx, params, ys, kept, gates_x, gates_h, d_hx, d_cx
+    how = _planned(s, input.device, True)
+    if isinstance(how, str):
+        _backward_steps(*given)
     else:
-        _backward_at_once(s, grad_y, grad_h, grad_c, hx, cx, params, ys, kept, gates_x, gates_h, d_hx, d_cx)
+        _backward_at_once(*given, *how)
     d_input, found = None, []
     for k, p in enumerate(params):
         layer, at = k // d, k % d * s.units
@@ -426,12 +462,17 @@ def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
     SOURCE.threads(f"scan<{TYPES[out.dtype]}>", out.device, c0.numel(), words, 64)
 
 
-def _too_large(mode: str, device: torch.device, jobs: int, batch: int, units: int, directions: int) -> str | None:
-    """Why a launch cannot hold the layers; directions: of the layer below one of them, 0 without one."""
+def _planned(s: Stack, device: torch.device, back: bool) -> tuple[int, Cut] | str:
     reason = cuda.refusal()
-    for back in (False, True):
+    return reason or plan(s.mode, back, cuda.limits(device), s.layers, s.directions, s.batch, s.units)
+
+
+def _too_large(mode: str, device: torch.device, layers: int, directions: int, batch: int, units: int, keep: bool) -> str | None:
+    """Why launches cannot hold the layers; keep: also those of the backward."""
+    reason = cuda.refusal()
+    for back in (False, True)[: 1 + keep]:
         if reason is None:
-            how = cut(KINDS[mode], back, device, jobs, max(batch, 1), units, directions * units)
+            how = plan(mode, back, cuda.limits(device), layers, directions, max(batch, 1), units)
             reason = how if isinstance(how, str) else None
     return reason
 
@@ -451,35 +492,60 @@ def refusal(input: Tensor, projected: bool, at_once: str | None) -> str | None:
     return launch.refuses(input)
 
 
-def _call(op: str, args: Sequence[Any]) -> tuple[Tensor, bool, str | None]:
-    """Of a call of an operator: its input, whether there is a projection, and why one launch does not do"""
+class _Asked(NamedTuple):
+    """What a call of an operator asks for."""
+
+    input: Tensor
+    projected: bool
+    mode: str
+    layers: int
+    directions: int
+    batch: int
+    units: int
+    keep: bool  # whether a backward follows, or this is one
+
+    def too_large(self) -> str | None:
+        return _too_large(self.mode, self.input.device, *self[3:])
+
+
+def _asked(op: str, args: Sequence[Any]) -> _Asked:
+    back = op.endswith("backward")
     if op.startswith("recurrent_stack"):
-        input, hx = args[3:5] if op == "recurrent_stack_backward" else args[:2]
-        mode, layers, bidirectional = args[10:13] if op == "recurrent_stack_backward" else args[5:8]
-        directions = 2 if bidirectional else 1
-        below = directions if layers > 1 else 0
-        reason = _too_large(mode, input.device, layers * directions, hx.shape[1], hx.shape[2], below)
-        return input, False, reason
-    input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if op == "recurrent_backward" else args[:8]
-    mode = args[14] if op == "recurrent_backward" else args[9]
-    return input, w_hr is not None, _too_large(mode, input.device, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], 0)
+        input, hx = args[3:5] if back else args[:2]
+        mode, layers, bidirectional = args[10:13] if back else args[5:8]
+        keep = back or (args[9] if len(args) > 9 else torch.is_grad_enabled())
+        return _Asked(input, False, mode, layers, 2 if bidirectional else 1, hx.shape[1], hx.shape[2], keep)
+    input, hx, _, _, w_hh, _, _, w_hr = args[3:11] if back else args[:8]
+    mode = args[14] if back else args[9]
+    return _Asked(input, w_hr is not None, mode, 1, 1, hx.shape[0], w_hh.shape[0] // GATES[mode], back or args[11])
 
 
 def supports(op: str, *args: Any) -> str | None:
     """None if a kernel serves the call, else the reason why not."""
     if op == "scan":
         return cuda.refusal()
-    return refusal(*_call(op, args))
+    asked = _asked(op, args)
+    return refusal(asked.input, asked.projected, asked.too_large())
 
 
-def _steps_are_slow(op: str, *args: Any) -> str | None:
-    """Two launches a step and layer are taken to be slower than torch's library. Unmeasured: a debt."""
-    reason = _call(op, args)[2]
-    return f"{reason}, and step by step torch's library is taken to be faster" if reason and overhead.RULES else None
+def _slower(op: str, *args: Any) -> str | None:
+    """Two launches a step and layer, and a batch whose multiplications fill more than a step of cuDNN's (8.9 µs and layer, by
+    public measurements), are taken to be slower than torch's library. Unmeasured: a debt."""
+    if not overhead.RULES:
+        return None
+    asked = _asked(op, args)
+    reason = asked.too_large()
+    if reason is not None:
+        return f"{reason}, and step by step torch's library is taken to be faster"
+    has = cuda.limits(asked.input.device)
+    found = plan(asked.mode, False, has, asked.layers, asked.directions, max(asked.batch, 1), asked.units)
+    if isinstance(found, str) or found[1].work <= 1000 * found[0]:  # 17 instructions each, of 17,600 cycles
+        return None
+    return f"with a batch of {asked.batch} torch's library is taken to be faster"
 
 
 TORCH_IS_FASTER = {
-    op: partial(_steps_are_slow, op)
+    op: partial(_slower, op)
     for op in ("recurrent", "recurrent_backward", "recurrent_stack", "recurrent_stack_backward")
 }
 KERNELS: dict[str, Callable[..., None]] = {

@@ -1,7 +1,7 @@
 // CUDA C on a CPU, for tests. Threads are fibers that run one after the other and change at barriers, shuffles and __nanosleep.
 // Kernels that have none of these run as plain loops. All blocks of a cooperative grid are alive at the same time.
 // Found and reported: threads that wait at different barriers, threads that leave while others wait, nobody getting on, writes
-// past the end of shared memory. Shared memory starts as NaN, and so does what lies beyond it.
+// past the end of shared memory, reads by __ldcg that are not aligned. Shared memory starts as NaN, and so does what lies beyond it.
 #pragma once
 #define FASTNN_SHIM
 #include <cmath>
@@ -204,6 +204,12 @@ static unsigned short to_half(float a) {
     return sign | (unsigned short)(n < 1024 ? n : n == 2048 ? (least + 26) << 10 : ((least + 25) << 10) + (n - 1024));
 }
 
+// An addition that releases what was written before. Whoever waits for it runs now, ahead of all that follows it here.
+static void release_one(int* p) {
+    ++*p;
+    wait(READY, nullptr);
+}
+
 }  // namespace shim
 
 static inline unsigned __float_as_uint(float a) { unsigned u; memcpy(&u, &a, 4); return u; }
@@ -213,7 +219,10 @@ static inline void __threadfence() {}
 static inline void __trap() { shim::fail("__trap"); }
 static __attribute__((noinline)) void __syncthreads() { shim::wait(shim::BLOCK, __builtin_return_address(0)); }
 static inline void __nanosleep(unsigned) { shim::wait(shim::READY, nullptr); }
-template <typename T> T __ldcg(const T* p) { return *p; }
+template <typename T> T __ldcg(const T* p) {
+    if ((uintptr_t)p % sizeof(T)) shim::fail("a read across its alignment");
+    return *p;
+}
 template <typename T> void __stcg(T* p, T v) { *p = v; }
 static inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
 

@@ -10,6 +10,7 @@ Tests put another ``launcher`` in place that runs the same sources on the CPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import threading
 from array import array
@@ -51,6 +52,7 @@ class CuPy:
 
     def __init__(self) -> None:
         self._bound = threading.local()
+        self._resident: dict[tuple[int, int, int], int] = {}
 
     @cache  # noqa: B019  # one object, for good
     def refusal(self) -> str | None:
@@ -58,6 +60,15 @@ class CuPy:
             return "kernels in CUDA C need an NVIDIA GPU"
         if importlib.util.find_spec("cupy") is None:
             return "kernels in CUDA C need CuPy: pip install cupy-cuda13x, or cupy-cuda12x, as torch.version.cuda says"
+        try:  # CuPy for another CUDA, without its headers or with nowhere to keep kernels would fail at every call
+            _somewhere_to_keep_kernels()
+            self._compiled(_TRIAL, "trial<0>", torch.device("cuda", torch.cuda.current_device()))
+        except Exception as error:  # CuPy has a dozen types for what can be missing
+            fits = f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x[ctk]"
+            return (
+                f"CuPy is installed but compiles no kernel ({type(error).__name__}: {str(error)[:300]}): it has to fit torch's "
+                f"CUDA, pip install '{fits}', and to write to its cache, CUPY_CACHE_DIR=FOLDER"
+            )
         return None
 
     @cache  # noqa: B019
@@ -66,30 +77,37 @@ class CuPy:
         return Limits(has.multi_processor_count, getattr(has, "shared_memory_per_block_optin", STATIC))
 
     def function(self, source: Source, expression: str, device: torch.device) -> Any:
-        """CuPy's kernel object of an expression such as ``forward<float, 4>``, on a device."""
         try:
-            import cupy
-
-            with cupy.cuda.Device(device.index):
-                module = cupy.RawModule(code=source.text, options=OPTIONS, name_expressions=[expression])
-                found = module.get_function(expression)
-                most = self.limits(device).shared
-                if most > STATIC:
-                    found.max_dynamic_shared_size_bytes = most
-                return found.kernel.ptr, found, module  # the last two keep the first alive
-        except Exception as error:  # CuPy has a dozen types for what can be missing
+            return self._compiled(source, expression, device)
+        except Exception as error:
             raise RuntimeError(
                 f"fastnn: {source.name}.cu could not be compiled and loaded for {device} ({type(error).__name__}: "
                 f"{str(error)[:500]}). Check that CuPy fits the driver (python -m fastnn info), or use backend='torch'."
             ) from error
 
+    def _compiled(self, source: Source, expression: str, device: torch.device) -> Any:
+        """CuPy's kernel object of an expression such as ``forward<float, 4>``, on a device."""
+        import cupy
+
+        with cupy.cuda.Device(device.index):
+            module = cupy.RawModule(code=source.text, options=OPTIONS, name_expressions=[expression])
+            found = module.get_function(expression)
+            most = self.limits(device).shared
+            if most > STATIC:
+                found.max_dynamic_shared_size_bytes = most
+            return found.kernel.ptr, found, module  # the last two keep the first alive
+
     def resident(self, function: Any, device: torch.device, block: int, shared: int) -> int:
         """How many blocks can be on the device at the same time."""
         from cupy_backends.cuda.api import driver
 
-        self._bind(device)
-        each = driver.occupancyMaxActiveBlocksPerMultiprocessor(function[0], block, shared)
-        return each * self.limits(device).multiprocessors
+        key = (function[0], block, shared)
+        if key not in self._resident:
+            with torch.cuda.device(device.index):
+                self._bind(device)
+                each = driver.occupancyMaxActiveBlocksPerMultiprocessor(*key)
+            self._resident[key] = each * self.limits(device).multiprocessors
+        return self._resident[key]
 
     def launch(self, function: Any, device: torch.device, grid: int, block: int, shared: int, args: array[int],
                cooperative: bool) -> None:  # fmt: skip
@@ -119,6 +137,19 @@ class CuPy:
 
 
 launcher: Launcher = CuPy()
+
+
+def _somewhere_to_keep_kernels() -> None:
+    """CuPy makes its folder as it is imported, and raises where it cannot: ours then has room for it."""
+    from fastnn.kernels.cpu.engine.build import cache_dir
+
+    folder, ours = os.path.expanduser("~/.cupy/kernel_cache"), cache_dir()
+    if ours is None or "CUPY_CACHE_DIR" in os.environ:
+        return
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK):
+        os.environ["CUPY_CACHE_DIR"] = str(ours / "cupy")
 
 
 class Source:
@@ -163,6 +194,10 @@ class Source:
     def threads(self, expression: str, device: torch.device, count: int, words: Sequence[int | Tensor], block: int = 256) -> None:
         """Launch so many threads; those beyond the count have to see it themselves."""
         self.launch(expression, device, -(-count // block), block, words)
+
+
+_TRIAL = Source("trial", lambda: ["trial<0>"])
+_TRIAL.__dict__["text"] = "template <int N> __global__ void trial() {}"
 
 
 def refusal() -> str | None:
