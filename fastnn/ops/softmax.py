@@ -384,7 +384,8 @@ def _linear_loss_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     if ctx.gradients and ctx.reduction != "none" and not torch.is_grad_enabled():
         factor = mean_factor(grad.to(total.dtype), total)
-        found = [(g * factor).to(input.dtype) if needed else None for g, needed in zip(grads, needs)]
+        room = [g.new_empty(g.shape, dtype=input.dtype) if needed else None for g, needed in zip(grads, needs)]
+        found = [None if out is None else torch.mul(g, factor, out=out) for g, out in zip(grads, room)]  # rounded as it is made
     else:
         made = linear_cross_entropy_backward.call(
             grad, input, weight, bias, target, class_weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.backend
