@@ -106,6 +106,17 @@ def test_epilogue(name: str, transposed: bool) -> None:
                                    rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_biases_that_are_not_contiguous(plain: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PLAIN", plain)
+    x, w, options = problem("stride 2" if transposed else "3x3", transposed, "first", torch.float32)
+    o = w.shape[1] if transposed else w.shape[0]
+    for b in (randn(2 * o, seed=7).to(DEVICE)[::2], randn(1, seed=7).to(DEVICE).expand(o)):
+        expected = run(ops.conv, x, w, b.contiguous(), None, *options, None)
+        torch.testing.assert_close(run(ops.conv, x, w, b, None, *options, None), expected, rtol=0, atol=0)
+
+
 def test_layouts() -> None:
     """The values do not depend on where they lie."""
     x, w, options = problem("3x3", False, "first", torch.float32)

@@ -104,9 +104,9 @@ def convolution(
         from_x += each // (o // groups) * xc
         from_w = w + each // (o // groups) * wg + each % (o // groups) * wo + t0 * w0 + t1 * w1 + t2 * w2
         for tap in tl.range(0, n0 * n1 * n2):
-            u2 = tap % n2
-            u1 = tap // n2 % n1
-            u0 = tap // (n2 * n1)
+            u2 = tap % tl.maximum(1, n2)
+            u1 = tap // tl.maximum(1, n2) % tl.maximum(1, n1)
+            u0 = tap // tl.maximum(1, n2 * n1)
             h0, h1, h2 = a0 + u0 * j0, a1 + u1 * j1, a2 + u2 * j2
             inside = m_rows[:, None] & (h0 >= 0) & (h0 < i0) & (h1 >= 0) & (h1 < i1) & (h2 >= 0) & (h2 < i2)
             at_x = functions.wide(u0 * j0) * x0 + functions.wide(u1 * j1) * x1 + functions.wide(u2 * j2) * x2
@@ -138,9 +138,9 @@ def convolution(
         for step in tl.range(0, n0 * n1 * n2 * steps):
             tap = step // steps
             channel = step % steps * K + tl.arange(0, K)
-            u2 = tap % n2
-            u1 = tap // n2 % n1
-            u0 = tap // (n2 * n1)
+            u2 = tap % tl.maximum(1, n2)
+            u1 = tap // tl.maximum(1, n2) % tl.maximum(1, n1)
+            u0 = tap // tl.maximum(1, n2 * n1)
             h0, h1, h2 = a0 + u0 * j0, a1 + u1 * j1, a2 + u2 * j2
             inside = m_rows[:, None] & (h0 >= 0) & (h0 < i0) & (h1 >= 0) & (h1 < i1) & (h2 >= 0) & (h2 < i2)
             at_x = functions.wide(u0 * j0) * x0 + functions.wide(u1 * j1) * x1 + functions.wide(u2 * j2) * x2
@@ -269,6 +269,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     """activation(convolution(input, weight) + bias + residual)"""
     if not out.numel():
         return
+    bias = None if bias is None else bias.contiguous()
     s, p, d = three(stride, 1), three(padding, 0), three(dilation, 1)
     c, o = input.shape[1] // groups, out.shape[1] // groups
     w = weight.stride()

@@ -110,7 +110,7 @@ def columns(x: Tensor, positions: Sequence[int], window: Window) -> Tensor:
 
 def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: Window,
          transposed: bool, activation: str | None) -> None:
-    """activation(convolution(input, weight) + bias + residual), of one group"""
+    """activation(convolution(input, weight) + bias + residual), of one group; the bias is contiguous"""
     if transposed:
         rows = input.movedim(1, -1).reshape(-1, input.shape[1])
         made = rows.new_empty(len(rows), weight[0].numel(), dtype=torch.float32)  # to be added up: rounded once, then
@@ -122,7 +122,7 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     seen, filters = columns(input, out.shape[2:], window), weight.reshape(len(weight), -1)
     if out.movedim(1, -1).is_contiguous():
         rest = None if residual is None else residual.movedim(1, -1).reshape(len(seen), -1)
-        e = matmul.Epilogue(None if bias is None else bias.contiguous(), rest, act=activation)
+        e = matmul.Epilogue(bias, rest, act=activation)
         matmul.multiply(out.movedim(1, -1).view(len(seen), -1), seen, filters.t(), e)
     else:
         images = out.view(*out.shape[:2], -1)
