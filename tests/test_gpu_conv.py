@@ -10,9 +10,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
 from fastnn.kernels.gpu import conv as kernels
+from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu.engine.launch import Chip
 from fastnn.kernels.reference import conv as plain
 from fastnn.ops import conv as ops
-from gpu import DEVICE, run, watched
+from gpu import DEVICE, HERE, run, watched
 from rule import LAYOUTS, randn
 from test_conv import FORMATS
 
@@ -129,6 +131,42 @@ def test_layouts() -> None:
         torch.testing.assert_close(run(ops.conv_weight, lay(g), lay(x), *args), dw, rtol=1e-5, atol=1e-5)
     one = x[:1].expand(3, -1, -1, -1)
     torch.testing.assert_close(run(ops.conv, one, w, None, None, *options, None)[2], y[0])
+
+
+@pytest.fixture
+def copy_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a chip that reads boxes by descriptors"""
+    if not HERE:
+        monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
+        small = (kernels.Tile(64, 64, 32, 4, 2),)
+        monkeypatch.setattr(kernels, "_tiles", lambda tiles, t: small)
+    return watched(monkeypatch, lambda kernel, options: options.get("BOXES"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "window", "transposed"),
+    [
+        ((2, 24, 9, 13), (3, 3), ([1, 1], [1, 1], [1, 1]), False),
+        ((3, 40, 5, 6), (2, 3), ([1, 1], [3, 0], [2, 1]), False),
+        ((1, 17, 40), (10,), ([1], [4], [1]), False),
+        ((2, 16, 3, 4, 5), (2, 3, 2), ([1, 1, 1], [1, 0, 1], [1, 1, 2]), False),
+        ((2, 33, 5, 7), (3, 4), ([2, 3], [1, 1], [1, 1]), True),
+        ((1, 16, 9, 4), (3, 3), ([1, 1], [0, 2], [2, 1]), True),
+        ((1, 24, 5, 5), (3, 3), ([4, 2], [1, 0], [3, 2]), True),
+    ],
+)
+def test_boxes(shape: tuple[int, ...], kernel: tuple[int, ...], window: tuple[Any, ...], transposed: bool, form: str,
+               copy_engine: list[Any]) -> None:  # fmt: skip
+    """Tiles that stick out, taps beside the image, phases; channels and outputs that 16 bytes do not divide"""
+    o = 70 if form == "first" else 16
+    place = FORMATS[form if len(shape) > 3 else "first"]
+    x = place(randn(*shape, dtype=torch.bfloat16)).to(DEVICE)
+    w = place(randn(*((shape[1], o) if transposed else (o, shape[1])), *kernel, dtype=torch.bfloat16, seed=1)).to(DEVICE)
+    check(x, w, [*window, transposed, [0] * len(kernel), 1])
+    has = launch.chip(torch.device(DEVICE)).descriptors
+    found = {b for b in copy_engine if b is not None}
+    assert found == ({has, False} if transposed and max(window[0]) > 1 else {has})
 
 
 def test_nothing_beyond_the_tensors_is_read() -> None:
