@@ -170,15 +170,17 @@ BUILDS += [
     Build(conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "gelu"), CONV, note=" channels last", best=True, copied=CONV),
     Build(conv.conv, (FIRST, WEIGHT, t(128), FIRST, *ONE, False, SAME, 1, "gelu"), CONV, best=True, copied=CONV),
     Build(conv.conv, (X, t(256, 128, 3, 3), t(256), None, *ONE, False, SAME, 1, "gelu"), CONV, best=True, copied=CONV),
-    Build(conv.conv, (X, W3, None, None, *TWO[:2], [1, 1], True, [1, 1], 1, None), CONV, chips=("sm_90",), best=True, copied=CONV),
+    Build(
+        conv.conv, (X, W3, None, None, *TWO, True, [1, 1], 1, None), CONV, chips=("sm_90",), best=True, copied=CONV
+    ),
     Build(conv.conv, (X, W3, t(128), None, *TWO, False, SAME, 1, "relu"), CONV, best=True, chips=("sm_90", "gfx942")),
     Build(
-        conv.conv, (t(32, 200, 28, 28), t(200, 200, 3, 3), t(200), None, *ONE, False, SAME, 1, None), CONV, best=True, copied=CONV,
-        chips=("sm_90",),
+        conv.conv, (t(32, 200, 28, 28), t(200, 200, 3, 3), t(200), None, *ONE, False, SAME, 1, None), CONV, best=True,
+        copied=CONV, chips=("sm_90",),
     ),
     Build(
-        conv.conv, (t(32, 512, 7, 7), t(512, 512, 3, 3), t(512), t(32, 512, 7, 7), *ONE, False, SAME, 1, "silu"), CONV, best=True, copied=CONV,
-        chips=("sm_90", "gfx942"),
+        conv.conv, (t(32, 512, 7, 7), t(512, 512, 3, 3), t(512), t(32, 512, 7, 7), *ONE, False, SAME, 1, "silu"), CONV,
+        best=True, copied=CONV, chips=("sm_90", "gfx942"),
     ),
     Build(conv.conv, (X, t(128, 4, 3, 3), None, None, *ONE, False, SAME, 32, None), CONV, chips=("sm_90", "gfx942")),
     Build(conv.conv, (IMAGES, STEM, t(64), None, *SEVEN, False, SAME, 1, "relu"), CONV),

@@ -476,6 +476,11 @@ def _fitting(tiles: Sequence[Tile], m: int, n: int) -> list[Tile]:
     return few or [tiles[-1]._replace(m=min(tiles[-1].m, most[0]), n=min(tiles[-1].n, most[1]))]
 
 
+def _cheapest(few: Sequence[Tile], count: Callable[[Tile], int], processors: int) -> Tile:
+    """The one of the least time, as whole rounds of all processors; a small tile reads more for each product."""
+    return min(few, key=lambda t: -(-count(t) // processors) * (t.m * t.n + 32 * (t.m + t.n)))
+
+
 def _strides(t: Tensor, unit: int = 1, but: int | None = None) -> list[int]:
     """Of the batch, the channels and three dimensions: in units, but for one dimension. Where the size is 1, any will do: 16."""
     steps = [(s if n > 1 else 16) // (1 if d == but else unit) for d, (n, s) in enumerate(zip(t.shape, t.stride()))]
@@ -510,7 +515,7 @@ def _copied(t: Tensor, room: int, width: int, edge: int) -> Tensor:
     if width == held and all(a == 1 or b == n * c for a, b, n, c in zip(size, steps[2:], size[1:], steps[3:])):
         held = math.prod(size)  # planes without gaps
         size, steps = [1, 1, held], [*steps[:2], 0, 0, steps[4]]
-    wide = power_of_two(room, 1, max(64, 4096 // power_of_two(math.prod(size))))
+    wide = power_of_two(room, 1, max(64, 2048 // power_of_two(math.prod(size))))
     high = power_of_two(math.prod(size), 1, 4096 // wide)
     programs = t.shape[0] * -(-math.prod(size) // high) * -(-room // wide)
     launch.run(pack, programs, t.device, out, t, t.shape[1], room, *size, held, edge, *steps, C=wide, P=high, num_warps=4)
@@ -636,8 +641,7 @@ def _conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, resid
             K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    # The least time, as whole rounds of all processors; a small tile reads more for each product.
-    tile = min(few, key=lambda t: -(-counts(t)[0] // chip.processors) * (t.m * t.n + 32 * (t.m + t.n)))
+    tile = _cheapest(few, lambda t: counts(t)[0], chip.processors)
     if (PLAIN or tune.ON) and not fused and conv_columns.refuses(out, input, window.kernel, groups, transposed, both) is None:
         few.append(_COLUMNS)
         tile = _COLUMNS if PLAIN else tile
