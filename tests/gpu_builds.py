@@ -169,28 +169,58 @@ BUILDS += [
     ),
 ]
 
-# Convolutions: a usual layer, its input's gradient and its weight's; a first layer of three channels; depthwise.
-X, W3 = t(32, 128, 56, 56).to(memory_format=torch.channels_last), t(128, 128, 3, 3).to(memory_format=torch.channels_last)
-ONE, SAME = ([1, 1], [1, 1], [1, 1]), [0, 0]
+# Convolutions: a usual layer in both formats, its input's gradient and its weight's, a stride; channels that 16 does not divide;
+# small images, whose rows 8 does not divide; a first layer of three channels; depthwise; each kind of float32.
+LAST = torch.channels_last
+X, W3 = t(32, 128, 56, 56).to(memory_format=LAST), t(128, 128, 3, 3).to(memory_format=LAST)
+FIRST, WEIGHT = t(32, 128, 56, 56), t(128, 128, 3, 3)
+IMAGES, STEM = t(32, 3, 224, 224), t(64, 3, 7, 7)
+ONE, TWO, SAME = ([1, 1], [1, 1], [1, 1]), ([2, 2], [1, 1], [1, 1]), [0, 0]
+SEVEN = [2, 2], [3, 3], [1, 1]
+CONV, WEIGHT_CONV = ("convolution",), ("weight_gradient",)
 BUILDS += [
-    Build(conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "relu"), ("convolution",), best=True),
-    Build(conv.conv, (X, W3, None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), ("convolution",), chips=("sm_90",)),
+    Build(conv.conv, (X, W3, t(128), X, *ONE, False, SAME, 1, "gelu"), CONV, note=" channels last", best=True, copied=CONV),
+    Build(conv.conv, (FIRST, WEIGHT, t(128), FIRST, *ONE, False, SAME, 1, "gelu"), CONV, best=True, copied=CONV),
+    Build(conv.conv, (X, t(256, 128, 3, 3), t(256), None, *ONE, False, SAME, 1, "gelu"), CONV, best=True, copied=CONV),
     Build(
-        conv.conv, (t(32, 3, 224, 224), t(64, 3, 7, 7), t(64), None, [2, 2], [3, 3], [1, 1], False, SAME, 1, "relu"),
-        ("convolution",), chips=("sm_80",),
+        conv.conv, (X, W3, None, None, *TWO, True, [1, 1], 1, None), CONV, chips=("sm_90",), best=True, copied=CONV
     ),
-    Build(conv.conv, (X, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90", "gfx942")),
+    Build(conv.conv, (X, W3, t(128), None, *TWO, False, SAME, 1, "relu"), CONV, best=True, chips=("sm_90", "gfx942")),
+    Build(
+        conv.conv, (t(32, 200, 28, 28), t(200, 200, 3, 3), t(200), None, *ONE, False, SAME, 1, None), CONV, best=True,
+        copied=CONV, chips=("sm_90",),
+    ),
+    Build(
+        conv.conv, (t(32, 512, 7, 7), t(512, 512, 3, 3), t(512), t(32, 512, 7, 7), *ONE, False, SAME, 1, "silu"), CONV,
+        best=True, copied=CONV, chips=("sm_90", "gfx942"),
+    ),
+    Build(conv.conv, (X, t(128, 4, 3, 3), None, None, *ONE, False, SAME, 32, None), CONV, chips=("sm_90", "gfx942")),
+    Build(conv.conv, (IMAGES, STEM, t(64), None, *SEVEN, False, SAME, 1, "relu"), CONV),
+    Build(conv.conv, (X, t(128, 1, 3, 3), t(128), X, *ONE, False, SAME, 128, "gelu"), note=" channels last"),
+    Build(conv.conv, (FIRST, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90",)),
     Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
     Build(
-        conv.conv, (X.float(), W3.float(), None, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, None), plain=True,
-        only=("col2im",), note=" by columns",
+        conv.conv, (X.float(), W3.float(), None, None, *TWO, True, [1, 1], 1, None), plain=True, only=("col2im",),
+        note=" by columns",
     ),
-    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), ("weight_gradient",)),
+    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 1), WEIGHT_CONV, best=True, copied=WEIGHT_CONV),
+    Build(conv.conv_weight, (t(32, 128, 28, 28), FIRST, [3, 3], *TWO, 1), WEIGHT_CONV, chips=("sm_90",)),
+    Build(conv.conv_weight, (t(32, 64, 112, 112), IMAGES, [7, 7], *SEVEN, 1), WEIGHT_CONV, chips=("sm_90",)),
+    Build(conv.conv_weight, (X, X, [3, 3], *ONE, 128), chips=("sm_90", "gfx942")),
+    Build(conv.conv, (FIRST.float(), WEIGHT.float(), t(128, dtype=F32), None, *ONE, False, SAME, 1, None)),
     Build(
-        conv.conv, (t(8, 64, 56, 56, dtype=F32), t(64, 64, 3, 3, dtype=F32), None, None, *ONE, False, SAME, 1, None),
-        chips=("sm_90",),
+        conv.conv, (FIRST.float(), WEIGHT.float(), t(128, dtype=F32), FIRST.float(), *ONE, False, SAME, 1, "gelu"), CONV,
+        float32="tf32", note=" tf32", chips=("sm_80", "sm_90", "sm_100"), best=True, copied=CONV,
     ),
-]
+    Build(
+        conv.conv, (FIRST.float(), WEIGHT.float(), t(128, dtype=F32), None, *ONE, False, SAME, 1, None), CONV, float32="tf32x3",
+        note=" tf32x3", chips=("sm_80", "sm_90"), copied=CONV,
+    ),
+    Build(conv.conv_weight, (FIRST.float(), FIRST.float(), [3, 3], *ONE, 1)),
+    Build(conv.conv_weight, (FIRST.float(), FIRST.float(), [3, 3], *ONE, 1), WEIGHT_CONV, float32="tf32", note=" tf32"),
+    Build(conv.conv_weight, (FIRST.float(), FIRST.float(), [3, 3], *ONE, 1), WEIGHT_CONV, float32="bf16x3", note=" bf16x3",
+          chips=("sm_90", "gfx942")),
+]  # fmt: skip
 
 # Recurrent layers step by step; at once they are CUDA C.
 STATE, WIDE = t(1024, 1024, dtype=F32), t(4096, 1024, dtype=F32)

@@ -10,11 +10,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
 from fastnn.kernels.gpu import conv as kernels
+from fastnn.kernels.gpu.engine import launch
+from fastnn.kernels.gpu.engine.launch import Chip
 from fastnn.kernels.reference import conv as plain
 from fastnn.ops import conv as ops
-from gpu import DEVICE, run, watched
+from gpu import DEVICE, HERE, run, watched
 from rule import LAYOUTS, randn
 from test_conv import FORMATS
+from test_gpu_glue import far
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
@@ -28,6 +31,7 @@ PROBLEMS: dict[str, tuple[Any, ...]] = {
     "groups": ((1, 40, 5, 4), (6, 20, 3, 3), (1, 1), (1, 1), (1, 1), 2),
     "depthwise, stride 2": ((2, 11, 9, 7), (11, 1, 5, 5), (2, 2), (2, 2), (1, 1), 11),
     "depthwise, two filters": ((1, 5, 6, 7), (10, 1, 3, 3), (1, 1), (2, 2), (2, 2), 5),
+    "depthwise, vectors": ((1, 24, 6, 7), (24, 1, 3, 3), (1, 2), (1, 0), (1, 1), 24),
     "1d": ((2, 3, 60), (13, 3, 10), (5,), (3,), (1,), 1),
     "3d": ((1, 3, 4, 5, 6), (6, 3, 3, 2, 3), (1, 2, 1), (1, 1, 1), (1, 1, 1), 1),
 }  # fmt: skip
@@ -68,7 +72,7 @@ def check(x: Tensor, w: Tensor, options: list[Any]) -> Tensor:
     close(y, lambda x, w: plain.conv(x, w, None, None, *options, None), x, w)
     stride, padding, dilation, transposed, _, groups = options
     if not transposed or not any(options[4]):
-        g = randn(*y.shape, seed=5, dtype=x.dtype).to(DEVICE)
+        g = torch.empty_like(y).copy_(randn(*y.shape, seed=5, dtype=x.dtype))
         pair = (x, g) if transposed else (g, x)
         args = list(w.shape[2:]), stride, padding, dilation, groups
         dw = run(ops.conv_weight, *pair, *args)
@@ -79,7 +83,7 @@ def check(x: Tensor, w: Tensor, options: list[Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems(name: str) -> None:
-    check(*problem(name, False, "last" if name in ("1x1", "groups", "3d") else "first", torch.float32))
+    check(*problem(name, False, "last" if name in ("1x1", "groups", "3d", "depthwise, vectors") else "first", torch.float32))
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
@@ -106,6 +110,17 @@ def test_epilogue(name: str, transposed: bool) -> None:
                                    rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_biases_that_are_not_contiguous(plain: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PLAIN", plain)
+    x, w, options = problem("stride 2" if transposed else "3x3", transposed, "first", torch.float32)
+    o = w.shape[1] if transposed else w.shape[0]
+    for b in (randn(2 * o, seed=7).to(DEVICE)[::2], randn(1, seed=7).to(DEVICE).expand(o)):
+        expected = run(ops.conv, x, w, b.contiguous(), None, *options, None)
+        torch.testing.assert_close(run(ops.conv, x, w, b, None, *options, None), expected, rtol=0, atol=0)
+
+
 def test_layouts() -> None:
     """The values do not depend on where they lie."""
     x, w, options = problem("3x3", False, "first", torch.float32)
@@ -118,6 +133,89 @@ def test_layouts() -> None:
         torch.testing.assert_close(run(ops.conv_weight, lay(g), lay(x), *args), dw, rtol=1e-5, atol=1e-5)
     one = x[:1].expand(3, -1, -1, -1)
     torch.testing.assert_close(run(ops.conv, one, w, None, None, *options, None)[2], y[0])
+
+
+@pytest.fixture
+def copy_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a chip that reads boxes by descriptors"""
+    if not HERE:
+        monkeypatch.setattr(launch, "chip", lambda device: Chip("sm_90", 227 << 10, 3))
+        small = (kernels.Tile(64, 64, 32, 4, 2),)
+        monkeypatch.setattr(kernels, "_tiles", lambda tiles, t: small)
+    return watched(monkeypatch, lambda kernel, options: options.get("BOXES"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "window", "transposed"),
+    [
+        ((2, 24, 9, 13), (3, 3), ([1, 1], [1, 1], [1, 1]), False),
+        ((3, 16, 8, 8), (3, 3), ([1, 1], [1, 1], [1, 1]), False),
+        ((3, 40, 5, 6), (2, 3), ([1, 1], [3, 0], [2, 1]), False),
+        ((1, 17, 40), (10,), ([1], [4], [1]), False),
+        ((2, 16, 3, 4, 5), (2, 3, 2), ([1, 1, 1], [1, 0, 1], [1, 1, 2]), False),
+        ((2, 33, 5, 7), (3, 4), ([2, 3], [1, 1], [1, 1]), True),
+        ((1, 16, 9, 4), (3, 3), ([1, 1], [0, 2], [2, 1]), True),
+        ((1, 24, 5, 5), (3, 3), ([4, 2], [1, 0], [3, 2]), True),
+    ],
+)
+def test_boxes(shape: tuple[int, ...], kernel: tuple[int, ...], window: tuple[Any, ...], transposed: bool, form: str,
+               copy_engine: list[Any]) -> None:  # fmt: skip
+    """Tiles that stick out, taps beside the image, phases; channels and outputs that 16 bytes do not divide"""
+    o = 70 if form == "first" else 16
+    place = FORMATS[form if len(shape) > 3 else "first"]
+    x = place(randn(*shape, dtype=torch.bfloat16)).to(DEVICE)
+    w = place(randn(*((shape[1], o) if transposed else (o, shape[1])), *kernel, dtype=torch.bfloat16, seed=1)).to(DEVICE)
+    check(x, w, [*window, transposed, [0] * len(kernel), 1])
+    has = launch.chip(torch.device(DEVICE)).descriptors
+    found = {b for b in copy_engine if b is not None}
+    assert found == ({has, False} if transposed and max(window[0]) > 1 else {has})
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_few_channels(stride: int, copy_engine: list[Any]) -> None:
+    """Windows of a row as channels: where the copy engine can have their strides, and where it cannot"""
+    for form, dtype in (("first", torch.bfloat16), ("last", torch.float32)):
+        x = FORMATS[form](randn(2, 3, 6, 13, dtype=dtype)).to(DEVICE)
+        w = randn(7, 3, 4, 7, dtype=dtype, seed=1).to(DEVICE)
+        check(x, w, [[1, stride], [2, 3], [2, 1], False, [0, 0], 1])
+    assert HERE or (True in copy_engine) == (stride == 2)
+
+
+@pytest.mark.parametrize("channels", [3, 24])
+def test_what_is_not_met_may_be_infinite(channels: int, copy_engine: list[Any]) -> None:
+    """Zeros around a box or behind a window are not multiplied by what lies there."""
+    x, w = randn(2, channels, 7, 7, dtype=torch.bfloat16), randn(5, channels, 3, 6, dtype=torch.bfloat16, seed=1)
+    g = randn(2, 5, 5, 2, dtype=torch.bfloat16, seed=2)
+    x[0, :, 6, 6] = x[1, :, 0, 2] = float("inf")
+    window = [1, 1], [0, 0], [1, 1]
+    y = run(ops.conv, x.to(DEVICE), w.to(DEVICE), None, None, *window, False, [0, 0], 1, None)
+    dw = run(ops.conv_weight, g.to(DEVICE), x.to(DEVICE), [3, 6], *window, 1)
+    assert torch.equal(y.isfinite().cpu(), torch.conv2d(x.double(), w.double()).isfinite())
+    assert torch.equal(dw.isfinite().cpu(), plain.conv_weight(g.double(), x.double(), [3, 6], *window, 1).isfinite())
+
+
+@pytest.mark.skipif(HERE, reason="a GPU's memory is not for the asking")
+def test_images_far_apart() -> None:
+    """2³⁰ elements from one to the next: packed, and where nothing is packed"""
+    x, w = randn(3, 24, 9, dtype=torch.bfloat16), randn(5, 24, 3, dtype=torch.bfloat16, seed=1)
+    window, away = ([1], [1], [1]), far(x)
+    for weight, groups in ((w, 1), (w.view(24, 1, 15)[..., :3], 24)):
+        y = run(ops.conv, x, weight, None, None, *window, False, [0], groups, None)
+        assert torch.equal(run(ops.conv, away, weight, None, None, *window, False, [0], groups, None), y)
+    dw = run(ops.conv_weight, y, x, [3], *window, 24)
+    assert torch.equal(run(ops.conv_weight, y, away, [3], *window, 24), dw)
+
+
+def test_tiles_fill_the_chip() -> None:
+    """Large ones where there are many, smaller ones where those would leave processors idle"""
+    if HERE:
+        pytest.skip("by the table of one chip")
+    few = kernels._TILES["half", "sm_90"]
+    assert kernels._cheapest(few, lambda t: 100352 // t.m * 512 // t.n, 132) == few[0]
+    assert kernels._cheapest(few, lambda t: -(-1568 // t.m) * 512 // t.n, 132).m * 2 <= few[0].n
+    boxes = [kernels._box(128, 32, 1, n, n) for n in (56, 28, 14, 7)]
+    assert [kernels._boxes(b, (32, 1, n, n)) * 128 for b, n in zip(boxes, (56, 28, 14, 7))] == [100352, 25088, 6272, 1792]
 
 
 def test_nothing_beyond_the_tensors_is_read() -> None:

@@ -101,6 +101,8 @@ def refuses(out: Tensor, input: Tensor, kernel: Sequence[int], groups: int, tran
 
 def columns(x: Tensor, positions: Sequence[int], window: Window) -> Tensor:
     """im2col: (images · positions, channels · taps)"""
+    if math.prod(window.kernel) == math.prod(window.stride) == 1 and not any(window.padding):
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
     rows, width = x.shape[0] * math.prod(positions), x.shape[1] * math.prod(window.kernel)
     out = x.new_empty(rows, width)
     launch.run(im2col, -(-rows * width // _BLOCK), x.device, out, x, rows, x.shape[1], *three(x.shape[2:], 1),
@@ -108,9 +110,17 @@ def columns(x: Tensor, positions: Sequence[int], window: Window) -> Tensor:
     return out
 
 
-def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: Window,
-         transposed: bool, activation: str | None) -> None:
-    """activation(convolution(input, weight) + bias + residual), of one group"""
+def conv(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    window: Window,
+    transposed: bool,
+    activation: str | None,
+) -> None:
+    """activation(convolution(input, weight) + bias + residual), of one group; the bias is contiguous"""
     if transposed:
         rows = input.movedim(1, -1).reshape(-1, input.shape[1])
         made = rows.new_empty(len(rows), weight[0].numel(), dtype=torch.float32)  # to be added up: rounded once, then
@@ -122,13 +132,14 @@ def conv(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, residu
     seen, filters = columns(input, out.shape[2:], window), weight.reshape(len(weight), -1)
     if out.movedim(1, -1).is_contiguous():
         rest = None if residual is None else residual.movedim(1, -1).reshape(len(seen), -1)
-        e = matmul.Epilogue(None if bias is None else bias.contiguous(), rest, act=activation)
+        e = matmul.Epilogue(bias, rest, act=activation)
         matmul.multiply(out.movedim(1, -1).view(len(seen), -1), seen, filters.t(), e)
     else:
         images = out.view(*out.shape[:2], -1)
         rest = bias[:, None].expand(images.shape) if bias is not None else residual
         e = matmul.Epilogue(None, None if rest is None else rest.reshape(images.shape), act=activation)
-        matmul.multiply(images, filters.expand(len(out), *filters.shape), seen.view(len(out), -1, seen.shape[1]).mT, e)
+        seen = seen.view(len(out), -1, seen.shape[1]).mT
+        matmul.multiply(images, filters.expand(len(out), *filters.shape), seen, e)
 
 
 def conv_weight(grad: Tensor, input: Tensor, window: Window) -> Tensor:
