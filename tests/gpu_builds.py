@@ -197,7 +197,7 @@ BUILDS += [
     Build(conv.conv, (X, t(128, 4, 3, 3), None, None, *ONE, False, SAME, 32, None), CONV, chips=("sm_90", "gfx942")),
     Build(conv.conv, (IMAGES, STEM, t(64), None, *SEVEN, False, SAME, 1, "relu"), CONV),
     Build(conv.conv, (X, t(128, 1, 3, 3), t(128), X, *ONE, False, SAME, 128, "gelu"), note=" channels last"),
-    Build(conv.conv, (FIRST, t(128, 1, 3, 3), None, None, *ONE, False, SAME, 128, None), chips=("sm_90",)),
+    Build(conv.conv, (FIRST, t(128, 1, 3, 3), t(128), FIRST, *ONE, False, SAME, 128, "gelu"), chips=("sm_90", "gfx942")),
     Build(conv.conv, (X.float(), W3.float(), None, None, *ONE, False, SAME, 1, None), plain=True, note=" by columns"),
     Build(
         conv.conv, (X.float(), W3.float(), None, None, *TWO, True, [1, 1], 1, None), plain=True, only=("col2im",),

@@ -253,7 +253,7 @@ def depthwise(
     s0, s1, s2, p0, p1, p2, d0, d1, d2, g0, g1, g2, v0, v1, v2,
     xn, xc, x0, x1, x2, wo, w0, w1, w2, yn, yc, y0, y1, y2,
     EACH: tl.constexpr,  # outputs of a channel
-    TAPS: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,  # all, and of two dimensions; 0 where they depend on the phase
+    ROW: tl.constexpr,  # taps of a row, which are written out, or 0. (Of all taps too much would be loaded at once.)
     ACT: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -280,10 +280,11 @@ def depthwise(
     a0, a1, a2 = a0.to(tl.int32)[:, None], a1.to(tl.int32)[:, None], a2.to(tl.int32)[:, None]
     rows, m_columns = m_rows[:, None], (columns < o)[None, :]
     sums = tl.zeros((M, N), tl.float32)
-    if TAPS:
-        for tap in tl.static_range(TAPS):
-            sums = _one_tap(sums, x, w, place, weights, a0, a1, a2, rows, m_columns, tap // T2 // T1, tap // T2 % T1, tap % T2,
-                            e0, e1, e2, j0, j1, j2, i0, i1, i2, x0, x1, x2, w0, w1, w2)  # fmt: skip
+    if ROW:
+        for row in tl.range(0, n0 * n1):
+            for u2 in tl.static_range(ROW):
+                sums = _one_tap(sums, x, w, place, weights, a0, a1, a2, rows, m_columns, row // n1, row % n1, u2,
+                                e0, e1, e2, j0, j1, j2, i0, i1, i2, x0, x1, x2, w0, w1, w2)  # fmt: skip
     else:
         for tap in tl.range(0, n0 * n1 * n2):
             u0, _, u1, u2 = _positions(tap, 1, n1, n2)
@@ -454,7 +455,7 @@ _COLUMNS = Tile(0, 0, 0, 0, 0)  # stands for the plain path
 PLAIN = False
 _FEW = 16  # channels below which a step takes several taps
 _PARTS = 64  # parts of a sum over positions at most
-_UNROLLED = 49  # taps of a depthwise convolution at most that are written out
+_UNROLLED = 7  # taps of a row of a depthwise convolution at most that are written out
 _SMALL = 1 << 30  # positions below which their numbers have 32 bits
 
 
@@ -657,20 +658,19 @@ def _depthwise(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, 
     """numbers: sizes and the rest, as the kernel has them; each: images and positions of a phase"""
     wide = wide or _far(out, input, weight)
     o, kernel = out.shape[1], numbers[6:9]
-    taps, w = math.prod(kernel), weight.reshape(o, -1)
+    w = weight.reshape(o, -1)
     last = last and input.stride(1) == 1
     if last:
         w = w.t().contiguous().t()
     unit = math.gcd(_unit(out, 1), _unit(input, 1)) if last and input.shape[1] == o else 1
     steps = [w.stride(1) * math.prod(kernel[d:]) // unit for d in (1, 2, 3)]
-    m, n = (64, power_of_two(o, 1, 64)) if last else (128, power_of_two(o, 1, 16))
-    fixed = taps <= _UNROLLED and phases == 1
+    m, n = (64, power_of_two(o, 1, 64)) if last else (256, power_of_two(o, 1, 8))
     programs = -(-o // n) * phases * -(-math.prod(each) // m)
     launch.run(
         depthwise, programs, out.device, out, input, w, bias, residual, out.shape[0], o // unit, *numbers,
         *_strides(input, unit, 1), w.stride(0), *steps, *_strides(out, unit, 1), EACH=o // input.shape[1],
-        TAPS=taps if fixed else 0, T1=kernel[1], T2=kernel[2], ACT=activation, TRANSPOSED=transposed, WIDE=wide, UNIT=unit,
-        M=m, N=n, num_warps=4,
+        ROW=kernel[2] if phases == 1 and kernel[2] <= _UNROLLED else 0, ACT=activation, TRANSPOSED=transposed, WIDE=wide,
+        UNIT=unit, M=m, N=n, num_warps=4,
     )  # fmt: skip
 
 
