@@ -27,7 +27,7 @@ def calls(device: str) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     """Small calls without a gradient, ours and torch's"""
     x, w, b = (torch.randn(*shape, device=device) for shape in ((8, 64), (64, 64), (64,)))
     x16, w16, b16 = (torch.randn(*shape, device=device).bfloat16() for shape in ((512, 512), (512, 512), (512,)))
-    image, filters = torch.randn(1, 8, 8, 8, device=device), torch.randn(8, 8, 3, 3, device=device)
+    image, filters = (torch.randn(*shape, device=device).bfloat16() for shape in ((1, 64, 8, 8), (64, 64, 3, 3)))
     heads = torch.randn(1, 4, 64, 64, device=device).bfloat16()
     their = torch.nn.functional
     pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
