@@ -173,9 +173,9 @@ def tf32(kind: str) -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if kind == "matmul" else torch.backends.cudnn.allow_tf32
 
 
-def settings(dtype: torch.dtype) -> Any:
-    """What GPU kernels look at beside their arguments, for tensors of this dtype."""
-    return (float32_precision, tf32("matmul"), tf32("conv")) if dtype is torch.float32 else None
+def settings(family: str, dtype: torch.dtype) -> Any:
+    """What GPU kernels look at beside their arguments, for tensors of this dtype: recurrent layers widen those of 16 bits."""
+    return (float32_precision, tf32("matmul"), tf32("conv")) if dtype is torch.float32 or family == "rnn" else None
 
 
 def record_call(run: Callable[..., Any], args: Sequence[Any], count: int) -> tuple[Any, Callable[..., Any] | None]:

@@ -121,6 +121,14 @@ def test_biases_that_are_not_contiguous(plain: bool, transposed: bool, monkeypat
         torch.testing.assert_close(run(ops.conv, x, w, b, None, *options, None), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("width", [16, 18, 8])
+def test_planes_of_a_single_row(width: int) -> None:
+    """Cut out of wider ones: a size of 1 has no stride by which gaps could be seen."""
+    one = [1, 1, 1]
+    x = randn(1, 3, 2, 1, width).to(DEVICE)[..., :8]
+    check(x, randn(4, 3, 1, 1, 7, seed=1).to(DEVICE), [one, [0, 0, 0], one, False, [0, 0, 0], 1])
+
+
 def test_layouts() -> None:
     """The values do not depend on where they lie."""
     x, w, options = problem("3x3", False, "first", torch.float32)

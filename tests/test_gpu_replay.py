@@ -4,12 +4,15 @@ Without a GPU a call's launches get addresses from the tape as on one, and hand 
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
 
@@ -142,6 +145,27 @@ def attention_calls() -> dict[str, tuple[Operator, tuple[Any, ...]]]:
 CALLS |= attention_calls()
 
 
+def vars_of(name: str) -> list[Any]:
+    """The locals of the innermost function of this name"""
+    frame = sys._getframe()
+    while frame.f_code.co_name != name and frame.f_back is not None:
+        frame = frame.f_back
+    return list(frame.f_locals.values())
+
+
+@contextmanager
+def watching(look: Callable[[], object]) -> Iterator[None]:
+    """look() at each of torch's operators"""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            look()
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield
+
+
 def tensors(found: Any) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else [t for t in found if t is not None]
 
@@ -176,6 +200,28 @@ def test_what_cannot_be_replayed() -> None:
         result, again = replay.record(call, [x], 1)
         torch.testing.assert_close(result, call(x))
         assert again is None
+
+
+def test_values_on_another_device_may_have_been_read() -> None:
+    """A packed sequence's batch sizes: looking at them reaches no dispatch mode."""
+    x = r(4)
+    assert replay.record(lambda x, sizes: x * sizes.shape[0], [x, torch.ones(2, device="meta")], 2)[1] is None
+
+
+def test_memory_goes_back_as_early_as_in_the_call() -> None:
+    def call(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x * 2 + 1
+        return x
+
+    x = r(8)
+    _, again = replay.record(call, [x], 1)
+    assert again is not None
+    torch.testing.assert_close(again(x), call(x), rtol=0, atol=0)
+    alive = []
+    with watching(lambda: alive.append(sum(isinstance(o, Tensor) and o.shape == (8,) for o in vars_of("replay")))):
+        again(x)
+    assert max(alive) <= 3  # what goes in, what is read, what is made
 
 
 def test_torchs_own_operators_are_replayed_too() -> None:
@@ -276,6 +322,17 @@ def test_gradients_of_replayed_calls(linear: tuple[Callable[..., Any], list[str]
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert general.count("linear") == 2
+
+
+def test_what_is_never_remembered(as_on_a_gpu: Any) -> None:
+    """The reference's maths, and what a seed makes new each time"""
+    op = ops.activation.dropout
+    call = as_on_a_gpu(op)
+    for _ in range(3):
+        call(r(8), 0.5, 7)
+        as_on_a_gpu(ops.activation.activation)(r(8), "relu", [], "reference")
+    assert not op._met | set(op._replays)
+    assert not [key for key in ops.activation.activation._met if "reference" in key]
 
 
 def test_traced_calls_are_not_replayed(linear: tuple[Callable[..., Any], list[str]]) -> None:

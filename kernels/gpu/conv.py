@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -513,9 +514,10 @@ def _copied(t: Tensor, room: int, width: int, edge: int) -> Tensor:
     """With room for so many channels next to each other and rows of this width, which begin behind an edge; zeros around"""
     out = t.new_empty(t.shape[0], *t.shape[2:-1], width, room)
     size, steps, held = three(out.shape[1:-1], 1), _strides(t), t.shape[-1]
-    if width == held and all(a == 1 or b == n * c for a, b, n, c in zip(size, steps[2:], size[1:], steps[3:])):
+    longer = [(n, step) for n, step in zip(size, steps[2:]) if n > 1]  # dimensions of size 1 have no step of their own
+    if width == held and all(step == n * inner for (_, step), (n, inner) in pairwise(longer)):
         held = math.prod(size)  # planes without gaps
-        size, steps = [1, 1, held], [*steps[:2], 0, 0, steps[4]]
+        size, steps = [1, 1, held], [*steps[:2], 0, 0, longer[-1][1] if longer else 16]
     wide = power_of_two(room, 1, max(64, 2048 // power_of_two(math.prod(size))))
     high = power_of_two(math.prod(size), 1, 4096 // wide)
     programs = t.shape[0] * -(-math.prod(size) // high) * -(-room // wide)

@@ -47,6 +47,8 @@ class Tape(TorchDispatchMode):
             if t is not None:
                 self._new(t, f"x{n}")
         self._device = self._alive[0].device
+        if any(t.device != self._device for t in self._alive):
+            self.problem = "a tensor of the CPU takes part, whose values may have been read"
 
     # Noting ------------------------------------------------------------------------------------------------------------------
 
@@ -68,13 +70,13 @@ class Tape(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        made = [t for t in (result if isinstance(result, list | tuple) else [result]) if t is not None]
+        made = list(result) if isinstance(result, list | tuple) else [result]
         values = (v for a in (*args, *kwargs.values()) for v in (a if isinstance(a, list | tuple) else [a]))
         inputs = [v for v in values if isinstance(v, Tensor)]
         if not inputs and not any(isinstance(t, Tensor) for t in made):
             return  # about dtypes
         if not all(isinstance(t, Tensor) and t.device == self._device for t in made):
-            raise Unrepeatable(f"{func} reads a value, or makes a tensor on another device")
+            raise Unrepeatable(f"{func} reads a value, or makes something else than a tensor here")
         if func._schema.name in _EMPTY:
             name = self._new(result)
             given = f"{tuple(result.shape)}, {result.stride()}, {self._constant(result.dtype)}"
@@ -165,6 +167,8 @@ class Tape(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return self._text(value, reads)
         self._name(value)
+        if value.numel() == 0:
+            return str(value.data_ptr() and 1)  # nobody reads there; some look whether it is 0
         root, behind = self._roots[id(value)]
         reads.add(root)
         return f"{root}.data_ptr()" + (f" + {behind}" if behind else "")
@@ -181,9 +185,13 @@ class Tape(TorchDispatchMode):
         outputs: set[str] = set()
         returned = self._text(result, outputs)
         needed, lines = set(outputs), [f"    return {returned}"]
+        used = outputs | {slot for slot in slots if slot}  # by what comes later
         for line, makes, reads, stays in reversed(self._steps):
             if stays or needed & set(makes):
                 needed |= reads
+                if last := sorted((reads | set(makes)) - used):  # memory goes back as early as it does in the call itself
+                    lines.append(f"    del {', '.join(last)}")
+                    used |= set(last)
                 lines.append(f"    {line}")
         given = ", ".join(slot or f"_{n}" for n, slot in enumerate(slots))
         device = (result if isinstance(result, Tensor) else result[0]).device

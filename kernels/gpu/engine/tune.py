@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from . import replay
 from .launch import Chip, power_of_two
 
 
@@ -102,6 +103,9 @@ def choose(kernel: str, chip: Chip, options: Sequence[object], sizes: Sequence[i
         known = _found[file].get(key)
         config = next((c for c in few if list(c) == known), None)  # else it is of another table, or nobody's
         if config is None:
+            tape = replay.tape()
+            if tape is not None:
+                tape.problem = "its tiles are not chosen yet"  # and what is timed would be replayed
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return shipped
             times = [_seconds(run, c) for c in few]
