@@ -390,10 +390,6 @@ def _row_tile_of(n: int, rows: int) -> tuple[int, int]:
     return min(power_of_two(rows), max(1, 2048 // c)), c
 
 
-def _warps(elements: int, device: torch.device) -> int:
-    return max(4, min(32 if launch.chip(device).nvidia else 16, elements // 1024))
-
-
 def _unit(*sizes: int) -> int:
     """What the kernels call UNIT: lengths and strides that are all multiples of 8 are given in eighths"""
     return 8 if all(size % 8 == 0 for size in sizes) else 1
@@ -414,7 +410,7 @@ def _norm_rows(centred: bool, out: tuple[Tensor, ...], input: Tensor, residual: 
     r, c = _row_tile_of(n, rows)
     launch.run(norm_rows, -(-rows // r), input.device, out[0], out[1] if len(out) > 2 else None, out[-1], x, more, _flat(weight),
                _flat(bias), rows, *(size // unit for size in sizes), float(eps), CENTRED=centred, UNIT=unit, R=r, C=c,
-               num_warps=_warps(r * c, input.device))  # fmt: skip
+               num_warps=launch.warps(r * c, input.device))  # fmt: skip
 
 
 def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Tensor | None, weight: Tensor | None,
@@ -427,7 +423,7 @@ def _norm_blocks(centred: bool, out: tuple[Tensor, ...], x: Tensor, residual: Te
     means, squares = torch.empty((2, rows, parts), dtype=torch.float64, device=x.device)
     unit = _unit(n, x.stride(0))
     sizes = n // unit, x.stride(0) // unit, parts
-    options = {"CENTRED": centred, "UNIT": unit, "C": _BLOCK, "num_warps": _warps(2 * _BLOCK, x.device)}
+    options = {"CENTRED": centred, "UNIT": unit, "C": _BLOCK, "num_warps": launch.warps(2 * _BLOCK, x.device)}
     launch.run(row_moments, rows * parts, x.device, means, squares, x, *sizes, **options)
     mean, variance = found = means.new_empty(2, rows)
     _join(found, means, squares, n, _BLOCK)
@@ -461,10 +457,10 @@ def _norm_rows_backward(centred: bool, out: tuple[Tensor, Tensor], grad: Tensor,
         parts = -(-blocks // each)
         sums = torch.empty((2, parts, n), dtype=torch.float32, device=input.device)
         launch.run(norm_rows_backward, parts, input.device, out[0], sums, g, x, _flat(weight), stats, extra, rows, *sizes, each,
-                   R=r, C=c, num_warps=_warps(r * c, input.device), **options)  # fmt: skip
+                   R=r, C=c, num_warps=launch.warps(r * c, input.device), **options)  # fmt: skip
     else:
         blocks = -(-n // _BLOCK)
-        tile = {"C": _BLOCK, "num_warps": _warps(2 * _BLOCK, input.device), **options}
+        tile = {"C": _BLOCK, "num_warps": launch.warps(2 * _BLOCK, input.device), **options}
         products = torch.empty((2, rows, blocks), dtype=torch.float32, device=input.device)
         launch.run(row_products, rows * blocks, input.device, products, g, x, _flat(weight), stats, rows, *sizes[:3], blocks,
                    **tile)  # fmt: skip

@@ -501,10 +501,6 @@ def _lines(dim: int, tensors: Sequence[Tensor]) -> tuple[Lines, Sequence[Tensor]
     return Lines(outer * inner, inner, shape[dim] if shape else 1, list(zip(outer_steps, inner_steps, along))), tensors
 
 
-def _warps(elements: int, device: torch.device) -> int:
-    return max(4, min(32 if launch.chip(device).nvidia else 16, elements // 1024))
-
-
 def _vector(lines: Lines, c: int, tensor: Tensor) -> int:
     """Elements side by side that a thread has of a tile of c: 16 bytes of them, or of lines that lie across all"""
     return min(c, 16 // tensor.itemsize) if lines.steps[0][2] == 1 else c
@@ -530,7 +526,7 @@ def _softmax(op: str, out: Tensor, x: Tensor, g: Tensor | None, dim: int) -> Non
         c = power_of_two(n)
         r = max(r, min(power_of_two(lines.number), 2048 // c))
         launch.run(softmax_lines, -(-lines.number // r), out.device, target, x, g, *sizes, *y_steps, *x_steps, *g_steps,
-                   R=r, C=c, num_warps=_warps(r * c, out.device), **options)  # fmt: skip
+                   R=r, C=c, num_warps=launch.warps(r * c, out.device), **options)  # fmt: skip
     else:
         c = _STEP // r
         part, parts = _parts(lines, r, c, out.device)

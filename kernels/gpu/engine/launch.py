@@ -59,6 +59,11 @@ def _chip(index: int) -> Chip:
     return Chip(f"sm_{found.major}{found.minor}", shared, found.multi_processor_count)
 
 
+def warps(elements: int, device: torch.device) -> int:
+    """Of a program that holds so many elements of rows in its registers"""
+    return max(4, min(32 if chip(device).nvidia else 16, elements // 1024))
+
+
 def refuses(*tensors: Tensor | None) -> str | None:
     """Why no Triton kernel takes these tensors, in a sentence; None if one may."""
     first = next(t for t in tensors if t is not None)
