@@ -122,11 +122,12 @@ BUILDS += [
 # Attention: each kernel with numbers of 16 bits, in a model's usual sizes; few queries; a bias with a gradient; plain float32.
 
 
-def attend(*sizes: int, dtype: torch.dtype = BF16, causal: bool = True, mask: Tensor | None = None) -> tuple[Any, ...]:
+def attend(*sizes: int, dtype: torch.dtype = BF16, causal: bool = True, mask: Tensor | None = None, left: int = -1,
+           ) -> tuple[Any, ...]:  # fmt: skip
     """Batch, heads, heads of keys, queries, keys, size of a head"""
     batch, heads, kv_heads, queries, keys, size = sizes
     q, k = t(batch, heads, queries, size, dtype=dtype), t(batch, kv_heads, keys, size, dtype=dtype)
-    return q, k, k, mask, None, None, None, 0.0, 0, 0.1, -1, 0 if causal else -1, True, 0, 0.0
+    return q, k, k, mask, None, None, None, 0.0, 0, 0.1, left, 0 if causal else -1, True, 0, 0.0
 
 
 def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
@@ -137,6 +138,10 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
 ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
+    Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128, causal=False), ("forward",), best=True, chips=("sm_90",)),
+    Build(attention.attention, attend(1, 16, 16, 65536, 65536, 128, left=1024), ("forward",), best=True, chips=("sm_90",),
+          note=" a window"),
+    Build(attention.attention, attend(4, 8, 8, 2048, 2048, 256), ("forward",), best=True, chips=("sm_90",)),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
         best=True, spills=24, note=" causal",

@@ -67,18 +67,34 @@ def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constexprs=constants, attrs=known)
 
 
+def _tool(name: str, *arguments: str | Path) -> str:
+    """What one of NVIDIA's tools says"""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    done = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout
+
+
+def serialized(compiled: Any) -> bool:
+    """Whether each of Hopper's asynchronous products waits for the one before: ptxas may decide so, and tells if it is asked."""
+    code = compiled.asm.get("ptx", "")
+    if "wgmma" not in code:
+        return False
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(code)
+        file.flush()
+        return "are serialized" in _tool("ptxas", "-arch=sm_90a", "-v", file.name, "-o", os.devnull)
+
+
 def used(compiled: Any) -> dict[str, int]:
     """Registers, bytes of local memory (spills) and of shared memory."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
         spills = 4 * int(found["vgpr_spill_count"])
         return {"registers": int(found["vgpr_count"]), "spills": spills, "shared": compiled.metadata.shared}
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
     spills = int(found["STACK"]) + int(found["LOCAL"])
     return {"registers": int(found["REG"]), "spills": spills, "shared": compiled.metadata.shared}
 
@@ -109,7 +125,7 @@ def facts(compiled: Any, chip: str) -> dict[str, Any]:
     """What a kernel uses, and whether matrix instructions are in its code."""
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found = {key: bool(re.search(by[chip], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
-    return {**used(compiled), **found, "copied": "cp.async.bulk.tensor" in code}
+    return {**used(compiled), **found, "copied": "cp.async.bulk.tensor" in code, "serialized": serialized(compiled)}
 
 
 def main() -> None:

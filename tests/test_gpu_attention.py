@@ -19,11 +19,18 @@ from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import attention as plain
 from fastnn.kernels.reference.activation import random_bits
 from fastnn.ops import attention as ops
-from gpu import DEVICE, DTYPES, run
+from gpu import DEVICE, DTYPES, HERE, run
 from rule import LAYOUTS, randn
 
 INF, NAN = float("inf"), float("nan")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+
+@pytest.fixture(autouse=True, params=[False] if HERE else [False, True], ids=["gpu"] if HERE else ["at once", "behind"])
+def behind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of the forward; a GPU has its own"""
+    if not HERE:
+        monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: request.param)
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

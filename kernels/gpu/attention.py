@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """By the larger head size, up to 64, 128 and 256. Found by compiling: no more is spilled than the tests allow."""
 
     ampere: tuple[Blocks, ...]  # numbers of 16 bits, by chip; also what Hopper has if a logit is more than its scaled product
-    hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time
+    hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time; not the forward's of a window
     blackwell: tuple[Blocks, ...]
     amd: tuple[Blocks, ...]
     terms: tuple[Blocks, ...]  # of 32 on Hopper, as tf32 or in terms of 16 bits, up to 64 and 128
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 _FORWARD = Table(
     ampere=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
-    hopper=(Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+    hopper=(Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
     blackwell=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     amd=(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     terms=(Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 1)),
@@ -153,7 +153,8 @@ class Call:
         elif chip.nvidia >= 100:
             found = table.blackwell[which]
         else:
-            found = table.hopper[which] if hopper else table.ampere[which]
+            window = table is _FORWARD and self.kind & code.LEFT.value
+            found = table.hopper[which] if hopper and not window else table.ampere[which]
         if self.heavy and chip.nvidia:
             found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
         return found
@@ -162,6 +163,12 @@ class Call:
     def heavy(self) -> bool:
         """Whether a logit needs registers for more than its product"""
         return not self.kind & code.LINEAR.value or bool(self.kind & code.DROPOUT.value)
+
+    def behind(self, rows: int) -> bool:
+        """Whether the forward's products with values are worth a block's delay: products are asynchronous there, and all of it
+        fits into registers."""
+        hopper = 90 <= launch.chip(self.query.device).nvidia < 100
+        return hopper and rows >= 64 and self.query.itemsize == 2 and max(self.bd, self.bv) <= 128
 
     def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
@@ -227,6 +234,8 @@ def _forward(c: Call, out: Tensor, lse: Tensor | None, stats: Tensor, kind: int,
     if c.offsets[0] is None:
         programs = c.items * heads * -(-length // table.rows)
         splits = max(1, min(2 * launch.chip(out.device).processors // programs, c.lk // _SHARE))
+    if c.behind(table.rows) and not kind & code.PREFIX.value:
+        kind |= code.BEHIND.value
     tasks, blocks = c.tasks(0, table.rows, length)
     part = part_stats = None
     if splits > 1:

@@ -1,7 +1,9 @@
 """Attention in Triton: the softmax of a block of scores between two products, kept on the chip.
 
-Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are split between programs and joined. Backward:
-algorithm 2, with programs that own keys (their gradients), queries (theirs), or elements of a mask: nothing is added atomically.
+Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are split between programs and joined; where
+products are asynchronous, those with values run under the next block's exponentials (BEHIND; Shah et al. 2024,
+"FlashAttention-3", section 3.2). Backward: algorithm 2, with programs that own keys (their gradients), queries (theirs), or
+elements of a mask: nothing is added atomically.
 
 A program's rows are queries, m_ what it may load, i their positions in the sequence, j those of keys. Logits are in units of
 log 2; where they are a positive multiple of the products (LINEAR), the running maximum is that of the products, so that
@@ -33,6 +35,7 @@ LSE = tl.constexpr(4096)  # the log-sum-exp is wanted, or has a gradient
 EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their blocks
 EVEN_V = tl.constexpr(16384)
 NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
+BEHIND = tl.constexpr(65536)  # the forward multiplies with a block's values after it has with the next keys; not with PREFIX
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -205,37 +208,72 @@ def _matrix(at, first, rows, step_rows, m_rows, columns, step_columns, m_columns
 
 
 @triton.jit
-def _attend(acc, top, total, q, k_at, v_at, skl, skd, svl, svd, D, DV, begin, end, i, m_i, lk, shift, mask_row, smk, slope,
-            drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, EDGE: tl.constexpr, KIND: tl.constexpr,
-            PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """The keys from ``begin`` to ``end``, on top of what was summed before"""
+def _products(q, k_at, start, skl, skd, D, lk, EDGE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+              BD: tl.constexpr):
+    """Of rows with the block of keys from ``start`` on"""
     d = tl.arange(0, BD)[:, None]
+    m_j = (start + tl.arange(0, BN) < lk)[None, :]
+    k = _matrix(k_at, start, tl.arange(0, BN)[None, :], skl, m_j, d, skd, d < D, not EDGE, EVEN_D & KIND, KIND)
+    return tl.dot(q, k, input_precision=PRECISION)
+
+
+@triton.jit
+def _exponentials(s, top, total, start, i, m_i, lk, shift, mask_row, smk, slope, drop_low, drop_a, drop_b, inner, outer, left,
+                  right, prefix, key1, least, EDGE: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr):
+    """Of a block of products: (its exponentials over the largest logit so far, those dropped 0; what shrinks the sums so far; the
+    largest logit; the exponentials' sum)"""
+    j = start + tl.arange(0, BN)[None, :]
+    x, _ = _logits(s, i, j, m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE, KIND)
+    new = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    shrink = top - base
+    if not LINEAR & KIND:
+        p = x - base[:, None]
+    else:
+        shrink *= outer
+        if TYPE.primitive_bitwidth == 32:
+            p = (x - base[:, None]) * outer  # the largest one's is exactly 0
+        else:  # one instruction; all of a row miss by the same 2⁻²⁴ of the largest logit
+            p = tl.fma(x, outer, -(base * outer)[:, None])
+    p = tl.exp2(p)
+    shrink = tl.exp2(shrink)
+    total = total * shrink + tl.sum(p, 1)
+    if DROPOUT & KIND:
+        p = tl.where(_kept(drop_low, drop_a, drop_b, j, key1, least), p, 0.0)
+    return p.to(TYPE), shrink, new, total
+
+
+@triton.jit
+def _gather(acc, p, shrink, v_at, start, svl, svd, DV, lk, EDGE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+            BN: tl.constexpr, BV: tl.constexpr):
+    """The values of the block of keys from ``start`` on, weighed, on top of what was summed before"""
     e = tl.arange(0, BV)[None, :]
+    m_j = (start + tl.arange(0, BN) < lk)[:, None]
+    v = _matrix(v_at, start, tl.arange(0, BN)[:, None], svl, m_j, e, svd, e < DV, not EDGE, EVEN_V & KIND, KIND)
+    return tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+
+
+@triton.jit
+def _attend(acc, top, total, p, shrink, q, k_at, v_at, skl, skd, svl, svd, D, DV, begin, end, i, m_i, lk, shift, mask_row, smk,
+            slope, drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, EDGE: tl.constexpr,
+            KIND: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
+    """The keys from ``begin`` to ``end``, on top of what was summed before.
+
+    BEHIND: the values of the block before, weighed by ``p``, are gathered while this one's exponentials are taken.
+    """
     for start in tl.range(begin, end, BN):
-        j = start + tl.arange(0, BN)
-        k = _matrix(k_at, start, tl.arange(0, BN)[None, :], skl, (j < lk)[None, :], d, skd, d < D, not EDGE, EVEN_D & KIND, KIND)
-        s = tl.dot(q, k, input_precision=PRECISION)
-        x, _ = _logits(s, i, j[None, :], m_i, lk, shift, mask_row, smk, slope, inner, outer, left, right, prefix, EDGE, KIND)
-        new = tl.maximum(top, tl.max(x, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        shrink = top - base
-        if not LINEAR & KIND:
-            p = x - base[:, None]
+        s = _products(q, k_at, start, skl, skd, D, lk, EDGE, KIND, PRECISION, BN, BD)
+        if BEHIND & KIND:
+            acc = _gather(acc, p, shrink, v_at, start - BN, svl, svd, DV, lk, False, KIND, PRECISION, BN, BV)
+            p, shrink, top, total = _exponentials(s, top, total, start, i, m_i, lk, shift, mask_row, smk, slope, drop_low, drop_a,
+                                                  drop_b, inner, outer, left, right, prefix, key1, least, EDGE, KIND, BN,
+                                                  v_at.dtype.element_ty)
         else:
-            shrink *= outer
-            if v_at.dtype.element_ty.primitive_bitwidth == 32:
-                p = (x - base[:, None]) * outer  # the largest one's is exactly 0
-            else:  # one instruction; all of a row miss by the same 2⁻²⁴ of the largest logit
-                p = tl.fma(x, outer, -(base * outer)[:, None])
-        p = tl.exp2(p)
-        shrink = tl.exp2(shrink)
-        total = total * shrink + tl.sum(p, 1)
-        if DROPOUT & KIND:
-            p = tl.where(_kept(drop_low, drop_a, drop_b, j[None, :], key1, least), p, 0.0)
-        v = _matrix(v_at, start, tl.arange(0, BN)[:, None], svl, (j < lk)[:, None], e, svd, e < DV, not EDGE, EVEN_V & KIND, KIND)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new
-    return acc, top, total
+            w, factor, top, total = _exponentials(s, top, total, start, i, m_i, lk, shift, mask_row, smk, slope, drop_low, drop_a,
+                                                  drop_b, inner, outer, left, right, prefix, key1, least, EDGE, KIND, BN,
+                                                  v_at.dtype.element_ty)
+            acc = _gather(acc, w, factor, v_at, start, svl, svd, DV, lk, EDGE, KIND, PRECISION, BN, BV)
+    return acc, top, total, p, shrink
 
 
 @triton.jit
@@ -310,12 +348,24 @@ def forward(q, k, v, mask, slopes, out, lse, stats, part, part_stats, tasks, off
     acc = tl.zeros((BM, BV), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
+    p, shrink = 0.0, 0.0
+    if BEHIND & KIND:  # the first block: of none the logits are all -Inf
+        s = _products(q_block, k_at, low, skl, skd, D, end, True, KIND, PRECISION, BN, BD)
+        p, shrink, top, total = _exponentials(s, top, total, low, i[:, None], m_rows[:, None], end, shift, mask_row, smk, slope,
+                                              drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, True,
+                                              KIND, BN, v.dtype.element_ty)
+        low += BN
+        low_full = tl.maximum(low_full, low)
     for n in tl.static_range(4):
         if n > 1 or (n == 0 and PREFIX & KIND) or (n == 1 and LEFT & KIND):
             begin, stop = _stretch(n, low, low_full, high_full, end, high_prefix)
-            acc, top, total = _attend(acc, top, total, q_block, k_at, v_at, skl, skd, svl, svd, D, DV, begin, stop, i[:, None],
-                                      m_rows[:, None], lk, shift, mask_row, smk, slope, drop_low, drop_a, drop_b, inner, outer,
-                                      left, right, prefix, key1, least, n != 2, KIND, PRECISION, BN, BD, BV)
+            acc, top, total, p, shrink = _attend(acc, top, total, p, shrink, q_block, k_at, v_at, skl, skd, svl, svd, D, DV,
+                                                 begin, stop, i[:, None], m_rows[:, None], lk, shift, mask_row, smk, slope,
+                                                 drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least,
+                                                 n != 2, KIND, PRECISION, BN, BD, BV)
+    if BEHIND & KIND:
+        block_at = low + (tl.cdiv(tl.maximum(end - low, 0), BN) - 1) * BN
+        acc = _gather(acc, p, shrink, v_at, block_at, svl, svd, DV, end, True, KIND, PRECISION, BN, BV)
     if LINEAR & KIND:
         top *= outer
     if SPLIT & KIND:

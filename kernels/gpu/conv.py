@@ -336,10 +336,10 @@ def weight_gradient(
     x += group * c * xc
     sums = tl.zeros((M, N), tl.float32)
     begin, end = part * chunk, tl.minimum(steps, (part + 1) * chunk)
+    tl.assume(begin < end)
     if BOXES:
         # What no output meets counts as beside the image: it would be multiplied by zeros, but may be Inf.
         meets = (o0 + t0 > 0) & (o1 + t1 > 0) & (o2 + t2 > 0)
-        end = tl.where(meets, end, begin)
         all_g = tl.make_tensor_descriptor(g, [n, o0, o1, o2, o], [gn, q0, q1, q2, 1], [B, B0, B1, B2, M])
         all_x = tl.make_tensor_descriptor(
             x, [n, tl.minimum(i0, tl.maximum(o0 + t0, 1)), tl.minimum(i1, tl.maximum(o1 + t1, 1)),
@@ -357,6 +357,7 @@ def weight_gradient(
             z1 = tl.where(z1 >= o1, 0, z1)
             first += tl.where(z0 >= o0, B, 0)
             z0 = tl.where(z0 >= o0, 0, z0)
+        sums = tl.where(meets, sums, 0.0)
     else:
         from_x = x + (channel.to(tl.int64) * xc)[None, :] + t0.to(tl.int64) * x0 + t1.to(tl.int64) * x1 + t2.to(tl.int64) * x2
         for step in tl.range(begin, end):
