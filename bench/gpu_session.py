@@ -103,16 +103,20 @@ def _checks(folder: Path) -> list[Step]:
     ]  # fmt: skip
 
 
-def plan(families: Sequence[str], folder: Path, device: str, only: str | None = None) -> list[list[Step]]:
-    """What is run, in its order; what is listed together runs side by side. ``only``: a pattern of cases, for a rehearsal."""
+def plan(families: Sequence[str], folder: Path, device: str, only: str | None = None, long: bool = False) -> list[list[Step]]:
+    """What is run, in its order; what is listed together runs side by side. ``only``: a pattern of cases, for a rehearsal;
+    ``long``: no tests, but all cases that are for a GPU."""
     python = sys.executable
-    phases = [[Step("info", [python, "-m", "fastnn", "info"], folder / "info.txt", INFO)], _tests(folder), _checks(folder)]
+    phases = [[Step("info", [python, "-m", "fastnn", "info"], folder / "info.txt", INFO)]]
+    if not long:
+        phases += [_tests(folder), _checks(folder)]
     if device != "cpu":
         command = [python, "-m", "fastnn.bench.launches", str(folder / "launches.json")]
         phases.append([Step("launches", command, folder / "launches.txt", LAUNCHES)])
     for round, providers in enumerate((_READY, ()) if device != "cpu" else (_READY,), 1):
         for family in families:
-            command = [python, "-m", "fastnn", "bench", family, "--quick", "--device", device]
+            command = [python, "-m", "fastnn", "bench", family, "--device", device]
+            command += [] if long else ["--quick"]
             command += ["--save"] if device != "cpu" else ["--json", str(folder / f"{family}.json")]
             command += ["--case", only] if only else []
             if providers:
@@ -271,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if all went well, 1 if a step failed or was not reached, 2 if there is no GPU."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("family", nargs="*", help=f"families to measure (default: {' '.join(FAMILIES)})")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 9, or 28 with --long)")
+    parser.add_argument("--long", action="store_true", help="no tests, but every case that is for a GPU, timed for longer")
     parser.add_argument("--case", metavar="PATTERN", help="measure only cases whose name contains this")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: the same steps on the CPU")
     arguments = parser.parse_args(argv)
@@ -280,11 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.rehearse and not torch.cuda.is_available():
         print(f"make gpu: {backends.without_gpu()}", file=sys.stderr)
         return 2
-    device = "cpu" if arguments.rehearse else gpu.DEVICE
+    device, minutes = "cpu" if arguments.rehearse else gpu.DEVICE, arguments.minutes or (28.0 if arguments.long else 9.0)
     facts: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
-    facts |= {"gpu": None if arguments.rehearse else gpu.describe(), "versions": _info.versions(), "minutes": arguments.minutes}
+    facts |= {"gpu": None if arguments.rehearse else gpu.describe(), "versions": _info.versions(), "minutes": minutes}
     folder = Path("report/rehearsal") if arguments.rehearse else report.RESULTS / report.slug(facts)
-    phases = plan(arguments.family or FAMILIES, folder, device, arguments.case)
+    phases = plan(arguments.family or FAMILIES, folder, device, arguments.case, arguments.long)
     logs = {step.name: step.log for steps in phases for step in steps}
     without = {} if sanitizer() else {"compute-sanitizer": "is not installed: nothing was checked for races and stray accesses"}
 
@@ -292,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(folder, facts, logs, {**results, **without}, seconds)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit from outside: what is there is kept, as at Ctrl-C
-    results = session(phases, arguments.minutes, told)
+    results = session(phases, minutes, told)
     for name, result in (results | without).items():
         print(f"{name:24} {result}")
     print(f"all of it: {folder}/summary.txt, index.html, session.json")

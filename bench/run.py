@@ -133,18 +133,19 @@ def select(
     quick: bool = False,
     device: str = "cpu",
 ) -> list[tuple[Case, torch.dtype]]:
-    """The cases to run on a device. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``. On a GPU the
-    quick ones are those that are for a GPU alone.
+    """The cases to run on a device. ``pattern`` is a shell pattern, or a part of the name; it overrides ``quick``. On a GPU they
+    are those that are for a GPU alone, where a family has some: a CPU's are too small for it.
 
     Raises:
         ValueError: an unknown family, or no case is left.
     """
     chosen: dict[tuple[str, str, str, torch.dtype], tuple[Case, torch.dtype]] = {}
     for family in families:
-        for case in cases(family):
-            short = case.quick and (device == "cpu" or case.devices == (device,))
-            wanted = (pattern in case.name or fnmatch.fnmatch(case.name, pattern)) if pattern else short or not quick
-            if wanted and device in case.devices:
+        listed = [case for case in cases(family) if device in case.devices]
+        if device == gpu.DEVICE and not pattern:
+            listed = [case for case in listed if case.devices == (device,)] or listed
+        for case in listed:
+            if pattern in case.name or fnmatch.fnmatch(case.name, pattern) if pattern else case.quick or not quick:
                 lower = (torch.bfloat16,) if device == gpu.DEVICE and family in _LOWER else ()
                 for kind in (dtype,) if dtype else (*case.dtypes, *lower):
                     chosen.setdefault((family, case.name, case.mode, kind), (case, kind))

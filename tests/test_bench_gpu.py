@@ -284,7 +284,8 @@ def test_a_session_is_float32_and_leaves_the_settings(cuda: None) -> None:
 
 def test_a_gpu_is_asked_for_bfloat16_too() -> None:
     """torch's flash attention and cuDNN's have nothing for float32."""
-    kinds = {family: {d for _, d in run.select([family], device="cuda")} for family in ("attention", "conv")}
+    kinds = {family: {d for _, d in run.select([family], pattern=model, device="cuda")}
+             for family, model in (("attention", "bert_base"), ("conv", "resnet50"))}  # fmt: skip
     assert kinds["attention"] == kinds["conv"] == {torch.float32, torch.bfloat16}
     assert {d for _, d in run.select(["pool"], pattern="vgg16_deep", device="cuda")} == {torch.float32}
     assert {d for _, d in run.select(["attention"], torch.float32, quick=True, device="cuda")} == {torch.float32}

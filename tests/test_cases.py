@@ -14,6 +14,7 @@ import fastnn.bench.cases.attention as attention
 import fastnn.bench.cases.norm as norm
 import fastnn.bench.peers as peers
 import fastnn.bench.run as run
+import fastnn.functional
 from fastnn.bench.cases import Case
 from fastnn.bench.peers import Job
 
@@ -58,6 +59,20 @@ def test_a_window_that_is_a_key_off_is_red(window: Case) -> None:
     assert allowed.worst < LOOSE
     right = {name for name, found in errors.items() if found.within(allowed, torch.float32)}
     assert right == {"right", "ours"}
+
+
+def test_a_long_window_is_torchs_calls_for_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention.SHAPES, "mistral_64k", (1, 2, 2, 512, 512, 64))
+    job = Job.of(attention.sliding("mistral_64k", 100, chunk=128), torch.float32, 1)
+
+    def attended(window: int) -> peers.Work:
+        ours = attention.sliding("mistral_64k", window, chunk=128).ours
+        assert ours is not None
+        return lambda: (ours(fastnn.functional, *job.inputs),)
+
+    with torch.no_grad():
+        allowed, errors = run.check(job, {"ours": attended(100), "a key less": attended(99)})
+    assert [name for name, found in errors.items() if found.within(allowed, torch.float32)] == ["ours"]
 
 
 def test_peers_have_the_mask_of_a_window_beforehand(window: Case, monkeypatch: pytest.MonkeyPatch) -> None:

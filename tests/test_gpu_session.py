@@ -42,6 +42,17 @@ def test_tests_come_first_then_the_sanitizer_then_every_family_twice(monkeypatch
     assert not any("memcheck" in s.name for steps in session.plan(["conv"], tmp_path, "cuda") for s in steps)
 
 
+def test_a_long_session_has_no_tests_and_all_cases_of_a_gpu(tmp_path: Path) -> None:
+    [info], *benchmarks = session.plan(session.FAMILIES, tmp_path, "cuda", long=True)
+    assert info.name == "info"
+    assert [s.name for [s] in benchmarks][1:][: len(session.FAMILIES)] == [*session.FAMILIES]
+    assert not any("--quick" in s.command for [s] in benchmarks)
+    for family in session.FAMILIES:
+        chosen, few = ({(c.name, c.mode, d) for c, d in select([family], quick=q, device="cuda")} for q in (False, True))
+        assert few <= chosen
+        assert all(case.devices == ("cuda",) for case, _ in select([family], device="cuda"))
+
+
 def test_what_the_sanitizer_is_given_exists() -> None:
     for test in {test for tests in session._SANITIZED.values() for test in tests}:
         file, name = test.split("::")

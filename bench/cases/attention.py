@@ -27,6 +27,7 @@ SHAPES = {
     "window_8k": (1, 8, 8, 8192, 8192, 64),
 }
 SHAPES |= {f"llama_{n // 1024}k": (8192 // n, 16, 16, n, n, 128) for n in (1024, 4096, 8192)}
+SHAPES |= {"llama_16k": (1, 8, 8, 16384, 16384, 128), "mistral_64k": (1, 4, 4, 65536, 65536, 128)}
 SHAPES |= {"llama_decode": (8, 32, 8, 1, 8192, 128), "gpt2_b4": (4, 12, 12, 1024, 1024, 64)}
 DECODE = {f"decode_{keys}": (1, 32, 8, 1, keys, 128) for keys in (128, 1024, 4096, 8192)}
 SHAPES |= DECODE
@@ -97,6 +98,34 @@ def attention(kind: str, model: str, mode: str = "forward", *, causal: bool = Fa
     )
 
 
+def sliding(model: str, window: int, chunk: int = 4096, **extra: Any) -> Case:
+    """A window of a sequence so long that all of its scores would not fit: torch's are calls for a chunk of queries each."""
+    b, h, _, n, _, d = shape = SHAPES[model]
+
+    def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        parts = []
+        for i in range(0, n, chunk):
+            keys = slice(max(0, i - window), i + chunk)
+            seen = mask if i else mask[:, window:]
+            parts.append(F.scaled_dot_product_attention(q[:, :, i : i + chunk], k[:, :, keys], v[:, :, keys], attn_mask=seen))
+        return torch.cat(parts, 2)
+
+    def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, window=(window, 0))
+
+    size = b * h * n * d
+    return Case(
+        "attention",
+        f"attention_window/{model}/{'x'.join(map(str, shape))}",
+        together(*(random(b, h, n, d, seed=i) for i in (1, 2, 3)), lambda dtype: _window_mask(chunk + window, window)[window:]),
+        theirs=theirs,
+        ours=ours,
+        flops=4 * b * h * d * _kept(shape, True, window),
+        passes=((3 * size, size),),
+        **extra,
+    )
+
+
 def dropped(model: str, p: float = 0.1, **extra: Any) -> Case:
     """A training step with dropout, whose output and gradients are random: they must point where those without dropout do."""
     shape = SHAPES[model]
@@ -163,4 +192,14 @@ CASES += [
     attention("attention", "llama_8k", goals={"limit": 0.57, "best": 1.0}, **_GPU),
     attention("attention_causal", "llama_1k", causal=True, goals={"limit": 0.57, "best": 1.0}, **_GPU),
     attention("attention_causal", "gpt2_b4", causal=True, goals={"best": 1.0}, **_GPU | {"dtypes": (torch.float32,)}),
+]
+
+# What `make gpu GPU=--long` measures besides: 600 TFLOP/s and 480 are the goals, of 790, and 350 of a window
+_LONG = _GPU | {"quick": False}
+CASES += [
+    *(attention("attention", f"llama_{n}k", goals={"limit": 0.76, "best": 1.0}, **_LONG) for n in (1, 4, 16)),
+    attention("attention_causal", "llama_16k", causal=True, goals={"limit": 0.76, "best": 1.0}, **_LONG),
+    attention("attention_full_train", "llama_4k", "train", goals={"limit": 0.61, "best": 1.0}, **_LONG),
+    sliding("mistral_64k", 1024, goals={"limit": 0.44}, **_LONG),
+    attention("decode", "decode_8192", goals={"limit": 0.9}, **_LONG),
 ]

@@ -234,3 +234,12 @@ CASES += [
     conv("stem/resnet50_3_64", (32, 3, 224, 224), 64, 7, stride=2, padding=3, goals={"torch": 1.5}, **_GPU),
     conv("depthwise/mobilenetv2_144", (32, 144, 56, 56), 144, 3, padding=1, groups=144, goals={"torch": 1.5}, **_GPU),
 ]
+
+# What `make gpu GPU=--long` measures besides
+_LONG = _GPU | {"quick": False}
+CASES += [
+    conv("3x3/resnet50_128_128", (32, 128, 28, 28), 128, 3, padding=1, goals={"torch": 2.0}, **_LONG),
+    conv("3x3/resnet50_128_128", (32, 128, 28, 28), 128, 3, padding=1, last=True, goals={"best": 1.1}, **_LONG),
+    conv("3x3/resnet50_256_256", (32, 256, 14, 14), 256, 3, padding=1, last=True, mode="train", goals={"best": 1.0}, **_LONG),
+    conv("3x3/resnet50_stride", (32, 128, 56, 56), 128, 3, stride=2, padding=1, last=True, goals={"best": 1.0}, **_LONG),
+]

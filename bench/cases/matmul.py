@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastnn
 from fastnn._numerics import sum_of_magnitudes
 
 from . import Case, random, together, traffic
@@ -57,6 +58,19 @@ def square(n: int, **extra: Any) -> Case:
         scale=sum_of_magnitudes(lambda F, a, b: F.matmul(a, b)),
         **extra,
     )
+
+
+def in_terms(n: int, precision: str, **extra: Any) -> Case:
+    """Of float32 numbers, which ours multiplies in terms of fewer bits."""
+
+    def ours(F: Any, a: Tensor, b: Tensor) -> Tensor:
+        fastnn.set_float32_precision(precision)
+        try:
+            return F.matmul(a, b)
+        finally:
+            fastnn.set_float32_precision(None)
+
+    return square(n, **extra).on(name=f"square_{precision}/{n}", ours=ours, dtypes=(torch.float32,))
 
 
 def linear(
@@ -247,4 +261,14 @@ CASES += [
     linear("bert_up", 4096, None, "linear_train", mode="train", goals={"torch": 1.0}, **_GPU),
     row("llama_projection", 4096, 4096, goals={"limit": 0.8}, **_GPU),
     bmm("gpt2_scores", 96, 1024, 64, 1024, transposed=True, goals={"torch": 1.0}, **_GPU),
+]
+
+# What `make gpu GPU=--long` measures besides: large, narrow and odd sizes; float32 in terms
+_LONG = _GPU | {"quick": False}
+CASES += [
+    square(4096, goals={"torch": 1.0}, **_LONG),
+    square(4097, goals={"torch": 1.15}, **_LONG),
+    *(linear("llama_projection", m, goals={"torch": 1.15}, **_LONG) for m in (16, 64, 256)),
+    linear("llama_kv", 4096, "gelu", "linear_gelu", goals={"torch": 1.15}, **_LONG),
+    *(in_terms(4096, how, goals={"torch": 2.0}, **_LONG) for how in ("tf32x3", "bf16x3", "bf16x6")),
 ]

@@ -91,6 +91,8 @@ SHAPES["resnet50_b64"] = (64, 256, 56, 56)
 ROWS = {"bert_base": (4096, 768), "gpt2": (1024, 768), "minilm": (2048, 384), "llama": (512, 4096), "bert_base_one": (128, 768)}
 _CPU_ROWS = list(ROWS)
 ROWS |= {"llama_batch": (8192, 4096), "long_rows": (64, 1 << 19)}
+_LENGTHS = (256, 1000, 16384, 65536)  # besides those of the two
+ROWS |= {f"rows_of_{n}": ((1 << 25) // n, n) for n in _LENGTHS}
 
 
 def rows(name: str, model: str, mode: str = "forward", added: bool = False, dtypes: Any = (torch.float32,), **extra: Any) -> Case:
@@ -165,4 +167,13 @@ CASES += [
     norm("batch", "resnet50_b64", False, "train", goals={"limit": 0.8}, **_GPU),
     norm("group", "resnet50_b64", False, goals={"limit": 0.8}, **_GPU),
     rows("layer_norm", "llama_batch", added=True, goals={"limit": 0.8}, **_GPU),
+]
+
+# What `make gpu GPU=--long` measures besides
+_LONG = _GPU | {"quick": False, "goals": {"limit": 0.9}}
+CASES += [
+    *(rows("layer_norm", f"rows_of_{n}", mode, **_LONG) for n in _LENGTHS for mode in ("forward", "train")),
+    rows("layer_norm", "llama_batch", "train", **_LONG),
+    rows("rms_norm", "llama_batch", **_LONG),
+    norm("batch", "resnet50_b64", True, "train", **_LONG),
 ]

@@ -197,3 +197,12 @@ CASES += [
     layers("lstm", "wide", 128, 32, 2048, 2048, backend="gpu", goals={"torch": 1.0}, **_GPU),  # too large for the chip
     qrnn(512, 20, 640, goals={"torch": 4.0}, **_GPU),
 ]
+
+# What `make gpu GPU=--long` measures besides: half precision, in which torch's library has a persistent kernel of its own
+_LONG = _GPU | {"quick": False}
+CASES += [
+    *(layers("lstm", "half", 512, batch, units, units, goals={"torch": 1.0}, **_LONG | {"dtypes": (torch.float16,)})
+      for batch, units in ((16, 256), (32, 512), (64, 1024))),
+    layers("gru", "deep_both_ways", 512, 10, 256, 256, 3, 2, goals={"torch": 8.0}, **_LONG),
+    layers("gru", "deep", 512, 10, 256, 256, 6, kind="train", goals={"torch": 4.0}, **_LONG),
+]  # fmt: skip

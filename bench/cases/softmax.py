@@ -23,6 +23,8 @@ SHAPES = {
     "long_rows": (8, 1 << 20),
 }
 _CPU = list(SHAPES)[:6]
+_LENGTHS = (256, 1000, 4096, 16384, 65536, 1 << 19)  # of rows, all together 32 million numbers
+SHAPES |= {f"rows_of_{n}": ((1 << 25) // n, n) for n in _LENGTHS}
 
 
 def rows(function: str, model: str, mode: str = "forward", dim: int = -1, **extra: Any) -> Case:
@@ -123,4 +125,12 @@ CASES += [
     rows("log_softmax", "long_rows", goals=_COPY, **_GPU),
     cross_entropy("llama3", 1024, 131072, "train", goals=_COPY, **_GPU),
     cross_entropy("long_rows", 8, 1 << 20, "forward", goals=_COPY, **_GPU),
+]
+
+# What `make gpu GPU=--long` measures besides
+_LONG = _GPU | {"quick": False, "goals": {"limit": 0.9}}
+CASES += [
+    *(rows("softmax", f"rows_of_{n}", **_LONG) for n in _LENGTHS),
+    *(cross_entropy(f"rows_of_{n}", (1 << 25) // n, n, "forward", **_LONG) for n in _LENGTHS),
+    linear_cross_entropy("llama3", 2048, 4096, 131072, "train", **_LONG | {"goals": {"torch": 3.0}, "dtypes": (torch.bfloat16,)}),
 ]
