@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cuda_shim import kernels_of, needs_compiler, nvrtc, shim
-from fastnn.kernels.gpu import pool, rnn
+from fastnn.kernels.gpu import pool, rnn, rnn_half
 from fastnn.kernels.gpu.engine import cuda
 from gpu import HERE
 
@@ -21,7 +21,8 @@ POOL = ["forward<float, 4, true, 3, 2, 1, ARGMAX>", "forward<bfloat_t, 8, false,
         "forward<half_t, 1, false, 0, 0, 0, MAX>", "backward<bfloat_t, 8, true, 3, 1, 1, false>",
         "reduce<double, AVERAGE>", "unpool<unsigned, true>"]  # fmt: skip
 RNN = ["forward<LSTM, 4>", "backward<GRU, 4>", "backward<RNN, 2>", "scan<half_t>"]
-FEW = {"80": (POOL[:1], RNN[:1]), "90": (POOL, RNN), "100": (POOL[3:4], RNN[1:2])}
+HALF = ["forward<half_t, GRU, 12>", "forward<bfloat_t, RNN, 12>", "forward<bfloat_t, LSTM, 8>"]
+FEW = {"80": (POOL[:1], RNN[:1], HALF[:1]), "90": (POOL, RNN, HALF), "100": (POOL[3:4], RNN[1:2], HALF[:1])}
 
 
 def budget(name: str) -> int:
@@ -29,14 +30,14 @@ def budget(name: str) -> int:
     if name.startswith(("forward<LSTM", "forward<GRU", "forward<RNN", "backward<LSTM", "backward<GRU", "backward<RNN")):
         kv = int(name.rstrip(">").split(", ")[1])
         return min(255, 65536 // (32 * rnn.WARPS[kv]) // 8 * 8)
-    return 128
+    return 255 if name in HALF else 128
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("family", [0, 1], ids=["pool", "rnn"])
+@pytest.mark.parametrize("family", [0, 1, 2], ids=["pool", "rnn", "rnn_half"])
 @pytest.mark.parametrize("arch", FEW)
 def test_compiles_within_its_budget(arch: str, family: int) -> None:
-    source, names = (pool.SOURCE, rnn.SOURCE)[family], FEW[arch][family]
+    source, names = (pool.SOURCE, rnn.SOURCE, rnn_half.SOURCE)[family], FEW[arch][family]
     assert set(names) <= set(source.instances())
     log, found = nvrtc.compile(source.text, arch, names)
     assert "warning" not in log, log
@@ -62,7 +63,7 @@ def test_the_compiler_is_asked() -> None:
 
 
 def test_headers_are_part_of_the_source() -> None:
-    for source in (pool.SOURCE, rnn.SOURCE):
+    for source in (pool.SOURCE, rnn.SOURCE, rnn_half.SOURCE):
         assert "#include" not in source.text
         assert "struct bfloat_t" in source.text
         assert len(set(source.instances())) == len(source.instances())

@@ -3,7 +3,7 @@ thread of the whole grid is a fiber: three blocks that wait for each other throu
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastnn import backends
 from fastnn.functional import _rnn as layers
 from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
+from fastnn.kernels.gpu import rnn_half
 from fastnn.kernels.gpu.engine import cuda, replay
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
@@ -91,7 +92,7 @@ def both(
 
 
 def stack(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, sizes: Tensor | None, batch: int = 5,
-          units: int = 8, steps: int = 3) -> None:  # fmt: skip
+          units: int = 8, steps: int = 3, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
     """Layers on layers, and their backward, are the reference's in float64."""
     inputs, directions = 6, 2 if bidirectional else 1
     batch = batch if sizes is None else int(sizes[0])
@@ -99,15 +100,16 @@ def stack(mode: str, layers: int, bidirectional: bool, bias: bool, keep: bool, s
     wide = reference.GATES[mode] * units
     count = sum((inputs if layer == 0 else directions * units) + units + 2 * bias for layer in range(layers)) * wide * directions
     states = (layers * directions, batch, units)
-    given = [randn(rows, inputs), randn(*states), randn(*states) if mode == "lstm" else None, randn(count, scale=0.3)]
+    given = [randn(rows, inputs, dtype=dtype), randn(*states, dtype=dtype),
+             randn(*states, dtype=dtype) if mode == "lstm" else None, randn(count, scale=0.3, dtype=dtype)]  # fmt: skip
     rest = [sizes, mode, layers, bidirectional, bias]
     found = run(ops.recurrent_stack, *there(given), *rest, keep)
     exact = reference.recurrent_stack(*double(given), *rest, keep)
-    same(found, exact)
-    grads = [randn(*t.shape) for t in exact[:3]]
+    same(found, exact, dtype)
+    grads = [randn(*t.shape, dtype=dtype) for t in exact[:3]]
     needs = [t is not None for t in given]
     back = run(ops.recurrent_stack_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
-    same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), times=64)
+    same(back, reference.recurrent_stack_backward(*double([*grads, *given]), exact[0], exact[3], *rest, needs), dtype, 64)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -195,10 +197,62 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(stack, given)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bits(dtype: torch.dtype) -> None:
-    both("lstm", 12, dtype=dtype)
-    both("gru", 12, dtype=dtype)
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [  # what is rounded to 0 by a ReLU, or not, has none of a gradient, or all
+    *((mode, torch.float16) for mode in MODES), *((mode, torch.bfloat16) for mode in MODES[:3]),
+], ids=str)  # fmt: skip
+def test_16_bits(mode: str, dtype: torch.dtype, device: Any) -> None:
+    both(mode, 12, dtype=dtype)
+    both(mode, 16, batch=9, steps=2, reverse=True, dtype=dtype, keep=False)  # 16 bytes at a time; two passes; gates made again
+    both(mode, 8, sizes=PACKED, bias=False, dtype=dtype)
+    if not HERE:
+        assert all(name.startswith("forward<") == ("_t" in name) for name in device.launched)
+
+
+@HALVES
+def test_16_bits_in_layers(dtype: torch.dtype) -> None:
+    """A launch a layer, of both directions, or a launch each; their lower states are kept in float32"""
+    for mode in ("lstm", "gru", "rnn_tanh"):
+        stack(mode, 2, True, True, True, PACKED, dtype=dtype)
+    stack("lstm", 2, False, False, False, None, dtype=dtype)
+    if not HERE:
+        with shim(multiprocessors=1) as device:
+            stack("gru", 1, True, True, True, None, dtype=dtype)
+            assert len([name for name in device.launched if name.startswith("forward<")]) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_16_bits_cut_in_every_way(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps that share a tile's columns; rows in groups; rows that shared memory takes eight at a time; more columns a warp"""
+    if HERE:
+        pytest.skip("the device has room for more")
+    ways: list[tuple[int, int, int, int, Callable[[gpu.Cut], bool]]] = [
+        (5, 96 << 10, 72, 19, lambda how: how.parts == 2 and how.share > 8 and how.blocks > 1),
+        (3, 96 << 10, 72, 3, lambda how: how.kv == 8),
+        (6, 96 << 10, 8, 19, lambda how: how.groups == 3),
+        (1, 3500, 16, 19, lambda how: how.staged < how.share),
+    ]
+    for multiprocessors, shared, units, batch, wanted in ways:
+        with shim(multiprocessors=multiprocessors, shared=shared) as device:
+            how = next(filter(wanted, rnn_half._cuts(mode, device.has, 1, batch, units)))
+            monkeypatch.setattr(rnn_half, "plan", lambda *args, how=how: (1, how))
+            both(mode, units, batch=batch, steps=2, dtype=torch.float16, keep=False)
+
+
+def test_16_bits_that_are_widened() -> None:
+    """What does not fit, or finds no such matrix units"""
+    assert "sm_80" in str(rnn_half.cut("lstm", H200._replace(matrix=False), 1, 8, 256))
+    assert "do not fit" in str(rnn_half.cut("lstm", H200, 1, 8, 2048))
+    for units, batch in ((256, 16), (512, 32), (1024, 64), (1056, 128)):
+        how = rnn_half.cut("lstm", H200, 1, batch, units)
+        assert isinstance(how, gpu.Cut)
+        assert how.blocks * how.groups <= 132
+    if not HERE:
+        with shim(matrix=False) as device:
+            both("lstm", 12, dtype=torch.float16)
+            assert {name.count("_t") for name in device.launched} == {0}
 
 
 def test_staged_in_pieces() -> None:
@@ -267,13 +321,15 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     big = randn(4, 2000)
     with shim(**H200._asdict()):
         def asked(mode: str, units: int, layers: int = 1, directions: int = 1, batch: int = 10, keep: bool = True) -> str | None:
-            return gpu._too_large(mode, torch.device("cpu"), layers, directions, batch, units, keep)
+            return gpu._Asked(big, False, mode, layers, directions, batch, units, keep).too_large()
 
         for mode in ("lstm", "gru"):
             for fits in ((256, 6), (1024,), (1024, 6), (1024, 1, 2), (650, 2, 2), (16, 13)):
                 assert asked(mode, *fits) is None
             assert "do not fit in the registers of 132" in str(asked(mode, 2048))
         assert asked("lstm", 1024, batch=400, keep=False) is None
+        assert gpu._Asked(big.half(), False, "lstm", 1, 1, 4, 1056, False).too_large() is None
+        assert "do not fit" in str(gpu._Asked(big.half(), False, "lstm", 1, 1, 4, 1056, True).too_large())
         assert "do not fit" in str(asked("lstm", 1024, batch=2000))
         assert "projection" in str(gpu.refusal(big, True, None))
         assert "float32" in str(gpu.refusal(big.double(), False, None))

@@ -1,104 +1,14 @@
 // Recurrent layers: one launch for a whole sequence, layers or directions side by side.
 //
-// A job is one direction of one layer. It has blocks of its own, each block some of the units, each warp one unit (LSTM, GRU)
-// or four (RNN): their rows of weights stay in the warp's registers from the first step to the last. A lane holds every 32nd
-// group of four columns. Each step every block reads the state that all blocks of its job have written (and the output of the
-// layer below), multiplies, sums over the lanes, and writes its part of the new state.
-//
-// Who waits for whom: a job's counter grows by one as one of its blocks finishes a step. A block waits for the layer below and
-// multiplies what that made; only then it needs its own job's last step, whose news has been on its way meanwhile. Layers run one
-// step behind each other, with no barrier that all wait at. Rows of the batch know nothing of each other: a large batch may be
-// cut into groups, each with blocks and counters of its own. All blocks have to be on the device at once: a cooperative launch.
-//
-// What other blocks wrote is read past L1 (__ldcg), which is not coherent. Sums have one order, whoever is first.
-#include "common.cuh"
+// A job's blocks each have some of the units, each warp one unit (LSTM, GRU) or four (RNN): their rows of weights stay in the
+// warp's registers from the first step to the last. A lane holds every 32nd group of four columns. Each step every block reads
+// the state that all blocks of its job have written (and the output of the layer below), multiplies, sums over the lanes, and
+// writes its part of the new state. It waits for the layer below and multiplies what that made; only then it needs its own
+// job's last step, whose news has been on its way meanwhile (grid.cuh). Sums have one order, whoever is first.
+#include "grid.cuh"
 
-enum Mode { LSTM, GRU, RNN };
-
-const int ROWS = 4;             // sums a row of the batch that a warp makes: the gates of a unit, or four units
-const int FULL = 8, FEW = 2;    // rows of the batch that are multiplied together: eight, and at the end two more
-const int LANES = 32;
-const int APART = 32;           // between counters, in ints: many blocks poll each, none shares a line
-
-// One direction of one layer. All arrays are dense, in float.
-struct Job {
-    const float *below, *w_ih, *w_hh, *b_ih, *b_hh;  // below: outputs of the layer below, or 0 where gates_in has their product
-    const float* gates_in;                           // (rows, G·H): the input's product with both biases, or 0
-    const float *h0, *c0;
-    float *y, *h_n, *c_n, *kept;  // kept: (rows, 5·H or 4·H), or 0
-    int* done;                    // this job's counters, one a group
-    const int* wait;              // counters of the layer below, or 0
-    i64 reverse, y_stride, y_at;
-    // the backward
-    const float* grad_y;             // the caller's, or what the job of the layer above made
-    const float *grad_h, *grad_c;
-    float *gates_x, *gates_h, *d_below, *d_h0, *d_c0;  // d_below: 0 where nobody below is in this launch
-    i64 grad_stride, grad_at;
-    const int* above;                // counters of the job above, or 0
-};
-
-struct Call {
-    const i64* starts;  // of each step's rows; 0: all have `batch`
-    i64 steps, batch, units, relu;
-    i64 blocks, groups, share;    // blocks of a job and group; groups of the batch; rows of a group
-    i64 staged, parts, vectors;   // rows in shared memory at once; see backward; whether 16 bytes are read at once
-    Job jobs[12];
-};
-
-// A row and a column's offset: one multiplication of 32 bits to 64, where those of 64 bits are five.
-__device__ __forceinline__ i64 offset(unsigned rows, unsigned stride) { return (i64)((unsigned long long)rows * stride); }
-
-__device__ __forceinline__ int at_most(int a, int b) { return a < b ? a : b; }
-
-__device__ __forceinline__ float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
-
-// Where a block is: the job, and the rows of the batch.
-struct Place {
-    const Job& job;
-    int group, block, from;  // from: the group's first row of the batch
-    __device__ __forceinline__ Place(const Call& g)
-        : job(g.jobs[blockIdx.x / (unsigned)(g.blocks * g.groups)]), group(blockIdx.x / (unsigned)g.blocks % (unsigned)g.groups),
-          block(blockIdx.x % (unsigned)g.blocks), from(group * (int)g.share) {}
-};
-
-// The group's first row of a step, and how many it has: none of a step that there is not.
-__device__ __forceinline__ i64 row_of(const Call& g, i64 step, int from) {
-    return step < 0 || step >= g.steps ? 0 : (g.starts ? g.starts[step] : step * g.batch) + from;
-}
-__device__ __forceinline__ int rows_in(const Call& g, i64 step, int from) {
-    if (step < 0 || step >= g.steps) return 0;
-    const int rows = (int)(g.starts ? g.starts[step + 1] - g.starts[step] : g.batch) - from;
-    return rows < 0 ? 0 : at_most(rows, (int)g.share);
-}
-
-__device__ __forceinline__ int seen(const int* counter) {
-#ifdef FASTNN_SHIM
-    return *counter;
-#else
-    int v;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
-    return v;
-#endif
-}
-
-// One thread waits, the block behind it.
-__device__ __forceinline__ void await(const int* counters, int group, i64 wanted) {
-    if (counters == 0) return;
-    while (seen(counters + group * APART) < wanted) __nanosleep(20);
-}
-
-// The block's writes are there for whoever has seen the counter.
-__device__ __forceinline__ void publish(int* counters, int group) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int* const counter = counters + group * APART;
-#ifdef FASTNN_SHIM
-        shim::release_one(counter);
-#else
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
-#endif
-    }
-}
+const int ROWS = 4;           // sums a row of the batch that a warp makes: the gates of a unit, or four units
+const int FULL = 8, FEW = 2;  // rows of the batch that are multiplied together: eight, and at the end two more
 
 // Half of the sums go to the lane `bit` away, the other half comes from there. HALF is a template's: an index that is not known
 // at compile time would move the sums, and with them the multiplications' results, to local memory.
@@ -210,12 +120,6 @@ __device__ __forceinline__ void stage(float* shared, int count, int columns, int
     if (vectors) stage_as<READS, float4>(shared, count, columns, width, row);
     else stage_as<READS, float>(shared, count, columns, width, row);
 }
-
-#ifdef FASTNN_SHIM
-#define SHARED(name) float* const name = (float*)shim::memory()
-#else
-#define SHARED(name) extern __shared__ __align__(16) float name[]
-#endif
 
 // Threads of a block, so that each has the registers for KV · 128 columns of weights; WARPS in rnn.py.
 template <int KV> struct Most { static const int threads = KV <= 4 ? 384 : 256; };

@@ -3,8 +3,8 @@ in the kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
 
 The input's product of a launch's first layer is one matrix product beforehand, the weights' gradients are products afterwards,
 by torch. A layer that does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels
-were asked for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Kernels
-compute in float32; 16-bit arguments are widened, and the results rounded once.
+were asked for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet.
+16-bit arguments have a forward of their own (``rnn_half.py``); else they are widened, and the results rounded once.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Job(NamedTuple):
     above: Tensor | int = 0
 
 
-def _or0(t: Tensor | None) -> Tensor | int:
+def or_0(t: Tensor | None) -> Tensor | int:
     return 0 if t is None else t
 
 
@@ -165,25 +165,29 @@ class Stack(NamedTuple):
 Parameters = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh of one job
 
 
-def _launch(name: str, s: Stack, device: torch.device, how: Cut, stacked: bool, jobs: Sequence[Job]) -> None:
+def launch_jobs(source: cuda.Source, expression: str, s: Stack, device: torch.device, how: Cut, jobs: Sequence[Job],
+                vectors: bool) -> None:  # fmt: skip
+    """vectors: whether 16 bytes may be read at once"""
     steps = s.rows // s.batch if s.batch_sizes is None else len(s.batch_sizes)
     starts: Tensor | int = 0
     if s.batch_sizes is not None:
         starts = torch.cat([s.batch_sizes.new_zeros(1), s.batch_sizes.cumsum(0)]).to(device)
-    kind = KINDS[s.mode]
     words = [starts, steps, s.batch, s.units, int(s.mode == "rnn_relu"), how.blocks, how.groups, how.share, how.staged, how.parts,
-             int(s.units % 4 == 0)]  # fmt: skip
+             int(vectors)]  # fmt: skip
     for job in jobs:
         words += job
     words += [0] * (len(Job._fields) * (JOBS - len(jobs)))
-    expression = _instance(name, kind, how.kv, stacked)
     grid, block = len(jobs) * how.groups * how.blocks, 32 * how.warps
-    if grid > SOURCE.resident(expression, device, block, how.shared):
+    if grid > source.resident(expression, device, block, how.shared):
         raise RuntimeError(f"recurrent(): {grid} blocks of {expression} do not fit on {device} at once; use backend='torch'")
-    SOURCE.launch(expression, device, grid, block, words, how.shared, cooperative=True)
+    source.launch(expression, device, grid, block, words, how.shared, cooperative=True)
 
 
-def _counters(device: torch.device, jobs: int, how: Cut) -> Tensor:
+def _launch(name: str, s: Stack, device: torch.device, how: Cut, stacked: bool, jobs: Sequence[Job]) -> None:
+    launch_jobs(SOURCE, _instance(name, KINDS[s.mode], how.kv, stacked), s, device, how, jobs, s.units % 4 == 0)
+
+
+def counters(device: torch.device, jobs: int, how: Cut) -> Tensor:
     return torch.zeros(jobs, how.groups * APART, dtype=torch.int32, device=device)
 
 
@@ -209,12 +213,12 @@ def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequ
     at_once, how = found
     if hx.data_ptr() % 16:  # what the kernels read 16 bytes at a time; all else here is theirs
         hx = hx.clone()
-    done = _counters(input.device, len(params), how)
+    done = counters(input.device, len(params), how)
     for start in range(0, len(params), at_once):
         jobs = []
         for k, p in enumerate(params[start : start + at_once], start):
             layer = k // s.directions
-            job = Job(w_ih=_or0(p[0]), w_hh=_or0(p[1]), b_ih=_or0(p[2]), b_hh=_or0(p[3]), h0=hx[k],
+            job = Job(w_ih=or_0(p[0]), w_hh=or_0(p[1]), b_ih=or_0(p[2]), b_hh=or_0(p[3]), h0=hx[k],
                       c0=0 if cx is None else cx[k], y=ys[layer], h_n=h_n[k], c_n=0 if c_n is None else c_n[k],
                       kept=0 if kept is None else kept[k], done=done[k], reverse=int(s.reversed[k % s.directions]),
                       y_stride=s.directions * s.units, y_at=k % s.directions * s.units)  # fmt: skip
@@ -296,13 +300,13 @@ def _backward_at_once(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor |
                       d_hx: Tensor, d_cx: Tensor | None, at_once: int, how: Cut) -> None:  # fmt: skip
     """gates_x, gates_h, d_hx and d_cx of all jobs, by as few launches as there is room for"""
     d, wide = s.directions, s.directions * s.units
-    done = _counters(hx.device, len(params), how)
+    done = counters(hx.device, len(params), how)
     for start in reversed(range(0, len(params), at_once)):
         chunk, jobs = range(start, min(start + at_once, len(params))), []
         between = hx.new_empty(len(chunk), s.rows, wide) if d == 1 else None  # what jobs make for the layer below
         for k in chunk:
             p, at = params[k], k % d * s.units
-            job = Job(w_ih=_or0(p[0]), w_hh=_or0(p[1]), h0=hx[k], c0=0 if cx is None else cx[k], y=ys[k // d],
+            job = Job(w_ih=or_0(p[0]), w_hh=or_0(p[1]), h0=hx[k], c0=0 if cx is None else cx[k], y=ys[k // d],
                       kept=0 if kept is None else kept[k], done=done[k], reverse=int(s.reversed[k % d]), y_stride=wide, y_at=at,
                       grad_stride=wide, grad_at=at, grad_y=grad_y, grad_h=grad_h[k], grad_c=0 if grad_c is None else grad_c[k],
                       gates_x=gates_x[k], gates_h=gates_h[k], d_h0=d_hx[k], d_c0=0 if d_cx is None else d_cx[k])  # fmt: skip
@@ -353,22 +357,52 @@ def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, rever
     return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes)
 
 
+def _half(mode: str, input: Tensor, directions: int, batch: int, units: int) -> tuple[int, Cut] | None:
+    """How 16-bit numbers are multiplied as they are; None: they are widened."""
+    if input.itemsize != 2 or cuda.refusal() is not None:
+        return None
+    from . import rnn_half
+
+    how = rnn_half.plan(mode, cuda.limits(input.device), directions, batch, units)
+    return None if isinstance(how, str) else how
+
+
+def _half_of(s: Stack, input: Tensor) -> tuple[int, Cut] | None:
+    return _half(s.mode, input, s.directions, s.batch, s.units)
+
+
+def _any_forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
+                 h_n: Tensor, c_n: Tensor | None, kept: Tensor | None) -> None:
+    """``forward`` of numbers of any width, into such numbers; kept: float32"""
+    how = _half_of(s, input)
+    kind = torch.float32 if how is None else input.dtype
+    x, h0 = (t.to(kind).contiguous() for t in (input, hx))
+    params = [tuple(None if t is None else t.to(kind).contiguous() for t in p) for p in params]
+    results = [*ys, h_n, *(() if c_n is None else (c_n,))]
+    kinds = [*[kind] * (len(ys) + 1), torch.float32]
+    mine = [t if t.dtype == own else torch.empty_like(t, dtype=own) for t, own in zip(results, kinds, strict=False)]
+    given = s, x, h0, _wide(cx), params, mine[: len(ys)], mine[len(ys)], None if c_n is None else mine[-1], kept
+    if how is None:
+        forward(*given)
+    else:
+        from . import rnn_half
+
+        rnn_half.forward(*given, *how)
+    for to, value in zip(results, mine, strict=True):
+        if to is not value:
+            to.copy_(value)
+
+
 def recurrent(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor | None, w_ih: Tensor, w_hh: Tensor,
               b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, batch_sizes: Tensor | None, mode: str,
               reverse: bool, keep: bool) -> None:
     """out = (the states of all rows, the last state, the last cell, what the backward needs); see ops/rnn.py for the shapes."""
     if input.shape[0] == 0 or hx.shape[0] == 0:
         return
-    s = _one(mode, input, hx, batch_sizes, reverse)
-    x, h0, c0, *params = (_wide(t) for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh))
     y, h_n, c_n, kept = out
-    results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
-    cells = (None, None) if c0 is None else (c0[None], results[2][None])
-    forward(s, x, h0[None], cells[0], [params], results[:1], results[1][None], cells[1],
-            kept[None] if kept.numel() else None)  # fmt: skip
-    for to, value in zip(out, results, strict=False):
-        if to is not value:
-            to.copy_(value)
+    _any_forward(_one(mode, input, hx, batch_sizes, reverse), input, hx[None], None if cx is None else cx[None],
+                 [(w_ih, w_hh, b_ih, b_hh)], [y], h_n[None], None if cx is None else c_n[None],
+                 kept[None] if kept.numel() else None)  # fmt: skip
 
 
 def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
@@ -385,8 +419,8 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
     states, kept = _wide(y), reserve
     if not reserve.numel() and KEPT[mode]:  # the gates were not kept: they are made again
         kept, states = x.new_empty(s.rows, KEPT[mode] * s.units), torch.empty_like(states)
-        forward(s, x, h0[None], None if c0 is None else c0[None], [params], [states], torch.empty_like(h0)[None],
-                None if c0 is None else torch.empty_like(c0)[None], kept[None])  # fmt: skip
+        _any_forward(s, input, hx[None], None if cx is None else cx[None], [(w_ih, w_hh, b_ih, b_hh)], [states],
+                     torch.empty_like(h0)[None], None if c0 is None else torch.empty_like(c0)[None], kept[None])  # fmt: skip
     d_x, d_hx, d_cx, [found] = backward(
         s, _wide(grad_y), _wide(grad_h)[None], _wide(grad_c)[None] if c0 is not None else None, x, h0[None],
         None if c0 is None else c0[None], [params], [states], kept[None] if kept.numel() else None, needs[0],
@@ -415,15 +449,11 @@ def recurrent_stack(out: Sequence[Tensor], input: Tensor, hx: Tensor, cx: Tensor
     if input.shape[0] == 0:
         return
     s = _stacked(input, hx, batch_sizes, mode, layers, bidirectional)
-    x, h0, c0, w = (_wide(t) for t in (input, hx, cx, weights))
-    params = unpack(w, mode, x.shape[1], s.units, layers, s.directions, bias)
+    w = _wide(weights) if _half_of(s, input) is None else weights.contiguous()
+    params = unpack(w, mode, input.shape[1], s.units, layers, s.directions, bias)
     y, h_n, c_n, reserve = out
-    lower, kept = _parted(s, reserve) if keep else (list(x.new_empty(layers - 1, s.rows, y.shape[1])), None)
-    results = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in (y, h_n, c_n)]
-    forward(s, x, h0, c0, params, [*lower, results[0]], results[1], None if c0 is None else results[2], kept)
-    for to, value in zip(out, results, strict=False):
-        if to is not value:
-            to.copy_(value)
+    lower, kept = _parted(s, reserve) if keep else (list(w.new_empty(layers - 1, s.rows, y.shape[1])), None)
+    _any_forward(s, input, hx, cx, params, [*lower, y], h_n, None if cx is None else c_n, kept)
 
 
 def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, input: Tensor, hx: Tensor,
@@ -443,7 +473,8 @@ def recurrent_stack_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tens
         lower, kept = _parted(s, reserve)
         top = torch.empty_like(top)
         c_n = None if c0 is None else torch.empty_like(c0)
-        forward(s, x, h0, c0, params, [*lower, top], torch.empty_like(h0), c_n, kept)
+        given = params if _half_of(s, input) is None else unpack(weights, mode, x.shape[1], s.units, layers, s.directions, bias)
+        _any_forward(s, input, hx, cx, given, [*lower, top], torch.empty_like(h0), c_n, kept)
     lower, kept = _parted(s, reserve)
     d_c = None if c0 is None else _wide(grad_c)
     d_x, d_hx, d_cx, found = backward(s, _wide(grad_y), _wide(grad_h), d_c, x, h0, c0, params, [*lower, top], kept, needs[0])
@@ -465,16 +496,6 @@ def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
 def _planned(s: Stack, device: torch.device, back: bool) -> tuple[int, Cut] | str:
     reason = cuda.refusal()
     return reason or plan(s.mode, back, cuda.limits(device), s.layers, s.directions, s.batch, s.units)
-
-
-def _too_large(mode: str, device: torch.device, layers: int, directions: int, batch: int, units: int, keep: bool) -> str | None:
-    """Why launches cannot hold the layers; keep: also those of the backward."""
-    reason = cuda.refusal()
-    for back in (False, True)[: 1 + keep]:
-        if reason is None:
-            how = plan(mode, back, cuda.limits(device), layers, directions, max(batch, 1), units)
-            reason = how if isinstance(how, str) else None
-    return reason
 
 
 def refusal(input: Tensor, projected: bool, at_once: str | None) -> str | None:
@@ -504,8 +525,18 @@ class _Asked(NamedTuple):
     units: int
     keep: bool  # whether a backward follows, or this is one
 
+    def cut(self, back: bool) -> tuple[int, Cut] | str:
+        """How launches hold the layers, forward or backward; or why none does."""
+        reason, batch = cuda.refusal(), max(self.batch, 1)
+        if reason is not None:
+            return reason
+        half = None if back else _half(self.mode, self.input, self.directions, batch, self.units)
+        return half or plan(self.mode, back, cuda.limits(self.input.device), self.layers, self.directions, batch, self.units)
+
     def too_large(self) -> str | None:
-        return _too_large(self.mode, self.input.device, *self[3:])
+        """Why launches cannot hold the layers, or not in the backward, if one follows."""
+        found = (self.cut(back) for back in (False, True)[: 1 + self.keep])
+        return next((how for how in found if isinstance(how, str)), None)
 
 
 def _asked(op: str, args: Sequence[Any]) -> _Asked:
@@ -537,8 +568,7 @@ def _slower(op: str, *args: Any) -> str | None:
     reason = asked.too_large()
     if reason is not None:
         return f"{reason}, and step by step torch's library is taken to be faster"
-    has = cuda.limits(asked.input.device)
-    found = plan(asked.mode, False, has, asked.layers, asked.directions, max(asked.batch, 1), asked.units)
+    found = asked.cut(False)
     if isinstance(found, str) or found[1].work <= 1000 * found[0]:  # 17 instructions each, of 17,600 cycles
         return None
     return f"with a batch of {asked.batch} torch's library is taken to be faster"

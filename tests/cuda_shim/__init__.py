@@ -30,7 +30,9 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the shim for CUDA 
 
 def kernels_of(source: cuda.Source) -> list[str]:
     """The kernels that are tested: of types that differ in how a number is read and written only, fewer shapes."""
-    few = re.compile(r".*<(bfloat_t, \d, \w+, (0, 0, 0|3, 2, 1)|(half_t|double), 1,|\w+, (MAX|ARGMAX|AVERAGE)>)")
+    few = re.compile(
+        r".*<(bfloat_t, \d, \w+, (0, 0, 0|3, 2, 1)|(half_t|double), 1,|\w+, (MAX|ARGMAX|AVERAGE)>|\w+, (LSTM|GRU|RNN), \d+>)"
+    )
     return [e for e in source.instances() if not re.search(r"_t,|double,", e) or few.match(e)]
 
 
@@ -63,8 +65,8 @@ def _library(source: cuda.Source) -> ctypes.CDLL:
 class Shim:
     """A device of a few multiprocessors; cooperative launches have one block on each."""
 
-    def __init__(self, multiprocessors: int = 3, shared: int = 96 << 10) -> None:
-        self.has = cuda.Limits(multiprocessors, shared)
+    def __init__(self, multiprocessors: int = 3, shared: int = 96 << 10, matrix: bool = True) -> None:
+        self.has = cuda.Limits(multiprocessors, shared, matrix)
         self.launched: list[str] = []
         self._fibers: set[str] = set()
 
@@ -105,7 +107,7 @@ _libraries: dict[str, ctypes.CDLL] = {}
 
 
 @contextmanager
-def shim(**has: int) -> Iterator[Shim]:
+def shim(**has: Any) -> Iterator[Shim]:
     """Inside, kernels in CUDA C run on the CPU."""
     before, cuda.launcher = cuda.launcher, Shim(**has)
     try:

@@ -22,6 +22,7 @@
 
 struct dim3 { unsigned x, y, z; };
 struct float4 { float x, y, z, w; } __attribute__((aligned(16)));
+struct uint4 { unsigned x, y, z, w; } __attribute__((aligned(16)));
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
@@ -35,6 +36,7 @@ struct Fiber {
     State state;
     const void* site;  // of the barrier at which it waits
     uint64_t value;    // what it gives to a shuffle
+    unsigned operands[6];  // and to a matrix instruction
 };
 
 static const size_t STACK = 64 << 10, PAST = 4096;
@@ -208,6 +210,27 @@ static unsigned short to_half(float a) {
 static void release_one(int* p) {
     ++*p;
     wait(READY, nullptr);
+}
+
+// mma.m16n8k16, by lanes that meet twice: c += a b.
+template <typename Widen> static void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1, Widen widen) {
+    if (!fibrous) wait(WARP, nullptr);
+    Fiber* self = current;
+    memcpy(self->operands, a, 4 * sizeof *a);
+    self->operands[4] = b0;
+    self->operands[5] = b1;
+    wait(WARP, (const void*)3);
+    const Fiber* const warp = self - self->thread % 32;
+    const unsigned lane = self->thread % 32;
+    const auto number = [&](unsigned lane, unsigned which, unsigned k) {
+        return widen((unsigned short)(warp[lane].operands[which] >> k % 2 * 16));
+    };
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++)
+            c[i] += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k) * number(column * 4 + k % 8 / 2, 4 + k / 8, k);
+    }
+    wait(WARP, (const void*)3);
 }
 
 }  // namespace shim

@@ -11,6 +11,9 @@ struct bfloat_t { unsigned short bits; };
 template <typename T> struct Compute { typedef float type; };
 template <> struct Compute<double> { typedef double type; };
 
+template <typename T> struct IsHalf { static const bool value = false; };
+template <> struct IsHalf<half_t> { static const bool value = true; };
+
 __device__ __forceinline__ float widen(float a) { return a; }
 __device__ __forceinline__ double widen(double a) { return a; }
 __device__ __forceinline__ float widen(bfloat_t a) { return __uint_as_float((unsigned)a.bits << 16); }

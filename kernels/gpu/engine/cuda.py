@@ -34,6 +34,7 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int  # bytes of shared memory that one block may ask for
+    matrix: bool = True  # whether 16-bit numbers are multiplied as sm_80 does it
 
 
 class Launcher(Protocol):
@@ -74,7 +75,7 @@ class CuPy:
     @cache  # noqa: B019
     def limits(self, device: torch.device) -> Limits:
         has = torch.cuda.get_device_properties(device)
-        return Limits(has.multi_processor_count, getattr(has, "shared_memory_per_block_optin", STATIC))
+        return Limits(has.multi_processor_count, getattr(has, "shared_memory_per_block_optin", STATIC), has.major >= 8)
 
     def function(self, source: Source, expression: str, device: torch.device) -> Any:
         try:
