@@ -44,11 +44,12 @@ LEAST = 20.0  # seconds in which a family gets somewhere: torch and Triton are i
 _ELSEWHERE = ("compile", "session")
 #: What runs under compute-sanitizer, which makes it 10 to 100 times slower: all kernels in CUDA C, a few in Triton.
 _SANITIZED = {
-    "memcheck": ("test_gpu_rnn.py::test_layers_side_by_side", "test_gpu_rnn.py::test_one_layer",
+    "memcheck": ("test_gpu_rnn.py::test_layers_side_by_side", "test_gpu_rnn.py::test_one_layer", "test_gpu_rnn.py::test_16_bits",
                  "test_gpu_pool.py::test_adaptive", "test_gpu_pool.py::test_unpool", "test_gpu_matmul.py::test_sizes",
                  "test_gpu_softmax.py::test_rows_and_columns", "test_gpu_attention.py::test_few_queries_share_out_their_keys",
                  "test_gpu_conv.py::test_nothing_beyond_the_tensors_is_read"),
-    "racecheck": ("test_gpu_rnn.py::test_layers_side_by_side", "test_gpu_rnn.py::test_scan", "test_gpu_pool.py::test_windows"),
+    "racecheck": ("test_gpu_rnn.py::test_layers_side_by_side", "test_gpu_rnn.py::test_16_bits", "test_gpu_rnn.py::test_scan",
+                  "test_gpu_pool.py::test_windows"),
 }  # fmt: skip
 #: The providers of the first round: all but those that have to compile.
 _READY = ("fastnn", "torch")

@@ -160,6 +160,7 @@ class Stack(NamedTuple):
     directions: int
     reversed: tuple[bool, ...]  # of each direction
     batch_sizes: Tensor | None
+    kind: torch.dtype  # of the caller's numbers
 
 
 Parameters = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh of one job
@@ -271,12 +272,26 @@ def _backward_steps(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | N
                                None if kept is None else kept[k], _before(s, hx[k], y, reverse), cell, gates_x[k], gates_h[k],
                                d_hx[k], None if d_cx is None else d_cx[k])  # fmt: skip
         if layer:
-            grad_y = _through(gates_x, params, jobs)
+            grad_y = _through(gates_x, params, jobs, s.kind)
 
 
-def _through(gates_x: Tensor, params: Sequence[Parameters], jobs: Sequence[int]) -> Tensor:
+def _product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
+    """a @ b in float32, of numbers rounded to ``kind``: what a product of 16-bit layers is in torch's library, too"""
+    if kind == torch.float32 or importlib.util.find_spec("triton") is None:
+        return a @ b
+    from . import matmul
+    from .engine import launch
+
+    if launch.refuses(a) is not None:
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
+    matmul.multiply(out, a.to(kind), b.to(kind))
+    return out
+
+
+def _through(gates_x: Tensor, params: Sequence[Parameters], jobs: Sequence[int], kind: torch.dtype) -> Tensor:
     """The gradient of what a layer's jobs were given"""
-    parts = [gates_x[k] @ w for k in jobs if (w := params[k][0]) is not None]
+    parts = [_product(gates_x[k], w, kind) for k in jobs if (w := params[k][0]) is not None]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -317,7 +332,7 @@ def _backward_at_once(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor |
             jobs.append(job)
         _launch("backward", s, hx.device, how, d == 1 and at_once > 1, jobs)
         if start and start % d == 0:
-            grad_y = _through(gates_x, params, range(start, start + d))
+            grad_y = _through(gates_x, params, range(start, start + d), s.kind)
 
 
 def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor | None,
@@ -340,10 +355,11 @@ def backward(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | None, in
         below = ys[layer - 1] if layer else input
         state = _before(s, hx[k], ys[layer][:, at : at + s.units], s.reversed[k % d])
         d_bias = gates_x[k].sum(0)
-        found.append((gates_x[k].t() @ below, gates_h[k].t() @ state, d_bias, d_bias if s.mode != "gru" else gates_h[k].sum(0)))
+        d_ih, d_hh = _product(gates_x[k].t(), below, s.kind), _product(gates_h[k].t(), state, s.kind)
+        found.append((d_ih, d_hh, d_bias, d_bias if s.mode != "gru" else gates_h[k].sum(0)))
         if needs_input and layer == 0:
             assert p[0] is not None
-            part = gates_x[k] @ p[0]
+            part = _product(gates_x[k], p[0], s.kind)
             d_input = part if d_input is None else d_input + part
     return d_input, d_hx, d_cx, found
 
@@ -354,12 +370,12 @@ def _wide(t: Any) -> Any:
 
 
 def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Stack:
-    return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes)
+    return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes, input.dtype)
 
 
 def _half(mode: str, input: Tensor, directions: int, batch: int, units: int) -> tuple[int, Cut] | None:
     """How 16-bit numbers are multiplied as they are; None: they are widened."""
-    if input.itemsize != 2 or cuda.refusal() is not None:
+    if input.itemsize != 2 or cuda.refusal() is not None or importlib.util.find_spec("triton") is None:
         return None
     from . import rnn_half
 
@@ -432,7 +448,8 @@ def recurrent_backward(out: Sequence[Tensor], grad_y: Tensor, grad_h: Tensor, gr
 
 def _stacked(input: Tensor, hx: Tensor, batch_sizes: Tensor | None, mode: str, layers: int, bidirectional: bool) -> Stack:
     directions = 2 if bidirectional else 1
-    return Stack(mode, input.shape[0], hx.shape[1], hx.shape[2], layers, directions, (False, True)[:directions], batch_sizes)
+    reverse = (False, True)[:directions]
+    return Stack(mode, input.shape[0], hx.shape[1], hx.shape[2], layers, directions, reverse, batch_sizes, input.dtype)
 
 
 def _parted(s: Stack, reserve: Tensor) -> tuple[list[Tensor], Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import matmul
-from .engine import cuda, launch
+from .engine import cuda
 from .rnn import KINDS, TYPES, Cut, Job, Parameters, Stack, counters, launch_jobs, or_0
 
 TILE, GROUP, EIGHT, PAD = 16, 32, 8, 32  # as in rnn_half.cu
@@ -49,10 +49,11 @@ def _cuts(mode: str, has: cuda.Limits, jobs: int, batch: int, units: int) -> Ite
                 room = (has.shared - 4 * own) // (2 * width)
                 staged = min(-(-share // EIGHT), room // EIGHT) * EIGHT
                 if staged > 0:
-                    # Cycles of a scheduler: products, sums to states; of the processor: reads of shared memory and of L2; and
-                    # of the counter, to which each block adds.
+                    # Cycles of a scheduler: products, sums to states, shares of sums; of the processor: reads of shared memory and
+                    # of L2; and of the counter, to which each block adds.
                     passes, turns = -(-share // EIGHT), -(-warps // 4)
-                    cycles = passes * (turns * 8 * held + warps * 4 * held + -(-tiles // 4) * 250) + share * units // 16
+                    each_pass = turns * 8 * held + warps * 4 * held + -(-tiles // 4) * 250 + 120 * (parts > 1)
+                    cycles = passes * each_pass + share * units // 16
                     shared = 2 * staged * width + 4 * own
                     yield Cut((cycles + 4 * blocks) // 17, held, warps, blocks, groups, share, parts, staged, shared)
 
@@ -86,12 +87,7 @@ def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
         if s.mode == "gru":
             bias[2 * s.units :] = b_ih[2 * s.units :]
     out = torch.empty(input.shape[0], w_ih.shape[0], dtype=torch.float32, device=input.device)
-    if launch.refuses(input) is None:
-        matmul.multiply(out, input, w_ih.t(), matmul.Epilogue(bias))
-    elif bias is None:
-        torch.mm(input.float(), w_ih.float().t(), out=out)
-    else:
-        torch.addmm(bias, input.float(), w_ih.float().t(), out=out)
+    matmul.multiply(out, input, w_ih.t(), matmul.Epilogue(bias))
     return out
 
 
