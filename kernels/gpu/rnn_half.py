@@ -49,8 +49,8 @@ def _cuts(mode: str, has: cuda.Limits, jobs: int, batch: int, units: int) -> Ite
                 room = (has.shared - 4 * own) // (2 * width)
                 staged = min(-(-share // EIGHT), room // EIGHT) * EIGHT
                 if staged > 0:
-                    # Cycles of a scheduler: products, sums to states, shares of sums; of the processor: reads of shared memory and
-                    # of L2; and of the counter, to which each block adds.
+                    # Cycles of a scheduler: products, sums to states, shares of sums; of the processor: reads of shared memory
+                    # and of L2; and of the counter, to which each block adds.
                     passes, turns = -(-share // EIGHT), -(-warps // 4)
                     each_pass = turns * 8 * held + warps * 4 * held + -(-tiles // 4) * 250 + 120 * (parts > 1)
                     cycles = passes * each_pass + share * units // 16
