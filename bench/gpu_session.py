@@ -292,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path("report/rehearsal") if arguments.rehearse else report.RESULTS / report.slug(facts)
     phases = plan(arguments.family or FAMILIES, folder, device, arguments.case, arguments.long)
     logs = {step.name: step.log for steps in phases for step in steps}
-    without = {} if sanitizer() else {"compute-sanitizer": "is not installed: nothing was checked for races and stray accesses"}
+    unchecked = "is not installed: nothing was checked for races and stray accesses"
+    without = {} if arguments.long or sanitizer() else {"compute-sanitizer": unchecked}
 
     def told(results: Mapping[str, str], seconds: Mapping[str, float]) -> None:
         tell(folder, facts, logs, {**results, **without}, seconds)

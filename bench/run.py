@@ -146,7 +146,8 @@ def select(
             listed = [case for case in listed if case.devices == (device,)] or listed
         for case in listed:
             if pattern in case.name or fnmatch.fnmatch(case.name, pattern) if pattern else case.quick or not quick:
-                lower = (torch.bfloat16,) if device == gpu.DEVICE and family in _LOWER else ()
+                also = device == gpu.DEVICE and case.devices != (device,) and family in _LOWER
+                lower = (torch.bfloat16,) if also else ()
                 for kind in (dtype,) if dtype else (*case.dtypes, *lower):
                     chosen.setdefault((family, case.name, case.mode, kind), (case, kind))
     if not chosen:

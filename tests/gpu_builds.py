@@ -135,16 +135,36 @@ def attend_backward(*shape: int, **options: Any) -> tuple[Any, ...]:
     return q, q, k, v, mask, *rest[:3], q, t(2, *q.shape[:-1], dtype=F32), None, mask is not None, *rest[3:]
 
 
-ROWS, ENDS = t(12, 4096, 64, dtype=F16), t(9, dtype=I64)  # of sequences one after the other
+ROWS, LINES, ENDS = t(12, 4096, 64, dtype=F16), t(16, 4096, 128), t(9, dtype=I64)  # of sequences one after the other
 BUILDS += [
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128), ("forward",), best=True, note=" causal"),
     Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128, causal=False), ("forward",), best=True, chips=("sm_90",)),
     Build(attention.attention, attend(1, 16, 16, 65536, 65536, 128, left=1024), ("forward",), best=True, chips=("sm_90",),
           note=" a window"),
+    Build(attention.attention, attend(4, 12, 12, 512, 512, 64, left=256), ("forward",), best=True, chips=("sm_90",),
+          note=" a window"),
+    Build(attention.attention, attend(4, 12, 12, 512, 512, 64, causal=False, mask=t(4, 1, 1, 512, dtype=torch.bool)),
+          ("forward",), best=True, chips=("sm_90",), note=" padded"),
+    Build(attention.attention, attend(4, 16, 16, 2048, 2048, 128, causal=False, mask=t(2048, 2048, dtype=torch.bool)),
+          ("forward",), best=True, chips=("sm_90",), note=" masked"),
+    Build(attention.attention, (LINES, LINES, LINES, None, None, ENDS, ENDS, 0.0, 0, 0.1, -1, 0, True, 0, 0.0), ("forward",),
+          best=True, spills=56, chips=("sm_90",), note=" sequences"),
     Build(attention.attention, attend(4, 8, 8, 2048, 2048, 256), ("forward",), best=True, chips=("sm_90",)),
     Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 80), ("backward_queries", "backward_keys"),
+        best=True, spills=64, chips=("sm_90",), note=" heads of 80",
+    ),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, left=1024), ("backward_keys",),
+        best=True, spills=120, chips=("sm_90",), only=("backward_keys",), note=" a window",
+    ),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, causal=False), ("backward_keys",),
+        best=True, chips=("sm_90",), only=("backward_keys",), note=" all see all",
+    ),
+    Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, spills=24, note=" causal",
+        best=True, spills=152, note=" causal",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)

@@ -289,6 +289,7 @@ def test_a_gpu_is_asked_for_bfloat16_too() -> None:
     assert kinds["attention"] == kinds["conv"] == {torch.float32, torch.bfloat16}
     assert {d for _, d in run.select(["pool"], pattern="vgg16_deep", device="cuda")} == {torch.float32}
     assert {d for _, d in run.select(["attention"], torch.float32, quick=True, device="cuda")} == {torch.float32}
+    assert {d for c, d in run.select(["matmul"], device="cuda") if "x3" in c.name} == {torch.float32}  # has dtypes of its own
     assert {d for _, d in run.select(["conv"], quick=True)} == {torch.float32}
     assert any(p.name.startswith("max-autotune") and "cuda" in p.devices for p in peers.PEERS)
 

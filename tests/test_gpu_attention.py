@@ -26,11 +26,13 @@ INF, NAN = float("inf"), float("nan")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
-@pytest.fixture(autouse=True, params=[False] if HERE else [False, True], ids=["gpu"] if HERE else ["at once", "behind"])
-def behind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of the forward; a GPU has its own"""
+@pytest.fixture(autouse=True, params=[False] if HERE else [False, True], ids=["gpu"] if HERE else ["others", "hopper"])
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of the forward, float32 too, and of the backward; a GPU has its own"""
     if not HERE:
-        monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: request.param)
+        monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: request.param and not self.kind & code.PREFIX.value)
+        halves = property(lambda self: request.param and self.query.itemsize == 2 and not self.heavy)
+        monkeypatch.setattr(kernels.Call, "terms", halves)
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -105,9 +107,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 @pytest.mark.parametrize("name", EXTRAS)
-def test_extras(name: str) -> None:
-    check(*tensors(1, 2, 1, 37, 70, 16, 9), **EXTRAS[name])
+def test_extras(name: str, dtype: torch.dtype) -> None:
+    check(*tensors(1, 2, 1, 37, 70, 16, 9, dtype=dtype), **EXTRAS[name])
 
 
 MASKS = {

@@ -212,8 +212,10 @@ def test_16_bits(mode: str, dtype: torch.dtype, device: Any) -> None:
 
 
 @HALVES
-def test_16_bits_in_layers(dtype: torch.dtype) -> None:
+def test_16_bits_in_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch a layer, of both directions, or a launch each; their lower states are kept in float32"""
+    if not HERE:
+        monkeypatch.setattr(gpu, "_cycles", lambda *of: 0)
     for mode in ("lstm", "gru", "rnn_tanh"):
         stack(mode, 2, True, True, True, PACKED, dtype=dtype)
     stack("lstm", 2, False, False, False, None, dtype=dtype)
@@ -243,8 +245,16 @@ def test_16_bits_cut_in_every_way(mode: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_16_bits_that_are_widened() -> None:
     """What does not fit, or finds no such matrix units"""
+    big = randn(4, 2000)
     assert "sm_80" in str(rnn_half.cut("lstm", H200._replace(matrix=False), 1, 8, 256))
     assert "do not fit" in str(rnn_half.cut("lstm", H200, 1, 8, 2048))
+    nothing = torch.zeros(1, 2, 0)
+    assert "units" in str(gpu.supports("recurrent_stack", big, nothing, None, None, None, "gru", 1, False, True))
+    with shim(**H200._asdict()):  # layers side by side are faster, one after the other not
+        half = big.half()
+        assert [gpu._half("lstm", half, layers, 1, 10, 256) is None for layers in (1, 2, 6)] == [False, True, True]
+        assert gpu._half("lstm", half, 1, 2, 10, 256) is not None
+        assert gpu._half("lstm", half, 6, 1, 64, 1024) is not None
     for units, batch in ((256, 16), (512, 32), (1024, 64), (1056, 128)):
         how = rnn_half.cut("lstm", H200, 1, batch, units)
         assert isinstance(how, gpu.Cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,13 +103,20 @@ def sliding(model: str, window: int, chunk: int = 4096, **extra: Any) -> Case:
     """A window of a sequence so long that all of its scores would not fit: torch's are calls for a chunk of queries each."""
     b, h, _, n, _, d = shape = SHAPES[model]
 
-    def theirs(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def in_chunks(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         parts = []
         for i in range(0, n, chunk):
             keys = slice(max(0, i - window), i + chunk)
-            seen = mask if i else mask[:, window:]
-            parts.append(F.scaled_dot_product_attention(q[:, :, i : i + chunk], k[:, :, keys], v[:, :, keys], attn_mask=seen))
+            parts.append(attend(q[:, :, i : i + chunk], k[:, :, keys], v[:, :, keys], mask if i else mask[:, window:]))
         return torch.cat(parts, 2)
+
+    def theirs(F: Any, *inputs: Tensor) -> Tensor:
+        return in_chunks(F.scaled_dot_product_attention, *inputs)
+
+    def scale(inputs: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+        """Outputs are averages of values, which may cancel."""
+        q, k, v, mask = inputs
+        return (in_chunks(torch.nn.functional.scaled_dot_product_attention, q, k, v.abs(), mask),)
 
     def ours(F: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, window=(window, 0))
@@ -122,6 +130,7 @@ def sliding(model: str, window: int, chunk: int = 4096, **extra: Any) -> Case:
         ours=ours,
         flops=4 * b * h * d * _kept(shape, True, window),
         passes=((3 * size, size),),
+        scale=scale,
         **extra,
     )
 

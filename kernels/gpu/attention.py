@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """By the larger head size, up to 64, 128 and 256. Found by compiling: no more is spilled than the tests allow."""
 
     ampere: tuple[Blocks, ...]  # numbers of 16 bits, by chip; also what Hopper has if a logit is more than its scaled product
-    hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time; not the forward's of a window
+    hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time
     blackwell: tuple[Blocks, ...]
     amd: tuple[Blocks, ...]
     terms: tuple[Blocks, ...]  # of 32 on Hopper, as tf32 or in terms of 16 bits, up to 64 and 128
@@ -63,7 +63,7 @@ _QUERIES = Table(
 )
 _KEYS = Table(
     ampere=(Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 8, 1)),
-    hopper=(Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 1)),
+    hopper=(Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 32, 8, 1)),
     blackwell=(Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(32, 32, 8, 1)),
     amd=(Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
     terms=(Blocks(32, 64, 8, 1), Blocks(32, 32, 8, 1)),
@@ -153,8 +153,14 @@ class Call:
         elif chip.nvidia >= 100:
             found = table.blackwell[which]
         else:
-            window = table is _FORWARD and self.kind & code.LEFT.value
-            found = table.hopper[which] if hopper and not window else table.ampere[which]
+            found = table.hopper[which] if hopper else table.ampere[which]
+            if hopper and which < 2:  # what else a block needs registers for
+                kind, whole = self.kind, code.EVEN_D.value | code.EVEN_V.value
+                if table is _FORWARD and kind & (code.LEFT.value | code.BOOLEAN.value):
+                    found = found._replace(keys=64)
+                odd = kind & (code.LEFT.value | code.PREFIX.value | code.VARLEN.value) or kind & whole != whole
+                if table is _KEYS and which and odd:
+                    found = found._replace(rows=32)
         if self.heavy and chip.nvidia:
             found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
         return found
@@ -164,11 +170,19 @@ class Call:
         """Whether a logit needs registers for more than its product"""
         return not self.kind & code.LINEAR.value or bool(self.kind & code.DROPOUT.value)
 
+    @property
+    def hopper(self) -> bool:
+        """Whether products are of 16-bit numbers and asynchronous"""
+        return 90 <= launch.chip(self.query.device).nvidia < 100 and self.query.itemsize == 2
+
     def behind(self, rows: int) -> bool:
-        """Whether the forward's products with values are worth a block's delay: products are asynchronous there, and all of it
-        fits into registers."""
-        hopper = 90 <= launch.chip(self.query.device).nvidia < 100
-        return hopper and rows >= 64 and self.query.itemsize == 2 and max(self.bd, self.bv) <= 128
+        """Whether the forward's products with values are worth a block's delay: all of it fits into registers."""
+        return self.hopper and rows >= 64 and max(self.bd, self.bv) <= 128 and not self.kind & code.PREFIX.value
+
+    @property
+    def terms(self) -> bool:
+        """Whether matrix units subtract a row's numbers in the backward: nothing is done to a product before"""
+        return self.hopper and not self.heavy
 
     def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
@@ -230,12 +244,12 @@ def _forward(c: Call, out: Tensor, lse: Tensor | None, stats: Tensor, kind: int,
     if c.offsets[0] is None and packed <= _FEW:
         kind |= code.PACK.value
         length, heads = packed, heads // c.group
-        table = table._replace(rows=min(table.rows, power_of_two(packed, 16)), keys=min(table.keys, 64), warps=4)
+        ahead = 3 if max(c.bd, c.bv) <= 64 else table.stages
+        table = table._replace(rows=min(table.rows, power_of_two(packed, 16)), keys=min(table.keys, 64), warps=4, stages=ahead)
     if c.offsets[0] is None:
         programs = c.items * heads * -(-length // table.rows)
         splits = max(1, min(2 * launch.chip(out.device).processors // programs, c.lk // _SHARE))
-    if c.behind(table.rows) and not kind & code.PREFIX.value:
-        kind |= code.BEHIND.value
+    kind |= code.BEHIND.value * c.behind(table.rows)
     tasks, blocks = c.tasks(0, table.rows, length)
     part = part_stats = None
     if splits > 1:
@@ -275,7 +289,8 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     dq = _four(out[0], c.batch)
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
-    numbers = stats.new_empty(3, *stats.shape[1:])
+    c.kind |= code.TERMS.value * c.terms
+    numbers = stats.new_empty(c.rows, 16, dtype=torch.bfloat16) if c.terms else stats.new_empty(3, c.rows)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if not _is_near(grad):
         c.kind &= ~code.NEAR.value

@@ -36,6 +36,7 @@ EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their b
 EVEN_V = tl.constexpr(16384)
 NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
 BEHIND = tl.constexpr(65536)  # the forward multiplies with a block's values after it has with the next keys; not with PREFIX
+TERMS = tl.constexpr(131072)  # the backward's numbers of a row are 16 of bfloat16, which matrix units subtract
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -417,6 +418,22 @@ def _row_numbers(numbers, rows, number, m_rows, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _in_terms(x):
+    """Three numbers of bfloat16 whose sum is x, but as float32"""
+    high = x.to(tl.bfloat16).to(tl.float32)
+    middle = (x - high).to(tl.bfloat16).to(tl.float32)
+    return high, middle, x - high - middle
+
+
+@triton.jit
+def _from_row_numbers(terms, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """Where a block's sums begin, ROWS alike: with three of the 16 terms of each column. That is a product with ones: neither a
+    register nor an instruction a number is spent on what is subtracted, and terms are loaded ahead as operands are."""
+    c = tl.arange(0, 16)[None, :] + tl.zeros((ROWS, 16), tl.int32)
+    return tl.dot(tl.where((c >= FIRST) & (c < FIRST + 3), 1.0, 0.0).to(tl.bfloat16), terms)
+
+
+@triton.jit
 def _queries_gradient(dq, q, g, k_at, v_at, skl, skd, svl, svd, D, DV, begin, end, i, m_i, lk, shift, mask_row, smk, slope,
                       offset, inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix, key1, least, keep,
                       EDGE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -444,8 +461,8 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
                      keep, scale,
                      KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                      BV: tl.constexpr):
-    """The gradient of BM queries (dq, strides sx_); and the (3, rows) numbers of their rows, as `_row_numbers` reads them: delta
-    is Σ grad · out less the log-sum-exp's gradient."""
+    """The gradient of BM queries (dq, strides sx_); and the numbers of their rows, (3, rows) as `_row_numbers` reads them, with
+    TERMS (rows, 16) as `_from_row_numbers` does: delta is Σ grad · out less the log-sum-exp's gradient."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     if not VARLEN & KIND:
         block = blocks - 1 - block
@@ -477,9 +494,17 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
         inverse = inverse[:, None]
     else:
         offset += tl.log2(total)
+    if TERMS & KIND:  # a row that sees nothing has logits of -Inf, whatever is subtracted
+        c = tl.arange(0, 16)[None, :]
+        s0, s1, s2 = _in_terms(tl.where(total == 0.0, 0.0, -offset / outer)[:, None])
+        d0, d1, d2 = _in_terms(-row_delta[:, None])
+        terms = tl.where(c == 0, s0, tl.where(c == 1, s1, tl.where(c == 2, s2, 0.0)))
+        terms += tl.where(c == 3, d0, tl.where(c == 4, d1, tl.where(c == 5, d2, 0.0)))
+        tl.store(numbers + number[:, None] * 16 + c, terms.to(tl.bfloat16), mask=m_rows[:, None])
     offset = tl.where(total == 0.0, float("inf"), offset)
-    tl.store(numbers + number, offset, mask=m_rows)
-    tl.store(numbers + rows + number, row_delta, mask=m_rows)
+    if not TERMS & KIND:
+        tl.store(numbers + number, offset, mask=m_rows)
+        tl.store(numbers + rows + number, row_delta, mask=m_rows)
 
     k_at = k + b * skb + kv_head * skh + k0 * skl
     v_at = v + b * svb + kv_head * svh + k0 * svl
@@ -515,15 +540,22 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, 
         i = start + tl.arange(0, BM)
         q = _matrix(q_at, start, tl.arange(0, BM)[None, :], sql, (i < lq)[None, :], d, sqd, d < D, False, EVEN_D & KIND, KIND)
         g = _matrix(g_at, start, tl.arange(0, BM)[:, None], sgl, (i < lq)[:, None], e, sgd, e < DV, False, EVEN_V & KIND, KIND)
-        offset, inverse, delta = _row_numbers(numbers, rows, (number + i)[None, :], (i < lq)[None, :],
-                                              q_at.dtype.element_ty.primitive_bitwidth == 32)
         mask_row, drop_low, drop_a, drop_b = mask_at, 0, 0, 0
         if (BOOLEAN | ADDITIVE) & KIND:
             mask_row = (mask_at + i.to(tl.int64) * smq)[None, :]
         if DROPOUT & KIND:
             drop_low, drop_a, drop_b = _dropout_row((number + i)[None, :], LK, k0, key0)
-        s = tl.dot(k, q, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        if TERMS & KIND:
+            to_terms = numbers + (number + start) * 16 + (tl.arange(0, BM)[None, :] * 16 + tl.arange(0, 16)[:, None])
+            terms = tl.load(to_terms, mask=(i < lq)[None, :], other=0.0)
+            s = tl.dot(k, q, _from_row_numbers(terms, 0, k.shape[0]))
+            dp = tl.dot(v, tl.trans(g), _from_row_numbers(terms, 3, k.shape[0]))
+            offset, inverse, delta = 0.0, 1.0, 0.0
+        else:
+            offset, inverse, delta = _row_numbers(numbers, rows, (number + i)[None, :], (i < lq)[None, :],
+                                                  q_at.dtype.element_ty.primitive_bitwidth == 32)
+            s = tl.dot(k, q, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         w, _, dt = _weights(s, dp, i[None, :], j, (i < lq)[None, :], lk, shift, mask_row, smk, slope, offset,
                             inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
                             key1, least, keep, EDGE, KIND)

@@ -259,8 +259,8 @@ def _batch_strides(t: Tensor) -> tuple[int, int]:
     return t.stride(0) if t.shape[0] > 1 else 16, t.stride(1) if t.shape[1] > 1 else 16
 
 
-def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
-    """out[…, m, n] = epilogue(a[…, m, k] @ b[…, k, n]); batch dimensions broadcast; out is contiguous."""
+def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN, how: str | None = None) -> None:
+    """out[…, m, n] = epilogue(a[…, m, k] @ b[…, k, n]); batch dimensions broadcast; out is contiguous; how: a precision."""
     if out.numel() == 0:
         return
     m, n = out.shape[-2:]
@@ -275,7 +275,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, e: Epilogue = _PLAIN) -> None:
     inner = a.shape[1]
     count = a.shape[0] * inner
     chip = launch.chip(out.device)
-    how = precision(a)
+    how = how or precision(a)
     kind = "half" if a.itemsize == 2 else "ieee" if how == "ieee" else "tf32"
     a_rows, b_rows = a.stride(3) == 1, b.stride(3) == 1
     described = k > 0 and chip.descriptors and kind != "ieee" and _describable(a, a_rows) and _describable(b, b_rows)

@@ -1,10 +1,10 @@
 """Recurrent layers on NVIDIA GPUs: how they are cut among launches and blocks, and what is left to matrix products. What happens
 in the kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
 
-The input's product of a launch's first layer is one matrix product beforehand, the weights' gradients are products afterwards,
-by torch. A layer that does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels
-were asked for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet.
-16-bit arguments have a forward of their own (``rnn_half.py``); else they are widened, and the results rounded once.
+The input's product of a launch's first layer is one matrix product beforehand, the weights' gradients are products afterwards.
+A layer that does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels were asked
+for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Layers of 16 bits
+that do not run side by side have a forward of their own (``rnn_half.py``); else they are widened, and the results rounded once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloa
 WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
 ROWS, FULL, FEW, JOBS = 4, 8, 2, 12  # as in rnn.cu
 APART = 32  # ints between counters
+WAITS = 2400  # cycles of a step, about: for L2, and from a block's last store to the others' sight of it
 
 
 def _instances() -> list[str]:
@@ -276,7 +277,7 @@ def _backward_steps(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | N
 
 
 def _product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
-    """a @ b in float32, of numbers rounded to ``kind``: what a product of 16-bit layers is in torch's library, too"""
+    """a @ b of float32 numbers; in tf32 where the layers' own have 16 bits, which are rounded no further by it"""
     if kind == torch.float32 or importlib.util.find_spec("triton") is None:
         return a @ b
     from . import matmul
@@ -285,7 +286,7 @@ def _product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
     if launch.refuses(a) is not None:
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
-    matmul.multiply(out, a.to(kind), b.to(kind))
+    matmul.multiply(out, a, b, how="tf32")
     return out
 
 
@@ -373,18 +374,26 @@ def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, rever
     return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes, input.dtype)
 
 
-def _half(mode: str, input: Tensor, directions: int, batch: int, units: int) -> tuple[int, Cut] | None:
-    """How 16-bit numbers are multiplied as they are; None: they are widened."""
+def _cycles(at_once: int, how: Cut, jobs: int) -> int:
+    """Of a step of all layers, about: launches one after the other, and in each what a step waits for"""
+    return -(-jobs // at_once) * (17 * how.work + WAITS)
+
+
+def _half(mode: str, input: Tensor, layers: int, directions: int, batch: int, units: int) -> tuple[int, Cut] | None:
+    """How 16-bit numbers are multiplied as they are; None: they are widened, as layers are that run side by side."""
     if input.itemsize != 2 or cuda.refusal() is not None or importlib.util.find_spec("triton") is None:
         return None
     from . import rnn_half
 
-    how = rnn_half.plan(mode, cuda.limits(input.device), directions, batch, units)
-    return None if isinstance(how, str) else how
+    has, jobs = cuda.limits(input.device), layers * directions
+    how, wide = rnn_half.plan(mode, has, directions, batch, units), plan(mode, False, has, layers, directions, batch, units)
+    if isinstance(how, str) or (not isinstance(wide, str) and _cycles(*wide, jobs) < _cycles(*how, jobs)):
+        return None
+    return how
 
 
 def _half_of(s: Stack, input: Tensor) -> tuple[int, Cut] | None:
-    return _half(s.mode, input, s.directions, s.batch, s.units)
+    return _half(s.mode, input, s.layers, s.directions, s.batch, s.units)
 
 
 def _any_forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],
@@ -547,7 +556,7 @@ class _Asked(NamedTuple):
         reason, batch = cuda.refusal(), max(self.batch, 1)
         if reason is not None:
             return reason
-        half = None if back else _half(self.mode, self.input, self.directions, batch, self.units)
+        half = None if back else _half(self.mode, self.input, self.layers, self.directions, batch, self.units)
         return half or plan(self.mode, back, cuda.limits(self.input.device), self.layers, self.directions, batch, self.units)
 
     def too_large(self) -> str | None:
@@ -573,6 +582,8 @@ def supports(op: str, *args: Any) -> str | None:
     if op == "scan":
         return cuda.refusal()
     asked = _asked(op, args)
+    if not asked.units:
+        return "layers without units have no kernel"
     return refusal(asked.input, asked.projected, asked.too_large())
 
 

@@ -197,7 +197,6 @@ __global__ void __launch_bounds__(256, 1) forward(const __grid_constant__ Call g
                 read(at + EIGHT);
             }
             if (first + some >= batch) publish(j.done, group);
-            else __syncthreads();  // all have read the states that were there
         }
     }
 }

@@ -45,7 +45,7 @@ def _cuts(mode: str, has: cuda.Limits, jobs: int, batch: int, units: int) -> Ite
                 if jobs * groups * blocks > has.multiprocessors:
                     break
                 share = -(-batch // groups)
-                own = (2 * warps * 128 if parts > 1 else 0) + tiles * 4 * share  # floats
+                own = (2 * warps * 128 if parts > 1 else 0) + (tiles * 4 * share if mode == "lstm" else 0)  # floats
                 room = (has.shared - 4 * own) // (2 * width)
                 staged = min(-(-share // EIGHT), room // EIGHT) * EIGHT
                 if staged > 0:
