@@ -125,6 +125,8 @@ CALLS: dict[str, tuple[Operator, tuple[Any, ...]]] = {
         (r(2, 3, 4, 4).transpose(2, 3), r(2, 3, 8, 8), False, [2, 2], [2, 2], [0, 0], False, True, 0),
     ),
     "scan": (ops.rnn.scan, (r(6, 2, 5), r(6, 2, 5) + 1, r(2, 5), False)),
+    "lstm of 16 bits": (ops.rnn.recurrent_stack, (r(6, 5, dtype=BF16), r(1, 3, 8, dtype=BF16), r(1, 3, 8, dtype=BF16),
+                                                  r(32 * 15, dtype=BF16), None, "lstm", 1, False, True, True)),
 }  # fmt: skip
 
 
