@@ -163,6 +163,15 @@ BUILDS += [
         best=True, chips=("sm_90",), only=("backward_keys",), note=" all see all",
     ),
     Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, causal=False, mask=t(16, 2048, 2048)),
+        ("backward_queries", "backward_keys"), best=True, spills=88, chips=("sm_90",), only=("backward_queries", "backward_keys"),
+        note=" a bias",
+    ),
+    Build(
+        attention.attention_backward, (*attend_backward(4, 16, 16, 2048, 2048, 128)[:12], 0.1, 1 << 40, 0.1, -1, 0, True, 0, 0.0),
+        ("backward_queries", "backward_keys"), best=True, spills=88, chips=("sm_90",), note=" dropout",
+    ),
+    Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
         best=True, spills=152, note=" causal",
     ),

@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 class Table(NamedTuple):
     """By the larger head size, up to 64, 128 and 256. Found by compiling: no more is spilled than the tests allow."""
 
-    ampere: tuple[Blocks, ...]  # numbers of 16 bits, by chip; also what Hopper has if a logit is more than its scaled product
+    ampere: tuple[Blocks, ...]  # numbers of 16 bits, by chip; also what Hopper has if a logit is much more than its product
     hopper: tuple[Blocks, ...]  # where products read shared memory, 64 rows at a time
     blackwell: tuple[Blocks, ...]
     amd: tuple[Blocks, ...]
@@ -144,10 +144,11 @@ class Call:
         which = 0 if size <= 64 else 1 if size <= 128 else 2
         if chip is launch.STAND_IN:  # few programs cost the interpreter least
             return Blocks(32, 64, 4, 1)
-        hopper = 90 <= chip.nvidia < 100 and not self.heavy
+        hopper = 90 <= chip.nvidia < 100 and (not self.heavy or (self.single and table is not _FORWARD))
         if self.query.itemsize == 4:
             few = which == 0 or (which == 1 and self.precision in ("tf32", "bf16x3"))  # three terms each take more room
-            found = table.terms[which] if hopper and self.precision != "ieee" and few else table.wide[which]
+            few = few and not self.heavy and hopper and self.precision != "ieee"
+            found, hopper = table.terms[which] if few else table.wide[which], False
         elif not chip.nvidia:
             found = table.amd[which]
         elif chip.nvidia >= 100:
@@ -156,12 +157,13 @@ class Call:
             found = table.hopper[which] if hopper else table.ampere[which]
             if hopper and which < 2:  # what else a block needs registers for
                 kind, whole = self.kind, code.EVEN_D.value | code.EVEN_V.value
-                if table is _FORWARD and kind & (code.LEFT.value | code.BOOLEAN.value):
+                odd = kind & (code.LEFT.value | code.BOOLEAN.value)
+                if table is _FORWARD and odd:
                     found = found._replace(keys=64)
-                odd = kind & (code.LEFT.value | code.PREFIX.value | code.VARLEN.value) or kind & whole != whole
-                if table is _KEYS and which and odd:
+                odd |= kind & (code.PREFIX.value | code.VARLEN.value) | ((kind & whole) ^ whole)
+                if table is _KEYS and ((which and odd) or self.heavy):
                     found = found._replace(rows=32)
-        if self.heavy and chip.nvidia:
+        if self.heavy and chip.nvidia and not hopper:
             found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
         return found
 
@@ -169,6 +171,13 @@ class Call:
     def heavy(self) -> bool:
         """Whether a logit needs registers for more than its product"""
         return not self.kind & code.LINEAR.value or bool(self.kind & code.DROPOUT.value)
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one thing that a logit needs more registers for"""
+        one = self.kind & (code.DROPOUT.value | code.SLOPES.value | code.ADDITIVE.value)
+        more = code.SOFTCAP.value | code.LEFT.value | code.PREFIX.value | code.VARLEN.value
+        return one & (one - 1) == 0 and not self.kind & more
 
     @property
     def hopper(self) -> bool:
