@@ -152,7 +152,7 @@ BUILDS += [
     Build(attention.attention, attend(4, 8, 8, 2048, 2048, 256), ("forward",), best=True, chips=("sm_90",)),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 80), ("backward_queries", "backward_keys"),
-        best=True, spills=64, chips=("sm_90",), note=" heads of 80",
+        best=True, spills=72, chips=("sm_90",), note=" heads of 80",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, left=1024), ("backward_keys",),

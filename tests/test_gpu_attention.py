@@ -31,8 +31,7 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Both ways of the forward, float32 too, and of the backward; a GPU has its own"""
     if not HERE:
         monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: request.param and not self.kind & code.PREFIX.value)
-        halves = property(lambda self: request.param and self.query.itemsize == 2 and not self.heavy)
-        monkeypatch.setattr(kernels.Call, "terms", halves)
+        monkeypatch.setattr(kernels.Call, "hopper", property(lambda self: request.param and self.query.itemsize == 2))
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -149,6 +148,28 @@ def test_rows_that_see_nothing() -> None:
     out, _ = run(ops.attention, q, k, v, mask.to(DEVICE), None, None, None, *plain.Options())
     assert not out[:, :, 3].any()
     torch.testing.assert_close(out[:, :, 5], v.mean(2))
+
+
+@pytest.mark.parametrize("place", ["value", "grad", "grad_lse", "scale", "huge"])
+def test_special_values_in_the_backward(place: str) -> None:
+    """NaN and Inf spread no further than in the plain maths, and huge logits or tiny scales make none."""
+    q, k, v = tensors(1, 1, 1, 40, 40, 16, 16, dtype=torch.bfloat16)
+    q, k = (q, k) if place != "huge" else (torch.full_like(q, 6e4), torch.full_like(k, 6e4))
+    o = plain.Options(scale=1e-38 if place == "scale" else 0.25, right=0)
+    if place == "value":
+        v[0, 0, 5, 1] = INF
+    out, lse, stats = run(ops.attention_lse, q, k, v, *[None] * 4, *o)
+    g, g_lse = randn(*out.shape, seed=5).to(q.dtype).to(DEVICE), randn(*lse.shape, seed=6).to(DEVICE)
+    if place == "grad":
+        g[0, 0, 3, 2] = INF
+    if place == "grad_lse":
+        g_lse[0, 0, 3] = INF
+    found = run(ops.attention_backward, g, q, k, v, *[None] * 4, out, stats, g_lse, False, *o)[:3]
+    wide_out, _, wide_stats = plain.attention_lse(wide(q), wide(k), wide(v), *[None] * 4, *o)
+    saved = wide_out, wide_stats, wide(g_lse), False, *o
+    exact = plain.attention_backward(wide(g), wide(q), wide(k), wide(v), *[None] * 4, *saved)
+    for mine, wanted in zip(found, exact, strict=False):
+        assert not (~mine.isfinite() & wanted.isfinite().to(mine.device)).any()
 
 
 def test_special_values() -> None:

@@ -1,8 +1,8 @@
 """Attention on the GPU: which rows and keys a program takes, and how many share a row's keys. The kernels: attention_code.
 
-Extra memory is linear in the lengths: a number a row in the backward; for few queries what each share of the keys came to; and
-for the gradient of a mask that all rows or all keys share, that of each head. (A mask with a gradient that some of several batch
-dimensions share, and others do not, is the exception: each head has a copy.)
+Extra memory is linear in the lengths: some numbers a row in the backward; for few queries what each share of the keys came to;
+and for the gradient of a mask that all rows or all keys share, that of each head. (A mask with a gradient that some of several
+batch dimensions share, and others do not, is the exception: each head has a copy.)
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Call:
         self.kind = kind
         self.precision = precision(q)
         inner = o.scale / o.softcap if o.softcap else 1.0
-        outer = (o.softcap or o.scale) * _LOG2_E
+        self.outer = outer = (o.softcap or o.scale) * _LOG2_E
         least = min(round(o.dropout * 2**32), 2**32 - 1)
         left, right, prefix = (min(n, self.lq + self.lk) for n in (o.left, o.right, o.prefix))  # positions are 32 bits
         self.numbers = (self.lq, self.lk, self.rows, self.d, self.dv, inner, outer, int(o.bottom_right), left, right, prefix,
@@ -154,7 +154,8 @@ class Call:
         elif chip.nvidia >= 100:
             found = table.blackwell[which]
         else:
-            found = table.hopper[which] if hopper else table.ampere[which]
+            large = table is _FORWARD and which == 2 and self.kind & (code.LEFT.value | code.BOOLEAN.value)
+            found = table.hopper[which] if hopper and not large else table.ampere[which]
             if hopper and which < 2:  # what else a block needs registers for
                 kind, whole = self.kind, code.EVEN_D.value | code.EVEN_V.value
                 odd = kind & (code.LEFT.value | code.BOOLEAN.value)
@@ -191,7 +192,7 @@ class Call:
     @property
     def terms(self) -> bool:
         """Whether matrix units subtract a row's numbers in the backward: nothing is done to a product before"""
-        return self.hopper and not self.heavy
+        return self.hopper and not self.heavy and self.outer > 1e-30  # else what is subtracted, over it, may overflow
 
     def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
@@ -299,7 +300,7 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
     c.kind |= code.TERMS.value * c.terms
-    numbers = stats.new_empty(c.rows, 16, dtype=torch.bfloat16) if c.terms else stats.new_empty(3, c.rows)
+    numbers = stats.new_empty(c.rows, 32, dtype=torch.bfloat16) if c.terms else stats.new_empty(3, c.rows)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if not _is_near(grad):
         c.kind &= ~code.NEAR.value

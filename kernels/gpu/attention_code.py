@@ -36,7 +36,7 @@ EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their b
 EVEN_V = tl.constexpr(16384)
 NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
 BEHIND = tl.constexpr(65536)  # the forward multiplies with a block's values after it has with the next keys; not with PREFIX
-TERMS = tl.constexpr(131072)  # the backward's numbers of a row are 16 of bfloat16, which matrix units subtract
+TERMS = tl.constexpr(131072)  # the backward's numbers of a row are twice 16 of bfloat16, which matrix units subtract
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -426,11 +426,11 @@ def _in_terms(x):
 
 
 @triton.jit
-def _from_row_numbers(terms, FIRST: tl.constexpr, ROWS: tl.constexpr):
-    """Where a block's sums begin, ROWS alike: with three of the 16 terms of each column. That is a product with ones: neither a
-    register nor an instruction a number is spent on what is subtracted, and terms are loaded ahead as operands are."""
-    c = tl.arange(0, 16)[None, :] + tl.zeros((ROWS, 16), tl.int32)
-    return tl.dot(tl.where((c >= FIRST) & (c < FIRST + 3), 1.0, 0.0).to(tl.bfloat16), terms)
+def _from_row_numbers(terms, m_rows, BM: tl.constexpr, ROWS: tl.constexpr):
+    """Where a block's sums begin, ROWS alike: with the terms of each of BM columns' number. That is a product with ones: neither
+    a register nor an instruction a number is spent on what is subtracted, and terms are loaded ahead as operands are."""
+    x = tl.load(terms + (tl.arange(0, BM)[None, :] * 32 + tl.arange(0, 16)[:, None]), mask=m_rows, other=0.0)
+    return tl.dot(tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16), x)
 
 
 @triton.jit
@@ -462,7 +462,7 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
                      KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                      BV: tl.constexpr):
     """The gradient of BM queries (dq, strides sx_); and the numbers of their rows, (3, rows) as `_row_numbers` reads them, with
-    TERMS (rows, 16) as `_from_row_numbers` does: delta is Σ grad · out less the log-sum-exp's gradient."""
+    TERMS (rows, 32) as `_from_row_numbers` does: delta is Σ grad · out less the log-sum-exp's gradient."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     if not VARLEN & KIND:
         block = blocks - 1 - block
@@ -494,13 +494,13 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
         inverse = inverse[:, None]
     else:
         offset += tl.log2(total)
-    if TERMS & KIND:  # a row that sees nothing has logits of -Inf, whatever is subtracted
-        c = tl.arange(0, 16)[None, :]
-        s0, s1, s2 = _in_terms(tl.where(total == 0.0, 0.0, -offset / outer)[:, None])
+    if TERMS & KIND:  # apart from each other: in one product even a factor of 0 would let NaN and Inf through
+        c = tl.arange(0, 32)[None, :]
+        s0, s1, s2 = _in_terms(tl.where(total == 0.0, -3.0e38, -offset / outer)[:, None])
         d0, d1, d2 = _in_terms(-row_delta[:, None])
         terms = tl.where(c == 0, s0, tl.where(c == 1, s1, tl.where(c == 2, s2, 0.0)))
-        terms += tl.where(c == 3, d0, tl.where(c == 4, d1, tl.where(c == 5, d2, 0.0)))
-        tl.store(numbers + number[:, None] * 16 + c, terms.to(tl.bfloat16), mask=m_rows[:, None])
+        terms = tl.where(c == 16, d0, tl.where(c == 17, d1, tl.where(c == 18, d2, terms)))
+        tl.store(numbers + number[:, None] * 32 + c, terms.to(tl.bfloat16), mask=m_rows[:, None])
     offset = tl.where(total == 0.0, float("inf"), offset)
     if not TERMS & KIND:
         tl.store(numbers + number, offset, mask=m_rows)
@@ -546,10 +546,9 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, 
         if DROPOUT & KIND:
             drop_low, drop_a, drop_b = _dropout_row((number + i)[None, :], LK, k0, key0)
         if TERMS & KIND:
-            to_terms = numbers + (number + start) * 16 + (tl.arange(0, BM)[None, :] * 16 + tl.arange(0, 16)[:, None])
-            terms = tl.load(to_terms, mask=(i < lq)[None, :], other=0.0)
-            s = tl.dot(k, q, _from_row_numbers(terms, 0, k.shape[0]))
-            dp = tl.dot(v, tl.trans(g), _from_row_numbers(terms, 3, k.shape[0]))
+            terms = numbers + (number + start) * 32
+            s = tl.dot(k, q, _from_row_numbers(terms, (i < lq)[None, :], BM, k.shape[0]))
+            dp = tl.dot(v, tl.trans(g), _from_row_numbers(terms + 16, (i < lq)[None, :], BM, k.shape[0]))
             offset, inverse, delta = 0.0, 1.0, 0.0
         else:
             offset, inverse, delta = _row_numbers(numbers, rows, (number + i)[None, :], (i < lq)[None, :],

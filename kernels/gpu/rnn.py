@@ -4,7 +4,7 @@ in the kernels is told in ``rnn.cu``; what a step costs in docs/gpu-rnn.md.
 The input's product of a launch's first layer is one matrix product beforehand, the weights' gradients are products afterwards.
 A layer that does not fit on the chip, or finds no CuPy, goes step by step (``rnn_steps.py``) where the GPU's kernels were asked
 for by name; else torch's library serves it, which is taken to be faster at that: nobody has measured it yet. Layers of 16 bits
-that do not run side by side have a forward of their own (``rnn_half.py``); else they are widened, and the results rounded once.
+have a forward of their own (``rnn_half.py``) where that is taken to be faster; else they are widened, and results rounded once.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _backward_steps(s: Stack, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor | N
 
 
 def _product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
-    """a @ b of float32 numbers; in tf32 where the layers' own have 16 bits, which are rounded no further by it"""
+    """a @ b of float32 numbers; in tf32 where the layers' own have 16 bits, which it does not cut"""
     if kind == torch.float32 or importlib.util.find_spec("triton") is None:
         return a @ b
     from . import matmul
@@ -286,7 +286,7 @@ def _product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
     if launch.refuses(a) is not None:
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
-    matmul.multiply(out, a, b, how="tf32")
+    matmul.multiply(out, a, b, how="tf32" if launch.chip(a.device).nvidia else "bf16x3")  # of AMD's chips few have tf32
     return out
 
 
@@ -590,9 +590,9 @@ def supports(op: str, *args: Any) -> str | None:
 def _slower(op: str, *args: Any) -> str | None:
     """Two launches a step and layer, and a batch whose multiplications fill more than a step of cuDNN's (8.9 µs and layer, by
     public measurements), are taken to be slower than torch's library. Unmeasured: a debt."""
-    if not overhead.RULES:
-        return None
     asked = _asked(op, args)
+    if not overhead.RULES or not asked.units:
+        return None
     reason = asked.too_large()
     if reason is not None:
         return f"{reason}, and step by step torch's library is taken to be faster"
