@@ -156,7 +156,7 @@ BUILDS += [
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, left=1024), ("backward_keys",),
-        best=True, spills=120, chips=("sm_90",), only=("backward_keys",), note=" a window",
+        best=True, spills=96, chips=("sm_90",), only=("backward_keys",), note=" a window",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, causal=False), ("backward_keys",),
@@ -173,7 +173,7 @@ BUILDS += [
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, spills=152, note=" causal",
+        best=True, spills=112, note=" causal",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
