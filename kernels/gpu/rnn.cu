@@ -89,38 +89,6 @@ template <int N, int K, typename Number> __device__ __forceinline__ void fill(fl
             for (int i = 0; i < 4; i++) part(weights[n][k], i) = number(n, k * 128 + threadIdx.x % LANES * 4 + i);
 }
 
-// Copies so many rows of the batch to shared memory, `width` numbers each, 0 from `columns` on; row(b): where a row lies. READS
-// of a thread are under way before the first is written: each round waits for L2 once.
-template <int READS, typename T, typename Row>
-__device__ __forceinline__ void stage_as(float* shared, int count, int columns, int width, Row row) {
-    const unsigned each = sizeof(T) / sizeof(float), per = width / each, all = count * per;
-    const unsigned down = blockDim.x / per, right = blockDim.x % per;  // to a thread's next: no division for each
-    unsigned b = threadIdx.x / per, k = threadIdx.x % per;
-    for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
-        T v[READS];
-#pragma unroll
-        for (int q = 0; q < READS; q++) {
-            const T* const from = reinterpret_cast<const T*>(row(b)) + k;
-            v[q] = b < (unsigned)count && k * each < (unsigned)columns ? __ldcg(from) : T{};
-            b += down;
-            k += right;
-            if (k >= per) {
-                k -= per;
-                b++;
-            }
-        }
-#pragma unroll
-        for (int q = 0; q < READS; q++)
-            if (i + q * blockDim.x < all) reinterpret_cast<T*>(shared)[i + q * blockDim.x] = v[q];
-    }
-}
-
-template <int READS, typename Row>
-__device__ __forceinline__ void stage(float* shared, int count, int columns, int width, bool vectors, Row row) {
-    if (vectors) stage_as<READS, float4>(shared, count, columns, width, row);
-    else stage_as<READS, float>(shared, count, columns, width, row);
-}
-
 // Threads of a block, so that each has the registers for KV · 128 columns of weights; WARPS in rnn.py.
 template <int KV> struct Most { static const int threads = KV <= 4 ? 384 : 256; };
 

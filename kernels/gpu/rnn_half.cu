@@ -25,33 +25,6 @@ template <typename T> __device__ __forceinline__ void mma(float (&c)[4], const u
 #endif
 }
 
-// Copies rows of the batch to shared memory, `stride` numbers apart, V at a time; row(b): where a row lies. READS of a thread are
-// under way before the first is written.
-template <int READS, typename V, typename Row>
-__device__ __forceinline__ void stage_as(unsigned short* shared, int count, int columns, int stride, Row row) {
-    const unsigned each = sizeof(V) / sizeof(short), per = columns / each, all = count * per;
-    const unsigned down = blockDim.x / per, right = blockDim.x % per;  // to a thread's next: no division for each
-    unsigned b = threadIdx.x / per, k = threadIdx.x % per;
-    for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
-        V v[READS];
-        unsigned short* to[READS];
-#pragma unroll
-        for (int q = 0; q < READS; q++) {
-            to[q] = shared + b * stride + k * each;
-            if (b < (unsigned)count) v[q] = __ldcg(reinterpret_cast<const V*>(row(b)) + k);
-            b += down;
-            k += right;
-            if (k >= per) {
-                k -= per;
-                b++;
-            }
-        }
-#pragma unroll
-        for (int q = 0; q < READS; q++)
-            if (i + q * blockDim.x < all) *reinterpret_cast<V*>(to[q]) = v[q];
-    }
-}
-
 template <typename T, int MODE, int KW>
 __global__ void __launch_bounds__(256, 1) forward(const __grid_constant__ Call g) {
     SHARED(shared);
@@ -85,7 +58,6 @@ __global__ void __launch_bounds__(256, 1) forward(const __grid_constant__ Call g
             const int row = r + i % 2 * EIGHT, column = (part * KW + k) * GROUP + q * 8 + i / 2 * 2;
             weights[k][i] = weight(row, column) | weight(row, column + 1) << 16;
         }
-    for (unsigned i = threadIdx.x; i < g.staged * stride / 2; i += blockDim.x) shared[i] = 0;  // also what lies beside the states
 
     // What becomes of a tile's sums: a lane has one unit and row of the batch, or four of an RNN's.
     const int unit = first_unit + (MODE == RNN ? r : r % 4), column = 2 * q + (MODE == RNN ? 0 : r / 4);
@@ -121,8 +93,7 @@ __global__ void __launch_bounds__(256, 1) forward(const __grid_constant__ Call g
                 const bool known = first + b < before;
                 return (known ? old : start) + offset(first + b, known ? (int)j.y_stride : units);
             };
-            if (g.vectors) stage_as<4, uint4>(states, some, units, stride, state);
-            else stage_as<4, unsigned short>(states, some, units, stride, state);
+            stage<4>(states, some, units, stride, g.vectors, state);  // zeros where a warp's columns are more than there are
             __syncthreads();
             for (int at = 0; at < some; at += EIGHT) {
                 float c[4][4] = {};  // four sums side by side: one would wait for itself

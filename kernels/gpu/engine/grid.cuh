@@ -98,3 +98,39 @@ __device__ __forceinline__ void publish(int* counters, int group) {
 #endif
     }
 }
+
+// 16 bytes of such numbers
+template <typename N> struct Sixteen { typedef float4 type; };
+template <> struct Sixteen<unsigned short> { typedef uint4 type; };
+
+// Copies so many rows of the batch to shared memory, `width` numbers each, 0 from `columns` on; row(b): where a row lies. READS
+// of a thread are under way before the first is written: each round waits for L2 once.
+template <int READS, typename V, typename N, typename Row>
+__device__ __forceinline__ void stage_as(N* shared, int count, int columns, int width, Row row) {
+    const unsigned each = sizeof(V) / sizeof(N), per = width / each, all = count * per;
+    const unsigned down = blockDim.x / per, right = blockDim.x % per;  // to a thread's next: no division for each
+    unsigned b = threadIdx.x / per, k = threadIdx.x % per;
+    for (unsigned i = threadIdx.x; i < all; i += READS * blockDim.x) {
+        V v[READS];
+#pragma unroll
+        for (int q = 0; q < READS; q++) {
+            const V* const from = reinterpret_cast<const V*>(row(b)) + k;
+            v[q] = b < (unsigned)count && k * each < (unsigned)columns ? __ldcg(from) : V{};
+            b += down;
+            k += right;
+            if (k >= per) {
+                k -= per;
+                b++;
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < READS; q++)
+            if (i + q * blockDim.x < all) reinterpret_cast<V*>(shared)[i + q * blockDim.x] = v[q];
+    }
+}
+
+template <int READS, typename N, typename Row>
+__device__ __forceinline__ void stage(N* shared, int count, int columns, int width, bool vectors, Row row) {
+    if (vectors) stage_as<READS, typename Sixteen<N>::type>(shared, count, columns, width, row);
+    else stage_as<READS, N>(shared, count, columns, width, row);
+}
