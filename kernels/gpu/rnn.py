@@ -193,16 +193,22 @@ def counters(device: torch.device, jobs: int, how: Cut) -> Tensor:
     return torch.zeros(jobs, how.groups * APART, dtype=torch.int32, device=device)
 
 
-def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
-    """The input's part of all gates of all steps, with the biases, but that of the GRU's state's part of n."""
-    w_ih, _, b_ih, b_hh = p
-    assert w_ih is not None
+def joint_bias(s: Stack, p: Parameters) -> Tensor | None:
+    """What is added to the input's product: both biases, but that of the GRU's state's part of n; in float32"""
+    _, _, b_ih, b_hh = p
     if b_ih is None or b_hh is None:
-        return input @ w_ih.t()
-    bias = b_ih + b_hh
+        return None
+    bias = b_ih.float() + b_hh.float()
     if s.mode == "gru":
         bias[2 * s.units :] = b_ih[2 * s.units :]
-    return torch.addmm(bias, input, w_ih.t())
+    return bias
+
+
+def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
+    """The input's part of all gates of all steps, with the biases, but that of the GRU's state's part of n."""
+    w_ih, bias = p[0], joint_bias(s, p)
+    assert w_ih is not None
+    return input @ w_ih.t() if bias is None else torch.addmm(bias, input, w_ih.t())
 
 
 def forward(s: Stack, input: Tensor, hx: Tensor, cx: Tensor | None, params: Sequence[Parameters], ys: Sequence[Tensor],

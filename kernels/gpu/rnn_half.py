@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import matmul
 from .engine import cuda
-from .rnn import KINDS, TYPES, Cut, Job, Parameters, Stack, counters, launch_jobs, or_0
+from .rnn import KINDS, TYPES, Cut, Job, Parameters, Stack, counters, joint_bias, launch_jobs, or_0
 
 TILE, GROUP, EIGHT, PAD = 16, 32, 8, 32  # as in rnn_half.cu
 WARPS = 8  # of a block at most
@@ -79,13 +79,8 @@ def plan(mode: str, has: cuda.Limits, directions: int, batch: int, units: int) -
 
 def _input_product(s: Stack, input: Tensor, p: Parameters) -> Tensor:
     """The input's part of all gates of all steps, with the biases, but that of the GRU's state's part of n; in float32."""
-    w_ih, _, b_ih, b_hh = p
+    w_ih, bias = p[0], joint_bias(s, p)
     assert w_ih is not None
-    bias = None
-    if b_ih is not None and b_hh is not None:
-        bias = b_ih.float() + b_hh.float()
-        if s.mode == "gru":
-            bias[2 * s.units :] = b_ih[2 * s.units :]
     out = torch.empty(input.shape[0], w_ih.shape[0], dtype=torch.float32, device=input.device)
     matmul.multiply(out, input, w_ih.t(), matmul.Epilogue(bias))
     return out
