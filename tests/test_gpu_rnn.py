@@ -70,6 +70,7 @@ def both(
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
     keep: bool = True,
+    back: bool = True,
 ) -> None:
     """One direction of one layer, and its backward, are the reference's in float64."""
     wide, inputs = reference.GATES[mode] * units, 5
@@ -85,6 +86,8 @@ def both(
     same(found[:3], exact[:3], dtype)
     if keep and dtype == torch.float32:
         same(found[3:], exact[3:])
+    if not back:
+        return
     grads = [randn(*t.shape, dtype=dtype) for t in exact[:3]]
     needs = [t is not None for t in given]
     back = run(ops.recurrent_backward, *there(grads), *there(given), found[0], found[3], *rest, needs)
@@ -215,7 +218,7 @@ def test_16_bits(mode: str, dtype: torch.dtype, device: Any) -> None:
 def test_16_bits_in_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch a layer, of both directions, or a launch each; their lower states are kept in float32"""
     if not HERE:
-        monkeypatch.setattr(gpu, "_cycles", lambda *of: 0)
+        monkeypatch.setattr(gpu, "cycles", lambda *of: 0)
     for mode in ("lstm", "gru", "rnn_tanh"):
         stack(mode, 2, True, True, True, PACKED, dtype=dtype)
     stack("lstm", 2, False, False, False, None, dtype=dtype)
@@ -293,6 +296,51 @@ def test_eight_rows_and_two_more(mode: str) -> None:
             stack(mode, 2, False, True, True, None, batch=batch, steps=2)
 
 
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every layer has weights in shared memory; on a GPU those have that are large enough."""
+    real = gpu._held
+
+    def held(back: bool, stacked: bool, depth: int) -> Iterator[tuple[int, int, int]]:
+        yield from ((kv, more, parts) for kv, more, parts in real(back, stacked, depth) if more)
+
+    if not HERE:
+        monkeypatch.setattr(gpu, "_held", held)
+    for remembers in (gpu.cut, gpu.plan):
+        remembers.cache_clear()
+    yield
+    for remembers in (gpu.cut, gpu.plan):
+        remembers.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_in_shared_memory(mode: str, split: None) -> None:
+    """Where registers have no room for all; more columns than one group; fewer rows of the batch at a time than are multiplied"""
+    if HERE:
+        both(mode, 1150, steps=2)
+        both(mode, 1149, batch=11, reverse=True)
+        return
+    with shim(multiprocessors=60) as device:
+        both(mode, 520, steps=2)
+        both(mode, 516, batch=11, steps=1, reverse=True)
+        assert all(name.endswith(", false, true>") for name in device.launched)
+    with shim(multiprocessors=60, shared={"lstm": 27000, "gru": 22500}.get(mode, 16500)) as device:
+        how = gpu.cut(gpu.KINDS[mode], False, device.has, 1, 5, 516, False)
+        assert isinstance(how, gpu.Cut)
+        assert how.staged == 3
+        both(mode, 516, batch=5, steps=2, keep=False, back=False)
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_weights_of_layers_in_shared_memory(mode: str, split: None) -> None:
+    """Those of the layer below too"""
+    units = 260 if not HERE else 650
+    with shim(multiprocessors=60) if not HERE else nullcontext() as device:
+        stack(mode, 2, False, True, True, torch.tensor([4, 3]), units=units)
+    if device is not None:
+        assert all(name.endswith(", true, true>") for name in device.launched)
+
+
 @pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
 def test_groups_of_a_batch(mode: str) -> None:
     """Rows of a batch in blocks of their own, some of which run out of rows early, or have none for a while"""
@@ -334,12 +382,12 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             return gpu._Asked(big, False, mode, layers, directions, batch, units, keep).too_large()
 
         for mode in ("lstm", "gru"):
-            for fits in ((256, 6), (1024,), (1024, 6), (1024, 1, 2), (650, 2, 2), (16, 13)):
+            for fits in ((256, 6), (1024,), (1024, 6), (1024, 1, 2), (650, 2, 2), (16, 13), (1150, 3), (1500,)):
                 assert asked(mode, *fits) is None
-            assert "do not fit in the registers of 132" in str(asked(mode, 2048))
+            assert "do not fit in 132 multiprocessors" in str(asked(mode, 2048))
         assert asked("lstm", 1024, batch=400, keep=False) is None
         assert gpu._Asked(big.half(), False, "lstm", 1, 1, 4, 1056, False).too_large() is None
-        assert "do not fit" in str(gpu._Asked(big.half(), False, "lstm", 1, 1, 4, 1056, True).too_large())
+        assert "do not fit" in str(gpu._Asked(big.half(), False, "lstm", 1, 1, 4, 1600, False).too_large())
         assert "do not fit" in str(asked("lstm", 1024, batch=2000))
         assert "projection" in str(gpu.refusal(big, True, None))
         assert "float32" in str(gpu.refusal(big.double(), False, None))
@@ -391,7 +439,8 @@ def test_budget_of_the_documented_cases() -> None:
         assert not isinstance(found, str)
         return found[0], found[1]._asdict()
 
-    deep: dict[str, Any] = {"kv": 4, "warps": 12, "blocks": 22, "groups": 1, "share": 10, "staged": 10}
+    deep: dict[str, Any] = {"kv": 4, "warps": 12, "blocks": 22, "groups": 1, "share": 10, "staged": 10,
+                            "more": 0}  # fmt: skip
     jobs, forward = asked(False, 6)
     assert (jobs, forward) == (6, {**deep, "work": 212, "parts": 1, "shared": 4 * (10 * 512 + 12 * 10)})
     jobs, backward = asked(True, 6)
@@ -405,14 +454,18 @@ def test_budget_of_the_documented_cases() -> None:
 @pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is missing: the extra gpu-check has it")
 def test_layers_on_layers_compile_within_their_budget() -> None:
     """What holds the most in registers"""
-    names = ["forward<LSTM, 4, true>", "forward<LSTM, 8, true>", "backward<LSTM, 4, true>", "backward<GRU, 8, true>"]
+    split = "forward<LSTM, 4, true, true>"  # a few numbers of the step around it are not in registers
+    names = ["forward<LSTM, 4, true>", "forward<LSTM, 8, true>", "backward<LSTM, 4, true>", "backward<GRU, 8, true>", split,
+             "forward<LSTM, 4, false, true>", "backward<LSTM, 4, true, true>"]  # fmt: skip
     assert set(names) <= set(gpu.SOURCE.instances())
     for arch in ("80", "90"):
         log, found = nvrtc.compile(gpu.SOURCE.text, arch, names)
         assert "warning" not in log, log
         for name, usage in found.items():
             most = 65536 // (32 * gpu.WARPS[int(name.split(", ")[1])]) // 8 * 8
-            assert usage.local == usage.spilled == usage.shared == 0, f"{name}: {usage}"
+            assert usage.shared == 0, f"{name}: {usage}"
+            assert usage.spilled <= 80 * (name == split), f"{name}: {usage}"
+            assert usage.local <= usage.spilled, f"{name}: {usage}"
             assert usage.registers <= min(most, 255), f"{name}: {usage}"
 
 

@@ -204,5 +204,6 @@ CASES += [
     *(layers("lstm", "half", 512, batch, units, units, goals={"torch": 1.0}, **_LONG | {"dtypes": (torch.float16,)})
       for batch, units in ((16, 256), (32, 512), (64, 1024))),
     layers("gru", "deep_both_ways", 512, 10, 256, 256, 3, 2, goals={"torch": 8.0}, **_LONG),
+    layers("lstm", "large", 128, 10, 1150, 1150, goals={"torch": 1.0}, **_LONG),  # weights in shared memory too
     layers("gru", "deep", 512, 10, 256, 256, 6, kind="train", goals={"torch": 4.0}, **_LONG),
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 // Recurrent layers: one launch for a whole sequence, layers or directions side by side.
 //
 // A job's blocks each have some of the units, each warp one unit (LSTM, GRU) or four (RNN): their rows of weights stay in the
-// warp's registers from the first step to the last. A lane holds every 32nd group of four columns. Each step every block reads
+// warp's registers from the first step to the last, and in shared memory what has no room there. A lane holds every 32nd group of
+// four columns. Each step every block reads
 // the state that all blocks of its job have written (and the output of the layer below), multiplies, sums over the lanes, and
 // writes its part of the new state. It waits for the layer below and multiplies what that made; only then it needs its own
 // job's last step, whose news has been on its way meanwhile (grid.cuh). Sums have one order, whoever is first.
@@ -53,10 +54,45 @@ struct Sums {
 // How many of so many rows are next.
 __device__ __forceinline__ int next_rows(int left) { return left <= FULL + FEW ? left : FULL; }
 
+__device__ __forceinline__ float& part(float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// N rows of a warp's weights, a lane's columns: K groups in registers, `more` in shared memory, where each lane reads its own.
+template <int N, int K> struct Weights {
+    float4 held[N][K];
+    float4* rest;  // (more, N, LANES)
+
+    // number(n, column) of row n; 0 beyond the last
+    template <typename Number> __device__ __forceinline__ void fill(float* shared, int more, Number number) {
+        const int lane = threadIdx.x % LANES;
+        const auto four = [&](int n, int k) {
+            float4 v;
+#pragma unroll
+            for (int i = 0; i < 4; i++) part(v, i) = number(n, k * 128 + lane * 4 + i);
+            return v;
+        };
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int k = 0; k < K; k++) held[n][k] = four(n, k);
+        rest = reinterpret_cast<float4*>(shared) + lane;
+#pragma unroll 1
+        for (int i = 0; i < N * more; i++) rest[i * LANES] = four(i % N, K + i / N);
+    }
+};
+
 // Adds weights[row] · vectors[b], the lane's columns only; the last row's product goes to sum LAST.
 template <int LAST, int N, int K>
-__device__ __forceinline__ void multiply(Sums& sums, const float4 (&weights)[N][K], const float* vectors, int count, int width) {
+__device__ __forceinline__ void multiply(Sums& sums, const Weights<N, K>& weights, int more, const float* vectors, int count,
+                                         int width) {
     const float* const mine = vectors + threadIdx.x % LANES * 4;
+    const auto add = [&](int n, int b, const float4& w, const float4& v) {
+        const int r = n < N - 1 ? n : LAST;
+        float& s = b < FULL ? sums.full[r * FULL + b] : sums.few[r * FEW + b - FULL];
+        s = fmaf(w.x, v.x, s);
+        s = fmaf(w.y, v.y, s);
+        s = fmaf(w.z, v.z, s);
+        s = fmaf(w.w, v.w, s);
+    };
 #pragma unroll
     for (int b = 0; b < FULL + FEW; b++) {
         if (b < count) {  // the same for all lanes
@@ -64,36 +100,31 @@ __device__ __forceinline__ void multiply(Sums& sums, const float4 (&weights)[N][
             for (int k = 0; k < K; k++) {
                 const float4 v = *reinterpret_cast<const float4*>(mine + b * width + k * 128);
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const int r = n < N - 1 ? n : LAST;
-                    float& s = b < FULL ? sums.full[r * FULL + b] : sums.few[r * FEW + b - FULL];
-                    s = fmaf(weights[n][k].x, v.x, s);
-                    s = fmaf(weights[n][k].y, v.y, s);
-                    s = fmaf(weights[n][k].z, v.z, s);
-                    s = fmaf(weights[n][k].w, v.w, s);
-                }
+                for (int n = 0; n < N; n++) add(n, b, weights.held[n][k], v);
             }
         }
     }
-}
-
-__device__ __forceinline__ float& part(float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// A warp's weights: number(n, column) of its rows n.
-template <int N, int K, typename Number> __device__ __forceinline__ void fill(float4 (&weights)[N][K], Number number) {
+#pragma unroll 1
+    for (int k = 0; k < more; k++) {
+        float4 w[N];
 #pragma unroll
-    for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++) w[n] = weights.rest[(k * N + n) * LANES];
 #pragma unroll
-        for (int k = 0; k < K; k++)
+        for (int b = 0; b < FULL + FEW; b++) {
+            if (b < count) {
+                const float4 v = *reinterpret_cast<const float4*>(mine + b * width + (K + k) * 128);
 #pragma unroll
-            for (int i = 0; i < 4; i++) part(weights[n][k], i) = number(n, k * 128 + threadIdx.x % LANES * 4 + i);
+                for (int n = 0; n < N; n++) add(n, b, w[n], v);
+            }
+        }
+    }
 }
 
 // Threads of a block, so that each has the registers for KV · 128 columns of weights; WARPS in rnn.py.
 template <int KV> struct Most { static const int threads = KV <= 4 ? 384 : 256; };
 
 // KV · 128 columns: of the state, or half of them, and the other half of the layer below where there are such layers (BELOW).
-template <int MODE, int KV, bool BELOW = false>
+template <int MODE, int KV, bool BELOW = false, bool MORE = false>
 __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_constant__ Call g) {
     SHARED(shared);
     const int K = KV / (1 + BELOW);
@@ -102,20 +133,22 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
     const int units = (int)g.units, warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int group = place.group, from = place.from, share = (int)g.share;
     const int mine = (place.block * warps + warp) * (MODE == RNN ? ROWS : 1);  // the warp's first unit
-    const int width = K * 128, held = MODE == GRU ? 3 : ROWS, gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1;
+    const int held = MODE == GRU ? 3 : ROWS, gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1;
+    const int more = MORE ? (int)g.more : 0, width = (K + more) * 128, rest = held * more * 128;  // rest: of a warp
     const bool below = BELOW && j.below;
-    float* const states = shared;
+    float* const states = shared + warps * (1 + BELOW) * rest;
     float* const inputs = states + g.staged * width;                             // where there is a layer below
     float* const cells = inputs + (BELOW ? g.staged * width : 0) + warp * share;  // of the warp's unit
 
     // The candidate of a GRU has two sums, 2 of the input and 3 of the state; the other gates have one.
-    float4 of_state[held][K], of_input[held][K];
+    Weights<held, K> of_state, of_input;
     const auto weight = [&](const float* w, int n, int column) {
         const int row = MODE == RNN ? mine + n : n * units + mine;
         return (MODE == RNN ? row : mine) < units && column < units ? w[(i64)row * units + column] : 0.0f;
     };
-    fill(of_state, [&](int n, int column) { return weight(j.w_hh, n, column); });
-    if (below) fill(of_input, [&](int n, int column) { return weight(j.w_ih, n, column); });
+    of_state.fill(shared + warp * rest, more, [&](int n, int column) { return weight(j.w_hh, n, column); });
+    if (below)
+        of_input.fill(shared + (warps + warp) * rest, more, [&](int n, int column) { return weight(j.w_ih, n, column); });
 
     // After a product a lane has the sum of row lane / FULL.
     const int r = lane / FULL, unit = MODE == RNN ? mine + r : mine;
@@ -155,7 +188,7 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
                     if (FULL + lane % FEW < count) few_given = from_input[(i64)(FULL + lane % FEW) * gates * units];
                 }
                 sums.clear();
-                if (below) multiply<MODE == GRU ? 2 : 3>(sums, of_input, inputs + at * width, count, width);
+                if (below) multiply<MODE == GRU ? 2 : 3>(sums, of_input, more, inputs + at * width, count, width);
             };
             if (below) {
                 if (first) __syncthreads();  // all have read what was there
@@ -173,7 +206,7 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
             for (int at = 0; at < some;) {
                 const int count = next_rows(some - at);
                 if (at) begin(at);
-                multiply<3>(sums, of_state, states + at * width, count, width);
+                multiply<3>(sums, of_state, more, states + at * width, count, width);
                 // From a sum of each lane to a row's new state; a[4] is the cell.
                 const auto finish = [&](float z, int b, bool inside, float (&a)[5]) {
                     float h;
@@ -221,11 +254,11 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) forward(const __grid_con
 }
 
 // Through time. What the gates' gradients of a step, all of them, make of the state before and of the layer below are columns, of
-// which a warp holds four of each, a stretch of K · 128 gates of them; `parts` warps share the columns. Those of the state come first: a
+// which a warp holds four of each, a stretch of the gates of them; `parts` warps share the columns. Those of the state come first: a
 // block turns the gradients of its own units into those of their gates at the step before, and publishes them. While that is on
 // its way it multiplies for the layer below, which is published with the step after. A GRU's candidate has one gradient for what
 // came from the input (gates_x) and another for what came from the state (gates_h).
-template <int MODE, int KV, bool BELOW = false>
+template <int MODE, int KV, bool BELOW = false, bool MORE = false>
 __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_constant__ Call g) {
     SHARED(shared);
     const int K = KV / (1 + BELOW);
@@ -235,19 +268,21 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
     const int group = place.group, from = place.from, share = (int)g.share;
     const int many = (int)(blockDim.x / LANES / g.parts) * ROWS;  // units of a block, and columns of the layer below
     const int first_unit = place.block * many, quad = warp / parts * ROWS, stretch = warp % parts;
-    const int gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1, width = parts * K * 128;
-    const int numbers = many * share, row_size = gates * units;
-    float* const sums = shared + g.staged * width;  // (parts, many, share)
-    float* const carry = sums + parts * numbers;    // (share, many): the gradient of the state, as far as it is known
-    float* const d_cell = carry + numbers;          // (share, many)
-    float4 of_state[ROWS][K], of_input[ROWS][K];
+    const int gates = MODE == LSTM ? 4 : MODE == GRU ? 3 : 1;
+    const int more = MORE ? (int)g.more : 0, length = (K + more) * 128, width = parts * length;  // length: of a stretch
+    const int numbers = many * share, row_size = gates * units, rest = ROWS * more * 128, warps = blockDim.x / LANES;
+    float* const rows_of_gates = shared + warps * (1 + BELOW) * rest;
+    float* const sums = rows_of_gates + g.staged * width;  // (parts, many, share)
+    float* const carry = sums + parts * numbers;           // (share, many): the gradient of the state, as far as it is known
+    float* const d_cell = carry + numbers;                 // (share, many)
+    Weights<ROWS, K> of_state, of_input;
     const auto weight = [&](const float* w, int n, int at) {
-        const int k = stretch * K * 128 + at, column = first_unit + quad + n;
+        const int k = stretch * length + at, column = first_unit + quad + n;
         return k < gates * units && column < units ? w[(i64)k * units + column] : 0.0f;
     };
-    fill(of_state, [&](int n, int at) { return weight(j.w_hh, n, at); });
+    of_state.fill(shared + warp * rest, more, [&](int n, int at) { return weight(j.w_hh, n, at); });
     const bool below = BELOW && j.d_below;
-    if (below) fill(of_input, [&](int n, int at) { return weight(j.w_ih, n, at); });
+    if (below) of_input.fill(shared + (warps + warp) * rest, more, [&](int n, int at) { return weight(j.w_ih, n, at); });
     const i64 own = (i64)from * units + first_unit;  // of the block's units in h0, c0 and their gradients
     const int most = at_most((int)g.batch - from, share), inside = at_most(units - first_unit, many);
     for (int i = threadIdx.x; i < numbers; i += blockDim.x) {
@@ -294,20 +329,20 @@ __global__ void __launch_bounds__(Most<KV>::threads, 1) backward(const __grid_co
         float d_y = grad(threadIdx.x);
 
         // The columns' sums over the gates of the last step, which are in shared memory from one product to the next if they fit.
-        const auto product = [&](const float4 (&weights)[ROWS][K], const float* from_gates, bool again) {
+        const auto product = [&](const Weights<ROWS, K>& weights, const float* from_gates, bool again) {
             for (int first = 0; first < done; first += (int)g.staged) {
                 const int some = at_most(done - first, (int)g.staged);
                 if (first) __syncthreads();
                 if (!again || done > g.staged) {
                     const float* const rows = from_gates + (last_row + first) * row_size;
-                    stage<8>(shared, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
+                    stage<8>(rows_of_gates, some, row_size, width, g.vectors, [&](int b) { return rows + offset(b, row_size); });
                     __syncthreads();
                 }
                 for (int at = 0; at < some;) {
                     const int count = next_rows(some - at);
                     Sums part;
                     part.clear();
-                    multiply<3>(part, weights, shared + at * width + stretch * K * 128, count, width);
+                    multiply<3>(part, weights, more, rows_of_gates + at * width + stretch * length, count, width);
                     float* const to = sums + (stretch * many + quad + lane / FULL) * share + first + at;
                     const float full = part.total();
                     if (lane % FULL < count) to[lane % FULL] = full;

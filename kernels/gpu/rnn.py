@@ -10,7 +10,7 @@ have a forward of their own (``rnn_half.py``) where that is taken to be faster; 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .engine import cuda
 KINDS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat_t", torch.float16: "half_t"}
 WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 128 that a warp's registers hold; Most in rnn.cu
+SPLIT = 4  # and where shared memory holds the rest of the columns
 ROWS, FULL, FEW, JOBS = 4, 8, 2, 12  # as in rnn.cu
 APART = 32  # ints between counters
 WAITS = 2400  # cycles of a step, about: for L2, and from a block's last store to the others' sight of it
@@ -33,17 +34,18 @@ WAITS = 2400  # cycles of a step, about: for L2, and from a block's last store t
 def _instances() -> list[str]:
     """All kernels that a call may ask for."""
     found = [
-        _instance(name, kind, kv, stacked)
+        _instance(name, kind, kv, stacked, more)
         for name in ("forward", "backward")
         for kind in ("LSTM", "GRU", "RNN")
         for kv in WARPS
         for stacked in (False, True)[: min(kv, 2)]
+        for more in (False, True)[: 1 + (kv == SPLIT)]
     ]
     return found + [f"scan<{name}>" for name in TYPES.values()]
 
 
-def _instance(name: str, kind: str, kv: int, stacked: bool) -> str:
-    return f"{name}<{kind}, {kv}{', true' if stacked else ''}>"
+def _instance(name: str, kind: str, kv: int, stacked: bool, more: bool) -> str:
+    return f"{name}<{kind}, {kv}{', true' if stacked else ', false' if more else ''}{', true' if more else ''}>"
 
 
 SOURCE = cuda.Source("rnn", _instances)
@@ -61,6 +63,18 @@ class Cut(NamedTuple):
     parts: int  # warps that share the columns of a backward
     staged: int  # rows of the batch in shared memory at once
     shared: int  # bytes
+    more: int = 0  # 128 · more columns of weights are in shared memory
+
+
+def _held(back: bool, stacked: bool, depth: int) -> Iterator[tuple[int, int, int]]:
+    """kv, more and parts: where so many times 128 columns of weights may be"""
+    for kv in WARPS:
+        if kv > stacked and (back or depth <= kv // (1 + stacked)):
+            yield kv, 0, -(-depth // (kv // (1 + stacked)))
+    for parts in range(1, WARPS[SPLIT] + 1 if back else 2):
+        more = -(-depth // parts) - SPLIT // (1 + stacked)
+        if more > 0:
+            yield SPLIT, more, parts
 
 
 @lru_cache(1024)
@@ -69,48 +83,53 @@ def cut(kind: str, back: bool, has: cuda.Limits, jobs: int, batch: int, units: i
     if jobs > min(JOBS, has.multiprocessors):
         return f"{jobs} layers and directions are more than run side by side here ({min(JOBS, has.multiprocessors)})"
     found = []
-    for kv in WARPS:
-        columns = 128 * kv // (1 + stacked)
-        if columns < 128 or (not back and units > columns):
-            continue
-        parts = -(-units * GATES.get(kind.lower(), 1) // columns) if back else 1
-        rows = -(-units // ROWS) if back or kind == "RNN" else units  # quadruples of columns, or warps
+    rows = -(-units // ROWS) if back or kind == "RNN" else units  # quadruples of columns, or warps
+    held = 3 if kind == "GRU" and not back else ROWS  # of a matrix
+    for kv, more, parts in _held(back, stacked, -(-units * (GATES.get(kind.lower(), 1) if back else 1) // 128)):
+        columns = kv + more * (1 + stacked)  # over 128, of all of a warp's weights
         for groups in range(1, -(-batch // ROWS) + 1):
             each = -(-rows // max(has.multiprocessors // (jobs * groups), 1))
             warps = parts * max(each, -(-4 // parts))  # at least four: one for each scheduler
             blocks, share = -(-rows // (warps // parts)), -(-batch // groups)
             if warps > WARPS[kv] or jobs * groups * blocks > has.multiprocessors:
                 break
-            width = parts * (columns if back else 128 * kv)  # of a row in shared memory; what stays there beside it:
+            width = 128 * columns * parts // (1 + stacked if back else 1)  # of a row in shared memory; beside it stay there:
             own = (parts + 2) * ROWS * (warps // parts) if back else warps
-            room = (has.shared // 4 - own * share) // width
-            staged = share if share <= room else room // FULL * FULL
+            weights = 128 * warps * held * more * (1 + stacked)
+            room = max(has.shared // 4 - weights - own * share, 0) // width
+            staged = share if share <= room else room // FULL * FULL or room
             if staged > 0:
-                # Products, the sums' way over the lanes to new states, which a warp alone is no faster at than two, and staging.
-                turns, passes = -(-warps // 4), -(-max(share - FEW, 1) // FULL)
+                # Products (weights from shared memory are read as rows of the batch are), the sums' way over the lanes to new
+                # states, which a warp alone is no faster at than two, and staging, which waits for L2.
+                turns, rounds = -(-warps // 4), -(-share // staged)
+                passes = max(-(-max(share - FEW, 1) // FULL), rounds)
                 tails = 16 * passes + 8 * (share > FULL * passes)
-                work = turns * share * kv + max(turns, 2) * tails + share * kv // 2
-                found.append(Cut(work, kv, warps, blocks, groups, share, parts, staged, 4 * (staged * width + own * share)))
+                work = turns * (share * columns + passes * ROWS * (columns - kv)) + max(turns, 2) * tails
+                work += share * columns // 2 + 40 * (rounds - 1)
+                shared = 4 * (weights + staged * width + own * share)
+                found.append(Cut(work, kv, warps, blocks, groups, share, parts, staged, shared, more))
     if found:
         return min(found)
     what = f"{jobs} × {units} units" + f" with a batch of {batch}"
-    return f"the weights of {what} do not fit in the registers of {has.multiprocessors} multiprocessors"
+    return f"the weights of {what} do not fit in {has.multiprocessors} multiprocessors"
 
 
 @lru_cache(1024)
 def plan(mode: str, back: bool, has: cuda.Limits, layers: int, directions: int, batch: int, units: int) -> tuple[int, Cut] | str:
-    """How many jobs each launch has, and their cut; or why a single one does not fit.
+    """How many jobs each launch has, and their cut, of those that fit the one that takes least; or why a single one does not fit.
 
-    Layers of one direction run one step behind each other, as many as fit. A layer above both directions needs the last step of
-    either, so that each layer has launches of its own.
+    Layers of one direction run one step behind each other. A layer above both directions needs the last step of either, so that
+    each layer has launches of its own.
     """
     sizes = dict.fromkeys(-(-layers // n) for n in range(1, layers + 1)) if directions == 1 else (2, 1)
-    how: Cut | str = ""
-    for jobs in sizes:
-        how = cut(KINDS[mode], back, has, jobs, batch, units, directions == 1 and jobs > 1)
-        if isinstance(how, Cut):
-            return jobs, how
-    return str(how)
+    cuts = [(n, cut(KINDS[mode], back, has, n, batch, units, directions == 1 and n > 1)) for n in sizes]
+    found = [(n, how) for n, how in cuts if isinstance(how, Cut)]
+    return min(found, key=lambda each: cycles(each[0], each[1], layers * directions)) if found else str(cuts[-1][1])
+
+
+def cycles(at_once: int, how: Cut, jobs: int) -> int:
+    """Of a step of all jobs, about: launches one after the other, and in each what a step waits for"""
+    return -(-jobs // at_once) * (17 * how.work + WAITS)
 
 
 class Job(NamedTuple):
@@ -175,7 +194,7 @@ def launch_jobs(source: cuda.Source, expression: str, s: Stack, device: torch.de
     if s.batch_sizes is not None:
         starts = torch.cat([s.batch_sizes.new_zeros(1), s.batch_sizes.cumsum(0)]).to(device)
     words = [starts, steps, s.batch, s.units, int(s.mode == "rnn_relu"), how.blocks, how.groups, how.share, how.staged, how.parts,
-             int(vectors)]  # fmt: skip
+             int(vectors), how.more]  # fmt: skip
     for job in jobs:
         words += job
     words += [0] * (len(Job._fields) * (JOBS - len(jobs)))
@@ -186,7 +205,7 @@ def launch_jobs(source: cuda.Source, expression: str, s: Stack, device: torch.de
 
 
 def _launch(name: str, s: Stack, device: torch.device, how: Cut, stacked: bool, jobs: Sequence[Job]) -> None:
-    launch_jobs(SOURCE, _instance(name, KINDS[s.mode], how.kv, stacked), s, device, how, jobs, s.units % 4 == 0)
+    launch_jobs(SOURCE, _instance(name, KINDS[s.mode], how.kv, stacked, how.more > 0), s, device, how, jobs, s.units % 4 == 0)
 
 
 def counters(device: torch.device, jobs: int, how: Cut) -> Tensor:
@@ -380,11 +399,6 @@ def _one(mode: str, input: Tensor, hx: Tensor, batch_sizes: Tensor | None, rever
     return Stack(mode, input.shape[0], hx.shape[0], hx.shape[1], 1, 1, (reverse,), batch_sizes, input.dtype)
 
 
-def _cycles(at_once: int, how: Cut, jobs: int) -> int:
-    """Of a step of all layers, about: launches one after the other, and in each what a step waits for"""
-    return -(-jobs // at_once) * (17 * how.work + WAITS)
-
-
 def _half(mode: str, input: Tensor, layers: int, directions: int, batch: int, units: int) -> tuple[int, Cut] | None:
     """How 16-bit numbers are multiplied as they are; None: they are widened, as layers are that run side by side."""
     if input.itemsize != 2 or cuda.refusal() is not None or importlib.util.find_spec("triton") is None:
@@ -393,7 +407,7 @@ def _half(mode: str, input: Tensor, layers: int, directions: int, batch: int, un
 
     has, jobs = cuda.limits(input.device), layers * directions
     how, wide = rnn_half.plan(mode, has, directions, batch, units), plan(mode, False, has, layers, directions, batch, units)
-    if isinstance(how, str) or (not isinstance(wide, str) and _cycles(*wide, jobs) < _cycles(*how, jobs)):
+    if isinstance(how, str) or (not isinstance(wide, str) and cycles(*wide, jobs) < cycles(*how, jobs)):
         return None
     return how
 
@@ -602,8 +616,8 @@ def _slower(op: str, *args: Any) -> str | None:
     reason = asked.too_large()
     if reason is not None:
         return f"{reason}, and step by step torch's library is taken to be faster"
-    found = asked.cut(False)
-    if isinstance(found, str) or found[1].work <= 1000 * found[0]:  # 17 instructions each, of 17,600 cycles
+    cuts = [asked.cut(back) for back in (False, True)[: 1 + asked.keep]]
+    if all(isinstance(how, str) or how[1].work <= 1000 * how[0] for how in cuts):  # 17 instructions each, of 17,600 cycles
         return None
     return f"with a batch of {asked.batch} torch's library is taken to be faster"
 

@@ -63,7 +63,7 @@ def cut(mode: str, has: cuda.Limits, jobs: int, batch: int, units: int) -> Cut |
     """The cut with the least work, or why there is none."""
     if not has.matrix:
         return "16-bit numbers need the matrix units of sm_80 or later"
-    what = f"the weights of {jobs} × {units} units do not fit in the registers of {has.multiprocessors} multiprocessors"
+    what = f"the weights of {jobs} × {units} units do not fit in {has.multiprocessors} multiprocessors"
     return min(_cuts(mode, has, jobs, batch, units), default=what)
 
 

@@ -41,6 +41,7 @@ struct Call {
     i64 steps, batch, units, relu;
     i64 blocks, groups, share;    // blocks of a job and group; groups of the batch; rows of a group
     i64 staged, parts, vectors;   // rows in shared memory at once; see backward; whether 16 bytes are read at once
+    i64 more;                     // groups of 128 columns of weights in shared memory
     Job jobs[12];
 };
 
