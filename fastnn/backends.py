@@ -173,16 +173,26 @@ def tf32(kind: str) -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if kind == "matmul" else torch.backends.cudnn.allow_tf32
 
 
-def settings(family: str, dtype: torch.dtype) -> Any:
-    """What GPU kernels look at beside their arguments, for tensors of this dtype: recurrent layers widen those of 16 bits."""
-    return (float32_precision, tf32("matmul"), tf32("conv")) if dtype is torch.float32 or family == "rnn" else None
+def settings() -> Any:
+    """What GPU kernels look at beside their arguments where they multiply float32 numbers"""
+    return float32_precision, tf32("matmul"), tf32("conv")
 
 
-def record_call(run: Callable[..., Any], args: Sequence[Any], count: int) -> tuple[Any, Callable[..., Any] | None]:
-    """The result of run(*args) on a GPU, and a function of the first ``count`` arguments, tensors or None, that does it again."""
+#: Whether a call on some tensors is the same, or None; and a function that does it again. Without the first it looks itself, and
+#: returns None if it is not the same.
+Replay = tuple[Callable[..., bool] | None, Callable[..., Any]]
+
+
+def record_call(run: Callable[..., Any], args: Sequence[Any], count: int, alike: Callable[..., bool], now: Any,
+                separate: bool) -> tuple[Any, Replay | None]:  # fmt: skip
+    """The result of run(*args) on a GPU, and how it is done again with the first ``count`` arguments, tensors or None.
+
+    alike: whether those that there are, each once, are alike in all but their memory; now: the ``settings`` that matter, if any;
+    separate: whether the caller looks first whether it fits.
+    """
     from fastnn.kernels.gpu.engine import replay
 
-    return replay.record(run, args, count)
+    return replay.record(run, args, count, alike, now, separate)
 
 
 def torch_serves(op: Op | str, args: Sequence[Any], backend: str | None, reason: str) -> None:

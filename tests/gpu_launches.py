@@ -23,19 +23,23 @@ driver = stand_in.begin()
 
 from fastnn.kernels.gpu.engine.replay import Tape
 
-LAUNCHES, GRID, EXPECTED = (ctypes.c_int.in_dll(driver, name) for name in ("launches", "grid", "expected"))
-WORDS = (ctypes.c_longlong * 128).in_dll(driver, "words")
-kinds: list[str] = []  # of the parameters of the last kernel that was recorded
+LAUNCHES, REFUSED = (ctypes.c_int.in_dll(driver, name) for name in ("launches", "refused"))
+EXPECTED = (ctypes.c_int * 16).in_dll(driver, "expected")
+SEEN = (ctypes.c_longlong * (16 * (5 + 128))).in_dll(driver, "seen")
+kinds: list[list[str]] = []  # of the parameters of the kernels that were recorded
 
 
-def look(call: Callable[[], Any], count: int) -> tuple[int, int, list[int], list[Tensor]]:
-    """(launches, grid and so many parameters of the last one, results)"""
-    before, EXPECTED.value = LAUNCHES.value, count
+def look(call: Callable[[], Any], times: int = 1) -> tuple[list[list[int]], list[list[int]], list[Tensor]]:
+    """(grid, block, shared memory, function and stream of each launch; parameters of each; results); each launch so many times"""
+    each = [kind for kind in kinds for _ in range(times)]
+    LAUNCHES.value, EXPECTED[: len(each)] = 0, list(map(len, each))
     found = call()
-    EXPECTED.value = 0
-    masks = [2**64 - 1 if kind[0] == "*" or kind == "i64" else 2**32 - 1 for kind in kinds[:count]]
-    results = list(found) if type(found) is tuple else [found]
-    return LAUNCHES.value - before, GRID.value, [w & m for w, m in zip(WORDS, masks)], results
+    EXPECTED[:] = [0] * 16
+    assert LAUNCHES.value == len(each) <= 16
+    lines = [SEEN[133 * n : 133 * (n + 1)] for n in range(len(each))]
+    masks = [[2**64 - 1 if kind[0] == "*" or kind == "i64" else 2**32 - 1 for kind in one] for one in each]
+    words = [[w & m for w, m in zip(line[5:], mask)] for line, mask in zip(lines, masks, strict=False)]
+    return [line[:5] for line in lines], words, list(found) if type(found) is tuple else [found]
 
 
 def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -43,38 +47,41 @@ def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def compare(op: Any, args: tuple[Any, ...]) -> str:
-    right, counts = Tape.launched, []
+    noted = Tape.launched
 
     def launched(self: Tape, compiled: Any, programs: int, given: Any) -> None:
-        right(self, compiled, programs, given)
-        kinds[:] = [kind for kind in compiled.src.signature.values() if kind != "constexpr"]
-        counts.append(len(kinds))
+        noted(self, compiled, programs, given)
+        kinds.append([kind for kind in compiled.src.signature.values() if kind != "constexpr"] + ["*"] * 2)
 
     Tape.launched = launched
-    for memory in (op._met, op._replays):
-        memory.clear()
+    kinds.clear()
+    op.forget()
     for _ in range(2):  # the second one is recorded
         op.call(*fresh(args), None)
-    Tape.launched = right
-    replays = dict(op._replays)
-    assert len(replays) == 1, replays
-    assert all(replays.values()), "not recorded"
+    Tape.launched = noted
+    assert len(op._replays) == 1, "not recorded"
     given = fresh(args)
-    again = look(lambda: op.call(*given, None), min(counts))
-    op._replays.clear()
-    first = look(lambda: op.call(*given, None), min(counts))
-    if again[:2] != first[:2]:
-        return f"launches and grid: {again[:2]}, {first[:2]}"
+    replayed = [look(lambda: op.call(*given, None))]
+    REFUSED.value = 1  # each launch comes again, from Triton's launcher
+    twice = look(lambda: op.call(*given, None), 2)
+    REFUSED.value = 0
+    replayed += [(twice[0][n::2], twice[1][n::2], twice[2]) for n in (0, 1)]
+    op.forget()
+    first = look(lambda: op.call(*given, None))
     inputs = {a.data_ptr() for a in given if isinstance(a, Tensor)}
-    for at, (kind, mine, theirs) in enumerate(zip(kinds, again[2], first[2])):
-        same = mine == theirs
-        if kind[0] == "*" and not same:  # results and what lies between are somewhere else each time
-            same = not {mine, theirs} & inputs
-            for m, t in zip(again[3], first[3], strict=True):
-                begins = mine - m.data_ptr(), theirs - t.data_ptr()
-                same = same and (begins[0] == begins[1] or not any(0 <= b < m.nbytes for b in begins))
-        if not same:
-            return f"parameter {at}, {kind}: {mine:x}, {theirs:x}"
+    for again in replayed:
+        if again[0] != first[0]:
+            return f"launches: {again[0]}, {first[0]}"
+        for n, (ours, theirs) in enumerate(zip(again[1], first[1], strict=True)):
+            for at, (kind, mine, other) in enumerate(zip(kinds[n], ours, theirs, strict=True)):
+                same = mine == other
+                if kind[0] == "*" and not same:  # results and what lies between are somewhere else each time
+                    same = not {mine, other} & inputs and bool(mine) == bool(other)
+                    for m, t in zip(again[2], first[2], strict=True):
+                        begins = mine - m.data_ptr(), other - t.data_ptr()
+                        same = same and (begins[0] == begins[1] or not any(0 <= b < m.nbytes for b in begins))
+                if not same:
+                    return f"launch {n}, parameter {at}, {kind}: {mine:x}, {other:x}"
     return "ok"
 
 

@@ -19,10 +19,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'fast
 import fastnn
 from cuda_shim import needs_compiler, shim
 from fastnn import backends, ops
-from fastnn.kernels.gpu.engine import replay
 from fastnn.ops import _operator
 from fastnn.ops._operator import Operator
-from gpu import DEVICE, HERE, run
+from gpu import DEVICE, HERE, record, run
 
 pytestmark = [pytest.mark.gpu] if HERE else [pytest.mark.gpu, needs_compiler]
 
@@ -176,15 +175,16 @@ def tensors(found: Any) -> list[Tensor]:
 def test_replayed_as_called(name: str) -> None:
     op, args = CALLS[name]
     expected = run(op, *args)
-    # Recorded with other numbers, and with tensors apart from each other or one twice, as they are here.
+    # Recorded with other numbers
     changed = {id(a): other(a, True) for a in args if isinstance(a, Tensor)}
     kernel = backends.load("gpu", op)[0]
     assert kernel is not None
-    recorded, again = replay.record(
+    recorded, again = record(
         lambda *own: op._launch(kernel, op.check(*own), own), [changed.get(id(a), a) for a in args], len(op.tensors)
     )
     assert again is not None
-    apart = [other(a, False) for a in args[: len(op.tensors)]]  # never one twice
+    copies = {id(a): other(a, False) for a in args}  # one is given twice where it was
+    apart = [copies[id(a)] for a in args[: len(op.tensors)]]
     mine = again(*apart)
     for m, e, old in zip(tensors(mine), tensors(expected), tensors(recorded), strict=True):
         assert (m.shape, m.stride(), m.dtype) == (e.shape, e.stride(), e.dtype)
@@ -199,7 +199,7 @@ def test_what_cannot_be_replayed() -> None:
     """A value that is read, a tensor that comes from elsewhere or lies on another device"""
     x, strange = r(4), r(4)
     for call in (lambda x: x * x.sum().item(), lambda x: x + strange, lambda x: x + x.to("meta").shape[0] * x.to("meta").numel()):
-        result, again = replay.record(call, [x], 1)
+        result, again = record(call, [x], 1)
         torch.testing.assert_close(result, call(x))
         assert again is None
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_replayed() -> None:
 def test_values_on_another_device_may_have_been_read() -> None:
     """A packed sequence's batch sizes: looking at them reaches no dispatch mode."""
     x = r(4)
-    assert replay.record(lambda x, sizes: x * sizes.shape[0], [x, torch.ones(2, device="meta")], 2)[1] is None
+    assert record(lambda x, sizes: x * sizes.shape[0], [x, torch.ones(2, device="meta")], 2)[1] is None
 
 
 def test_memory_goes_back_as_early_as_in_the_call() -> None:
@@ -217,7 +217,7 @@ def test_memory_goes_back_as_early_as_in_the_call() -> None:
         return x
 
     x = r(8)
-    _, again = replay.record(call, [x], 1)
+    _, again = record(call, [x], 1)
     assert again is not None
     torch.testing.assert_close(again(x), call(x), rtol=0, atol=0)
     alive = []
@@ -237,7 +237,7 @@ def test_torchs_own_operators_are_replayed_too() -> None:
         return out, torch.cat([x[1:].sum(0, keepdim=True), x])
 
     x = r(8)
-    _, again = replay.record(call, [x * 2, None, 3], 2)
+    _, again = record(call, [x * 2, None, 3], 2)
     assert again is not None
     for mine, expected in zip(again(x, None), call(x, None, 3), strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=0)
@@ -266,11 +266,9 @@ def linear(as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
         return right(self, *rest)
 
     monkeypatch.setattr(Operator, "general", noted)
-    for memory in (op._met, op._replays):
-        memory.clear()
+    op.forget()
     yield as_on_a_gpu(op), general
-    for memory in (op._met, op._replays):
-        memory.clear()
+    op.forget()
 
 
 def test_the_third_call_is_replayed(linear: tuple[Callable[..., Any], list[str]]) -> None:
@@ -299,6 +297,8 @@ def test_what_a_call_must_share_to_be_replayed(linear: tuple[Callable[..., Any],
         lambda: call(x, w, None, None, "gelu"),
         lambda: call(x, w.clone().requires_grad_(), None, None, None),
         lambda: call(x, w, None, None, None, "gpu"),
+        lambda: call(w, w, None, None, None),
+        lambda: call(torch.nn.Parameter(x, False), w, None, None, None),
     ]
     for n, each in enumerate(calls):
         each()
@@ -311,6 +311,63 @@ def test_what_a_call_must_share_to_be_replayed(linear: tuple[Callable[..., Any],
     assert len(general) == len(calls) + 1
     call(x, w, None, None, None)
     assert len(general) == len(calls) + 1
+
+
+def test_who_has_a_say_in_a_replayed_call(linear: tuple[Callable[..., Any], list[str]]) -> None:
+    """Modes, transforms, tracers, and tensors that are more than their memory"""
+    call, general = linear
+    x, w = r(3, 8), r(4, 8)
+    for _ in range(3):
+        call(x, w, None, None, None)
+    del general[:]
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(negative, x)
+    class Named(Tensor):
+        pass
+
+    right, strange = call(x, w, None, None, None), [negative, x.as_subclass(Named), x.to_sparse()]
+    assert not general
+    for n, each in enumerate(strange):
+        found = call(each, w, None, None, None)
+        torch.testing.assert_close(found.as_subclass(Tensor), right, rtol=1e-5, atol=1e-5)
+        assert len(general) == n + 1
+    del general[:]
+    seen: list[object] = []
+    with watching(lambda: seen.append(None)):
+        call(x, w, None, None, None)
+    assert seen
+    torch.func.vmap(lambda x: call(x, w, None, None, None))(x[None])
+    torch.func.grad(lambda x: call(x, w, None, None, None).sum())(x)
+    torch.jit.trace(lambda x: call(x, w, None, None, None), x, check_trace=False)
+    torch.func.jvp(lambda x: call(x, w, None, None, None), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        call(x, w, None, None, None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert call(x, w, None, None, None).dtype == torch.bfloat16
+    torch.use_deterministic_algorithms(True)
+    try:
+        call(x, w, None, None, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(general) == 8
+    call(x, w, None, None, None)
+    assert len(general) == 8
+
+
+def test_inference(linear: tuple[Callable[..., Any], list[str]]) -> None:
+    """Tensors made in inference mode, inside and outside of it, are calls of their own kind."""
+    call, general = linear
+    with torch.inference_mode():
+        x, w = r(3, 8), r(4, 8)
+        for _ in range(4):
+            assert call(x, w, None, None, None).is_inference()
+    for _ in range(4):
+        assert not call(x, w, None, None, None).is_inference()
+    x, w = x.clone(), w.clone()
+    for _ in range(4):
+        assert not call(x, w, None, None, None).is_inference()
+    assert len(general) == 6
 
 
 def test_gradients_of_replayed_calls(linear: tuple[Callable[..., Any], list[str]]) -> None:
@@ -333,8 +390,8 @@ def test_what_is_never_remembered(as_on_a_gpu: Any) -> None:
     for _ in range(3):
         call(r(8), 0.5, 7)
         as_on_a_gpu(ops.activation.activation)(r(8), "relu", [], "reference")
-    assert not op._met | set(op._replays)
-    assert not [key for key in ops.activation.activation._met if "reference" in key]
+    assert not op._met
+    assert not [kind for kind in ops.activation.activation._met if "reference" in kind[0]]
 
 
 def test_traced_calls_are_not_replayed(linear: tuple[Callable[..., Any], list[str]]) -> None:

@@ -18,10 +18,10 @@ from fastnn.functional import _rnn as layers
 from fastnn.kernels.cpu.engine import overhead
 from fastnn.kernels.gpu import rnn as gpu
 from fastnn.kernels.gpu import rnn_half
-from fastnn.kernels.gpu.engine import cuda, replay
+from fastnn.kernels.gpu.engine import cuda
 from fastnn.kernels.reference import rnn as reference
 from fastnn.ops import rnn as ops
-from gpu import DEVICE, HERE, run
+from gpu import DEVICE, HERE, record, run
 
 pytestmark = [pytest.mark.gpu] if HERE else [pytest.mark.gpu, needs_compiler]
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -488,7 +488,7 @@ def test_replayed(mode: str, op: Any) -> None:
     kernel = backends.load("gpu", op)[0]
     assert kernel is not None
     changed = [a.clone().mul_(0.5) if isinstance(a, Tensor) else a for a in args]
-    _, again = replay.record(lambda *own: op._launch(kernel, op.check(*own), own), changed, len(op.tensors))
+    _, again = record(lambda *own: op._launch(kernel, op.check(*own), own), changed, len(op.tensors))
     assert again is not None
     found = again(*(a.clone() if isinstance(a, Tensor) else None for a in args[: len(op.tensors)]))
     for f, e in zip(found, expected, strict=True):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, strided  # noqa: F401  (strided: in _CALL)
+from torch import Tensor
 from torch._C import (
     DisableTorchFunction,  # noqa: F401  (in _CALL)
     _are_functorch_transforms_active,
@@ -43,16 +43,20 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 # deterministic algorithms ask for: they go the general way.)
 empty_matrix = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 current_device = getattr(torch._C, "_cuda_getDevice", None)  # (in _CALL)
+# Whether tensors are alike in all but where they are and what is in them: type, sizes, strides, dtype, device, what wants a
+# gradient, and the modes and transforms that have a say (Dynamo's own guards, a tenth of what asking from here takes).
+TensorGuards = torch._C._dynamo.guards.TensorGuards
 _MOST = 1024  # calls that an operator remembers
 _REPLAYED = object()  # in place of a plan: the kernel is a whole call
+_PRODUCTS = frozenset({"matmul", "conv", "attention", "rnn", "softmax"})  # families that have some
 
 # What `Operator.call` runs, written out for the op's own arguments: a loop over them would cost as much as a small
 # kernel. It holds the usual cases and nothing else; `Operator.general` is the whole truth, and has the same result. On a GPU a
-# call that comes again, alike in all that its key names, is replayed: `fastnn.kernels.gpu.engine.replay`.
+# call that comes again is replayed, if its shapes and options have been met and all else fits: `kernels.gpu.engine.replay`.
 _CALL = """\
 def make(
     op, mode_is_on, by_torch, check, allocate, inspect, differentiable, context, traces, table, load, dense, may_be_written,
-    replays, settings,
+    replays,
 ):
     def {name}({args}, backend=None, out=None):
         if not is_dynamo_compiling() and {all_plain}:
@@ -101,23 +105,18 @@ def make(
                 and {first}.get_device() == current_device()
                 and out is None
                 and not traces
-                and not (
-                    _len_torch_dispatch_stack()
-                    or _get_tracing_state() is not None
-                    or _are_functorch_transforms_active()
-                    or forward_ad._current_level >= 0
-                    or _get_deterministic_algorithms()
-                    {or_autocast}
-                )
-                and {readable}
+                and forward_ad._current_level < 0
+                and not _get_deterministic_algorithms()
             ):
-                its_key = ({key}, backend or context(), is_grad_enabled(), settings({first}.dtype))
-                again = replays.get(its_key)
-                if again is None:
-                    return op.general(({args},), backend, None, its_key)
-                if is_grad_enabled() and ({any_requires_grad}):
-                    return {differentiable_again}
-                return again({tensors}){visible}
+                its_key = ({key}, backend or context(), is_grad_enabled())
+                for fits, again in replays.get(its_key, ()):
+                    if fits is None:  # again() looks itself
+                        result = again({tensors})
+                        if result is not None:
+                            return result{visible}
+                    elif fits({tensors}):
+                        return differentiable({args}, op, again, _REPLAYED, backend or context()){visible}
+                return op.general(({args},), backend, None, its_key)
         return op.general(({args},), backend, out)
     return {name}
 """
@@ -178,8 +177,8 @@ class Operator:
         self.tensors = [  # (name, may be None): the leading arguments
             (a.name, "Optional" in str(a.type)) for a in self.overload._schema.arguments if "Tensor" in str(a.type)
         ]
-        self._met: set[Any] = set()  # keys of calls on a GPU that were there once
-        self._replays: dict[Any, Callable[..., Any] | None] = {}  # and of those that came again; None: they cannot be replayed
+        self._met: dict[Any, bool] = {}  # what calls on a GPU were like, and whether they came again
+        self._replays: dict[Any, list[backends.Replay]] = {}  # by what the call compares first
         self.call = self._write_call(allocate is None)
 
     def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
@@ -208,7 +207,7 @@ class Operator:
         return torch.mul(result, 1, out=out)  # resizes, and warns, by torch's own rule; a sum with 0 would lose the sign of -0
 
     def general(self, args: tuple[Any, ...], backend: str | None, out: Tensor | None = None, key: Any = None) -> Any:
-        """A call in any circumstances. key: by which it may be remembered."""
+        """A call in any circumstances. key: under which it may be remembered."""
         if is_dynamo_compiling():  # an opaque op in the graph, or torch's own
             if _are_functorch_transforms_active() or backend == "torch":
                 return self.torch(*args)
@@ -228,7 +227,7 @@ class Operator:
             return self._visible(self.overload(*args, backend=backend))
         self._same_device(args)
         if self.autocast and _is_any_autocast_enabled():
-            args = self._cast(args)
+            args, key = self._cast(args), None
         plan = self.check(*args)
         if type(plan) is str:
             return self._by_torch(args, backend, plan)
@@ -238,8 +237,10 @@ class Operator:
         kernel = backends.select(self, args, backend)
         if kernel is None:
             return self._torch(args)
-        if key is not None and self._may_be_replayed(args, kernel, backend) and self._comes_again(key):
-            kernel, plan = partial(self._recorded, key, kernel, plan), _REPLAYED
+        if key is not None and self._may_be_replayed(args, kernel, backend) and self._comes_again(key, args):
+            each = {id(t): t for t in args[: len(self.tensors)] if t is not None}.values()
+            alike = TensorGuards(*each, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
+            kernel, plan = partial(self._recorded, key, alike, differentiate, kernel, plan), _REPLAYED
         if differentiate:
             return self._visible(_Differentiable.apply(*args, self, kernel, plan, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
@@ -250,23 +251,39 @@ class Operator:
         chosen = rule is None or backends.chosen(backend) == "gpu"
         return kernel is found and chosen and not ("seed" in self.arguments and args[self.arguments.index("seed")])
 
-    def _comes_again(self, key: Any) -> bool:
+    def _comes_again(self, key: Any, args: tuple[Any, ...]) -> bool:
         """Whether this is the second call of its kind."""
-        if key in self._replays:  # and cannot be replayed
-            return False
-        if key in self._met:
-            return True
-        if len(self._met) >= _MOST:  # sizes that never come again, say of a growing sequence
-            self._met.clear()
-        self._met.add(key)
-        return False
+        tensors = [t for t in args[: len(self.tensors)] if t is not None]
+        firsts = [next(n for n, other in enumerate(tensors) if other is t) for t in tensors]
+        like = tuple(
+            (t.stride(), t.dtype, t.data_ptr() & 15, t.requires_grad, t.is_inference(), t.get_device(), type(t), first)
+            for t, first in zip(tensors, firsts, strict=True)
+        )
+        kind = key, like, self._settings(args), torch.is_inference_mode_enabled(), _is_any_autocast_enabled()
+        came_again = self._met.get(kind)
+        if came_again is None and len(self._met) >= _MOST:  # sizes that never come again, say of a growing sequence
+            self.forget()
+        self._met[kind] = came_again is not None
+        return came_again is False  # True: it cannot be replayed
 
-    def _recorded(self, key: Any, kernel: backends.Kernel, plan: Any, *args: Any) -> Any:
+    def forget(self) -> None:
+        """What is remembered of calls on a GPU"""
+        self._met.clear()
+        self._replays.clear()
+
+    def _settings(self, args: tuple[Any, ...]) -> Any:
+        """What kernels of products look at beside their arguments, which recurrent layers widen."""
+        products = self.family in _PRODUCTS and (args[0].dtype is torch.float32 or self.family == "rnn")
+        return backends.settings() if products else None
+
+    def _recorded(self, key: Any, alike: Callable[..., bool], differentiate: bool, kernel: backends.Kernel, plan: Any,
+                  *args: Any) -> Any:  # fmt: skip
         """The result of a call that is remembered from now on."""
-        result, again = backends.record_call(lambda *own: self._launch(kernel, plan, own), args, len(self.tensors))
-        if len(self._replays) >= _MOST:
-            self._replays.clear()
-        self._replays[key] = again
+        result, found = backends.record_call(
+            lambda *own: self._launch(kernel, plan, own), args, len(self.tensors), alike, self._settings(args), differentiate
+        )
+        if found is not None:
+            self._replays.setdefault(key, []).append(found)
         return result
 
     def _same_device(self, args: tuple[Any, ...]) -> None:
@@ -409,11 +426,7 @@ class Operator:
             if self.backward
             else f"op.general(({args},), backend, out)",
             first=tensors[0][0],
-            readable=each("{0}.layout is strided and not {0}.is_neg()", "True", " and "),
             key=", ".join(self._in_key(argument) for argument in self.overload._schema.arguments if not argument.kwarg_only),
-            differentiable_again=f"differentiable({args}, op, again, _REPLAYED, backend or context()){seen}"
-            if self.backward
-            else f"op.general(({args},), backend)",
             inspect=f"inspect({args})" if self.inspect else "",
             allocate=f"empty_matrix(plan, (plan[1] or 1, 1), {tensors[0][0]}.dtype) if len(plan) == 2 else "
             f"allocate(plan, {args})"
@@ -440,18 +453,13 @@ class Operator:
             dense=backends.dense,
             may_be_written=_may_be_written,
             replays=self._replays,
-            settings=partial(backends.settings, self.family),
         )
 
     @staticmethod
     def _in_key(argument: Any) -> str:
-        """What of an argument decides what a kernel does with it: all that host code may look at."""
+        """What of an argument a call is looked up by."""
         name, kind = argument.name, str(argument.type)
-        if "Tensor" in kind:
-            what = ("shape", "stride()", "dtype", "data_ptr() & 15", "requires_grad", "get_device()")
-            plain = "(" + ", ".join(f"{name}.{each}" for each in what) + ")"
-        else:
-            plain = f"tuple({name})" if "List" in kind else name
+        plain = f"{name}.shape" if "Tensor" in kind else f"tuple({name})" if "List" in kind else name
         return f"None if {name} is None else {plain}" if "Optional" in kind and plain != name else plain
 
 

@@ -81,6 +81,9 @@ class Shim:
             _libraries[source.name] = _library(source)
         return getattr(_libraries[source.name], f"k{kernels_of(source).index(expression)}"), expression
 
+    def handle(self, function: Any) -> None:
+        return None
+
     def resident(self, function: Any, device: torch.device, block: int, shared: int) -> int:
         return self.has.multiprocessors
 

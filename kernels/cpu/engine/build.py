@@ -322,7 +322,8 @@ _numbers = itertools.count()  # a library's name is taken even if it could not b
 _alive: list[Any] = []  # what is referred to by address for as long as the process lives
 
 
-def _load(name: str, code: bytes) -> Callable[..., Any]:
+def load(name: str, code: bytes) -> Callable[..., Any]:
+    """The function of an object file, as a builtin of Python's."""
     library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(name)
     for symbol, address in _symbols().items():
         library.import_symbol(symbol, address)
@@ -401,7 +402,7 @@ class Kernel:
                     if _elsewhere:
                         raise Missing(self)
                     code = self.compile()
-                self._function = self.run = _load(self.name, code)
+                self._function = self.run = load(self.name, code)
         return self._function
 
     def _path(self) -> Path | None:

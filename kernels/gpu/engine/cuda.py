@@ -38,10 +38,12 @@ class Limits(NamedTuple):
 
 
 class Launcher(Protocol):
-    """Who compiles and runs kernels. ``function`` may be slow, it is asked once; ``launch`` is what a call costs."""
+    """Who compiles and runs kernels. ``function`` may be slow, it is asked once; ``launch`` is what a call costs; ``handle`` is
+    the driver's name of a function, None where there is no driver."""
 
     def refusal(self) -> str | None: ...
     def limits(self, device: torch.device) -> Limits: ...
+    def handle(self, function: Any) -> int | None: ...
     def function(self, source: Source, expression: str, device: torch.device) -> Any: ...
     def resident(self, function: Any, device: torch.device, block: int, shared: int) -> int: ...
     def launch(self, function: Any, device: torch.device, grid: int, block: int, shared: int, args: array[int],
@@ -97,6 +99,9 @@ class CuPy:
             if most > STATIC:
                 found.max_dynamic_shared_size_bytes = most
             return found.kernel.ptr, found, module  # the last two keep the first alive
+
+    def handle(self, function: Any) -> int | None:
+        return int(function[0])
 
     def resident(self, function: Any, device: torch.device, block: int, shared: int) -> int:
         """How many blocks can be on the device at the same time."""
@@ -184,7 +189,7 @@ class Source:
         where = (self._function(expression, device), device, grid, block, shared)
         tape = replay.tape()
         if tape is not None:
-            tape.launched_words(launcher.launch, where, words, cooperative)
+            tape.launched_words(launcher.launch, where, words, cooperative, launcher.handle(where[0]))
         args = array("q", [w if isinstance(w, int) else w.data_ptr() for w in words])
         launcher.launch(*where, args, cooperative)
 

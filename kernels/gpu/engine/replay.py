@@ -5,8 +5,9 @@ alone. So a call is recorded as a tape: torch's operators, by a dispatch mode, a
 tape is written out as a function of the call's tensors, which allocates, launches with addresses, and does what else torch did.
 Views are only offsets where nothing but launches reads them. Triton's launch hooks, a profiler's, do not see what is replayed.
 
-What is recorded has to follow from what the caller compares (``fastnn.ops._operator``): a call that reads a number from a
-tensor, or touches one that came from elsewhere, has no tape.
+What is recorded has to follow from the options, by which the caller looks it up (``fastnn.ops._operator``), from what is
+compared here, and from nothing else: a call that reads a number from a tensor, or touches one that came from elsewhere, has no
+tape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnn import backends
+
+from . import driver
 
 # What Inductor's generated code allocates with: half of what torch.empty takes.
 empty_on_gpu: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
@@ -110,26 +115,43 @@ class Tape(TorchDispatchMode):
         try:
             reads: set[str] = set()
             run, function, packed = (self._constant(k) for k in (compiled.run, compiled.function, compiled.packed_metadata))
-            if compiled.metadata.global_scratch_size:
-                self._steps.append(("allow_descriptors()", [], set(), True))
             given = ", ".join(self._address(a, reads) for a in args)
             line = f"{run}({programs}, 1, 1, stream, {function}, {packed}, None, None, None, {given})"
-            self._steps.append((line, [], reads, True))
+            if compiled.metadata.global_scratch_size:
+                line = f"allow_descriptors(); {line}"
+            self._launched(line, reads, driver.of_triton(compiled, programs, args))
         except Unrepeatable as problem:
             self.problem = str(problem)
 
-    def launched_words(self, launch: Callable[..., None], where: Sequence[Any], words: Sequence[int | Tensor],
-                       cooperative: bool) -> None:  # fmt: skip
-        """A kernel in CUDA C was started: function, device, grid, block and shared memory, then its words."""
+    def launched_words(self, launch: Callable[..., None], where: Sequence[Any], words: Sequence[int | Tensor], cooperative: bool,
+                       handle: int | None) -> None:  # fmt: skip
+        """A kernel in CUDA C was started: function, device, grid, block and shared memory, then its words. handle: the driver's
+        name of the function."""
         try:
             if isinstance(words, array):
                 raise Unrepeatable("its words are addresses already")
             reads: set[str] = set()
             given = ", ".join(self._address(w, reads) for w in words)
             line = f"{self._constant(launch)}(*{self._constant(tuple(where))}, array('q', [{given}]), {cooperative})"
-            self._steps.append((line, [], reads, True))
+            found = None if handle is None or cooperative else driver.of_words(handle, where[2], where[3], where[4], words)
+            self._launched(line, reads, found)
         except Unrepeatable as problem:
             self.problem = self.problem or str(problem)
+
+    def _launched(self, line: str, reads: set[str], found: driver.Launch | None) -> None:
+        """found: what the driver is told itself; ``line`` says it again where it refuses, and raises what is wrong."""
+        if found is not None:
+            addresses = [self._address(t, reads) for t in found.addresses]
+            if found.scratch:
+                name = f"s{len(self._steps)}"
+                given = f"({found.scratch},), (1,), {self._constant(torch.int8)}"
+                self._steps.append((f"{name} = empty({given})", [name], set(), False))
+                addresses.append(f"{name}.data_ptr()")
+                reads.add(name)
+            self._constant(found.words)  # which live as long as the function does
+            again = self._constant(driver.again())
+            line = f"if {again}({', '.join([str(found.where), 'stream', *addresses])}): {line}"
+        self._steps.append((line, [], reads, True))
 
     def _new(self, t: Tensor, name: str | None = None) -> str:
         name = name or f"t{len(self._alive)}"
@@ -171,21 +193,20 @@ class Tape(TorchDispatchMode):
             return str(value.data_ptr() and 1)  # nobody reads there; some look whether it is 0
         root, behind = self._roots[id(value)]
         reads.add(root)
-        return f"{root}.data_ptr()" + (f" + {behind}" if behind else "")
+        return (f"p{root[1:]}" if root[0] == "x" else f"{root}.data_ptr()") + (f" + {behind}" if behind else "")
 
     # Writing out -------------------------------------------------------------------------------------------------------------
 
-    def function(self, result: Tensor | tuple[Tensor, ...], slots: Sequence[str | None]) -> Callable[..., Any]:
-        """All of it as a function of the call's tensors; slots: their names, None where there is none.
-
-        Raises Unrepeatable, with the reason, if there is no tape.
-        """
+    def functions(self, result: Tensor | tuple[Tensor, ...], inputs: Sequence[Any], alike: Callable[..., bool], now: Any,
+                  separate: bool) -> backends.Replay:  # fmt: skip
+        """What ``backends.record_call`` finds; Unrepeatable, with the reason, if there is no tape."""
         if self.problem is not None:
             raise Unrepeatable(self.problem)
         outputs: set[str] = set()
         returned = self._text(result, outputs)
         needed, lines = set(outputs), [f"    return {returned}"]
-        used = outputs | {slot for slot in slots if slot}  # by what comes later
+        slots = [f"{'_' if t is None else 'x'}{n}" for n, t in enumerate(inputs)]
+        used = outputs | set(slots)  # by what comes later
         for line, makes, reads, stays in reversed(self._steps):
             if stays or needed & set(makes):
                 needed |= reads
@@ -193,14 +214,22 @@ class Tape(TorchDispatchMode):
                     lines.append(f"    del {', '.join(last)}")
                     used |= set(last)
                 lines.append(f"    {line}")
-        given = ", ".join(slot or f"_{n}" for n, slot in enumerate(slots))
-        device = (result if isinstance(result, Tensor) else result[0]).device
-        head = [f"def replay({given}, *options):", f"    stream = current_stream({device.index or 0})"]
-        source = "\n".join([*head, *reversed(lines)])
-        namespace = {**self._constants, "array": array, **_means(device)}
+        given, there = ", ".join(slots), {n: t for n, t in enumerate(inputs) if t is not None}
+        firsts = {n: next(m for m, other in there.items() if other is t) for n, t in there.items()}
+        fits = [f"alike({', '.join(f'x{n}' for n, m in firsts.items() if n == m)})"]
+        fits += [f"x{n} is x{m}" for n, m in firsts.items() if n != m]
+        fits += [f"(p{n} := x{n}.data_ptr()) & 15 == {t.data_ptr() & 15}" for n, t in there.items()]
+        fits += ["settings() == now"] * (now is not None)
+        if separate:
+            head = [f"def fits({given}):", f"    return {' and '.join(fits)}", f"def replay({given}, *options):"]
+            head += [f"    p{n} = x{n}.data_ptr()" for n in there]
+        else:
+            head = [f"def replay({given}, *options):", f"    if not ({' and '.join(fits)}):", "        return None"]
+        source = "\n".join([*head, f"    stream = current_stream({self._device.index or 0})", *reversed(lines)])
+        namespace = {**self._constants, "alike": alike, "now": now, "settings": backends.settings, "array": array,
+                     **_means(self._device)}  # fmt: skip
         exec(compile(source, "<fastnn call again>", "exec"), namespace)
-        found: Callable[..., Any] = namespace["replay"]
-        return found
+        return namespace.get("fits"), namespace["replay"]
 
 
 def _memory(t: Tensor) -> int:
@@ -226,16 +255,15 @@ def tape() -> Tape | None:
     return getattr(_here, "tape", None)
 
 
-def record(run: Callable[..., Any], args: Sequence[Any], count: int) -> tuple[Any, Callable[..., Any] | None]:
-    """run(*args), of which the first ``count`` are tensors or None; and a function of these that does the same again, if there
-    can be one."""
+def record(run: Callable[..., Any], args: Sequence[Any], count: int, alike: Callable[..., bool], now: Any, separate: bool,
+           ) -> tuple[Any, backends.Replay | None]:  # fmt: skip
+    """What ``backends.record_call`` says"""
     # Each is a tensor of its own for the tape, also where one is given twice: the next call may give two.
     own = [None if t is None else t.detach() for t in args[:count]]
     tape = Tape(own)
     with tape:
         result = run(*own, *args[count:])
-    slots = [None if t is None else f"x{n}" for n, t in enumerate(own)]
     try:
-        return result, tape.function(result, slots)
+        return result, tape.functions(result, args[:count], alike, now, separate)
     except Unrepeatable:
         return result, None
