@@ -32,6 +32,7 @@ class Build:
     note: str = ""
     float32: str | None = None  # what set_float32_precision is told
     plain: bool = False  # convolutions by columns
+    deterministic: bool = False
 
     @property
     def family(self) -> str:
@@ -151,29 +152,42 @@ BUILDS += [
           best=True, spills=56, chips=("sm_90",), note=" sequences"),
     Build(attention.attention, attend(4, 8, 8, 2048, 2048, 256), ("forward",), best=True, chips=("sm_90",)),
     Build(
-        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 80), ("backward_queries", "backward_keys"),
-        best=True, spills=72, chips=("sm_90",), note=" heads of 80",
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 80), ("backward_keys",),
+        best=True, spills=136, chips=("sm_90",), only=("backward_keys",), note=" heads of 80",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, left=1024), ("backward_keys",),
-        best=True, spills=96, chips=("sm_90",), only=("backward_keys",), note=" a window",
+        best=True, spills=416, chips=("sm_90",), only=("backward_keys",), note=" a window",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, causal=False), ("backward_keys",),
-        best=True, chips=("sm_90",), only=("backward_keys",), note=" all see all",
+        best=True, spills=88, chips=("sm_90",), only=("backward_rows", "backward_keys"), note=" all see all",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128, causal=False, mask=t(16, 2048, 2048)),
-        ("backward_queries", "backward_keys"), best=True, spills=88, chips=("sm_90",), only=("backward_queries", "backward_keys"),
-        note=" a bias",
+        ("backward_keys",), best=True, spills=96, chips=("sm_90",), only=("backward_keys",), note=" a bias",
     ),
     Build(
         attention.attention_backward, (*attend_backward(4, 16, 16, 2048, 2048, 128)[:12], 0.1, 1 << 40, 0.1, -1, 0, True, 0, 0.0),
-        ("backward_queries", "backward_keys"), best=True, spills=88, chips=("sm_90",), note=" dropout",
+        ("backward_keys",), best=True, spills=120, chips=("sm_90",), note=" dropout",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
-        best=True, spills=112, note=" causal",
+        best=True, chips=("sm_80", "sm_100", "gfx942"), note=" causal",
+    ),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_keys",),
+        best=True, spills=128, chips=("sm_90",), only=("backward_keys",), note=" causal",
+    ),
+    Build(
+        attention.attention_backward, attend_backward(4, 16, 16, 2048, 2048, 128), ("backward_queries", "backward_keys"),
+        best=True, spills=96, chips=("sm_90",), deterministic=True, note=" in one order",
+    ),
+    Build(
+        attention.attention_backward,
+        (LINES, LINES, LINES, LINES, None, None, ENDS, ENDS, LINES, t(2, 16, 4096, dtype=F32), None, False, 0.0, 0, 0.1, -1, 0,
+         True, 0, 0.0),
+        ("backward_queries", "backward_keys"), best=True, spills=40, chips=("sm_90",), note=" sequences",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)

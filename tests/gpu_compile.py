@@ -112,6 +112,7 @@ def launches(build: Build, chip: Chip) -> list[tuple[JITFunction, dict[str, Any]
 
     launch.run, launch.chip, backends.float32_precision = record, lambda device: chip, build.float32
     conv.PLAIN = build.plain
+    torch.use_deterministic_algorithms(build.deterministic)
     cuda.refusal = lambda: "kernels in CUDA C are compiled elsewhere"
     op, args = build.call()
     kernel, supports, _ = backends.load("gpu", op)

@@ -90,6 +90,7 @@ def r(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 HEADS, ATTEND = r(1, 2, 200, 64), (None, None, None, None, 0.0, 0, 0.25, -1, 0, True, 0, 0.0)
+STATS = r(2, 1, 2, 200, dtype=torch.float32)
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (ops.activation.activation, (r(6, 40)[:, ::2], "gelu", [])),
     (ops.matmul.linear, (r(256, 512), r(512, 512), r(512), None, "relu")),
@@ -98,6 +99,7 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (ops.softmax.softmax, (r(5, 1000), -1)),
     (ops.norm.add_layer_norm, (r(5, 64), r(5, 64), r(64), r(64), [64], 1e-5)),
     (ops.attention.attention, (HEADS, HEADS, HEADS, *ATTEND)),
+    (ops.attention.attention_backward, (HEADS, HEADS, HEADS, HEADS, *ATTEND[:4], HEADS, STATS, None, False, *ATTEND[4:])),
     (ops.conv.conv, (r(2, 64, 8, 8), r(64, 64, 3, 3), r(64), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, "relu")),
     (ops.embedding.embedding, (r(100, 64), torch.arange(12), -1, False)),
 ]

@@ -19,19 +19,22 @@ from fastnn.kernels.layout import mix
 from fastnn.kernels.reference import attention as plain
 from fastnn.kernels.reference.activation import random_bits
 from fastnn.ops import attention as ops
-from gpu import DEVICE, DTYPES, HERE, run
+from gpu import DEVICE, DTYPES, HERE, run, watched
 from rule import LAYOUTS, randn
 
 INF, NAN = float("inf"), float("nan")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
-@pytest.fixture(autouse=True, params=[False] if HERE else [False, True], ids=["gpu"] if HERE else ["others", "hopper"])
-def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of the forward, float32 too, and of the backward; a GPU has its own"""
+@pytest.fixture(autouse=True, params=["added", "ordered"] if HERE else ["others", "added", "ordered"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of the forward, float32 too, and the three of the backward; a GPU has its own of the first"""
+    hopper = request.param != "others"
+    monkeypatch.setattr(kernels, "order_matters", lambda: request.param == "ordered")  # which memory full of NaN asks for
     if not HERE:
-        monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: request.param and not self.kind & code.PREFIX.value)
-        monkeypatch.setattr(kernels.Call, "hopper", property(lambda self: request.param and self.query.itemsize == 2))
+        monkeypatch.setattr(kernels.Call, "behind", lambda self, rows: hopper and not self.kind & code.PREFIX.value)
+        monkeypatch.setattr(kernels.Call, "hopper", property(lambda self: hopper and self.query.itemsize == 2))
+    return str(request.param)
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -153,7 +156,7 @@ def test_rows_that_see_nothing() -> None:
 @pytest.mark.parametrize("place", ["value", "grad", "grad_lse", "scale", "huge"])
 def test_special_values_in_the_backward(place: str) -> None:
     """NaN and Inf spread no further than in the plain maths, and huge logits or tiny scales make none."""
-    q, k, v = tensors(1, 1, 1, 40, 40, 16, 16, dtype=torch.bfloat16)
+    q, k, v = tensors(1, 2, 2, 40, 40, 16, 16, dtype=torch.bfloat16)  # into no other head, above all
     q, k = (q, k) if place != "huge" else (torch.full_like(q, 6e4), torch.full_like(k, 6e4))
     o = plain.Options(scale=1e-38 if place == "scale" else 0.25, right=0)
     if place == "value":
@@ -170,6 +173,28 @@ def test_special_values_in_the_backward(place: str) -> None:
     exact = plain.attention_backward(wide(g), wide(q), wide(k), wide(v), *[None] * 4, *saved)
     for mine, wanted in zip(found, exact, strict=False):
         assert not (~mine.isfinite() & wanted.isfinite().to(mine.device)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_where_the_order_of_sums_matters(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic algorithms have programs of their own for the gradients of queries, which others add to memory."""
+    monkeypatch.setattr(kernels, "order_matters", torch.are_deterministic_algorithms_enabled)
+    launched = watched(monkeypatch, lambda kernel, options: kernel.__name__)
+    given = *tensors(2, 4, 2, 70, 75, 16, 16, dtype=dtype), *[None] * 4
+    o = plain.Options(scale=0.25, right=0)
+    out, stats = run(ops.attention, *given, *o)
+    args = randn(*out.shape, dtype=dtype, seed=5).to(DEVICE), *given, out, stats, None, False, *o
+    del launched[:]
+    first, second = (run(ops.attention_backward, *args) for _ in range(2))  # memory full of NaN is theirs
+    assert launched == ["backward_queries", "backward_keys"] * 2
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.use_deterministic_algorithms(False)
+    found = run(ops.attention_backward, *args)
+    added = launched[4:] == ["backward_rows", "backward_keys"]
+    assert added or launched[4:] == ["backward_queries", "backward_keys"]
+    assert HERE or added == (dtype == torch.bfloat16 and way != "others")
+    for mine, wanted in zip(found, first, strict=True):
+        close(mine, wide(wanted), dtype)
 
 
 def test_special_values() -> None:

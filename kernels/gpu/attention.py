@@ -91,6 +91,10 @@ def _rising(offsets: Tensor | None, length: int) -> Tensor | None:
     return found.cummax(0).values
 
 
+def order_matters() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
 class Call:
     """What forward and backward have in common: tensors with one batch dimension, and the kernels' arguments."""
 
@@ -162,7 +166,7 @@ class Call:
                 if table is _FORWARD and odd:
                     found = found._replace(keys=64)
                 odd |= kind & (code.PREFIX.value | code.VARLEN.value) | ((kind & whole) ^ whole)
-                if table is _KEYS and ((which and odd) or self.heavy):
+                if table is _KEYS and ((which and self.heavy) if kind & code.SUMMED.value else self.heavy or (which and odd)):
                     found = found._replace(rows=32)
         if self.heavy and chip.nvidia and not hopper:
             found = found._replace(warps=8, stages=1 if table is _KEYS else min(found.stages, 2))
@@ -193,6 +197,12 @@ class Call:
     def terms(self) -> bool:
         """Whether matrix units subtract a row's numbers in the backward: nothing is done to a product before"""
         return self.hopper and not self.heavy and self.outer > 1e-30  # else what is subtracted, over it, may overflow
+
+    @property
+    def summed(self) -> bool:
+        """Whether the gradients of queries are added up in memory, as programs come: not where the order matters"""
+        near = max(self.bd, self.bv) <= 128 and not self.kind & code.VARLEN.value
+        return self.hopper and near and not order_matters()
 
     def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""
@@ -299,7 +309,8 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     dq = _four(out[0], c.batch)
     # Keys and values that batch items share have a gradient each, which are then added up.
     dk, dv = _for_each(out[1], c.key), _for_each(out[2], c.value)
-    c.kind |= code.TERMS.value * c.terms
+    c.kind |= code.TERMS.value * c.terms | code.SUMMED.value * c.summed
+    sums = stats.new_empty(c.items * c.heads, c.lq, c.bd) if c.summed else None
     numbers = stats.new_empty(c.rows, 32, dtype=torch.bfloat16) if c.terms else stats.new_empty(3, c.rows)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if not _is_near(grad):
@@ -316,12 +327,24 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
     def keys(block: Blocks) -> None:
         tasks, blocks = c.tasks(1, block.keys, c.lk)
         launch.run(code.backward_keys, c.items * (c.heads // c.group) * blocks, device, c.query, c.key, c.value, c.mask, c.slopes,
-                   grad, numbers, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
+                   grad, numbers, sums, dk, dv, tasks, *c.offsets, *c.steps, *grad.stride(), *dk.stride()[:3], *dv.stride()[:3],
                    *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
                    **c.constants(block))
 
-    queries(c.tuned("attention backward, queries", _QUERIES, kind, queries))
-    keys(c.tuned("attention backward, keys", _KEYS, c.kind, keys))
+    def rows(block: int) -> None:
+        launch.run(code.backward_rows, -(-c.rows // block), device, output, grad, grad_lse, stats, numbers, sums,
+                   *output.stride(), *grad.stride(), c.heads, c.lq, c.rows, c.dv, c.outer,
+                   KIND=kind, BM=block, BD=c.bd, BV=c.bv, num_warps=4)  # fmt: skip
+
+    if sums is None:
+        queries(c.tuned("attention backward, queries", _QUERIES, kind, queries))
+        keys(c.tuned("attention backward, keys", _KEYS, c.kind, keys))
+    else:
+        launch.allow_descriptors()
+        table = c.tuned("attention backward", _KEYS, c.kind, keys)
+        rows(16)  # after the tuner, which adds to the sums
+        keys(table)
+        torch.mul(sums[..., : c.d].view(dq.shape), o.scale, out=dq)
     for t, each in ((out[1], dk), (out[2], dv)):
         if each.data_ptr() != t.data_ptr():
             t.copy_(each.reshape(*c.batch, *each.shape[1:]).sum_to_size((1,) * (3 - t.dim()) + tuple(t.shape)).reshape(t.shape))

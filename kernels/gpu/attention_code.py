@@ -3,7 +3,8 @@
 Forward: Dao 2023, "FlashAttention-2", algorithm 1; for few queries the keys are split between programs and joined; where
 products are asynchronous, those with values run under the next block's exponentials (BEHIND; Shah et al. 2024,
 "FlashAttention-3", section 3.2). Backward: algorithm 2, with programs that own keys (their gradients), queries (theirs), or
-elements of a mask: nothing is added atomically.
+elements of a mask: nothing is added atomically. Where a copy engine adds to memory, those that own keys add up the queries'
+gradients there (SUMMED): five products in place of seven, in whatever order programs come.
 
 A program's rows are queries, m_ what it may load, i their positions in the sequence, j those of keys. Logits are in units of
 log 2; where they are a positive multiple of the products (LINEAR), the running maximum is that of the products, so that
@@ -36,6 +37,7 @@ EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their b
 EVEN_V = tl.constexpr(16384)
 NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
 BEHIND = tl.constexpr(65536)  # the forward multiplies with a block's values after it has with the next keys; not with PREFIX
+SUMMED = tl.constexpr(262144)  # the backward's programs that own keys add to the queries' gradients; not with VARLEN
 TERMS = tl.constexpr(131072)  # the backward's numbers of a row are twice 16 of bfloat16, which matrix units subtract
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -426,6 +428,52 @@ def _in_terms(x):
 
 
 @triton.jit
+def _find_row_numbers(g_block, o_block, g_lse, stats, numbers, number, rows, m_rows, outer, KIND: tl.constexpr,
+                      WIDE: tl.constexpr):
+    """(offset, inverse, delta) of rows; stored, (3, rows) as `_row_numbers` reads them, with TERMS (rows, 32) as
+    `_from_row_numbers` does: delta is Σ grad · out less the log-sum-exp's gradient."""
+    delta = tl.sum(g_block.to(tl.float32) * o_block.to(tl.float32), 1)
+    if LSE & KIND:
+        delta -= tl.load(g_lse + number, mask=m_rows, other=0.0).to(tl.float32)
+    total = tl.load(stats + rows + number, mask=m_rows, other=0.0)
+    offset = tl.load(stats + number, mask=m_rows, other=0.0)
+    inverse = 1.0
+    if WIDE:
+        inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+        tl.store(numbers + 2 * functions.wide(rows) + number, inverse, mask=m_rows)
+        inverse = inverse[:, None]
+    else:
+        offset += tl.log2(total)
+    if TERMS & KIND:  # apart from each other: in one product even a factor of 0 would let NaN and Inf through
+        c = tl.arange(0, 32)[None, :]
+        s0, s1, s2 = _in_terms(tl.where(total == 0.0, -3.0e38, -offset / outer)[:, None])
+        d0, d1, d2 = _in_terms(-delta[:, None])
+        terms = tl.where(c == 0, s0, tl.where(c == 1, s1, tl.where(c == 2, s2, 0.0)))
+        terms = tl.where(c == 16, d0, tl.where(c == 17, d1, tl.where(c == 18, d2, terms)))
+        tl.store(numbers + number[:, None] * 32 + c, terms.to(tl.bfloat16), mask=m_rows[:, None])
+    offset = tl.where(total == 0.0, float("inf"), offset)
+    if not TERMS & KIND:
+        tl.store(numbers + number, offset, mask=m_rows)
+        tl.store(numbers + rows + number, delta, mask=m_rows)
+    return offset, inverse, delta
+
+
+@triton.jit(do_not_specialize=["heads", "LQ", "rows"])
+def backward_rows(out, g, g_lse, stats, numbers, sums, sob, soh, sol, sod, sgb, sgh, sgl, sgd, heads, LQ, rows, DV, outer,
+                  KIND: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
+    """The numbers of BM rows; and zeros, (rows, BD), to which `backward_keys` adds with SUMMED."""
+    number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_rows = number < rows
+    b, head, i = number // LQ // heads, number // LQ % heads, number % LQ
+    e = tl.arange(0, BV)[None, :]
+    m_e = _there(m_rows[:, None], e < DV, EVEN_V & KIND)
+    g_block = tl.load((g + b * sgb + head * sgh + i * sgl)[:, None] + e * sgd, mask=m_e, other=0.0)
+    o_block = tl.load((out + b * sob + head * soh + i * sol)[:, None] + e * sod, mask=m_e, other=0.0)
+    _find_row_numbers(g_block, o_block, g_lse, stats, numbers, number, rows, m_rows, outer, KIND, False)
+    tl.store(sums + number[:, None] * BD + tl.arange(0, BD)[None, :], tl.zeros((BM, BD), tl.float32), mask=m_rows[:, None])
+
+
+@triton.jit
 def _from_row_numbers(terms, m_rows, BM: tl.constexpr, ROWS: tl.constexpr):
     """Where a block's sums begin, ROWS alike: with the terms of each of BM columns' number. That is a product with ones: neither
     a register nor an instruction a number is spent on what is subtracted, and terms are loaded ahead as operands are."""
@@ -461,8 +509,7 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
                      keep, scale,
                      KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                      BV: tl.constexpr):
-    """The gradient of BM queries (dq, strides sx_); and the numbers of their rows, (3, rows) as `_row_numbers` reads them, with
-    TERMS (rows, 32) as `_from_row_numbers` does: delta is Σ grad · out less the log-sum-exp's gradient."""
+    """The gradient of BM queries (dq, strides sx_); and the numbers of their rows."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     if not VARLEN & KIND:
         block = blocks - 1 - block
@@ -482,29 +529,8 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
     q_block = tl.load((q + b * sqb + head * sqh + at * sql)[:, None] + d * sqd, mask=m_d, other=0.0)
     g_block = tl.load((g + b * sgb + head * sgh + at * sgl)[:, None] + e * sgd, mask=m_e, other=0.0)
     o_block = tl.load((out + b * sob + head * soh + at * sol)[:, None] + e * sod, mask=m_e, other=0.0)
-    row_delta = tl.sum(g_block.to(tl.float32) * o_block.to(tl.float32), 1)
-    if LSE & KIND:
-        row_delta -= tl.load(g_lse + number, mask=m_rows, other=0.0).to(tl.float32)
-    total = tl.load(stats + rows + number, mask=m_rows, other=0.0)
-    offset = tl.load(stats + number, mask=m_rows, other=0.0)
-    inverse = 1.0
-    if q.dtype.element_ty.primitive_bitwidth == 32:
-        inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-        tl.store(numbers + 2 * functions.wide(rows) + number, inverse, mask=m_rows)
-        inverse = inverse[:, None]
-    else:
-        offset += tl.log2(total)
-    if TERMS & KIND:  # apart from each other: in one product even a factor of 0 would let NaN and Inf through
-        c = tl.arange(0, 32)[None, :]
-        s0, s1, s2 = _in_terms(tl.where(total == 0.0, -3.0e38, -offset / outer)[:, None])
-        d0, d1, d2 = _in_terms(-row_delta[:, None])
-        terms = tl.where(c == 0, s0, tl.where(c == 1, s1, tl.where(c == 2, s2, 0.0)))
-        terms = tl.where(c == 16, d0, tl.where(c == 17, d1, tl.where(c == 18, d2, terms)))
-        tl.store(numbers + number[:, None] * 32 + c, terms.to(tl.bfloat16), mask=m_rows[:, None])
-    offset = tl.where(total == 0.0, float("inf"), offset)
-    if not TERMS & KIND:
-        tl.store(numbers + number, offset, mask=m_rows)
-        tl.store(numbers + rows + number, row_delta, mask=m_rows)
+    offset, inverse, delta = _find_row_numbers(g_block, o_block, g_lse, stats, numbers, number, rows, m_rows, outer, KIND,
+                                               q.dtype.element_ty.primitive_bitwidth == 32)
 
     k_at = k + b * skb + kv_head * skh + k0 * skl
     v_at = v + b * svb + kv_head * svh + k0 * svl
@@ -522,18 +548,19 @@ def backward_queries(q, k, v, mask, slopes, out, g, g_lse, stats, numbers, dq, t
             begin, stop = _stretch(n, low, low_full, high_full, high, high_prefix)
             acc = _queries_gradient(acc, q_block, g_block, k_at, v_at, skl, skd, svl, svd, D, DV, begin, stop, i[:, None],
                                     m_rows[:, None], lk, shift, mask_row, smk, slope, offset[:, None],
-                                    inverse, row_delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
+                                    inverse, delta[:, None], drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
                                     key1, least, keep, n != 2, KIND, PRECISION, BN, BD, BV)
     to = (dq + b * sxb + head * sxh + at * sxl)[:, None] + d
     tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, number, begin, end, D, DV, LK, k0, j, lq,
+def _keys_gradient(dk, dv, to_q, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, number, begin, end, D, DV, LK, k0, j, lq,
                    lk, shift,
                    mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1, least, keep, EDGE: tl.constexpr,
                    KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """From the queries ``begin`` to ``end`` of one head; blocks lie transposed, a column a query, all zeros beyond the last."""
+    """From the queries ``begin`` to ``end`` of one head; blocks lie transposed, a column a query, all zeros beyond the last. To
+    ``to_q`` is added what these keys make of the queries' gradients, with SUMMED."""
     d = tl.arange(0, BD)[:, None]
     e = tl.arange(0, BV)[None, :]
     for start in tl.range(begin, end, BM):
@@ -559,20 +586,24 @@ def _keys_gradient(dk, dv, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, rows, 
                             inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
                             key1, least, keep, EDGE, KIND)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
-        dk = tl.dot(dt.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
+        dt = dt.to(q.dtype)
+        dk = tl.dot(dt, tl.trans(q), dk, input_precision=PRECISION)
+        if SUMMED & KIND:
+            part = tl.dot(tl.trans(dt), k, input_precision=PRECISION)
+            to_q.atomic_add([start, 0], part)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["heads", "group", "blocks", "LQ", "LK", "rows", "bottom", "left", "right", "prefix",
                                "key0", "key1", "least"])
-def backward_keys(q, k, v, mask, slopes, g, numbers, dk, dv, tasks, offsets_q, offsets_k,
+def backward_keys(q, k, v, mask, slopes, g, numbers, sums, dk, dv, tasks, offsets_q, offsets_k,
                   sqb, sqh, sql, sqd, skb, skh, skl, skd, svb, svh, svl, svd, sgb, sgh, sgl, sgd, syb, syh, syl, szb, szh, szl,
                   smb, smh, smq, smk, sab, sah,
                   heads, group, blocks, LQ, LK, rows, D, DV, inner, outer, bottom, left, right, prefix, key0, key1, least, keep,
                   scale, KIND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                   BV: tl.constexpr):
     """The gradients of BN keys (dk, strides sy_) and values (dv, sz_): of all queries of all heads that share them, in their
-    order."""
+    order. With SUMMED their part of the queries' gradients over the scale is added to sums, (heads of all items, LQ, BD)."""
     b, _, h, block, q0, lq, k0, lk = _place(tl.program_id(0), blocks, heads // group, tasks, offsets_q, offsets_k, LQ, LK, KIND)
     kv_head = h.to(tl.int64)
     j = block * BN + tl.arange(0, BN)
@@ -616,11 +647,14 @@ def backward_keys(q, k, v, mask, slopes, g, numbers, dk, dv, tasks, offsets_q, o
             mask_at = mask + b * smb + head * smh + q0 * smq + k0 * smk
         if SLOPES & KIND:
             slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
+        to_q = sums
+        if SUMMED & KIND:  # it ends with the head: what lies beyond is another one's
+            to_q = tl.make_tensor_descriptor(sums + number * BD, [LQ, BD], [BD, 1], [BM, BD])
         for n in tl.static_range(4):
             if n == 2 or (n < 2 and RIGHT & KIND and (n or PREFIX & KIND)) or (n == 3 and (LEFT | PREFIX) & KIND):
                 begin, stop = _stretch(n, low, low_full, high_full, high, all_high)
-                dk_block, dv_block = _keys_gradient(dk_block, dv_block, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd, numbers,
-                                                    rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
+                dk_block, dv_block = _keys_gradient(dk_block, dv_block, to_q, k_block, v_block, q_at, g_at, sql, sqd, sgl, sgd,
+                                                    numbers, rows, number, begin, stop, D, DV, LK, k0, j[:, None], lq, lk, shift,
                                                     mask_at, smq, smk, slope, inner, outer, left, right, prefix, key0, key1,
                                                     least, keep, n != 2, KIND, PRECISION, BM, BD, BV)
     to_k = (dk + b * syb + kv_head * syh + at * syl)[:, None] + d
