@@ -187,7 +187,7 @@ BUILDS += [
         attention.attention_backward,
         (LINES, LINES, LINES, LINES, None, None, ENDS, ENDS, LINES, t(2, 16, 4096, dtype=F32), None, False, 0.0, 0, 0.1, -1, 0,
          True, 0, 0.0),
-        ("backward_queries", "backward_keys"), best=True, spills=40, chips=("sm_90",), note=" sequences",
+        ("backward_keys",), best=True, spills=320, chips=("sm_90",), only=("backward_keys",), note=" sequences",
     ),
     Build(
         attention.attention, attend(4, 12, 12, 512, 512, 64, dtype=F16, causal=False), ("forward",), best=True, chips=("sm_90",)
@@ -196,7 +196,8 @@ BUILDS += [
         attention.attention_backward,
         (ROWS, ROWS, ROWS, ROWS, t(4096, 4096, dtype=F16), t(12, dtype=F32), ENDS, ENDS, ROWS, t(2, 12, 4096, dtype=F32),
          t(12, 4096, dtype=F32), True, 0.1, 1 << 40, 0.1, 256, 0, True, 4, 30.0),
-        ("backward_queries", "backward_keys", "backward_mask"), spills=64, chips=("sm_90",), note=" everything",
+        ("backward_queries", "backward_keys", "backward_mask"), spills=64, chips=("sm_90",), deterministic=True,
+        note=" everything",
     ),
     Build(
         attention.attention_backward, attend_backward(4, 12, 12, 512, 512, 64), ("backward_queries", "backward_keys"),

@@ -153,24 +153,30 @@ def test_rows_that_see_nothing() -> None:
     torch.testing.assert_close(out[:, :, 5], v.mean(2))
 
 
-@pytest.mark.parametrize("place", ["value", "grad", "grad_lse", "scale", "huge"])
+@pytest.mark.parametrize("place", ["value", "sequence", "grad", "grad_lse", "scale", "huge"])
 def test_special_values_in_the_backward(place: str) -> None:
     """NaN and Inf spread no further than in the plain maths, and huge logits or tiny scales make none."""
     q, k, v = tensors(1, 2, 2, 40, 40, 16, 16, dtype=torch.bfloat16)  # into no other head, above all
     q, k = (q, k) if place != "huge" else (torch.full_like(q, 6e4), torch.full_like(k, 6e4))
     o = plain.Options(scale=1e-38 if place == "scale" else 0.25, right=0)
-    if place == "value":
-        v[0, 0, 5, 1] = INF
-    out, lse, stats = run(ops.attention_lse, q, k, v, *[None] * 4, *o)
+    ends = torch.tensor([0, 13, 40], device=DEVICE) if place == "sequence" else None
+    if ends is not None:
+        q, k, v = q[0], k[0], v[0]
+    if place in ("value", "sequence"):
+        v.view(2, 40, 16)[0, 5, 1] = INF
+    others = None, None, ends, ends
+    out, lse, stats = run(ops.attention_lse, q, k, v, *others, *o)
     g, g_lse = randn(*out.shape, seed=5).to(q.dtype).to(DEVICE), randn(*lse.shape, seed=6).to(DEVICE)
     if place == "grad":
         g[0, 0, 3, 2] = INF
     if place == "grad_lse":
         g_lse[0, 0, 3] = INF
-    found = run(ops.attention_backward, g, q, k, v, *[None] * 4, out, stats, g_lse, False, *o)[:3]
-    wide_out, _, wide_stats = plain.attention_lse(wide(q), wide(k), wide(v), *[None] * 4, *o)
+    found = run(ops.attention_backward, g, q, k, v, *others, out, stats, g_lse, False, *o)[:3]
+    if ends is not None:  # the plain maths let them through
+        assert all(t[:, 13:].isfinite().all() for t in found)
+    wide_out, _, wide_stats = plain.attention_lse(wide(q), wide(k), wide(v), *others, *o)
     saved = wide_out, wide_stats, wide(g_lse), False, *o
-    exact = plain.attention_backward(wide(g), wide(q), wide(k), wide(v), *[None] * 4, *saved)
+    exact = plain.attention_backward(wide(g), wide(q), wide(k), wide(v), *others, *saved)
     for mine, wanted in zip(found, exact, strict=False):
         assert not (~mine.isfinite() & wanted.isfinite().to(mine.device)).any()
 

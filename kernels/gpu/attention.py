@@ -201,8 +201,7 @@ class Call:
     @property
     def summed(self) -> bool:
         """Whether the gradients of queries are added up in memory, as programs come: not where the order matters"""
-        near = max(self.bd, self.bv) <= 128 and not self.kind & code.VARLEN.value
-        return self.hopper and near and not order_matters()
+        return self.hopper and max(self.bd, self.bv) <= 128 and not order_matters()
 
     def tuned(self, kernel: str, table: Table, kind: int, run: Callable[[Blocks], object]) -> Blocks:
         """The table's blocks, or the best of them and their kin: with other warps, or loaded less or further ahead."""

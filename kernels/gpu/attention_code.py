@@ -37,7 +37,7 @@ EVEN_D = tl.constexpr(8192)  # the sizes of keys and values are those of their b
 EVEN_V = tl.constexpr(16384)
 NEAR = tl.constexpr(32768)  # no two numbers of a block are 2³¹ apart
 BEHIND = tl.constexpr(65536)  # the forward multiplies with a block's values after it has with the next keys; not with PREFIX
-SUMMED = tl.constexpr(262144)  # the backward's programs that own keys add to the queries' gradients; not with VARLEN
+SUMMED = tl.constexpr(262144)  # the backward's programs that own keys add to the queries' gradients
 TERMS = tl.constexpr(131072)  # the backward's numbers of a row are twice 16 of bfloat16, which matrix units subtract
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -648,8 +648,9 @@ def backward_keys(q, k, v, mask, slopes, g, numbers, sums, dk, dv, tasks, offset
         if SLOPES & KIND:
             slope = tl.load(slopes + b * sab + head * sah) * LOG2_E
         to_q = sums
-        if SUMMED & KIND:  # it ends with the head: what lies beyond is another one's
-            to_q = tl.make_tensor_descriptor(sums + number * BD, [LQ, BD], [BD, 1], [BM, BD])
+        if SUMMED & KIND:  # it ends with the head's sequence: what lies beyond is another one's
+            length = tl.maximum(lq, 1) if VARLEN & KIND else LQ
+            to_q = tl.make_tensor_descriptor(sums + number * BD, [length, BD], [BD, 1], [BM, BD])
         for n in tl.static_range(4):
             if n == 2 or (n < 2 and RIGHT & KIND and (n or PREFIX & KIND)) or (n == 3 and (LEFT | PREFIX) & KIND):
                 begin, stop = _stretch(n, low, low_full, high_full, high, all_high)
