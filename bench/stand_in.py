@@ -151,7 +151,7 @@ def forgetful() -> Iterator[None]:
     """Inside, no call is remembered: each goes the way of a first one."""
     from fastnn.ops._operator import Operator
 
-    before, Operator._comes_again = Operator._comes_again, lambda self, key, args: False  # type: ignore[method-assign]
+    before, Operator._comes_again = Operator._comes_again, lambda self, kind: False  # type: ignore[method-assign]
     for op in _operators():
         op.forget()
     try:

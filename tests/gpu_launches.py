@@ -93,6 +93,7 @@ HEADS, ATTEND = r(1, 2, 200, 64), (None, None, None, None, 0.0, 0, 0.25, -1, 0, 
 STATS = r(2, 1, 2, 200, dtype=torch.float32)
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (ops.activation.activation, (r(6, 40)[:, ::2], "gelu", [])),
+    (ops.activation.activation, (r(6, 40), "hardtanh", [-1e39, 1e39])),  # beyond float32's range
     (ops.matmul.linear, (r(256, 512), r(512, 512), r(512), None, "relu")),
     (ops.matmul.linear, (r(8, 4096), r(256, 4096), None, None, None)),
     (ops.matmul.matmul, (r(5, 7, dtype=torch.float32), r(7, 9, dtype=torch.float32))),

@@ -45,5 +45,5 @@ def test_replayed_calls_launch_what_the_calls_do(pytestconfig: pytest.Config) ->
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 10
+    assert len(found) == 11
     assert not [line for line in found if line[1] != "ok"]

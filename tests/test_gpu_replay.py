@@ -403,6 +403,53 @@ def test_traced_calls_are_not_replayed(linear: tuple[Callable[..., Any], list[st
     assert [each.backend for each in calls] == ["gpu"]
 
 
+def test_of_calls_that_are_looked_up_alike_few_are_remembered(linear: tuple[Callable[..., Any], list[str]]) -> None:
+    """The last position of ever longer sequences: each has strides of its own."""
+    call, general = linear
+    w = r(4, 8)
+    for length in range(1, 20):
+        x = r(3, length, 8)[:, -1]
+        for _ in range(3):
+            torch.testing.assert_close(call(x, w, None, None, None), x @ w.t(), rtol=1e-5, atol=1e-5)
+    assert [len(each) for each in ops.matmul.linear._replays.values()] == [_operator._EACH]
+    assert len(general) == 2 * _operator._EACH + 3 * (19 - _operator._EACH)
+
+
+def test_a_recording_that_fails_is_tried_again(
+    linear: tuple[Callable[..., Any], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, general = linear
+    x, w, right, failed = r(3, 8), r(4, 8), Operator._launch, list[None]()
+
+    def once(self: Operator, *rest: Any) -> Any:
+        if len(general) == 2 and not failed:
+            failed.append(None)
+            raise torch.OutOfMemoryError("no memory")
+        return right(self, *rest)
+
+    monkeypatch.setattr(Operator, "_launch", once)
+    call(x, w, None, None, None)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(x, w, None, None, None)
+    for _ in range(3):
+        call(x, w, None, None, None)
+    assert len(general) == 3
+
+
+def test_what_cannot_be_written_down_fails_no_call(
+    linear: tuple[Callable[..., Any], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, general = linear
+
+    def broken(*args: Any) -> Any:
+        raise OverflowError("float too large to pack")
+
+    monkeypatch.setattr("fastnn.kernels.gpu.engine.driver.of_triton", broken)
+    for _ in range(4):
+        call(r(3, 8), r(4, 8), None, None, None)
+    assert len(general) == 4
+
+
 def test_an_operator_remembers_only_so_much(
     linear: tuple[Callable[..., Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ thread of the whole grid is a fiber: three blocks that wait for each other throu
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -266,6 +267,17 @@ def test_16_bits_that_are_widened() -> None:
         with shim(matrix=False) as device:
             both("lstm", 12, dtype=torch.float16)
             assert {name.count("_t") for name in device.launched} == {0}
+
+
+def test_what_would_take_longer_than_steps_goes_step_by_step() -> None:
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install 'fastnn-kernels[gpu-check]'")
+    with shim(**H200._asdict()):
+        for units, batch, back, steps in ((1150, 10, True, False), (1024, 64, True, False), (1150, 256, True, True),
+                                          (1280, 64, True, True), (1500, 4, False, False)):  # fmt: skip
+            s = gpu.Stack("lstm", 3 * batch, batch, units, 1, 1, (False,), None, torch.float32)
+            assert isinstance(gpu.plan("lstm", back, H200, 1, 1, batch, units), tuple)
+            assert isinstance(gpu._planned(s, torch.device("cpu"), back), str) == steps
 
 
 def test_staged_in_pieces() -> None:

@@ -46,7 +46,7 @@ current_device = getattr(torch._C, "_cuda_getDevice", None)  # (in _CALL)
 # Whether tensors are alike in all but where they are and what is in them: type, sizes, strides, dtype, device, what wants a
 # gradient, and the modes and transforms that have a say (Dynamo's own guards, a tenth of what asking from here takes).
 TensorGuards = torch._C._dynamo.guards.TensorGuards
-_MOST = 1024  # calls that an operator remembers
+_MOST, _EACH = 1024, 8  # kinds of calls that an operator remembers, and how many of some shapes and options it can do again
 _REPLAYED = object()  # in place of a plan: the kernel is a whole call
 _PRODUCTS = frozenset({"matmul", "conv", "attention", "rnn", "softmax"})  # families that have some
 
@@ -177,7 +177,7 @@ class Operator:
         self.tensors = [  # (name, may be None): the leading arguments
             (a.name, "Optional" in str(a.type)) for a in self.overload._schema.arguments if "Tensor" in str(a.type)
         ]
-        self._met: dict[Any, bool] = {}  # what calls on a GPU were like, and whether they came again
+        self._met: dict[Any, bool] = {}  # what calls on a GPU were like, and whether they were recorded, if they can be
         self._replays: dict[Any, list[backends.Replay]] = {}  # by what the call compares first
         self.call = self._write_call(allocate is None)
 
@@ -237,10 +237,11 @@ class Operator:
         kernel = backends.select(self, args, backend)
         if kernel is None:
             return self._torch(args)
-        if key is not None and self._may_be_replayed(args, kernel, backend) and self._comes_again(key, args):
+        call = key is not None and self._may_be_replayed(args, kernel, backend) and self._kind(key, args)
+        if call and self._comes_again(call):
             each = {id(t): t for t in args[: len(self.tensors)] if t is not None}.values()
             alike = TensorGuards(*each, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
-            kernel, plan = partial(self._recorded, key, alike, differentiate, kernel, plan), _REPLAYED
+            kernel, plan = partial(self._recorded, call, alike, differentiate, kernel, plan), _REPLAYED
         if differentiate:
             return self._visible(_Differentiable.apply(*args, self, kernel, plan, backend or backends.context()))
         return self._visible(self._launch(kernel, plan, args, out))
@@ -251,20 +252,25 @@ class Operator:
         chosen = rule is None or backends.chosen(backend) == "gpu"
         return kernel is found and chosen and not ("seed" in self.arguments and args[self.arguments.index("seed")])
 
-    def _comes_again(self, key: Any, args: tuple[Any, ...]) -> bool:
-        """Whether this is the second call of its kind."""
+    def _kind(self, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All that a call has to share with another to be done again as that was; first what it is looked up by."""
         tensors = [t for t in args[: len(self.tensors)] if t is not None]
         firsts = [next(n for n, other in enumerate(tensors) if other is t) for t in tensors]
         like = tuple(
             (t.stride(), t.dtype, t.data_ptr() & 15, t.requires_grad, t.is_inference(), t.get_device(), type(t), first)
             for t, first in zip(tensors, firsts, strict=True)
         )
-        kind = key, like, self._settings(args), torch.is_inference_mode_enabled(), _is_any_autocast_enabled()
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        return key, like, self._settings(args), modes
+
+    def _comes_again(self, kind: tuple[Any, ...]) -> bool:
+        """Whether a call of this kind is to be recorded: the second one, if it is not one of many that are looked up alike."""
         came_again = self._met.get(kind)
         if came_again is None and len(self._met) >= _MOST:  # sizes that never come again, say of a growing sequence
             self.forget()
-        self._met[kind] = came_again is not None
-        return came_again is False  # True: it cannot be replayed
+        if came_again is None:
+            self._met[kind] = False
+        return came_again is False and len(self._replays.get(kind[0], ())) < _EACH
 
     def forget(self) -> None:
         """What is remembered of calls on a GPU"""
@@ -276,14 +282,15 @@ class Operator:
         products = self.family in _PRODUCTS and (args[0].dtype is torch.float32 or self.family == "rnn")
         return backends.settings() if products else None
 
-    def _recorded(self, key: Any, alike: Callable[..., bool], differentiate: bool, kernel: backends.Kernel, plan: Any,
-                  *args: Any) -> Any:  # fmt: skip
+    def _recorded(self, kind: tuple[Any, ...], alike: Callable[..., bool], differentiate: bool, kernel: backends.Kernel,
+                  plan: Any, *args: Any) -> Any:  # fmt: skip
         """The result of a call that is remembered from now on."""
         result, found = backends.record_call(
             lambda *own: self._launch(kernel, plan, own), args, len(self.tensors), alike, self._settings(args), differentiate
         )
+        self._met[kind] = True
         if found is not None:
-            self._replays.setdefault(key, []).append(found)
+            self._replays.setdefault(kind[0], []).append(found)
         return result
 
     def _same_device(self, args: tuple[Any, ...]) -> None:

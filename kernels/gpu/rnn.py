@@ -28,6 +28,7 @@ WARPS = {1: 12, 2: 12, 4: 12, 8: 8}  # of a block at most, by the columns over 1
 SPLIT = 4  # and where shared memory holds the rest of the columns
 ROWS, FULL, FEW, JOBS = 4, 8, 2, 12  # as in rnn.cu
 APART = 32  # ints between counters
+STEP, SIMT = 40_000, 25_800  # cycles of a step by itself, two launches from Python; operations a cycle of its product in float32
 WAITS = 2400  # cycles of a step, about: for L2, and from a block's last store to the others' sight of it
 
 
@@ -109,7 +110,7 @@ def cut(kind: str, back: bool, has: cuda.Limits, jobs: int, batch: int, units: i
                 shared = 4 * (weights + staged * width + own * share)
                 found.append(Cut(work, kv, warps, blocks, groups, share, parts, staged, shared, more))
     if found:
-        return min(found)
+        return min(found, key=lambda how: (how.work, how.more, how))
     what = f"{jobs} × {units} units" + f" with a batch of {batch}"
     return f"the weights of {what} do not fit in {has.multiprocessors} multiprocessors"
 
@@ -541,7 +542,12 @@ def scan(out: Tensor, f: Tensor, u: Tensor, c0: Tensor, reverse: bool) -> None:
 
 def _planned(s: Stack, device: torch.device, back: bool) -> tuple[int, Cut] | str:
     reason = cuda.refusal()
-    return reason or plan(s.mode, back, cuda.limits(device), s.layers, s.directions, s.batch, s.units)
+    found = reason or plan(s.mode, back, cuda.limits(device), s.layers, s.directions, s.batch, s.units)
+    jobs = s.layers * s.directions
+    if isinstance(found, str) or importlib.util.find_spec("triton") is None:
+        return found
+    each = STEP + 2 * GATES[s.mode] * s.units**2 * s.batch // SIMT
+    return found if cycles(*found, jobs) <= jobs * each else "step by step it takes less"
 
 
 def refusal(input: Tensor, projected: bool, at_once: str | None) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-import struct
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -41,11 +41,12 @@ class Launch(NamedTuple):
 def of_triton(compiled: Any, programs: int, args: Sequence[Any]) -> Launch | None:
     """A launch of Triton's, all arguments in their order; None if it is none of this kind."""
     has, declared = compiled.metadata, _declared(compiled)
-    if declared is None or again() is None or has.num_ctas != 1 or has.launch_cooperative_grid or has.launch_pdl:
+    special = ("launch_cooperative_grid", "launch_pdl", "profile_scratch_size")  # not all of Triton's versions have them
+    if declared is None or again() is None or has.num_ctas != 1 or any(getattr(has, name, 0) for name in special):
         return None
     given = [(kind, value) for kind, value in zip(compiled.src.signature.values(), args, strict=True) if kind != "constexpr"]
     expected = ["u64" if kind[0] == "*" else _DECLARED.get(kind) for kind, _ in given]
-    if [*expected, "u64", "u64"] != declared or has.profile_scratch_size:
+    if [*expected, "u64", "u64"] != declared:
         return None  # the last two are memory of Triton's: what a kernel needs, and what a profiler wants
     values = [value if isinstance(value, Tensor) else _bits(kind, value) for kind, value in given] + [0, 0]
     place = programs, 32 * has.num_warps, has.shared
@@ -70,9 +71,9 @@ def _launch(function: int, grid: int, block: int, shared: int, values: Sequence[
 
 
 def _bits(kind: str, value: Any) -> int:
-    """A number as a parameter's word"""
+    """A number as a parameter's word; what is too large for float32 is infinite there"""
     if kind in ("fp32", "fp64"):
-        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+        return int.from_bytes(bytes(ctypes.c_float(value) if kind == "fp32" else ctypes.c_double(value)), sys.byteorder)
     return int(value) & (1 << 64) - 1
 
 
@@ -91,13 +92,13 @@ def _library() -> Any:
 @cache
 def again() -> Callable[..., int] | None:
     """again(words, stream, *addresses): 0, or the driver's error; None where there is no such driver."""
-    try:
-        _library().cuLaunchKernel  # noqa: B018
-    except (OSError, AttributeError):
-        return None
     from fastnn.kernels.cpu.engine import build
 
-    return build.load("fastnn_launch_again", _code())
+    try:
+        _library().cuLaunchKernel  # noqa: B018
+        return build.load("fastnn_launch_again", _code())
+    except (OSError, AttributeError, RuntimeError, ValueError):  # no such driver; nothing may be compiled here
+        return None
 
 
 def _code() -> bytes:

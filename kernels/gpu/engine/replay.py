@@ -120,8 +120,8 @@ class Tape(TorchDispatchMode):
             if compiled.metadata.global_scratch_size:
                 line = f"allow_descriptors(); {line}"
             self._launched(line, reads, driver.of_triton(compiled, programs, args))
-        except Unrepeatable as problem:
-            self.problem = str(problem)
+        except Exception as problem:  # the kernel runs: that it cannot be written down is no reason for the call to fail
+            self.problem = str(problem) or type(problem).__name__
 
     def launched_words(self, launch: Callable[..., None], where: Sequence[Any], words: Sequence[int | Tensor], cooperative: bool,
                        handle: int | None) -> None:  # fmt: skip
@@ -135,8 +135,8 @@ class Tape(TorchDispatchMode):
             line = f"{self._constant(launch)}(*{self._constant(tuple(where))}, array('q', [{given}]), {cooperative})"
             found = None if handle is None or cooperative else driver.of_words(handle, where[2], where[3], where[4], words)
             self._launched(line, reads, found)
-        except Unrepeatable as problem:
-            self.problem = self.problem or str(problem)
+        except Exception as problem:
+            self.problem = self.problem or str(problem) or type(problem).__name__
 
     def _launched(self, line: str, reads: set[str], found: driver.Launch | None) -> None:
         """found: what the driver is told itself; ``line`` says it again where it refuses, and raises what is wrong."""
