@@ -126,7 +126,8 @@ def facts(compiled: Any, chip: str) -> dict[str, Any]:
     """What a kernel uses, and whether matrix instructions are in its code."""
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found = {key: bool(re.search(by[chip], code)) for key, by in (("matrix", MATRIX), ("best", BEST))}
-    return {**used(compiled), **found, "copied": "cp.async.bulk.tensor" in code, "serialized": serialized(compiled)}
+    copied = bool(re.search(r"cp\.(reduce\.)?async\.bulk\.tensor", code))
+    return {**used(compiled), **found, "copied": copied, "serialized": serialized(compiled)}
 
 
 def main() -> None:

@@ -153,6 +153,28 @@ def test_rows_that_see_nothing() -> None:
     torch.testing.assert_close(out[:, :, 5], v.mean(2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_keys_that_end_within_a_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all logits are far below 0, what takes the place of keys beyond the last would weigh without bound."""
+    q, k, v = tensors(1, 2, 2, 40, 40, 16, 16, dtype=dtype)
+    low, mask, slopes = q.abs() * 0.1 + 30, torch.zeros(40, 40, device=DEVICE), torch.tensor([5.0, 9.0], device=DEVICE)
+    mask[3] = torch.finfo(torch.float32).min
+    for query, key, added, each, right in (
+        (low, -k.abs() - 1, None, None, -1), (low, -k.abs() - 1, None, None, 0), (low, -k.abs() * 0.1 - 0.1, None, None, -1),
+        (q, k, mask, None, -1), (q, k, None, slopes, -1),
+    ):  # fmt: skip
+        given, o = (query, key, v, added, each, None, None), plain.Options(scale=0.25, right=right)
+        out, stats = run(ops.attention, *given, *o)
+        args = randn(*out.shape, dtype=dtype, seed=5).to(DEVICE), *given, out, stats, None, False, *o
+        found = run(ops.attention_backward, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "order_matters", lambda: True)
+            wanted = run(ops.attention_backward, *args)
+        for mine, other in zip(found[:3], wanted, strict=False):
+            assert other.isfinite().all()
+            close(mine, wide(other), dtype)
+
+
 @pytest.mark.parametrize("place", ["value", "sequence", "grad", "grad_lse", "scale", "huge"])
 def test_special_values_in_the_backward(place: str) -> None:
     """NaN and Inf spread no further than in the plain maths, and huge logits or tiny scales make none."""

@@ -1,8 +1,9 @@
 """Attention on the GPU: which rows and keys a program takes, and how many share a row's keys. The kernels: attention_code.
 
-Extra memory is linear in the lengths: some numbers a row in the backward; for few queries what each share of the keys came to;
-and for the gradient of a mask that all rows or all keys share, that of each head. (A mask with a gradient that some of several
-batch dimensions share, and others do not, is the exception: each head has a copy.)
+Extra memory is linear in the lengths: some numbers a row in the backward, and float32 sums for the gradients of queries that
+programs add to; for few queries what each share of the keys came to; and for the gradient of a mask that all rows or all keys
+share, that of each head. (A mask with a gradient that some of several batch dimensions share, and others do not, is the
+exception: each head has a copy.)
 """
 
 from __future__ import annotations

@@ -467,18 +467,22 @@ def backward_rows(out, g, g_lse, stats, numbers, sums, sob, soh, sol, sod, sgb, 
     b, head, i = number // LQ // heads, number // LQ % heads, number % LQ
     e = tl.arange(0, BV)[None, :]
     m_e = _there(m_rows[:, None], e < DV, EVEN_V & KIND)
-    g_block = tl.load((g + b * sgb + head * sgh + i * sgl)[:, None] + e * sgd, mask=m_e, other=0.0)
-    o_block = tl.load((out + b * sob + head * soh + i * sol)[:, None] + e * sod, mask=m_e, other=0.0)
+    g_block = tl.load((g + b * sgb + head * sgh + i * sgl)[:, None] + e.to(tl.int64) * sgd, mask=m_e, other=0.0)
+    o_block = tl.load((out + b * sob + head * soh + i * sol)[:, None] + e.to(tl.int64) * sod, mask=m_e, other=0.0)
     _find_row_numbers(g_block, o_block, g_lse, stats, numbers, number, rows, m_rows, outer, KIND, False)
     tl.store(sums + number[:, None] * BD + tl.arange(0, BD)[None, :], tl.zeros((BM, BD), tl.float32), mask=m_rows[:, None])
 
 
 @triton.jit
-def _from_row_numbers(terms, m_rows, BM: tl.constexpr, ROWS: tl.constexpr):
-    """Where a block's sums begin, ROWS alike: with the terms of each of BM columns' number. That is a product with ones: neither
-    a register nor an instruction a number is spent on what is subtracted, and terms are loaded ahead as operands are."""
+def _from_row_numbers(terms, m_rows, m_keys, KIND: tl.constexpr, BM: tl.constexpr):
+    """Where a block's sums begin: with the terms of each of BM columns' number; with SUMMED 0 in rows that are no keys, where
+    exp2 of what is subtracted might be Inf. That is a product with ones: neither a register nor an instruction a number is spent
+    on what is subtracted, and terms are loaded ahead as operands are."""
     x = tl.load(terms + (tl.arange(0, BM)[None, :] * 32 + tl.arange(0, 16)[:, None]), mask=m_rows, other=0.0)
-    return tl.dot(tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16), x)
+    ones = tl.full((m_keys.shape[0], 16), 1.0, tl.float32)
+    if SUMMED & KIND:
+        ones = tl.where(m_keys, ones, 0.0)
+    return tl.dot(ones.to(tl.bfloat16), x)
 
 
 @triton.jit
@@ -574,8 +578,8 @@ def _keys_gradient(dk, dv, to_q, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, 
             drop_low, drop_a, drop_b = _dropout_row((number + i)[None, :], LK, k0, key0)
         if TERMS & KIND:
             terms = numbers + (number + start) * 32
-            s = tl.dot(k, q, _from_row_numbers(terms, (i < lq)[None, :], BM, k.shape[0]))
-            dp = tl.dot(v, tl.trans(g), _from_row_numbers(terms + 16, (i < lq)[None, :], BM, k.shape[0]))
+            s = tl.dot(k, q, _from_row_numbers(terms, (i < lq)[None, :], j < lk, KIND, BM))
+            dp = tl.dot(v, tl.trans(g), _from_row_numbers(terms + 16, (i < lq)[None, :], j < lk, KIND, BM))
             offset, inverse, delta = 0.0, 1.0, 0.0
         else:
             offset, inverse, delta = _row_numbers(numbers, rows, (number + i)[None, :], (i < lq)[None, :],
@@ -586,6 +590,8 @@ def _keys_gradient(dk, dv, to_q, k, v, q_at, g_at, sql, sqd, sgl, sgd, numbers, 
                             inverse, delta, drop_low, drop_a, drop_b, inner, outer, left, right, prefix,
                             key1, least, keep, EDGE, KIND)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
+        if SUMMED & KIND and not (EDGE or TERMS & KIND):  # as above
+            dt = tl.where(j < lk, dt, 0.0)
         dt = dt.to(q.dtype)
         dk = tl.dot(dt, tl.trans(q), dk, input_precision=PRECISION)
         if SUMMED & KIND:
