@@ -253,7 +253,8 @@ class Operator:
         return kernel is found and chosen and not ("seed" in self.arguments and args[self.arguments.index("seed")])
 
     def _kind(self, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """All that a call has to share with another to be done again as that was; first what it is looked up by."""
+        """All that a call has to share with another to be done again as that was: what it is looked up by, its tensors, the
+        settings, modes."""
         tensors = [t for t in args[: len(self.tensors)] if t is not None]
         firsts = [next(n for n, other in enumerate(tensors) if other is t) for t in tensors]
         like = tuple(
@@ -286,7 +287,7 @@ class Operator:
                   plan: Any, *args: Any) -> Any:  # fmt: skip
         """The result of a call that is remembered from now on."""
         result, found = backends.record_call(
-            lambda *own: self._launch(kernel, plan, own), args, len(self.tensors), alike, self._settings(args), differentiate
+            lambda *own: self._launch(kernel, plan, own), args, len(self.tensors), alike, kind[2], differentiate
         )
         self._met[kind] = True
         if found is not None:

@@ -331,18 +331,14 @@ def attention_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], grad: Tensor,
                    *c.more_steps, c.heads, c.group, blocks, *c.numbers, o.scale, KIND=c.kind, BM=block.rows, BN=block.keys,
                    **c.constants(block))
 
-    def rows(block: int) -> None:
-        launch.run(code.backward_rows, -(-c.rows // block), device, output, grad, grad_lse, stats, numbers, sums,
-                   *output.stride(), *grad.stride(), c.heads, c.lq, c.rows, c.dv, c.outer,
-                   KIND=kind, BM=block, BD=c.bd, BV=c.bv, num_warps=4)  # fmt: skip
-
     if sums is None:
         queries(c.tuned("attention backward, queries", _QUERIES, kind, queries))
         keys(c.tuned("attention backward, keys", _KEYS, c.kind, keys))
     else:
         launch.allow_descriptors()
-        table = c.tuned("attention backward", _KEYS, c.kind, keys)
-        rows(16)  # after the tuner, which adds to the sums
+        table = c.tuned("attention backward", _KEYS, c.kind, keys)  # before the zeros, since it adds to the sums
+        launch.run(code.backward_rows, -(-c.rows // 16), device, output, grad, grad_lse, stats, numbers, sums, *output.stride(),
+                   *grad.stride(), c.heads, c.lq, c.rows, c.dv, c.outer, KIND=kind, BM=16, BD=c.bd, BV=c.bv, num_warps=4)
         keys(table)
         torch.mul(sums[..., : c.d].view(dq.shape), o.scale, out=dq)
     for t, each in ((out[1], dk), (out[2], dv)):
